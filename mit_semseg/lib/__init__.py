@@ -1,0 +1,1 @@
+"""Parts that anyone could use without the rest of the toolkit."""

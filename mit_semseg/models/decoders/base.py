@@ -1,0 +1,65 @@
+"""What every decoder shares: the public call, and the deep supervision branch."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import NormLayer, conv_bn_relu, resize
+
+NORM_BIAS = 1e-4  # initial bias of a decoder's norms; the published models were trained from it
+
+
+class Decoder(nn.Module):
+    """Base of all decoders. A subclass implements `head(features)`, and calls `make_deepsup` if it was asked to.
+
+    Args:
+        in_channels: channels of every feature map the encoder returns.
+        num_class: number of classes.
+        use_softmax: a call without `segSize` returns probabilities instead of log-probabilities (kept for old callers).
+    """
+
+    def __init__(self, in_channels: Sequence[int], num_class: int, use_softmax: bool = False):
+        super().__init__()
+        self.in_channels = tuple(in_channels)
+        self.num_class = num_class
+        self.use_softmax = use_softmax
+
+    def head(self, features: list[Tensor]) -> Tensor:
+        """Logits (N, num_class, h, w) at the decoder's own resolution."""
+        raise NotImplementedError(f"{type(self).__name__} has no head()")
+
+    def logits(self, features: list[Tensor]) -> list[Tensor]:
+        """Raw class scores, each (N, num_class, h, w): the main ones, then those of the deep supervision branch if any."""
+        main = self.head(features)
+        if not hasattr(self, "cbr_deepsup"):
+            return [main]
+        branch = self.dropout_deepsup(self.cbr_deepsup(_last_but_one(features)))
+        return [main, self.conv_last_deepsup(branch)]
+
+    def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
+        """Probabilities for inference, or log-probabilities for training.
+
+        Args:
+            features: the encoder's feature maps, highest resolution first.
+            segSize: (height, width) to upsample the logits to (bilinear).
+
+        Returns:
+            With `segSize` or `use_softmax`: probabilities (N, num_class, *segSize). Else log-probabilities at the
+            decoder's own resolution; with deep supervision a pair (main, branch).
+        """
+        if segSize is not None or self.use_softmax:
+            scores = self.head(features)
+            return (scores if segSize is None else resize(scores, segSize)).softmax(dim=1)
+        outputs = tuple(F.log_softmax(scores, dim=1) for scores in self.logits(features))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0) -> None:
+        """Add the first layer of the deep supervision branch on the last but one feature map."""
+        self.cbr_deepsup = conv_bn_relu(_last_but_one(self.in_channels), channels, norm_layer=norm_layer)
+        self.dropout_deepsup = nn.Dropout2d(dropout)
+
+
+def _last_but_one(maps: Sequence):
+    # An encoder with a single map (HRNetV2) supervises that one twice.
+    return maps[-2] if len(maps) > 1 else maps[-1]

@@ -1,0 +1,43 @@
+"""C1: one 3x3 convolution, then the classifier."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights
+from .base import NORM_BIAS, Decoder
+
+
+class C1(Decoder):
+    """3x3 convolution to a quarter of the channels, and a 1x1 classifier.
+
+    Args:
+        in_channels: channels of every feature map the encoder returns.
+        num_class: number of classes.
+        deepsup: add a second such head on the last but one feature map, used in training only.
+        use_softmax: see `Decoder`.
+        norm_layer: makes a normalization layer from a number of channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_class: int = 150,
+        *,
+        deepsup: bool = False,
+        use_softmax: bool = False,
+        norm_layer: NormLayer = DEFAULT_NORM,
+    ):
+        super().__init__(in_channels, num_class, use_softmax)
+        width = in_channels[-1] // 4
+        self.cbr = conv_bn_relu(in_channels[-1], width, norm_layer=norm_layer)
+        if deepsup:
+            self.make_deepsup(width, norm_layer)
+        self.conv_last = nn.Conv2d(width, num_class, 1)
+        if deepsup:
+            self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
+        init_weights(self, norm_bias=NORM_BIAS)
+
+    def head(self, features: list[Tensor]) -> Tensor:
+        """Logits (N, num_class, h, w) at the resolution of the last feature map."""
+        return self.conv_last(self.cbr(features[-1]))

@@ -1,0 +1,63 @@
+"""The whole network: encoder, decoder and loss."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .layers import resize
+
+
+class SegmentationModule(nn.Module):
+    """Encoder and decoder, called with a batch dict.
+
+    Args:
+        enc: encoder, see `mit_semseg.models.encoders`.
+        dec: decoder, see `mit_semseg.models.decoders`.
+        crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`.
+        deep_sup_scale: weight of the deep supervision branch; None leaves the branch out.
+    """
+
+    def __init__(self, enc: nn.Module, dec: nn.Module, crit: nn.Module | None, deep_sup_scale: float | None = None):
+        super().__init__()
+        self.encoder = enc
+        self.decoder = dec
+        self.crit = crit
+        self.deep_sup_scale = deep_sup_scale
+
+    def forward(self, feed_dict: dict, *, segSize: tuple[int, int] | None = None):
+        """Loss and accuracy of a labelled batch, or class probabilities.
+
+        Args:
+            feed_dict: `img_data` (N, 3, H, W) normalized pictures and, for training, `seg_label` (N, h, w) int64 with
+                negative values ignored; h and w may be any size (usually H and W over the label's downsampling rate).
+            segSize: (height, width) of the probabilities; given, no label is needed.
+
+        Returns:
+            With `segSize` probabilities (N, C, *segSize), else (loss, pixel accuracy), both scalars.
+        """
+        features = self.encoder(feed_dict["img_data"], return_feature_maps=True)
+        if segSize is not None:
+            return self.decoder(features, segSize=segSize)
+        label = feed_dict["seg_label"]
+        # Where the decoder's resolution is not the label's, the scores are brought to the label: a label cannot be
+        # interpolated. The published recipes choose the label's rate so that nothing is resized here.
+        scores = [resize(logits, label.shape[-2:]) for logits in self.decoder.logits(features)]
+        log_probs = [F.log_softmax(logits, dim=1) for logits in scores]
+        loss = self.crit(log_probs[0], label)
+        if self.deep_sup_scale is not None and len(log_probs) > 1:
+            loss = loss + self.deep_sup_scale * self.crit(log_probs[1], label)
+        return loss, pixel_accuracy(log_probs[0], label)
+
+
+def pixel_accuracy(scores: Tensor, label: Tensor) -> Tensor:
+    """Share of labelled pixels (label >= 0) whose highest score is the label's; 0 if no pixel is labelled.
+
+    Args:
+        scores: (N, C, H, W).
+        label: (N, H, W) integers.
+
+    Returns:
+        A float32 scalar in 0..1, on the scores' device.
+    """
+    valid = label >= 0
+    correct = ((scores.argmax(dim=1) == label) & valid).sum()
+    return correct.float() / valid.sum().clamp(min=1)

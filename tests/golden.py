@@ -1,0 +1,49 @@
+"""Deterministic weights and inputs behind the golden vectors in tests/data."""
+
+import hashlib
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parent / "data"
+
+
+@cache
+def golden(name: str) -> dict:
+    """A JSON file of golden numbers."""
+    return json.loads((DATA / f"{name}.json").read_text())
+
+
+def fill_value(key: str, shape, gain: float) -> np.ndarray:
+    """Value of one state-dict entry from its key and shape alone, float32-rounded."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
+    rng, leaf, shape = np.random.default_rng(seed), key.rsplit(".", 1)[-1], tuple(shape)
+    if leaf == "num_batches_tracked":
+        return np.zeros(shape, np.int64)
+    if leaf.endswith("running_mean") or leaf == "bias":
+        return rng.normal(0, 0.1, shape).astype(np.float32)
+    if leaf.endswith("running_var") or len(shape) < 2:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    return rng.normal(0, math.sqrt(gain / int(np.prod(shape[1:]))), shape).astype(np.float32)
+
+
+def fill(module: torch.nn.Module, gain: float) -> torch.nn.Module:
+    """Give every entry of a module its golden value."""
+    state = {k: torch.from_numpy(np.asarray(fill_value(k, v.shape, gain))) for k, v in module.state_dict().items()}
+    module.load_state_dict(state)
+    return module
+
+
+def golden_input(height: int, width: int) -> torch.Tensor:
+    """The (2, 3, height, width) float32 input of the golden vectors."""
+    return torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32))
+
+
+def sample(tensor: torch.Tensor, n: int) -> np.ndarray:
+    """The `n` values that the golden files hold."""
+    index = np.random.default_rng(12345).integers(0, tensor.numel(), n)
+    return tensor.detach().reshape(-1).numpy()[index].astype(np.float64)

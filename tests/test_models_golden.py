@@ -1,0 +1,90 @@
+"""Our models are the published ones: same keys, same numbers."""
+
+import numpy as np
+import pytest
+import torch
+from golden import fill, golden, golden_input, sample
+from torch import nn
+
+from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models.weights import LEGACY_SUFFIXES
+
+MODELS, KEYS = golden("golden_models"), golden("state_dict_keys")
+DTYPES = (torch.float32, torch.float64)
+
+
+def encoder_of(name):
+    return ModelBuilder.build_encoder(arch=name, pretrained=False)
+
+
+def published_keys(entries):
+    return [(key, tuple(shape)) for key, shape in entries if not key.endswith(LEGACY_SUFFIXES)]
+
+
+def own_keys(module):
+    return [(key, tuple(value.shape)) for key, value in module.state_dict().items()]
+
+
+@pytest.mark.parametrize("name", KEYS["encoders"])
+def test_encoder_keys(name):
+    encoder = encoder_of(name)
+    assert own_keys(encoder) == published_keys(KEYS["encoders"][name])
+    assert sum(p.numel() for p in encoder.parameters()) == MODELS["encoders"][name]["params"]
+
+
+@pytest.mark.parametrize("name", KEYS["decoders"])
+def test_decoder_keys(name):
+    arch, dim = name.split("/fc")
+    decoder = ModelBuilder.build_decoder(arch=arch, fc_dim=int(dim), num_class=150)
+    assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
+    if name in MODELS["decoders"]:
+        assert sum(p.numel() for p in decoder.parameters()) == MODELS["decoders"][name]["params"]
+
+
+@pytest.mark.parametrize("name", MODELS["encoders"])
+def test_encoder_features(name):
+    gold = MODELS["encoders"][name]
+    encoder = fill(encoder_of(name), MODELS["_about"]["gains"][name]["encoder"]).eval()
+    for dtype, relative in zip(DTYPES, (1e-5, 1e-8), strict=True):
+        with torch.no_grad():
+            maps = encoder.to(dtype)(golden_input(*gold["input_hw"]).to(dtype), return_feature_maps=True)
+        assert tuple(x.shape[1] for x in maps) == encoder.out_channels
+        for x, expected in zip(maps, gold["features"]["soft"], strict=True):
+            assert list(x.shape) == expected["shape"]
+            atol = relative * expected["absmax"]
+            np.testing.assert_allclose(sample(x, 32), expected["values"], rtol=0, atol=atol)
+
+
+def built_pair(name):
+    pair = MODELS["pairs"][name]
+    gains = MODELS["_about"]["gains"][pair["encoder"]]
+    encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
+    decoder = fill(ModelBuilder.build_decoder(arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
+    return SegmentationModule(encoder, decoder, nn.NLLLoss(ignore_index=-1), pair["soft"]["deep_sup_scale"]).eval()
+
+
+def check_outputs(gold, softmax, log_softmax, *, exact):
+    outputs = log_softmax if isinstance(log_softmax, tuple) else (log_softmax,)
+    assert ("log_softmax_deepsup" in gold) == (len(outputs) == 2)
+    checks = [("softmax", softmax, 2e-5), ("log_softmax", outputs[0], 1e-4), ("log_softmax_deepsup", outputs[-1], 1e-4)]
+    for key, tensor, tolerance in checks:
+        if key in gold:
+            assert list(tensor.shape) == gold[key]["shape"]
+            atol = 1e-8 * gold[key]["absmax"] if exact else tolerance
+            np.testing.assert_allclose(sample(tensor, 64), gold[key]["values"], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", MODELS["pairs"])
+def test_pair_outputs(name):
+    gold, module = MODELS["pairs"][name]["soft"], built_pair(name)
+    size = tuple(gold["softmax"]["shape"][-2:])
+    label = torch.from_numpy(np.random.default_rng(1).integers(-1, 150, (2, *gold["label_hw"])))
+    for dtype in DTYPES:
+        exact, x = dtype == torch.float64, golden_input(*size).to(dtype)
+        with torch.no_grad():
+            softmax = module.to(dtype)({"img_data": x}, segSize=size)
+            log_softmax = module.decoder(module.encoder(x, return_feature_maps=True))
+            loss, accuracy = module({"img_data": x, "seg_label": label})
+        check_outputs(gold, softmax, log_softmax, exact=exact)
+        assert loss.item() == pytest.approx(gold["loss"], rel=1e-8 if exact else 1e-5)
+        assert accuracy.item() == pytest.approx(gold["acc"], rel=1e-6)
