@@ -1,9 +1,42 @@
-"""Small conversions."""
+"""Small things that every room needs."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
+
+
+class UserError(Exception):
+    """A mistake the user can correct: the message says what was given, what is allowed and what to do.
+
+    Scripts print the message alone, without a traceback.
+    """
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """Write a file so that under its name there is the old content or all of the new.
+
+    Yields:
+        A path in the same folder to write to; it takes the final name when the block ends, and is removed if it raises.
+        The folder is made if needed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def as_numpy(obj):

@@ -77,7 +77,9 @@ class ModelBuilder:
         if output_stride:
             allowed = (4, 8, 16, 32) if arch == "hrnetv2" else (8, 16, 32)
             if output_stride not in allowed:
-                raise ValueError(f"output stride {output_stride} of {arch}: choose one of {', '.join(map(str, allowed))}")
+                raise ValueError(
+                    f"output stride {output_stride} of {arch}: choose one of {', '.join(map(str, allowed))}"
+                )
             kwargs["output_stride"] = output_stride
         encoder = build(**kwargs)
         if weights:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..lib.utils import UserError, some, whole_file
+
 logger = logging.getLogger(__name__)
 
 SERVER = "http://sceneparsing.csail.mit.edu/model"
@@ -61,7 +63,7 @@ SHA256 = {
 }
 
 
-class WeightsError(RuntimeError):
+class WeightsError(UserError, RuntimeError):
     """Weights that cannot be had, read or loaded; the message says what to do."""
 
 
@@ -86,12 +88,8 @@ class LoadReport:
         if self.skipped:
             parts.append(f"started anew (other number of classes): {', '.join(self.skipped)}")
         if self.surplus:
-            parts.append(f"not used: {_some(self.surplus)}")
+            parts.append(f"not used: {some(self.surplus)}")
         return "; ".join(parts)
-
-
-def _some(names: list[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def read_checkpoint(path: str | os.PathLike):
@@ -106,13 +104,15 @@ def read_checkpoint(path: str | os.PathLike):
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
-        there = f"; there is {_some(near)}" if near else ""
+        there = f"; there is {some(near)}" if near else ""
         raise WeightsError(f"no checkpoint {path}{there}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()
-        detail = next((line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else "")
+        detail = next(
+            (line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
+        )
         raise WeightsError(
             f"{path} was refused: it is damaged or holds more than tensors and plain values, and code from a checkpoint "
             f"is never run ({detail.strip()[:200]})"
@@ -131,7 +131,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        kind = f"keys {_some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
+        kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
     return {key.removeprefix("module."): value for key, value in state.items()}
 
@@ -168,7 +168,7 @@ def load_weights(
     lacking = [key for key in absent if not key.endswith(OPTIONAL_SUFFIX)]
     surplus = [] if base else report.surplus
     if wrong or lacking or surplus:
-        problems = [f"{label}: {_some(names)}" for label, names in
+        problems = [f"{label}: {some(names)}" for label, names in
                     (("other shape", wrong), ("missing in the file", lacking), ("unknown to the model", surplus))
                     if names]  # fmt: skip
         hint = ""
@@ -210,11 +210,13 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
     Raises:
         WeightsError: the server does not answer, or what came is not the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     digest, received = hashlib.sha256(), 0
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response, open(partial, "wb") as out:
+        with (
+            whole_file(path) as partial,
+            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+            open(partial, "wb") as out,
+        ):
             expected = int(response.headers.get("Content-Length") or 0)
             with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
                 while chunk := response.read(1 << 20):
@@ -222,15 +224,12 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
                     digest.update(chunk)
                     received += len(chunk)
                     bar.update(len(chunk))
-        if expected and received != expected:
-            raise WeightsError(f"{url}: the connection ended after {received} of {expected} bytes")
-        if not digest.hexdigest().startswith(sha256.lower()):
-            raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
-        os.replace(partial, path)
+            if expected and received != expected:
+                raise WeightsError(f"{url}: the connection ended after {received} of {expected} bytes")
+            if not digest.hexdigest().startswith(sha256.lower()):
+                raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
     except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
         raise WeightsError(f"{url}: {getattr(error, 'reason', error)}") from None
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

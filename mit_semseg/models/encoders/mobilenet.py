@@ -53,8 +53,13 @@ class MobileNetV2(nn.Module):
                 # A stage that keeps its resolution has a shortcut in no first block: its channels change.
                 blocks.append(
                     InvertedResidual(
-                        channels, planes, expansion, stride=stride if i == 0 else 1, norm_layer=norm_layer,
-                        dilation=first_dilation if i == 0 else dilation, shortcut=i > 0,
+                        channels,
+                        planes,
+                        expansion,
+                        stride=stride if i == 0 else 1,
+                        norm_layer=norm_layer,
+                        dilation=first_dilation if i == 0 else dilation,
+                        shortcut=i > 0,
                     )  # fmt: skip
                 )
                 channels = planes

@@ -1,0 +1,1 @@
+"""What people run: command lines, pictures, the predictor."""

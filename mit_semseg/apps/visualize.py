@@ -1,0 +1,152 @@
+"""Every picture the toolkit draws: colour maps, panels, overlays with a legend, curves."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..dataset import ClassTable
+from ..lib.utils import whole_file
+
+GAP = 6  # pixels between the parts of a panel
+
+
+def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
+    """Colour picture of a label map.
+
+    Args:
+        labelmap: (H, W) integers; negative ones (ignored) become black.
+        colors: (num_class, 3) uint8.
+        mode: 'RGB' or 'BGR' order of the channels.
+
+    Returns:
+        (H, W, 3) uint8.
+
+    Raises:
+        IndexError: a class that has no colour.
+        ValueError: another mode.
+    """
+    if mode not in ("RGB", "BGR"):
+        raise ValueError(f"mode {mode!r}: choose RGB or BGR")
+    if labelmap.size and labelmap.max() >= len(colors):
+        raise IndexError(f"class {labelmap.max()} has no colour: there are {len(colors)}")
+    table = np.concatenate([np.asarray(colors, np.uint8), np.zeros((1, 3), np.uint8)])
+    picture = table[np.where(labelmap < 0, len(colors), labelmap)]
+    return picture[..., ::-1] if mode == "BGR" else picture
+
+
+def panel(pictures: Sequence[np.ndarray]) -> Image.Image:
+    """Pictures (H, W, 3) uint8 of equal height side by side, with a white gap."""
+    height = max(picture.shape[0] for picture in pictures)
+    gap = np.full((height, GAP, 3), 255, np.uint8)
+    parts = [part for picture in pictures for part in (gap, picture)][1:]
+    return Image.fromarray(np.concatenate(parts, axis=1))
+
+
+def overlay(image: np.ndarray, label_map: np.ndarray, table: ClassTable, alpha: float = 0.55) -> Image.Image:
+    """The picture tinted with the class colours, and a legend of its classes beside it.
+
+    Args:
+        image: (H, W, 3) uint8.
+        label_map: (H, W) class indices.
+        table: names and colours.
+        alpha: weight of the colours, 0..1.
+    """
+    colored = colorEncode(label_map, table.colors)
+    tinted = Image.blend(Image.fromarray(image), Image.fromarray(colored), alpha)
+    legend = _legend(label_map, table, tinted.height)
+    sheet = Image.new("RGB", (tinted.width + GAP + legend.width, max(tinted.height, legend.height)), "white")
+    sheet.paste(tinted, (0, 0))
+    sheet.paste(legend, (tinted.width + GAP, 0))
+    return sheet
+
+
+def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Image:
+    """Swatches, names and shares of the classes of a label map, largest first, as many columns as needed."""
+    entries = class_shares(label_map, table)
+    size = max(11, min(20, height // 24))
+    font, row = ImageFont.load_default(size), round(size * 1.6)
+    texts = [f"{entry['class'].split(';')[0]}  {entry['share'] * 100:.1f} %" for entry in entries]
+    width = round(row * 1.5 + max(font.getlength(text) for text in texts)) + GAP
+    rows = max(1, height // row)
+    columns = -(-len(entries) // rows)
+    legend = Image.new("RGB", (columns * width, max(height, row)), "white")
+    draw = ImageDraw.Draw(legend)
+    for i, (entry, text) in enumerate(zip(entries, texts, strict=True)):
+        x, y = i // rows * width, i % rows * row
+        color = tuple(int(v) for v in entry["color"])
+        draw.rectangle((x + 2, y + 3, x + row - 2, y + row - 3), fill=color, outline="black")
+        draw.text((x + row + 4, y + row // 2), text, fill="black", font=font, anchor="lm")
+    return legend
+
+
+def class_shares(label_map: np.ndarray, table: ClassTable) -> list[dict]:
+    """Classes of a label map, largest share first.
+
+    Returns:
+        A dict each: `class` (name), `index`, `share` of all pixels in 0..1, `color` [r, g, b].
+    """
+    counts = np.bincount(label_map[label_map >= 0].ravel(), minlength=len(table))
+    order = sorted(np.flatnonzero(counts), key=lambda i: -counts[i])
+    return [
+        {
+            "class": table.names[i],
+            "index": int(i),
+            "share": float(counts[i] / label_map.size),
+            "color": [int(v) for v in table.colors[i]],
+        }
+        for i in order
+    ]
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG; it appears whole or not at all."""
+    with whole_file(path) as partial:
+        picture.save(partial, format="PNG")
+
+
+def save_result_panel(item: dict, prediction: np.ndarray, table: ClassTable, folder: Path) -> None:
+    """Write the panel [image | annotation | prediction] of a validation item, its folders kept below `folder`.
+
+    Args:
+        item: of a `ValDataset`.
+        prediction: (H, W) class indices.
+        table: class colours.
+        folder: of the results.
+    """
+    name = Path(item["info"])
+    inside = [part for part in name.parts if part not in (name.anchor, "..")]
+    parts = (item["seg_label"][0].numpy(), prediction)
+    picture = panel([item["img_ori"], *(colorEncode(part, table.colors) for part in parts)])
+    save_picture(picture, Path(folder, *inside).with_suffix(".png"))
+
+
+def save_curves(history: dict, path: Path) -> None:
+    """Loss, accuracy and validation scores against epochs as a PNG.
+
+    Args:
+        history: `train` with lists epoch, loss, acc; optionally `val` with epoch, mean_iou, acc.
+        path: of the PNG.
+    """
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    train, val = history["train"], history.get("val", {})
+    left.plot(train["epoch"], train["loss"], color="tab:blue")
+    left.set(title="Training loss", xlabel="epoch", ylabel="loss")
+    right.plot(train["epoch"], np.multiply(train["acc"], 100), label="pixel accuracy, training", color="tab:blue")
+    if val.get("epoch"):
+        right.plot(
+            val["epoch"], np.multiply(val["acc"], 100), "o-", label="pixel accuracy, validation", color="tab:orange"
+        )
+        right.plot(
+            val["epoch"], np.multiply(val["mean_iou"], 100), "o-", label="mean IoU, validation", color="tab:green"
+        )
+    right.set(title="Scores", xlabel="epoch", ylabel="%", ylim=(0, 100))
+    right.legend(loc="lower right")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)

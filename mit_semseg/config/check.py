@@ -1,0 +1,150 @@
+"""What a value may be, which values go together, and one error that lists every problem."""
+
+import ast
+import difflib
+import math
+from collections.abc import Mapping
+
+from ..lib.utils import UserError
+from .defaults import OPTIONS, Option
+
+
+class ConfigError(UserError, ValueError):
+    """Every problem of a configuration, a line each."""
+
+    def __init__(self, problems: list[str]):
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n".join([f"the configuration has {count}:", *(f"  - {p}" for p in problems)]))
+        self.problems = problems
+
+
+def unknown_key(key: str) -> str:
+    """Sentence about a key that does not exist, with the nearest one that does."""
+    near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
+    if not near:  # the right name in the wrong section, or without one
+        leaves = {name.rsplit(".", 1)[-1].lower(): name for name in OPTIONS}
+        hits = difflib.get_close_matches(key.rsplit(".", 1)[-1].lower(), leaves, n=1)
+        near = [leaves[hit] for hit in hits]
+    return f"{key}: there is no such option" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def convert(key: str, value: object) -> object:
+    """`value` as the type of option `key`; text from a command line or an old YAML file is read as what it says.
+
+    Raises:
+        ValueError: the value is not allowed; the message names key, value and what is allowed.
+    """
+    option = OPTIONS[key]
+    if option.default == "off" and value is False:
+        value = "off"  # YAML reads the bare word off as a truth value
+    for kind in option.types:
+        result = _as_kind(kind, value)
+        if result is not None:
+            break
+    else:
+        names = " or ".join(_KIND_NAMES[kind] for kind in option.types)
+        raise ValueError(f"{key}: {value!r} is no {names}{_example(option)}")
+    if option.choices:
+        return _choose(key, option, result)
+    _check_range(key, option, result)
+    return result
+
+
+_KIND_NAMES = {bool: "True or False", int: "whole number", float: "number", str: "text", tuple: "list"}
+
+
+def _example(option: Option) -> str:
+    return f" (default {option.default!r})" if option.default != "" else ""
+
+
+def _as_kind(kind: type, value: object) -> object | None:
+    """The value as `kind`, or None if it is nothing of the sort."""
+    if kind is str:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)  # DIR: 2024
+        return value if isinstance(value, str) and not _literal_list(value) else None
+    if isinstance(value, str):
+        value = _literal(value)
+    if kind is bool:
+        return value if isinstance(value, bool) else None
+    if kind is tuple:
+        return tuple(value) if isinstance(value, (list, tuple)) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    if kind is int:
+        return int(value) if value == int(value) else None
+    return float(value)
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+        return words.get(text.strip().lower(), text)  # the words of YAML
+
+
+def _literal_list(text: str) -> bool:
+    return text.strip()[:1] in "[(" and isinstance(_literal(text), (list, tuple)) if text.strip() else False
+
+
+def _choose(key: str, option: Option, value: object) -> object:
+    spelled = {str(choice).lower(): choice for choice in option.choices}
+    if str(value).lower() in spelled:
+        return spelled[str(value).lower()]
+    near = difflib.get_close_matches(str(value).lower(), spelled, n=1)
+    hint = f"did you mean {spelled[near[0]]}? " if near else ""
+    raise ValueError(f"{key}: {value!r} is not allowed; {hint}allowed: {', '.join(map(str, option.choices))}")
+
+
+def _check_range(key: str, option: Option, value: object) -> None:
+    if math.isinf(option.low) and math.isinf(option.high):
+        return
+    numbers = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and not value and option.default:
+        raise ValueError(f"{key}: the list is empty; give at least one number")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int if isinstance(value, tuple) else (int, float)):
+            raise ValueError(f"{key}: {number!r} in {value!r} is no whole number")
+        if not option.low <= number <= option.high:
+            bounds = f"at least {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
+            raise ValueError(f"{key}: {number!r} is out of range; allowed: {bounds}")
+
+
+def contradictions(values: Mapping[str, object]) -> list[str]:
+    """Sentences about options that do not go together.
+
+    Args:
+        values: every option, by its dotted name.
+    """
+    v, problems = values, []
+    pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
+    if pad % rate:
+        problems.append(
+            f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}: set "
+            f"padding_constant {math.ceil(pad / rate) * rate}"
+        )
+    sizes = v["DATASET.imgSizes"] if isinstance(v["DATASET.imgSizes"], tuple) else (v["DATASET.imgSizes"],)
+    if min(sizes) > v["DATASET.imgMaxSize"]:
+        problems.append(
+            f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} is smaller than every short side in DATASET.imgSizes {sizes}"
+        )
+    names = v["DATASET.classes"]
+    if isinstance(names, tuple) and len(names) != v["DATASET.num_class"]:
+        problems.append(f"DATASET.classes lists {len(names)} names, but DATASET.num_class is {v['DATASET.num_class']}")
+    if v["DATASET.ignore_values"] and not isinstance(names, tuple):
+        problems.append("DATASET.ignore_values goes with a list of names in DATASET.classes; a CSV file has its own")
+    if v["TRAIN.start_epoch"] >= v["TRAIN.num_epoch"]:
+        problems.append(
+            f"TRAIN.start_epoch {v['TRAIN.start_epoch']} leaves nothing to train: TRAIN.num_epoch is "
+            f"{v['TRAIN.num_epoch']}"
+        )
+    if v["TRAIN.start_epoch"] and v["TRAIN.resume"] != "off":
+        problems.append("TRAIN.start_epoch and TRAIN.resume both say where to continue: use one of them")
+    if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
+        problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
+    if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:
+        problems.append("MODEL.new_head True needs a file in MODEL.weights_decoder to take the rest from")
+    if v["MODEL.output_stride"] == 4 and v["MODEL.arch_encoder"] != "hrnetv2":
+        problems.append(f"MODEL.output_stride 4 is hrnetv2's only, not {v['MODEL.arch_encoder']}'s: choose 8, 16 or 32")
+    return problems

@@ -1,0 +1,114 @@
+"""Every option: name, default, what is allowed, and what it means. This is the only list."""
+
+from dataclasses import dataclass
+from math import inf
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option.
+
+    Attributes:
+        default: the value without a YAML file; its type is the option's type.
+        help: meaning, in a line.
+        low, high: bounds of a number (inclusive), also of the numbers in a list.
+        choices: allowed values.
+        kinds: types allowed, where the default's type is not the only one.
+    """
+
+    default: object
+    help: str
+    low: float = -inf
+    high: float = inf
+    choices: tuple = ()
+    kinds: tuple[type, ...] = ()
+
+    @property
+    def types(self) -> tuple[type, ...]:
+        """Types a value may have."""
+        return self.kinds or (type(self.default),)
+
+
+ENCODER_NAMES = (
+    "mobilenetv2dilated", "resnet18", "resnet18dilated", "resnet34", "resnet34dilated", "resnet50", "resnet50dilated",
+    "resnet101", "resnet101dilated", "resnext101", "hrnetv2",
+)  # fmt: skip
+DECODER_NAMES = ("c1", "c1_deepsup", "ppm", "ppm_deepsup", "upernet", "upernet_lite")
+
+OPTIONS: dict[str, Option] = {
+    "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "folder of checkpoints, log, curves and results"),
+    # Data
+    "DATASET.root_dataset": Option("./data/", "folder that the paths in the lists are relative to"),
+    "DATASET.list_train": Option(
+        "./data/training.odgt",
+        "training list: an .odgt file, or a folder with images/ and annotations/ (or one whose path has a part images)",
+    ),
+    "DATASET.list_val": Option("./data/validation.odgt", "validation list, as list_train"),
+    "DATASET.num_class": Option(150, "number of classes", low=1, high=32767),
+    "DATASET.classes": Option(
+        "",
+        "class table: 'ade20k', a CSV file (raw, name, color), or a list of names; '' is ADE20K for 150 classes and "
+        "numbered classes otherwise, raw value 0 unlabelled",
+        kinds=(str, tuple),
+    ),
+    "DATASET.ignore_values": Option(
+        (), "raw label values to ignore when `classes` is a list; the names go to the other values from 0 up", low=0,
+        high=65535,
+    ),  # fmt: skip
+    "DATASET.palette_labels": Option(False, "read palette PNG labels (PASCAL VOC style) by their indices"),
+    "DATASET.imgSizes": Option(
+        (300, 375, 450, 525, 600), "short sides: one is drawn per training batch, all are averaged in evaluation",
+        low=1, high=100000, kinds=(tuple, int),
+    ),  # fmt: skip
+    "DATASET.imgMaxSize": Option(1000, "longest side after resizing", low=1, high=100000),
+    "DATASET.padding_constant": Option(8, "sides of a batch are rounded up to a multiple of this", low=1, high=4096),
+    "DATASET.segm_downsampling_rate": Option(8, "training labels are sampled down by this", low=1, high=4096),
+    "DATASET.random_flip": Option(True, "mirror training images left to right, half of the time"),
+    # Model
+    "MODEL.arch_encoder": Option("resnet50dilated", "encoder", choices=ENCODER_NAMES),
+    "MODEL.arch_decoder": Option("ppm_deepsup", "decoder", choices=DECODER_NAMES),
+    "MODEL.weights_encoder": Option("", "file to start the encoder from; '' is the ImageNet base (see pretrained)"),
+    "MODEL.weights_decoder": Option("", "file to start the decoder from; '' is random weights"),
+    "MODEL.fc_dim": Option(
+        2048, "channels of the encoder's last map; not needed, but checked if set to anything but the default", low=1
+    ),
+    "MODEL.output_stride": Option(0, "8, 16 or 32 (hrnetv2 also 4); 0 is what the encoder's name says",
+                                  choices=(0, 4, 8, 16, 32)),  # fmt: skip
+    "MODEL.pretrained": Option(True, "start the encoder from its ImageNet base when weights_encoder is ''"),
+    "MODEL.new_head": Option(False, "start the classifier anew where weights_decoder has another number of classes"),
+    # Training
+    "TRAIN.batch_size_per_gpu": Option(2, "images per device and step", low=1),
+    "TRAIN.num_epoch": Option(20, "epochs to train", low=1),
+    "TRAIN.start_epoch": Option(0, "continue from the files of this epoch in DIR (weights and history only)", low=0),
+    "TRAIN.epoch_iters": Option(5000, "steps per epoch", low=1),
+    "TRAIN.optim": Option("SGD", "optimizer", choices=("SGD", "AdamW")),
+    "TRAIN.lr_encoder": Option(0.02, "initial learning rate of the encoder", low=0),
+    "TRAIN.lr_decoder": Option(0.02, "initial learning rate of the decoder", low=0),
+    "TRAIN.lr_pow": Option(0.9, "power of the poly schedule", low=0),
+    "TRAIN.warmup_iters": Option(0, "steps over which the learning rates rise linearly", low=0),
+    "TRAIN.beta1": Option(0.9, "momentum of SGD, first beta of AdamW", low=0, high=0.999999),
+    "TRAIN.weight_decay": Option(1e-4, "weight decay, of convolution and linear weights only", low=0),
+    "TRAIN.deep_sup_scale": Option(0.4, "weight of the deep supervision loss", low=0),
+    "TRAIN.fix_bn": Option(False, "freeze the statistics and parameters of every batch norm"),
+    "TRAIN.workers": Option(16, "data loading processes, at most one per core; 0 loads in the main process", low=0),
+    "TRAIN.disp_iter": Option(20, "steps between two lines of the log", low=1),
+    "TRAIN.seed": Option(304, "seed of weights, order, sizes, flips and dropout", low=0, high=2**63 - 1),
+    "TRAIN.accumulate": Option(1, "batches whose gradients are averaged before a step", low=1),
+    "TRAIN.clip_grad": Option(0.0, "largest norm of the gradient; 0 does not clip", low=0),
+    "TRAIN.amp": Option("off", "mixed precision", choices=("off", "bf16", "fp16")),
+    "TRAIN.channels_last": Option(False, "keep images and feature maps in channels-last memory order"),
+    "TRAIN.eval_epoch": Option(0, "epochs between two validations; 0 never validates", low=0),
+    "TRAIN.checkpoint_iters": Option(1000, "steps between two saves inside an epoch; 0 saves at its end only", low=0),
+    "TRAIN.resume": Option(
+        "off", "'auto' continues the run in DIR if there is one, 'off' refuses to write over it, 'restart' does, or a file"
+    ),
+    "TRAIN.tensorboard": Option(False, "write scalars and pictures for TensorBoard to DIR/tensorboard"),
+    # Validation
+    "VAL.batch_size": Option(1, "images loaded per step; the figures do not depend on it", low=1),
+    "VAL.visualize": Option(False, "write panels [image | annotation | prediction] to DIR/result"),
+    "VAL.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to evaluate"),
+    # Segmenting pictures
+    "TEST.batch_size": Option(1, "pictures loaded per step; the results do not depend on it", low=1),
+    "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),
+    "TEST.result": Option("./", "folder to write the results to"),
+}  # fmt: skip

@@ -1,0 +1,145 @@
+"""Reading YAML files and command lines into a checked configuration."""
+
+import argparse
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import yaml
+from yacs.config import CfgNode
+
+from .check import ConfigError, contradictions, convert, unknown_key
+from .defaults import OPTIONS
+
+BASE_KEY = "_BASE_"
+
+
+class Config(CfgNode):
+    """A yacs node whose merges know the options: types, ranges, `_BASE_` files, and one error for all problems.
+
+    Like any `CfgNode` it can be cloned, frozen, dumped, and given new attributes.
+    """
+
+    def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
+        """Merge a YAML file (and the files it is based on).
+
+        Raises:
+            ConfigError: anything in it is wrong.
+        """
+        _merge(self, _read_yaml(Path(cfg_filename)))
+
+    def merge_from_list(self, cfg_list: Iterable[str]) -> None:
+        """Merge `[key, value, key, value, ...]`, e.g. `["TRAIN.num_epoch", "10"]`.
+
+        Raises:
+            ConfigError: anything in it is wrong.
+        """
+        _merge(self, _read_list(list(cfg_list)))
+
+
+def _default_config() -> Config:
+    root = Config()
+    for key, option in OPTIONS.items():
+        *sections, leaf = key.split(".")
+        node = root
+        for section in sections:
+            if section not in node:
+                node[section] = Config()
+            node = node[section]
+        node[leaf] = option.default
+    return root
+
+
+cfg = _default_config()
+
+
+def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ()) -> Config:
+    """The defaults, changed by a YAML file and then by a command line; checked and frozen.
+
+    Args:
+        path: YAML file; None takes the defaults.
+        opts: `[key, value, ...]`, as at the end of a command line.
+
+    Raises:
+        ConfigError: lists every unknown key, wrong type, number out of range and contradiction, with their origin.
+    """
+    node = cfg.clone()
+    given = _read_yaml(Path(path)) if path else []
+    _merge(node, [*given, *_read_list(list(opts))])
+    node.freeze()
+    return node
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Give a parser `--cfg FILE` and the trailing `KEY VALUE ...`, to be handed to `load_config`."""
+    parser.add_argument("--cfg", metavar="FILE", default=default, help=f"YAML file (default: {default or 'none'})")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options to change, e.g. TRAIN.num_epoch 10")
+
+
+def _merge(node: Config, given: list[tuple[str, object, str]]) -> None:
+    """Set (key, value, origin) triples on a node; all problems are collected before anything is raised."""
+    problems, accepted = [], {}
+    for key, value, origin in given:
+        try:
+            if key not in OPTIONS:
+                problems.append(f"{unknown_key(key)} [{origin}]" if key else f"{value} [{origin}]")
+            else:
+                accepted[key] = convert(key, value)
+        except ValueError as error:
+            problems.append(f"{error} [{origin}]")
+    values = {key: _get(node, key) for key in OPTIONS} | accepted
+    problems += contradictions(values)
+    if problems:
+        raise ConfigError(problems)
+    for key, value in accepted.items():
+        *sections, leaf = key.split(".")
+        target = node
+        for section in sections:
+            target = target[section]
+        target[leaf] = value
+
+
+def _get(node: Config, key: str) -> object:
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
+    if len(opts) % 2:
+        raise ConfigError([f"{opts[-1]}: options come in pairs KEY VALUE, the last has no value [command line]"])
+    return [(key, value, "command line") for key, value in zip(opts[::2], opts[1::2], strict=True)]
+
+
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, object, str]]:
+    """(key, value, origin) of a YAML file, those of the file it is based on first."""
+    chain = (*above, path.resolve())
+    if path.resolve() in above:
+        raise ConfigError([f"{path} is based on itself: {' -> '.join(p.name for p in chain)}"])
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: {error.strerror or error}"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} is no YAML file: {' '.join(str(error).split())}"]) from None
+    if content is None:
+        content = {}
+    if not isinstance(content, Mapping):
+        raise ConfigError([f"{path}: expected sections such as TRAIN: and MODEL:, found {type(content).__name__}"])
+    content = dict(content)
+    base = content.pop(BASE_KEY, None)
+    inherited = _read_yaml(path.parent / str(base), chain) if base else []
+    return inherited + list(_flatten(content, str(path)))
+
+
+def _flatten(content: Mapping, origin: str, prefix: str = ""):
+    sections = {key.split(".")[0] for key in OPTIONS if "." in key}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and not prefix:
+            yield from _flatten(value, origin, f"{name}.")
+        elif not prefix and name in sections:
+            if value is not None:
+                yield "", f"{name}: expected options below it, found {value!r}", origin
+        else:
+            yield name, value, origin

@@ -1,0 +1,158 @@
+"""Class tables: name, colour, and which raw label value is which class."""
+
+import colorsys
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..lib.utils import UserError
+
+TABLES = Path(__file__).parent / "tables"
+IGNORE = -1  # label of a pixel that takes no part in losses and metrics
+UNKNOWN = -2  # marks raw values that a table does not have
+RAW_VALUES = 65536
+
+
+class ClassTableError(UserError, ValueError):
+    """A class table that cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """Classes of a data set.
+
+    Attributes:
+        names: one per class; index in this tuple = class index.
+        colors: (num_class, 3) uint8, RGB.
+        index: (65536,) int32, class index of every raw label value; -1 ignored, -2 not in the table.
+    """
+
+    names: tuple[str, ...]
+    colors: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def encode(self, raw: np.ndarray) -> np.ndarray:
+        """Class indices (H, W) int64 of raw label values, -1 where ignored, -2 where the table has no such value."""
+        return self.index[raw].astype(np.int64)
+
+    def raw_values(self) -> str:
+        """The raw values of the table, for messages, e.g. `0-10, ignored 11`."""
+        used, ignored = np.flatnonzero(self.index >= 0), np.flatnonzero(self.index == IGNORE)
+        text = _ranges(used)
+        return f"{text}, ignored {_ranges(ignored)}" if len(ignored) else text
+
+
+def _ranges(values: np.ndarray) -> str:
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1) if len(values) else []
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def class_table(
+    classes: str | Sequence[str] = "", num_class: int = 150, ignore_values: Sequence[int] = ()
+) -> ClassTable:
+    """The class table that the options name.
+
+    Args:
+        classes: 'ade20k'; a CSV file; a list of names; or '' for ADE20K if `num_class` is 150, else numbered classes
+            with raw value 0 unlabelled and raw value v class v - 1.
+        num_class: number of classes expected.
+        ignore_values: with a list of names, raw values to ignore; the names go to the other values from 0 upwards.
+
+    Raises:
+        ClassTableError: the table cannot be read or has another number of classes.
+    """
+    if not isinstance(classes, str):
+        table = _from_names([str(name) for name in classes], ignore_values)
+    elif classes == "ade20k" or (classes == "" and num_class == 150):
+        table = read_csv(TABLES / "ade20k.csv")
+    elif classes == "":
+        table = _from_names([f"class {i + 1}" for i in range(num_class)], (0,))
+    else:
+        table = read_csv(Path(classes))
+    if len(table) != num_class:
+        raise ClassTableError(
+            f"class table {classes or 'by number'} has {len(table)} classes, but DATASET.num_class is {num_class}"
+        )
+    return table
+
+
+def read_csv(path: Path) -> ClassTable:
+    """Read a table with the columns `raw`, `name` and optionally `color` (#rrggbb).
+
+    A name that comes again puts another raw value into the same class; a row without a name is an ignored value. The
+    columns of ADE20K's own list (`Idx`, `Name`) are understood too, with raw value 0 ignored.
+
+    Raises:
+        ClassTableError: unreadable, or a row is wrong (named by its line).
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClassTableError(f"class table {path} cannot be read: {error}") from None
+    reader = csv.DictReader(text.splitlines())
+    columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+    raw_column = columns.get("raw") or columns.get("idx")
+    if not raw_column or "name" not in columns:
+        raise ClassTableError(
+            f"class table {path} needs columns raw,name and optionally color; found {', '.join(columns) or 'nothing'}"
+        )
+    colors: dict[str, tuple[int, int, int] | None] = {}
+    raw_of: dict[int, str] = {} if "raw" in columns else {0: ""}
+    for line, row in enumerate(reader, start=2):
+        raw, name, color = _row(path, line, row, raw_column, columns)
+        if raw_of.get(raw, name) != name:
+            raise ClassTableError(f"class table {path}, line {line}: raw value {raw} stands there twice")
+        raw_of[raw] = name
+        if name and (color or name not in colors):
+            colors[name] = color
+    if not colors:
+        raise ClassTableError(f"class table {path} names no class")
+    return _make(list(colors), raw_of, list(colors.values()))
+
+
+def _row(path: Path, line: int, row: Mapping, raw_column: str, columns: Mapping[str, str]):
+    where = f"class table {path}, line {line}"
+    try:
+        raw = int(row[raw_column])
+    except (TypeError, ValueError):
+        raise ClassTableError(f"{where}: raw value {row[raw_column]!r} is no whole number") from None
+    if not 0 <= raw < RAW_VALUES:
+        raise ClassTableError(f"{where}: raw value {raw} is outside 0 to {RAW_VALUES - 1}")
+    text = (row.get(columns.get("color", "")) or "").strip().lstrip("#")
+    try:
+        color = tuple(bytes.fromhex(text)) if text else None
+    except ValueError:
+        color = ()
+    if color is not None and len(color) != 3:
+        raise ClassTableError(f"{where}: color {text!r} is not of the form #rrggbb")
+    return raw, (row[columns["name"]] or "").strip(), color
+
+
+def _from_names(names: Sequence[str], ignore_values: Sequence[int]) -> ClassTable:
+    doubles = {name for name in names if names.count(name) > 1}
+    if doubles:
+        raise ClassTableError(f"class names stand twice in the list: {', '.join(sorted(doubles))}")
+    free = (value for value in range(RAW_VALUES) if value not in set(ignore_values))
+    raw_of = dict.fromkeys(ignore_values, "") | dict(zip(free, names, strict=False))
+    return _make(names, raw_of, [None] * len(names))
+
+
+def _make(names: Sequence[str], raw_of: Mapping[int, str], colors: Sequence[tuple | None]) -> ClassTable:
+    index = np.full(RAW_VALUES, UNKNOWN, np.int32)
+    position = {name: i for i, name in enumerate(names)} | {"": IGNORE}
+    for raw, name in raw_of.items():
+        index[raw] = position[name]
+    filled = [color or distinct_color(i) for i, color in enumerate(colors)]
+    return ClassTable(tuple(names), np.array(filled, np.uint8), index)
+
+
+def distinct_color(i: int) -> tuple[int, int, int]:
+    """RGB colour number `i` of an endless list whose neighbours differ: hues by the golden ratio."""
+    red, green, blue = colorsys.hsv_to_rgb((0.58 + i * 0.61803398875) % 1, (0.65, 0.9)[i // 2 % 2], (0.95, 0.7)[i % 2])
+    return round(red * 255), round(green * 255), round(blue * 255)

@@ -1,0 +1,203 @@
+"""Data sets: from records to training batches, and to pictures at every scale of evaluation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .classes import UNKNOWN, ClassTable, class_table
+from .files import ImageFileError, read_image, read_label
+from .records import ListError, load_records
+from .samplers import OrientationBatches
+from .transforms import normalize, pad_batch, scale_pyramid, train_pair
+
+ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
+
+
+def table_of(opt) -> ClassTable:
+    """Class table that the options name; objects without `num_class` mean ADE20K."""
+    return class_table(getattr(opt, "classes", ""), getattr(opt, "num_class", 150), getattr(opt, "ignore_values", ()))
+
+
+class _Records(Dataset):
+    """What the data sets share: records, options, and reading an (image, label) pair."""
+
+    def __init__(self, root: str | os.PathLike, odgt, opt):
+        self.root_dataset = root
+        self.records = load_records(odgt, root)
+        sizes = opt.imgSizes
+        self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
+        self.img_max_size = opt.imgMaxSize
+        self.padding_constant = opt.padding_constant
+
+    @property
+    def num_sample(self) -> int:
+        """Number of records."""
+        return len(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def path(self, record: dict, key: str) -> Path:
+        """Path of a record's image (`fpath_img`) or label (`fpath_segm`) on disk."""
+        if key not in record:
+            raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
+        return Path(self.root_dataset, record[key])
+
+
+class _LabelledRecords(_Records):
+    def __init__(self, root, odgt, opt):
+        super().__init__(root, odgt, opt)
+        self.table = table_of(opt)
+        self.palette = getattr(opt, "palette_labels", False)
+
+    def pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
+        """Image (RGB) and raw label (mode L) of a record, of equal size, every value in the class table.
+
+        Raises:
+            ImageFileError: anything else; names the file and what to do.
+        """
+        path = self.path(record, "fpath_segm")
+        image, label = read_image(self.path(record, "fpath_img")), read_label(path, palette=self.palette)
+        check_label(image.size, label, path, self.table)
+        return image, label
+
+
+def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
+    """Check a raw label (mode L) against its picture's (width, height) and the class table.
+
+    Raises:
+        ImageFileError: another size, or values the table does not have.
+    """
+    if image_size != label.size:
+        raise ImageFileError(
+            f"{path}: the label is {label.width}x{label.height}, its image (as its EXIF turns it) "
+            f"{image_size[0]}x{image_size[1]}; both must have the same size"
+        )
+    present = np.flatnonzero(label.histogram())
+    unknown = present[table.index[present] == UNKNOWN]
+    if len(unknown):
+        raise ImageFileError(
+            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in the "
+            f"class table ({table.raw_values()}); correct the file, or name them in DATASET.classes / "
+            f"DATASET.ignore_values"
+        )
+
+
+class TrainDataset(_LabelledRecords):
+    """Training batches; one element is the whole batch of one device.
+
+    Args:
+        root_dataset: folder that the paths in the list are relative to.
+        odgt: list of images, see `load_records`.
+        opt: object with imgSizes, imgMaxSize, padding_constant, segm_downsampling_rate, and optionally random_flip,
+            classes, num_class, ignore_values, palette_labels (as the options of the same name).
+        batch_per_gpu: images per batch.
+        seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
+
+    Raises:
+        ListError, ClassTableError: the list or class table cannot be used.
+        ValueError: the downsampling rate does not divide the padding.
+    """
+
+    def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
+        super().__init__(root_dataset, odgt, opt)
+        self.segm_downsampling_rate = opt.segm_downsampling_rate
+        if self.padding_constant % self.segm_downsampling_rate:
+            raise ValueError(
+                f"padding_constant {self.padding_constant} is no multiple of segm_downsampling_rate "
+                f"{self.segm_downsampling_rate}"
+            )
+        self.random_flip = getattr(opt, "random_flip", True)
+        self.batch_per_gpu, self.seed = batch_per_gpu, seed
+        sizes = [(record.get("width"), record.get("height")) for record in self.records]
+        if not all(width and height for width, height in sizes):
+            raise ListError(f"{odgt}: a training list needs width and height in every record, to sort by orientation")
+        self.order = OrientationBatches([height > width for width, height in sizes], batch_per_gpu, seed)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, index: int) -> dict:
+        """Batch `index`: see `load_batch`."""
+        rng = np.random.default_rng((self.seed, 1, index))
+        short_side = int(rng.choice(self.img_sizes))
+        flips = rng.random(self.batch_per_gpu) < 0.5 if self.random_flip else [False] * self.batch_per_gpu
+        return self.load_batch([self.records[i] for i in self.order[index]], short_side, flips)
+
+    def load_batch(self, records: Sequence[dict], short_side: int, flips: Sequence[bool]) -> dict:
+        """A batch of given records, scale and flips.
+
+        Returns:
+            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths.
+        """
+        images, labels = [], []
+        for record, flip in zip(records, flips, strict=True):
+            image, label = train_pair(
+                *self.pair(record), short_side=short_side, max_size=self.img_max_size, flip=bool(flip)
+            )
+            images.append(normalize(image))
+            labels.append(self.table.encode(np.asarray(label)))
+        batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate)
+        return {**batch, "info": [record["fpath_img"] for record in records]}
+
+
+def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) -> list[dict]:
+    records = records[:max_sample] if max_sample > 0 else records
+    return records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records
+
+
+class ValDataset(_LabelledRecords):
+    """Labelled pictures at every scale of evaluation.
+
+    Args:
+        root_dataset, odgt, opt: as for `TrainDataset`, without segm_downsampling_rate and random_flip.
+        max_sample: take the first so many records; -1 all.
+        start_idx, end_idx: then take this slice; -1 all.
+    """
+
+    def __init__(self, root_dataset, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1):
+        super().__init__(root_dataset, odgt, opt)
+        self.records = _subset(self.records, max_sample, start_idx, end_idx)
+
+    def __getitem__(self, index: int) -> dict:
+        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `seg_label` (1, H, W) int64, `info` the path."""
+        record = self.records[index]
+        image, label = self.pair(record)
+        return {
+            "img_ori": np.array(image),
+            "img_data": scale_pyramid(image, self.img_sizes, self.img_max_size, self.padding_constant),
+            "seg_label": torch.from_numpy(self.table.encode(np.asarray(label))).unsqueeze(0),
+            "info": record["fpath_img"],
+        }
+
+
+class TestDataset(_Records):
+    """Pictures without labels at every scale.
+
+    Args:
+        odgt: list of images, or records such as `[{"fpath_img": path}]`.
+        opt: object with imgSizes, imgMaxSize, padding_constant.
+        max_sample: take the first so many records; -1 all.
+        start_idx, end_idx: then take this slice; -1 all.
+    """
+
+    __test__ = False  # no test class, whatever its name says to pytest
+
+    def __init__(self, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1):
+        super().__init__("", odgt, opt)
+        self.records = _subset(self.records, max_sample, start_idx, end_idx)
+
+    def __getitem__(self, index: int) -> dict:
+        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `info` the path."""
+        record = self.records[index]
+        image = read_image(record["fpath_img"])
+        return {
+            "img_ori": np.array(image),
+            "img_data": scale_pyramid(image, self.img_sizes, self.img_max_size, self.padding_constant),
+            "info": record["fpath_img"],
+        }

@@ -1,0 +1,161 @@
+"""Lists of images: odgt files and folder pairs become records {fpath_img, fpath_segm, width, height}."""
+
+import fnmatch
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from ..lib.utils import UserError, some, whole_file
+from .files import ImageFileError, image_size
+
+Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
+
+
+class ListError(UserError, ValueError):
+    """A list of images that cannot be used; the message names file and line."""
+
+
+def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
+    """Records of a list.
+
+    Args:
+        source: an odgt file (one JSON object a line); a folder (absolute, or below `root`) that holds `images/` and
+            `annotations/`, or whose path has a part `images` with a twin `annotations`; or records themselves.
+        root: folder that the paths in records are relative to.
+
+    Raises:
+        ListError: the list is missing, empty or broken, or images and annotations do not pair up.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        records = [dict(record) for record in source]
+        for i, record in enumerate(records):
+            _require(record, f"record {i}")
+        return records
+    path = Path(source)
+    folder = path if path.is_dir() else Path(root) / path
+    if path.is_file():
+        return _read_odgt(path)
+    if folder.is_dir():
+        return scan_pairs(folder, root)
+    raise ListError(
+        f"there is no list {path} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your own images name "
+        f"a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
+    )
+
+
+def _require(record: Mapping, where: str) -> None:
+    if not isinstance(record.get("fpath_img"), str) or not record["fpath_img"]:
+        raise ListError(f"{where}: no fpath_img")
+
+
+def _read_odgt(path: Path) -> list[Record]:
+    records = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ListError(f"list {path} cannot be read: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ListError(f"{path}, line {number}: no JSON object ({error.msg})") from None
+        if not isinstance(record, dict):
+            raise ListError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
+        _require(record, f"{path}, line {number}")
+        records.append(record)
+    if not records:
+        raise ListError(f"list {path} is empty")
+    return records
+
+
+def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
+    """Write records to an odgt file, one JSON object a line; the file appears whole or not at all."""
+    with whole_file(path) as partial:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        partial.write_text("".join(lines), encoding="utf-8")
+
+
+def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
+    """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem.
+
+    Raises:
+        ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
+    """
+    images, annotations = _pair_of_folders(folder)
+    by_stem = {_stem(p, images): p for p in find_images(images)}
+    labels = {_stem(p, annotations): p for p in find_images(annotations)}
+    lonely = [str(by_stem[s]) for s in by_stem if s not in labels] + [
+        str(labels[s]) for s in labels if s not in by_stem
+    ]
+    if lonely or not by_stem:
+        what = f"{len(lonely)} files have no partner of the same stem: {some(lonely, 3)}" if lonely else "no images"
+        raise ListError(f"{images} and {annotations}: {what}")
+    records = []
+    for stem in sorted(by_stem):
+        try:
+            width, height = image_size(by_stem[stem])
+        except ImageFileError as error:
+            raise ListError(str(error)) from None
+        records.append({"fpath_img": _relative(by_stem[stem], root), "fpath_segm": _relative(labels[stem], root),
+                        "width": width, "height": height})  # fmt: skip
+    return records
+
+
+def _pair_of_folders(folder: Path) -> tuple[Path, Path]:
+    candidates = [(folder / "images", folder / "annotations")]
+    parts = folder.parts
+    for i in reversed(range(len(parts))):
+        if parts[i] == "images":
+            candidates.append((folder, Path(*parts[:i], "annotations", *parts[i + 1 :])))
+    for images, annotations in candidates:
+        if images.is_dir() and annotations.is_dir():
+            return images, annotations
+    raise ListError(
+        f"{folder}: expected folders images/ and annotations/ in it, or a path with a part images that has a twin "
+        f"annotations"
+    )
+
+
+def _stem(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix()
+
+
+def _relative(path: Path, root: str | os.PathLike) -> str:
+    return os.path.relpath(path, root) if root else str(path)
+
+
+def find_images(folder: str | os.PathLike) -> list[Path]:
+    """Every file below a folder whose extension Pillow reads, any case, sorted; hidden files are left out."""
+    known = set(Image.registered_extensions()) & {
+        ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN
+    }
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if _is_loop(parent):
+            folders.clear()
+            continue
+        found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in known and not f.startswith(".")]
+    return found
+
+
+def _is_loop(parent: str) -> bool:
+    """Whether a folder reached through links is one of its own ancestors."""
+    real, above = os.path.realpath(parent), Path(parent)
+    return any(os.path.realpath(ancestor) == real for ancestor in above.parents if str(ancestor) not in ("", "."))
+
+
+def find_recursive(root_dir: str, ext: str = ".jpg") -> list[str]:
+    """Files below a folder whose name ends with `ext`, any case, sorted."""
+    pattern = f"*{ext}".lower()
+    return sorted(
+        os.path.join(parent, name)
+        for parent, _, names in os.walk(root_dir)
+        for name in names
+        if fnmatch.fnmatch(name.lower(), pattern)
+    )

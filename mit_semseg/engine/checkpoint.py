@@ -1,0 +1,131 @@
+"""Files of a training run: weights and history of every epoch, the best weights, and the state to continue from."""
+
+import logging
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..lib.utils import UserError, whole_file
+from ..models.weights import WeightsError, load_weights, read_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A run that cannot be started or continued; the message says what to do."""
+
+
+def new_history() -> dict:
+    """Empty history: `train` with fractional epochs, `val` with whole ones."""
+    return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
+
+
+def save_atomic(obj, path: Path) -> None:
+    """`torch.save` that leaves the old file or the new one under the name, never a part of one."""
+    with whole_file(path) as partial, open(partial, "wb") as out:
+        torch.save(obj, out)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+class RunFiles:
+    """The folder of a run.
+
+    `encoder_<suffix>`, `decoder_<suffix>` with suffix `epoch_N.pth` or `best.pth` are state dicts; `history_epoch_N.pth`
+    the curves; `resume.pth` everything needed to continue.
+
+    Args:
+        folder: DIR of the configuration.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+
+    def part(self, name: str, suffix: str) -> Path:
+        """Path of `encoder`, `decoder` or `history` with a suffix such as `epoch_20.pth`."""
+        return self.folder / f"{name}_{suffix}"
+
+    @property
+    def resume(self) -> Path:
+        """Path of the state to continue from."""
+        return self.folder / "resume.pth"
+
+    def remove_partial(self) -> None:
+        """Remove what a killed run left half-written."""
+        for path in self.folder.glob("*.partial"):
+            logger.info("removing %s, left by an interrupted save", path)
+            path.unlink()
+
+    def epochs(self) -> list[int]:
+        """Epochs whose weights are in the folder, ascending."""
+        names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def pair(self, suffix: str) -> tuple[Path, Path]:
+        """Encoder and decoder files of a suffix.
+
+        Raises:
+            CheckpointError: one of them is not there; lists what is.
+        """
+        paths = self.part("encoder", suffix), self.part("decoder", suffix)
+        for path in paths:
+            if not path.is_file():
+                there = sorted(p.name for p in self.folder.glob("*coder_*.pth")) if self.folder.is_dir() else []
+                raise CheckpointError(f"no checkpoint {path}; {self.folder} holds {', '.join(there) or 'none'}")
+        return paths
+
+    def save_weights(self, module, suffix: str) -> None:
+        """Write encoder and decoder of a `SegmentationModule`."""
+        save_atomic(module.encoder.state_dict(), self.part("encoder", suffix))
+        save_atomic(module.decoder.state_dict(), self.part("decoder", suffix))
+
+    def load_epoch(self, module, epoch: int) -> dict:
+        """Load the weights of an epoch and return its history (a new one if there is no history file)."""
+        encoder, decoder = self.pair(f"epoch_{epoch}.pth")
+        load_weights(module.encoder, encoder, what="encoder")
+        load_weights(module.decoder, decoder, what="decoder")
+        path = self.part("history", f"epoch_{epoch}.pth")
+        if not path.is_file():
+            return new_history()
+        return {**new_history(), **read_checkpoint(path)}
+
+    def find_resume(self, mode: str) -> Path | None:
+        """File to continue from, or None to start anew.
+
+        Args:
+            mode: 'auto', 'off', 'restart', or a file.
+
+        Raises:
+            CheckpointError: 'off', and the folder holds a run; or there is no such file.
+        """
+        if mode == "restart":
+            return None
+        if mode == "auto":
+            return self.resume if self.resume.is_file() else None
+        if mode == "off":
+            if self.resume.is_file() or self.epochs():
+                raise CheckpointError(
+                    f"{self.folder} already holds a run: add TRAIN.resume auto to continue it, TRAIN.resume restart to "
+                    f"write over it, or choose another DIR"
+                )
+            return None
+        if not Path(mode).is_file():
+            raise CheckpointError(f"TRAIN.resume: there is no file {mode} (or use auto, off, restart)")
+        return Path(mode)
+
+
+def read_resume(path: Path) -> dict:
+    """State of a run.
+
+    Raises:
+        CheckpointError: the file cannot be read or is no such state.
+    """
+    try:
+        state = read_checkpoint(path)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
+    if not isinstance(state, dict) or not {"step", "encoder", "decoder", "optimizer"} <= set(state):
+        raise CheckpointError(f"{path} is no state to continue from (resume.pth), but some other checkpoint")
+    return state

@@ -1,0 +1,129 @@
+"""The one loop behind eval.py and the validation during training."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..dataset import ValDataset
+from ..lib.nn import user_scattered_collate
+from .inference import label_map
+from .metrics import SegmentationMetric, Summary
+
+logger = logging.getLogger(__name__)
+
+MOST_WORKERS = 4  # loader processes; the network is the slower part
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a validation set and how long it took."""
+
+    summary: Summary
+    images: int
+    seconds: float
+    class_names: Sequence[str]
+
+    @property
+    def images_per_second(self) -> float:
+        """Speed of the whole loop: reading, network, counting."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict:
+        """Plain values for a JSON file; scores in 0..1."""
+        s = self.summary
+        return {
+            "mean_iou": s.mean_iou,
+            "mean_iou_present_classes": s.mean_iou_present,
+            "pixel_accuracy": s.pixel_accuracy,
+            "mean_accuracy": s.mean_accuracy,
+            "overall_score": s.overall,
+            "images": self.images,
+            "labelled_pixels": s.pixels,
+            "seconds": round(self.seconds, 3),
+            "images_per_second": round(self.images_per_second, 3),
+            "iou_per_class": [
+                {"class": name, "iou": float(iou), "present": bool(present)}
+                for name, iou, present in zip(self.class_names, s.iou, s.present, strict=True)
+            ],
+        }
+
+    def report(self) -> str:
+        """The scores as text, classes first."""
+        s = self.summary
+        width = max(len(name) for name in self.class_names)
+        lines = [
+            f"  {name:<{width}}  {iou:.4f}" + ("" if present else "  (not in the labels)")
+            for name, iou, present in zip(self.class_names, s.iou, s.present, strict=True)
+        ]
+        return "\n".join(
+            [
+                "IoU per class:",
+                *lines,
+                f"Mean IoU (over all {len(s.iou)} classes): {s.mean_iou:.4f}",
+                f"Mean IoU (over the {int(s.present.sum())} present):{s.mean_iou_present:>9.4f}",
+                f"Pixel accuracy: {s.pixel_accuracy * 100:.2f} %",
+                f"Mean accuracy:  {s.mean_accuracy * 100:.2f} %",
+                f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
+                f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
+            ]
+        )
+
+
+def item_loader(dataset, batch_size: int = 1, workers: int = MOST_WORKERS) -> DataLoader:
+    """Loader whose elements are lists of `batch_size` items, each with pictures of its own size."""
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=min(workers, len(dataset), os.cpu_count() or 1),
+        collate_fn=user_scattered_collate,
+        generator=torch.Generator(),  # its base seed is not to be drawn from the stream of a training run
+    )
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: ValDataset,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 1,
+    workers: int = MOST_WORKERS,
+    on_result: Callable[[dict, np.ndarray], None] | None = None,
+) -> Evaluation:
+    """Score a model on a validation set.
+
+    Pictures go through the network one by one, whatever the batch size: a batched convolution rounds differently, and
+    the figures are not to depend on it.
+
+    Args:
+        model: a `SegmentationModule`; put in eval mode, and back afterwards.
+        dataset: the pictures and labels.
+        device: where the model is.
+        batch_size: pictures loaded per step.
+        workers: loader processes.
+        on_result: called with every item and its (H, W) label map, e.g. to write panels.
+    """
+    metric, images = SegmentationMetric(len(dataset.table)), 0
+    was_training = model.training
+    model.eval()
+    start = time.perf_counter()
+    try:
+        with tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None) as bar:
+            for items in item_loader(dataset, batch_size, workers):
+                for item in items:
+                    prediction = label_map(model, item, device)
+                    metric.add(prediction, item["seg_label"][0].numpy())
+                    if on_result:
+                        on_result(item, prediction)
+                    images += 1
+                    bar.update()
+    finally:
+        model.train(was_training)
+    return Evaluation(metric.summary(), images, time.perf_counter() - start, dataset.table.names)

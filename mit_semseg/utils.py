@@ -1,0 +1,17 @@
+"""Old names, kept where others import them; each lives elsewhere."""
+
+from .apps.cli import NotSupportedCliException, parse_devices, setup_logger
+from .apps.visualize import colorEncode
+from .dataset.records import find_recursive
+from .evaluation.metrics import AverageMeter, accuracy, intersectionAndUnion
+
+__all__ = [
+    "AverageMeter",
+    "NotSupportedCliException",
+    "accuracy",
+    "colorEncode",
+    "find_recursive",
+    "intersectionAndUnion",
+    "parse_devices",
+    "setup_logger",
+]
