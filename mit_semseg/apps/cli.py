@@ -2,15 +2,17 @@
 
 import argparse
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from ..config import Config, add_config_arguments
-from ..engine import MaskedNLLLoss, RunFiles
+from ..engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, freeze_batch_norm
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 
@@ -156,6 +158,27 @@ def build_module(cfg: Config, device: torch.device, *, checkpoint: str | None = 
     )
     module = SegmentationModule(encoder, decoder, MaskedNLLLoss(), cfg.TRAIN.deep_sup_scale)
     return module.to(device)
+
+
+def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim.Optimizer, Settings]:
+    """Optimizer and settings of a training run; freezes batch norms and sets the memory order if asked to."""
+    train = cfg.TRAIN
+    if train.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if train.fix_bn:
+        freeze_batch_norm(module)
+    optimizer = build_optimizer(
+        module.encoder,
+        module.decoder,
+        name=train.optim,
+        lr_encoder=train.lr_encoder,
+        lr_decoder=train.lr_decoder,
+        beta1=train.beta1,
+        weight_decay=train.weight_decay,
+    )
+    values = {field.name: train[field.name] for field in fields(Settings)}
+    values["workers"] = min(train.workers, os.cpu_count() or 1)
+    return optimizer, Settings(**values)
 
 
 def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:

@@ -30,9 +30,18 @@ class Option:
 
 
 ENCODER_NAMES = (
-    "mobilenetv2dilated", "resnet18", "resnet18dilated", "resnet34", "resnet34dilated", "resnet50", "resnet50dilated",
-    "resnet101", "resnet101dilated", "resnext101", "hrnetv2",
-)  # fmt: skip
+    "mobilenetv2dilated",
+    "resnet18",
+    "resnet18dilated",
+    "resnet34",
+    "resnet34dilated",
+    "resnet50",
+    "resnet50dilated",
+    "resnet101",
+    "resnet101dilated",
+    "resnext101",
+    "hrnetv2",
+)
 DECODER_NAMES = ("c1", "c1_deepsup", "ppm", "ppm_deepsup", "upernet", "upernet_lite")
 
 OPTIONS: dict[str, Option] = {
@@ -52,14 +61,19 @@ OPTIONS: dict[str, Option] = {
         kinds=(str, tuple),
     ),
     "DATASET.ignore_values": Option(
-        (), "raw label values to ignore when `classes` is a list; the names go to the other values from 0 up", low=0,
+        (),
+        "raw label values to ignore when `classes` is a list; the names go to the other values from 0 up",
+        low=0,
         high=65535,
-    ),  # fmt: skip
+    ),
     "DATASET.palette_labels": Option(False, "read palette PNG labels (PASCAL VOC style) by their indices"),
     "DATASET.imgSizes": Option(
-        (300, 375, 450, 525, 600), "short sides: one is drawn per training batch, all are averaged in evaluation",
-        low=1, high=100000, kinds=(tuple, int),
-    ),  # fmt: skip
+        (300, 375, 450, 525, 600),
+        "short sides: one is drawn per training batch, all are averaged in evaluation",
+        low=1,
+        high=100000,
+        kinds=(tuple, int),
+    ),
     "DATASET.imgMaxSize": Option(1000, "longest side after resizing", low=1, high=100000),
     "DATASET.padding_constant": Option(8, "sides of a batch are rounded up to a multiple of this", low=1, high=4096),
     "DATASET.segm_downsampling_rate": Option(8, "training labels are sampled down by this", low=1, high=4096),
@@ -72,8 +86,9 @@ OPTIONS: dict[str, Option] = {
     "MODEL.fc_dim": Option(
         2048, "channels of the encoder's last map; not needed, but checked if set to anything but the default", low=1
     ),
-    "MODEL.output_stride": Option(0, "8, 16 or 32 (hrnetv2 also 4); 0 is what the encoder's name says",
-                                  choices=(0, 4, 8, 16, 32)),  # fmt: skip
+    "MODEL.output_stride": Option(
+        0, "8, 16 or 32 (hrnetv2 also 4); 0 is what the encoder's name says", choices=(0, 4, 8, 16, 32)
+    ),
     "MODEL.pretrained": Option(True, "start the encoder from its ImageNet base when weights_encoder is ''"),
     "MODEL.new_head": Option(False, "start the classifier anew where weights_decoder has another number of classes"),
     # Training
@@ -100,7 +115,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.eval_epoch": Option(0, "epochs between two validations; 0 never validates", low=0),
     "TRAIN.checkpoint_iters": Option(1000, "steps between two saves inside an epoch; 0 saves at its end only", low=0),
     "TRAIN.resume": Option(
-        "off", "'auto' continues the run in DIR if there is one, 'off' refuses to write over it, 'restart' does, or a file"
+        "off", "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file"
     ),
     "TRAIN.tensorboard": Option(False, "write scalars and pictures for TensorBoard to DIR/tensorboard"),
     # Validation
@@ -111,4 +126,4 @@ OPTIONS: dict[str, Option] = {
     "TEST.batch_size": Option(1, "pictures loaded per step; the results do not depend on it", low=1),
     "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),
     "TEST.result": Option("./", "folder to write the results to"),
-}  # fmt: skip
+}

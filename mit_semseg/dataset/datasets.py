@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .classes import UNKNOWN, ClassTable, class_table
-from .files import ImageFileError, read_image, read_label
+from .files import ImageFileError, image_size, read_image, read_label
 from .records import ListError, load_records
 from .samplers import OrientationBatches
 from .transforms import normalize, pad_batch, scale_pyramid, train_pair
@@ -82,8 +82,8 @@ def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, tab
     unknown = present[table.index[present] == UNKNOWN]
     if len(unknown):
         raise ImageFileError(
-            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in the "
-            f"class table ({table.raw_values()}); correct the file, or name them in DATASET.classes / "
+            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
+            f"the class table ({table.raw_values()}); correct the file, or name them in DATASET.classes / "
             f"DATASET.ignore_values"
         )
 
@@ -114,10 +114,13 @@ class TrainDataset(_LabelledRecords):
             )
         self.random_flip = getattr(opt, "random_flip", True)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
-        sizes = [(record.get("width"), record.get("height")) for record in self.records]
-        if not all(width and height for width, height in sizes):
-            raise ListError(f"{odgt}: a training list needs width and height in every record, to sort by orientation")
-        self.order = OrientationBatches([height > width for width, height in sizes], batch_per_gpu, seed)
+        self.order = OrientationBatches([self._is_upright(r) for r in self.records], batch_per_gpu, seed)
+
+    def _is_upright(self, record: dict) -> bool:
+        if record.get("width") and record.get("height"):
+            return record["height"] > record["width"]
+        width, height = image_size(self.path(record, "fpath_img"))
+        return height > width
 
     def __len__(self) -> int:
         return ENDLESS

@@ -90,11 +90,11 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
 
 
 _LABEL_FIX = {
-    "P": "the label is a palette image (mode P); if its indices are the raw values set DATASET.palette_labels True, else "
-    "save it as 8-bit grey",
+    "P": "the label is a palette image (mode P); if its indices are the raw values set DATASET.palette_labels True, "
+    "else save it as 8-bit grey",
     "RGB": "the label is an RGB picture, but labels are 8-bit grey with one value per class; map its colours to values "
     "and save it as mode L",
-    "1": "the label has one bit per pixel (mode 1); save it as 8-bit grey with the values of your classes, e.g. 0 and 1",
+    "1": "the label has one bit per pixel (mode 1); save it as 8-bit grey with the values of your classes",
 }
 _LABEL_FIX["RGBA"] = _LABEL_FIX["RGB"]
 _OTHER_FIX = (

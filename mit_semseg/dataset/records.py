@@ -41,8 +41,8 @@ def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.P
     if folder.is_dir():
         return scan_pairs(folder, root)
     raise ListError(
-        f"there is no list {path} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your own images name "
-        f"a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
+        f"there is no list {path} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your own images "
+        f"name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
     )
 
 
@@ -83,6 +83,8 @@ def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
 def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
     """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem.
 
+    A picture with an unreadable header is listed without its size.
+
     Raises:
         ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
     """
@@ -95,15 +97,19 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
     if lonely or not by_stem:
         what = f"{len(lonely)} files have no partner of the same stem: {some(lonely, 3)}" if lonely else "no images"
         raise ListError(f"{images} and {annotations}: {what}")
-    records = []
-    for stem in sorted(by_stem):
-        try:
-            width, height = image_size(by_stem[stem])
-        except ImageFileError as error:
-            raise ListError(str(error)) from None
-        records.append({"fpath_img": _relative(by_stem[stem], root), "fpath_segm": _relative(labels[stem], root),
-                        "width": width, "height": height})  # fmt: skip
-    return records
+    return [
+        {"fpath_img": _relative(by_stem[stem], root), "fpath_segm": _relative(labels[stem], root), **_size(by_stem[stem])}
+        for stem in sorted(by_stem)
+    ]
+
+
+def _size(path: Path) -> dict[str, int]:
+    """`width` and `height` of a picture; neither if it is unreadable, which whoever opens it will say."""
+    try:
+        width, height = image_size(path)
+    except ImageFileError:
+        return {}
+    return {"width": width, "height": height}
 
 
 def _pair_of_folders(folder: Path) -> tuple[Path, Path]:

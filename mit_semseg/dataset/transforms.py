@@ -1,4 +1,7 @@
-"""Resizing, padding and normalizing: pure functions on images and labels. The published weights rely on these numbers."""
+"""Resizing, padding and normalizing: pure functions on images and labels.
+
+The published weights rely on these numbers.
+"""
 
 from collections.abc import Sequence
 

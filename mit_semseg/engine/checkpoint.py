@@ -33,8 +33,8 @@ def save_atomic(obj, path: Path) -> None:
 class RunFiles:
     """The folder of a run.
 
-    `encoder_<suffix>`, `decoder_<suffix>` with suffix `epoch_N.pth` or `best.pth` are state dicts; `history_epoch_N.pth`
-    the curves; `resume.pth` everything needed to continue.
+    `encoder_<suffix>`, `decoder_<suffix>` with suffix `epoch_N.pth` or `best.pth` are state dicts,
+    `history_epoch_N.pth` the curves, `resume.pth` everything needed to continue.
 
     Args:
         folder: DIR of the configuration.

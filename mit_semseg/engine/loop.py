@@ -17,8 +17,9 @@ from ..dataset.samplers import BatchNumbers
 from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import UserError
-from .checkpoint import RunFiles, new_history, read_resume, save_atomic
+from .checkpoint import RunFiles, read_resume, save_atomic
 from .optim import learning_rates, schedule, set_learning_rates
+from .run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -107,47 +108,6 @@ def train_step(
     return torch.stack(losses).mean(), torch.stack(accuracies).mean()
 
 
-class Run:
-    """Everything of a training run that changes from step to step, and how it is saved and restored."""
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, device: torch.device):
-        self.module, self.optimizer, self.device = module, optimizer, device
-        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
-        self.step, self.best, self.history = 0, -1.0, new_history()
-        self.loss, self.accuracy = AverageMeter(), AverageMeter()
-
-    def state(self) -> dict:
-        """Plain values and tensors from which the run continues bit for bit."""
-        cuda = self.device.type == "cuda"
-        return {
-            "step": self.step,
-            "best": self.best,
-            "history": self.history,
-            "meters": [(m.sum, m.count) if m.initialized else None for m in (self.loss, self.accuracy)],
-            "encoder": self.module.encoder.state_dict(),
-            "decoder": self.module.decoder.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
-        }
-
-    def restore(self, state: dict) -> None:
-        """Continue from a `state`."""
-        self.module.encoder.load_state_dict(state["encoder"])
-        self.module.decoder.load_state_dict(state["decoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.history = state["step"], state["best"], state["history"]
-        for meter, saved in zip((self.loss, self.accuracy), state["meters"], strict=True):
-            if saved:
-                meter.initialize(saved[0] / saved[1], saved[1])
-                meter.sum = saved[0]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-
-
 def fit(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -171,7 +131,7 @@ def fit(
         CheckpointError: the folder holds a run that would be written over, or the state cannot be read.
         TrainingStopped: the loss is not finite; names step, files and the last good checkpoint.
     """
-    run = Run(module, optimizer, settings, device)
+    run = Run(module, optimizer, device, scale_loss=settings.amp == "fp16")
     _start(run, files, settings, resume)
     loader = DataLoader(
         dataset,
@@ -256,8 +216,10 @@ def _end_epoch(
         summary = evaluation.summary
         logger.info(
             "Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%",
-            epoch, summary.mean_iou, summary.pixel_accuracy * 100,
-        )  # fmt: skip
+            epoch,
+            summary.mean_iou,
+            summary.pixel_accuracy * 100,
+        )
         for key, value in (("epoch", epoch), ("mean_iou", summary.mean_iou), ("acc", summary.pixel_accuracy)):
             run.history["val"][key].append(value)
         if summary.mean_iou > run.best:
@@ -279,8 +241,8 @@ def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFile
         last += f", the last state to continue from {files.resume}"
     return (
         f"step {run.step + 1} (epoch {run.step // settings.epoch_iters + 1}, iteration "
-        f"{run.step % settings.epoch_iters + 1}): {error}; {last}. Nothing was updated by this batch. A smaller learning "
-        f"rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
+        f"{run.step % settings.epoch_iters + 1}): {error}; {last}. This batch changed nothing. A smaller "
+        f"learning rate,  TRAIN.warmup_iters or TRAIN.clip_grad usually help"
     )
 
 

@@ -40,8 +40,8 @@ def dilation_of_stage(stride: int, current_stride: int, output_stride: int) -> t
         output_stride: largest stride allowed.
 
     Returns:
-        (stride, dilation of the convolution that would have been strided, dilation of the others): in the first block of
-        a dilated stage the strided convolution still sees its input at the previous stage's spacing.
+        (stride, dilation of the convolution that would have been strided, dilation of the others): in the first block
+        of a dilated stage the strided convolution still sees its input at the previous stage's spacing.
     """
     before = max(1, current_stride // output_stride)
     after = max(1, current_stride * stride // output_stride)

@@ -114,8 +114,8 @@ def read_checkpoint(path: str | os.PathLike):
             (line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
         )
         raise WeightsError(
-            f"{path} was refused: it is damaged or holds more than tensors and plain values, and code from a checkpoint "
-            f"is never run ({detail.strip()[:200]})"
+            f"{path} was refused: it is damaged or holds more than tensors and plain values, and code from a "
+            f"checkpoint is never run ({detail.strip()[:200]})"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise WeightsError(f"{path} cannot be read, it is damaged or no checkpoint: {str(error)[:200]}") from None
@@ -168,9 +168,15 @@ def load_weights(
     lacking = [key for key in absent if not key.endswith(OPTIONAL_SUFFIX)]
     surplus = [] if base else report.surplus
     if wrong or lacking or surplus:
-        problems = [f"{label}: {some(names)}" for label, names in
-                    (("other shape", wrong), ("missing in the file", lacking), ("unknown to the model", surplus))
-                    if names]  # fmt: skip
+        problems = [
+            f"{label}: {some(names)}"
+            for label, names in (
+                ("other shape", wrong),
+                ("missing in the file", lacking),
+                ("unknown to the model", surplus),
+            )
+            if names
+        ]
         hint = ""
         if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
             hint = "; to start the classifier anew for another number of classes set MODEL.new_head True"
@@ -241,8 +247,8 @@ def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
     """
     file = IMAGENET_BASES.get(arch.removesuffix("dilated"))
     ways = (
-        "give a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights (MODEL.pretrained "
-        "False, or pretrained=False)"
+        "give a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights "
+        "(MODEL.pretrained False, or pretrained=False)"
     )
     if file is None:
         raise WeightsError(f"no ImageNet base was published for {arch}: {ways}")

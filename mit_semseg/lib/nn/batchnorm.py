@@ -1,8 +1,8 @@
 """Batch normalization whose statistics are taken over all replicas of a `DataParallel`.
 
-The classes are ordinary `torch.nn.BatchNorm*d` modules: same parameters, buffers and state-dict keys. On one device they
-are PyTorch's own kernel. Inside a replicated module (see `parallel.py`) every replica contributes its count, mean and
-sum of squared deviations, which are merged as in Chan, Golub & LeVeque (1979), so that the variance is never negative.
+The classes are ordinary `torch.nn.BatchNorm*d` modules: same parameters, buffers and state-dict keys. On one device
+they are PyTorch's own kernel. Inside a replicated module (see `parallel.py`) every replica contributes its count, mean
+and sum of squared deviations, which are merged as in Chan, Golub & LeVeque (1979): the variance is never negative.
 """
 
 import threading

@@ -101,8 +101,10 @@ class DictGatherDataParallel(DataParallelWithCallback):
     def gather(self, outputs, output_device):
         """Gather a list of dicts (or of what `nn.DataParallel` takes) on one device."""
         if outputs and isinstance(outputs[0], Mapping):
-            return {key: super(DictGatherDataParallel, self).gather([o[key] for o in outputs], output_device)
-                    for key in outputs[0]}  # fmt: skip
+            return {
+                key: super(DictGatherDataParallel, self).gather([o[key] for o in outputs], output_device)
+                for key in outputs[0]
+            }
         return super().gather(outputs, output_device)
 
 

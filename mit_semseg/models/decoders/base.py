@@ -30,7 +30,7 @@ class Decoder(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no head()")
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
-        """Raw class scores, each (N, num_class, h, w): the main ones, then those of the deep supervision branch if any."""
+        """Raw class scores, each (N, num_class, h, w): the main ones, then the deep supervision branch's, if any."""
         main = self.head(features)
         if not hasattr(self, "cbr_deepsup"):
             return [main]

@@ -32,8 +32,10 @@ class HighResolutionModule(nn.Module):
     def _fuse(source: int, target: int, norm_layer: NormLayer) -> nn.Sequential:
         if source > target:
             return _conv_bn(WIDTHS[source], WIDTHS[target], 1, 1, norm_layer)
-        steps = [conv_bn_relu(WIDTHS[source], WIDTHS[source], stride=2, norm_layer=norm_layer)
-                 for _ in range(target - source - 1)]  # fmt: skip
+        steps = [
+            conv_bn_relu(WIDTHS[source], WIDTHS[source], stride=2, norm_layer=norm_layer)
+            for _ in range(target - source - 1)
+        ]
         return nn.Sequential(*steps, _conv_bn(WIDTHS[source], WIDTHS[target], 3, 2, norm_layer))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:

@@ -60,7 +60,7 @@ class MobileNetV2(nn.Module):
                         norm_layer=norm_layer,
                         dilation=first_dilation if i == 0 else dilation,
                         shortcut=i > 0,
-                    )  # fmt: skip
+                    )
                 )
                 channels = planes
             reached *= nominal

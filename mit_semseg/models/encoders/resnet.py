@@ -103,8 +103,17 @@ class ResNet(nn.Module):
         for i, depth in enumerate(depths):
             planes, nominal = 64 * 2**i, 1 if i == 0 else 2
             stride, first_dilation, dilation = dilation_of_stage(nominal, reached, output_stride)
-            stage = make_layer(block, channels, planes, depth, stride=stride, first_dilation=first_dilation,
-                               dilation=dilation, groups=groups, norm_layer=norm_layer)  # fmt: skip
+            stage = make_layer(
+                block,
+                channels,
+                planes,
+                depth,
+                stride=stride,
+                first_dilation=first_dilation,
+                dilation=dilation,
+                groups=groups,
+                norm_layer=norm_layer,
+            )
             setattr(self, f"layer{i + 1}", stage)
             channels, reached = planes * block.expansion, reached * nominal
         self.out_channels = tuple(64 * 2**i * block.expansion for i in range(4))

@@ -1,0 +1,47 @@
+"""Download what the scripts work on.
+
+    python -m mit_semseg.apps.fetch model ade20k-resnet50dilated-ppm_deepsup --to ckpt/FOLDER
+    python -m mit_semseg.apps.fetch file http://HOST/picture.jpg --to picture.jpg [--sha256 HEX]
+    python -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
+
+`list` downloads nothing: it writes the list of a folder of images and annotations. An address that begins with a slash is
+on the server of the published models.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..dataset.records import load_records, write_odgt
+from ..models.weights import PUBLISHED, download, fetch_published, server
+from .cli import run
+
+
+def main() -> None:
+    """Fetch from the command line."""
+    parser = argparse.ArgumentParser(description="Download published weights and files, and write image lists.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    model = commands.add_parser("model", help="encoder and decoder of a published model")
+    model.add_argument("source", metavar="NAME", help=", ".join(PUBLISHED))
+    file = commands.add_parser("file", help="any file")
+    file.add_argument("source", metavar="ADDRESS")
+    file.add_argument("--sha256", default="", help="expected digest, or its beginning")
+    listing = commands.add_parser("list", help="list (.odgt) of a folder of images and annotations")
+    listing.add_argument("source", metavar="FOLDER")
+    listing.add_argument("--root", default=".", help="folder that the paths are relative to (DATASET.root_dataset)")
+    for command in (model, file, listing):
+        command.add_argument("--to", required=True, metavar="PATH", help="where to write")
+    args = parser.parse_args()
+    if args.command == "model":
+        fetch_published(args.source, args.to)
+    elif args.command == "file":
+        on_server = args.source.startswith("/")
+        address = server().removesuffix("/model") + args.source if on_server else args.source
+        download(address, Path(args.to), sha256=args.sha256)
+    else:
+        records = load_records(Path(args.source).resolve(), Path(args.root).resolve())
+        write_odgt(records, args.to)
+        print(f"{len(records)} pairs listed in {args.to}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,138 @@
+"""What is wrong with a data set, file by file.
+
+    python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
+
+opens every image and label of the training and validation lists and prints counts, sizes, orientations, the share of
+every class, and every file that cannot be used. Exit code 0 if all is well, 1 if a file cannot be used, 2 if a list cannot.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+from tqdm import tqdm
+
+from ..config import add_config_arguments, load_config
+from ..lib.utils import UserError
+from .classes import IGNORE
+from .datasets import ValDataset
+
+
+@dataclass
+class Diagnosis:
+    """What was found in a list."""
+
+    source: str
+    class_names: tuple[str, ...]
+    images: int = 0
+    upright: int = 0
+    sizes: Counter = field(default_factory=Counter)  # (width, height) of readable images
+    pixels: np.ndarray | None = None  # (num_class + 1,), the last entry counts ignored ones
+    in_images: np.ndarray | None = None  # (num_class,) images that have the class
+    problems: list[str] = field(default_factory=list)
+
+    def absent(self) -> list[str]:
+        """Classes that no label has."""
+        return [name for name, count in zip(self.class_names, self.in_images, strict=True) if not count]
+
+    def report(self) -> str:
+        """The findings as text."""
+        lines = [f"{self.source}: {self.images} images, {len(self.problems)} unusable"]
+        if self.sizes:
+            lines.append(_size_line(self.sizes))
+            usable = sum(self.sizes.values())
+            lines.append(f"  orientation: {self.upright} upright (higher than wide), {usable - self.upright} lying")
+            lines += self._class_lines()
+        if self.absent():
+            lines.append(f"  classes that no label has ({len(self.absent())}): {', '.join(self.absent())}")
+        lines += [f"  UNUSABLE {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+    def _class_lines(self) -> Iterator[str]:
+        total, width = max(1, self.pixels.sum()), max(len(name) for name in (*self.class_names, "(ignored)"))
+        yield f"  {'class':<{width}}  share of pixels  images"
+        for i in np.argsort(-self.pixels[:-1], kind="stable"):
+            if self.in_images[i]:
+                share = 100 * self.pixels[i] / total
+                yield f"  {self.class_names[i]:<{width}}  {share:>13.3f} %  {self.in_images[i]:>6}"
+        yield f"  {'(ignored)':<{width}}  {100 * self.pixels[-1] / total:>13.3f} %"
+
+
+def _size_line(sizes: Counter) -> str:
+    widths, heights = [w for w, _ in sizes], [h for _, h in sizes]
+    (width, height), most = sizes.most_common(1)[0]
+    return (
+        f"  sizes: width {min(widths)} to {max(widths)}, height {min(heights)} to {max(heights)}; most often "
+        f"{width}x{height} ({most} images)"
+    )
+
+
+def _inspect(dataset: ValDataset, record: dict) -> tuple[dict, tuple[int, int], np.ndarray] | str:
+    try:
+        image, label = dataset.pair(record)
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever a broken file makes a decoder do, it is the file's finding
+        return f"{record.get('fpath_img')}: {type(error).__name__}: {error}"
+    listed = (record.get("width", image.width), record.get("height", image.height))
+    if listed != image.size:
+        return (
+            f"{record['fpath_img']}: the list says {listed[0]}x{listed[1]}, the image is {image.width}x{image.height}"
+        )
+    classes = dataset.table.encode(np.asarray(label))
+    counts = np.bincount(
+        np.where(classes == IGNORE, len(dataset.table), classes).ravel(), minlength=len(dataset.table) + 1
+    )
+    return record, image.size, counts
+
+
+def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Diagnosis:
+    """Open every image and label of a data set.
+
+    Args:
+        dataset: with the records, the class table and the root folder.
+        source: name of the list for the report.
+        progress: wraps the iterable of findings.
+    """
+    found = Diagnosis(source, dataset.table.names, images=len(dataset.records))
+    found.pixels = np.zeros(len(dataset.table) + 1, np.int64)
+    found.in_images = np.zeros(len(dataset.table), np.int64)
+    with ThreadPoolExecutor() as pool:
+        results = pool.map(lambda record: _inspect(dataset, record), dataset.records)
+        for result in progress(results, total=len(dataset.records), desc=source, unit="img", disable=None):
+            if isinstance(result, str):
+                found.problems.append(result)
+                continue
+            _, size, counts = result
+            found.sizes[size] += 1
+            found.upright += size[1] > size[0]
+            found.pixels += counts
+            found.in_images += counts[:-1] > 0
+    return found
+
+
+def main() -> int:
+    """Check the lists of a configuration."""
+    parser = argparse.ArgumentParser(description="Check every image and label of a data set.")
+    add_config_arguments(parser)
+    args = parser.parse_intermixed_args()
+    code = 0
+    try:
+        data = load_config(args.cfg, args.opts).DATASET
+        for source in dict.fromkeys((data.list_train, data.list_val)):
+            found = diagnose(ValDataset(data.root_dataset, source, data), source)
+            print(found.report())
+            code = max(code, 1 if found.problems else 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("every file can be used" if code == 0 else "some files cannot be used, see UNUSABLE above")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""The house rule: who may import whom, and nothing happens at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mit_semseg"
+# Each room may import from the rooms named; `lib` stands under all.
+ALLOWED = {
+    "lib": set(),
+    "config": {"lib"},
+    "dataset": {"lib", "config"},
+    "models": {"lib"},
+    "evaluation": {"lib", "dataset", "models"},
+    "engine": {"lib", "dataset", "models", "evaluation"},
+    "apps": {"lib", "config", "dataset", "models", "evaluation", "engine"},
+    "utils": {"lib", "dataset", "models", "evaluation", "engine", "apps"},
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_rooms(path: Path) -> set[str]:
+    here = ("mit_semseg", *path.relative_to(PACKAGE).with_suffix("").parts)
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level] if node.level else ()
+            full = (*base, *(node.module.split(".") if node.module else ()))
+            names = [full] if len(full) > 1 else [(*full, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        rooms |= {name[1] for name in names if name[0] == "mit_semseg" and len(name) > 1}
+    return rooms
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.parent != PACKAGE or f.name == "utils.py"], ids=str)
+def test_imports_go_one_way(path):
+    room = room_of(path)
+    assert imported_rooms(path) - {room} <= ALLOWED[room], f"{path} imports a room that does not stand below {room}"
+
+
+def test_the_rule_sees_every_room():
+    assert {room_of(path) for path in FILES} - {"__init__"} == set(ALLOWED)
+    assert "models" in imported_rooms(PACKAGE / "apps" / "cli.py")
+
+
+def test_scripts_are_short():
+    for name in ("train.py", "eval.py", "test.py"):
+        assert len((ROOT / name).read_text().splitlines()) <= 60, name
+
+
+def test_modules_are_within_their_budget():
+    for path in FILES:
+        assert len(path.read_text().splitlines()) <= 300, path
+
+
+def test_import_reads_and_prints_nothing(tmp_path):
+    """Importing every public module from an empty folder writes nothing and needs no file there."""
+    code = (
+        "import mit_semseg, mit_semseg.config, mit_semseg.dataset, mit_semseg.models, mit_semseg.utils, "
+        "mit_semseg.lib.nn, mit_semseg.lib.utils, mit_semseg.engine, mit_semseg.evaluation"
+    )
+    env = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_import_by_path_under_another_name(tmp_path):
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("segkit", {str(PACKAGE / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec); sys.modules["segkit"] = module; spec.loader.exec_module(module)
+import segkit.models, segkit.config
+print(len(segkit.models.ENCODERS), segkit.config.cfg.DATASET.num_class)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["11", "150"], done.stderr
