@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import torch
 
 from ..config import Config, add_config_arguments
 from ..engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, freeze_batch_norm
-from ..lib.utils import UserError
+from ..lib.utils import UserError, available_cores
 from ..models import ModelBuilder, SegmentationModule
 
 logger = logging.getLogger(__name__)
@@ -177,7 +176,7 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         weight_decay=train.weight_decay,
     )
     values = {field.name: train[field.name] for field in fields(Settings)}
-    values["workers"] = min(train.workers, os.cpu_count() or 1)
+    values["workers"] = min(train.workers, available_cores())
     return optimizer, Settings(**values)
 
 

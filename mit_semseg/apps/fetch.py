@@ -4,8 +4,8 @@
     python -m mit_semseg.apps.fetch file http://HOST/picture.jpg --to picture.jpg [--sha256 HEX]
     python -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
 
-`list` downloads nothing: it writes the list of a folder of images and annotations. An address that begins with a slash is
-on the server of the published models.
+`list` downloads nothing: it writes the list of a folder of images and annotations. An address that begins with a slash
+is on the server of the published models.
 """
 
 import argparse

@@ -3,7 +3,8 @@
     python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
 
 opens every image and label of the training and validation lists and prints counts, sizes, orientations, the share of
-every class, and every file that cannot be used. Exit code 0 if all is well, 1 if a file cannot be used, 2 if a list cannot.
+every class, and every file that cannot be used. Exit code 0 if all is well, 1 if a file cannot be used, 2 if a list
+cannot.
 """
 
 import argparse

@@ -22,8 +22,9 @@ def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.P
     """Records of a list.
 
     Args:
-        source: an odgt file (one JSON object a line); a folder (absolute, or below `root`) that holds `images/` and
-            `annotations/`, or whose path has a part `images` with a twin `annotations`; or records themselves.
+        source: an odgt file (one JSON object a line); a folder (below `root` if there is one of that name, else as it
+            stands) that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
+            `annotations`; or records themselves.
         root: folder that the paths in records are relative to.
 
     Raises:
@@ -35,14 +36,14 @@ def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.P
             _require(record, f"record {i}")
         return records
     path = Path(source)
-    folder = path if path.is_dir() else Path(root) / path
     if path.is_file():
         return _read_odgt(path)
-    if folder.is_dir():
-        return scan_pairs(folder, root)
+    for folder in (Path(root) / path, path):
+        if folder.is_dir():
+            return scan_pairs(folder, root)
     raise ListError(
-        f"there is no list {path} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your own images "
-        f"name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
+        f"there is no list {path} (nor a folder {Path(root) / path}): for ADE20K run ./download_ade20k.sh; for your "
+        f"own images name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
     )
 
 
@@ -98,7 +99,11 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
         what = f"{len(lonely)} files have no partner of the same stem: {some(lonely, 3)}" if lonely else "no images"
         raise ListError(f"{images} and {annotations}: {what}")
     return [
-        {"fpath_img": _relative(by_stem[stem], root), "fpath_segm": _relative(labels[stem], root), **_size(by_stem[stem])}
+        {
+            "fpath_img": _relative(by_stem[stem], root),
+            "fpath_segm": _relative(labels[stem], root),
+            **_size(by_stem[stem]),
+        }
         for stem in sorted(by_stem)
     ]
 

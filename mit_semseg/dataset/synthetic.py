@@ -2,8 +2,8 @@
 
     python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 160x120] [--seed 0]
 
-writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every picture is a landscape: sky, grass,
-a road, and a few houses, trees, cars and a sun, with texture, noise and light of its own.
+writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every picture is a landscape: sky,
+grass, a road, and a few houses, trees, cars and a sun, with texture, noise and light of its own.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..lib.utils import whole_file
 
-# raw label value = position + 1; 0 is unlabelled (a thin border around the objects)
+# raw label value = position + 1; 0 is unlabelled (a thin border between classes, as in PASCAL VOC)
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
 COLORS = ("#78b4e6", "#6eaa50", "#828282", "#be6450", "#1e6e3c", "#2850c8", "#fadc28")
 SKY, GRASS, ROAD, HOUSE, TREE, CAR, SUN = range(1, 8)
@@ -49,7 +49,7 @@ class _Scene:
         self.shape("rectangle", (0, self.horizon, self.width, self.height), (95, 150, 70), GRASS)
 
     def sun(self) -> None:
-        radius = int(self.height * self.rng.uniform(0.07, 0.11))
+        radius = int(self.height * self.rng.uniform(0.09, 0.13))
         x = int(self.rng.uniform(radius, self.width - radius))
         y = int(self.rng.uniform(radius, max(radius + 1, self.horizon * 0.45)))
         self.shape("ellipse", (x - radius, y - radius, x + radius, y + radius), (250, 225, 90), SUN)
@@ -75,7 +75,7 @@ class _Scene:
             self.shape("rectangle", box, (70, 80, 100), HOUSE)
 
     def tree(self) -> None:
-        size = self.height * self.rng.uniform(0.2, 0.34)
+        size = self.height * self.rng.uniform(0.26, 0.4)
         x = self.rng.uniform(0, self.width)
         base = self.horizon + self.rng.uniform(0.05, 0.3) * self.height
         self.shape("rectangle", (x - size * 0.07, base - size * 0.5, x + size * 0.07, base), (95, 65, 40), TREE)
@@ -86,10 +86,10 @@ class _Scene:
             self.shape("ellipse", (x + dx - r, y - r, x + dx + r, y + r), (35, 95, 45), TREE)
 
     def car(self) -> None:
-        t = self.rng.uniform(0.35, 0.85)
+        t = self.rng.uniform(0.4, 0.85)
         far, near = self.road_line
         x, y = far + (near - far) * t, self.horizon + (self.height - self.horizon) * t
-        width = self.width * (0.08 + 0.14 * t)
+        width = self.width * (0.1 + 0.2 * t)
         body = [(40, 70, 200), (200, 40, 50), (235, 235, 235)][self.rng.integers(3)]
         self.shape("rectangle", (x - width / 2, y - width * 0.28, x + width / 2, y), body, CAR)
         self.shape("rectangle", (x - width * 0.3, y - width * 0.5, x + width * 0.3, y - width * 0.27), body, CAR)
@@ -107,7 +107,7 @@ class _Scene:
         pixels = np.asarray(image, np.float32) * light * self.rng.uniform(0.75, 1.15)
         pixels += self.rng.normal(0, 7, pixels.shape)
         edges = np.asarray(label.filter(ImageFilter.MaxFilter(3))) != np.asarray(label.filter(ImageFilter.MinFilter(3)))
-        raw = np.where(edges & (self.rng.random(edges.shape) < 0.5), 0, np.asarray(label)).astype(np.uint8)
+        raw = np.where(edges, 0, np.asarray(label)).astype(np.uint8)
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), Image.fromarray(raw)
 
 

@@ -1,7 +1,6 @@
 """The one loop behind eval.py and the validation during training."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from ..dataset import ValDataset
 from ..lib.nn import user_scattered_collate
+from ..lib.utils import available_cores
 from .inference import label_map
 from .metrics import SegmentationMetric, Summary
 
@@ -82,7 +82,7 @@ def item_loader(dataset, batch_size: int = 1, workers: int = MOST_WORKERS) -> Da
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        num_workers=min(workers, len(dataset), os.cpu_count() or 1),
+        num_workers=min(workers, len(dataset), available_cores()),
         collate_fn=user_scattered_collate,
         generator=torch.Generator(),  # its base seed is not to be drawn from the stream of a training run
     )

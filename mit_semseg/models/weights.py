@@ -117,7 +117,7 @@ def read_checkpoint(path: str | os.PathLike):
             f"{path} was refused: it is damaged or holds more than tensors and plain values, and code from a "
             f"checkpoint is never run ({detail.strip()[:200]})"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # the reader meets damaged bytes with any exception there is
         raise WeightsError(f"{path} cannot be read, it is damaged or no checkpoint: {str(error)[:200]}") from None
 
 
@@ -235,7 +235,8 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
             if not digest.hexdigest().startswith(sha256.lower()):
                 raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
     except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-        raise WeightsError(f"{url}: {getattr(error, 'reason', error)}") from None
+        status = isinstance(error, urllib.error.HTTPError)
+        raise WeightsError(f"{url}: {error if status else getattr(error, 'reason', error)}") from None
     return path
 
 

@@ -1,0 +1,241 @@
+"""Options: old files load unchanged, every problem is reported at once, shipped files are right."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from yacs.config import CfgNode
+
+from mit_semseg.config import ConfigError, cfg, load_config
+from mit_semseg.config.defaults import OPTIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+YAMLS = sorted(ROOT.glob("config/*.yaml"))
+
+ORIGINAL_DEFAULTS = {
+    "DATASET.num_class": 150,
+    "DATASET.imgSizes": (300, 375, 450, 525, 600),
+    "DATASET.imgMaxSize": 1000,
+    "DATASET.padding_constant": 8,
+    "DATASET.segm_downsampling_rate": 8,
+    "DATASET.random_flip": True,
+    "MODEL.weights_encoder": "",
+    "MODEL.weights_decoder": "",
+    "MODEL.fc_dim": 2048,
+    "TRAIN.batch_size_per_gpu": 2,
+    "TRAIN.num_epoch": 20,
+    "TRAIN.start_epoch": 0,
+    "TRAIN.epoch_iters": 5000,
+    "TRAIN.optim": "SGD",
+    "TRAIN.lr_encoder": 0.02,
+    "TRAIN.lr_decoder": 0.02,
+    "TRAIN.lr_pow": 0.9,
+    "TRAIN.beta1": 0.9,
+    "TRAIN.weight_decay": 1e-4,
+    "TRAIN.deep_sup_scale": 0.4,
+    "TRAIN.fix_bn": False,
+    "TRAIN.workers": 16,
+    "TRAIN.disp_iter": 20,
+    "TRAIN.seed": 304,
+    "VAL.batch_size": 1,
+    "VAL.visualize": False,
+    "VAL.checkpoint": "epoch_20.pth",
+    "TEST.batch_size": 1,
+    "TEST.checkpoint": "epoch_20.pth",
+    "TEST.result": "./",
+}
+
+# A file as users of the original have them, every key of it.
+OLD_FILE = """
+DATASET:
+  root_dataset: "./data/"
+  list_train: "./data/training.odgt"
+  list_val: "./data/validation.odgt"
+  num_class: 150
+  imgSizes: (300, 375, 450, 525, 600)
+  imgMaxSize: 1000
+  padding_constant: 32
+  segm_downsampling_rate: 4
+  random_flip: True
+MODEL:
+  arch_encoder: "hrnetv2"
+  arch_decoder: "c1"
+  fc_dim: 720
+TRAIN:
+  batch_size_per_gpu: 2
+  num_epoch: 30
+  start_epoch: 0
+  epoch_iters: 5000
+  optim: "SGD"
+  lr_encoder: 0.02
+  lr_decoder: 0.02
+  lr_pow: 0.9
+  beta1: 0.9
+  weight_decay: 1e-4
+  deep_sup_scale: 0.4
+  fix_bn: False
+  workers: 16
+  disp_iter: 20
+  seed: 304
+VAL:
+  visualize: False
+  checkpoint: "epoch_30.pth"
+TEST:
+  checkpoint: "epoch_30.pth"
+  result: "./"
+DIR: "ckpt/ade20k-hrnetv2-c1"
+"""
+
+
+def get(node, key):
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("key", ORIGINAL_DEFAULTS)
+def test_defaults_of_the_original(key):
+    assert get(cfg, key) == ORIGINAL_DEFAULTS[key]
+    assert type(get(cfg, key)) is type(ORIGINAL_DEFAULTS[key])
+
+
+def test_old_file_loads_unchanged(tmp_path):
+    path = write(tmp_path / "old.yaml", OLD_FILE)
+    new, old = load_config(path), cfg.clone()
+    old.merge_from_file(str(path))
+    for node in (new, old):
+        assert (node.MODEL.arch_encoder, node.MODEL.fc_dim, node.TRAIN.weight_decay) == ("hrnetv2", 720, 1e-4)
+        assert (node.DATASET.imgSizes, node.DIR) == ((300, 375, 450, 525, 600), "ckpt/ade20k-hrnetv2-c1")
+    assert cfg.MODEL.arch_encoder == "resnet50dilated"  # the global defaults are not touched
+
+
+def test_cfg_is_the_node_that_callers_know():
+    node = cfg.clone()
+    assert isinstance(node, CfgNode)
+    node.merge_from_list(["TRAIN.num_epoch", "7", "DATASET.imgSizes", "(200, 300)"])
+    node.list_test = [{"fpath_img": "a.jpg"}]
+    node.freeze()
+    assert (node.TRAIN.num_epoch, node.DATASET.imgSizes, len(node.list_test)) == (7, (200, 300), 1)
+    with pytest.raises(AttributeError):
+        node.DIR = "elsewhere"
+
+
+def test_every_problem_is_reported_at_once(tmp_path):
+    path = write(
+        tmp_path / "bad.yaml",
+        """
+DATASET: {num_clas: 20, padding_constant: 12}
+TRAIN: {lr_encoder: fast, batch_size_per_gpu: 0, optim: sgdd, start_epoch: 30}
+MODEL: {arch_encoder: resnet50dilate}
+lr_pow: 2
+VAL: 3
+""",
+    )
+    with pytest.raises(ConfigError) as error:
+        load_config(path, ["TRAIN.num_epoch", "2.5"])
+    text = str(error.value)
+    for part in (
+        "DATASET.num_clas: there is no such option; did you mean DATASET.num_class?",
+        "TRAIN.lr_encoder: 'fast' is no number",
+        "TRAIN.batch_size_per_gpu: 0 is out of range; allowed: at least 1",
+        "TRAIN.optim: 'sgdd' is not allowed; did you mean SGD? allowed: SGD, AdamW",
+        "did you mean resnet50dilated?",
+        "lr_pow: there is no such option; did you mean TRAIN.lr_pow?",
+        "VAL: expected options below it",
+        "TRAIN.num_epoch: '2.5' is no whole number",
+        "[command line]",
+        "padding_constant 12 must be a multiple of DATASET.segm_downsampling_rate 8: set padding_constant 16",
+        "TRAIN.start_epoch 30 leaves nothing to train",
+    ):
+        assert part in text
+    assert len(error.value.problems) == 10
+    assert "bad.yaml]" in text
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["TRAIN.num_epoch"], "come in pairs"),
+        (["DATASET.imgSizes", "()"], "list is empty"),
+        (["DATASET.imgSizes", "(300, 'a')"], "no whole number"),
+        (["DATASET.imgMaxSize", "100"], "smaller than every short side"),
+        (["DATASET.classes", "['a', 'b']"], "lists 2 names"),
+        (["DATASET.ignore_values", "[255]"], "goes with a list of names"),
+        (["TRAIN.start_epoch", "2", "TRAIN.resume", "auto"], "use one of them"),
+        (["MODEL.new_head", "True"], "needs a file"),
+        (["MODEL.output_stride", "4"], "hrnetv2's only"),
+        (["TRAIN.warmup_iters", "100000"], "not shorter"),
+        (["TRAIN.lr_encoder", "nan"], "is no number"),
+        (["TRAIN.fix_bn", "3"], "no True or False"),
+    ],
+)
+def test_contradictions_and_wrong_values(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, opts)
+
+
+def test_values_are_read_as_what_they_say(tmp_path):
+    path = write(tmp_path / "a.yaml", "TRAIN: {lr_encoder: 1e-4, num_epoch: 1e1, resume: off, amp: OFF, optim: adamw}")
+    train = load_config(path, ["TRAIN.lr_decoder", "1", "TRAIN.fix_bn", "true", "DATASET.imgSizes", "240"]).TRAIN
+    assert (train.lr_encoder, train.num_epoch, train.resume, train.amp) == (1e-4, 10, "off", "off")
+    assert (train.optim, train.lr_decoder, train.fix_bn) == ("AdamW", 1.0, True)
+
+
+def test_base_files(tmp_path):
+    write(tmp_path / "base.yaml", "TRAIN: {num_epoch: 3, seed: 5}\nDIR: a")
+    write(tmp_path / "middle.yaml", "_BASE_: base.yaml\nTRAIN: {seed: 6}")
+    node = load_config(write(tmp_path / "top.yaml", "_BASE_: middle.yaml\nDIR: b"))
+    assert (node.TRAIN.num_epoch, node.TRAIN.seed, node.DIR) == (3, 6, "b")
+    write(tmp_path / "base.yaml", "_BASE_: top.yaml")
+    with pytest.raises(ConfigError, match=r"based on itself: top.yaml -> middle.yaml -> base.yaml -> top.yaml"):
+        load_config(tmp_path / "top.yaml")
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(write(tmp_path / "lost.yaml", "_BASE_: nowhere.yaml"))
+
+
+def test_shipped_files_are_there():
+    assert len(YAMLS) == 11
+    assert sum(path.name.startswith("ade20k-") for path in YAMLS) == 9
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_shipped_files_load(path):
+    node = load_config(path)
+    text = path.read_text()
+    assert f"--cfg config/{path.name}" in text
+    if path.name.startswith("ade20k-"):
+        assert path.stem == f"ade20k-{node.MODEL.arch_encoder}-{node.MODEL.arch_decoder}" == Path(node.DIR).name
+        assert node.VAL.checkpoint == node.TEST.checkpoint == f"epoch_{node.TRAIN.num_epoch}.pth"
+        assert "Published" in text
+        rate = 8 if "dilated" in path.name else 4
+        assert node.DATASET.segm_downsampling_rate == rate
+
+
+def test_own_folders_example_is_short():
+    lines = (ROOT / "config/own-folders.yaml").read_text().splitlines()
+    assert len([line for line in lines if not line.startswith("#")]) <= 15
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(OPTIONS)) | st.text(max_size=12), VALUES, max_size=4))
+def test_anything_loads_or_gives_the_list_of_problems(changes):
+    node = cfg.clone()
+    opts = [part for key, value in changes.items() for part in (key, value)]
+    with suppress(ConfigError):
+        node.merge_from_list(opts)
+    for key, option in OPTIONS.items():
+        assert isinstance(get(node, key), option.types)

@@ -1,0 +1,159 @@
+"""Every pair builds, trains and infers at any size; layers do what they say."""
+
+import pytest
+import torch
+from torch import nn
+
+from mit_semseg.engine import MaskedNLLLoss
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d
+from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, SegmentationModule
+from mit_semseg.models.layers import dilation_of_stage
+
+NUM_CLASS = 5
+
+
+def build(encoder, decoder, num_class=NUM_CLASS, output_stride=None):
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False, output_stride=output_stride)
+    dec = ModelBuilder.build_decoder(decoder, num_class=num_class, in_channels=enc.out_channels)
+    return SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4)
+
+
+@pytest.fixture(scope="module", params=ENCODERS)
+def encoder(request):
+    return ModelBuilder.build_encoder(request.param, pretrained=False)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_pair_trains_and_infers(encoder, decoder):
+    """Batch of one, the smallest picture and an odd one; training on the 1x1 pooled map does not crash."""
+    enc = encoder
+    module = SegmentationModule(
+        enc,
+        ModelBuilder.build_decoder(decoder, num_class=NUM_CLASS, in_channels=enc.out_channels),
+        MaskedNLLLoss(),
+        0.4,
+    )
+    module.train()
+    x = torch.randn(1, 3, 33, 33)
+    loss, accuracy = module({"img_data": x, "seg_label": torch.randint(-1, NUM_CLASS, (1, 5, 5))})
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert 0 <= accuracy <= 1
+    assert all(torch.isfinite(p.grad).all() for p in module.decoder.parameters() if p.grad is not None)
+    module.eval()
+    with torch.no_grad():
+        scores = module({"img_data": torch.randn(1, 3, 47, 65)}, segSize=(31, 40))
+    assert scores.shape == (1, NUM_CLASS, 31, 40)
+    torch.testing.assert_close(scores.sum(1), torch.ones(1, 31, 40))
+    enc.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+@pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18", "resnet50", "hrnetv2"])
+def test_output_stride(name, stride):
+    enc = ModelBuilder.build_encoder(name, pretrained=False, output_stride=stride).eval()
+    with torch.no_grad():
+        last = enc(torch.randn(1, 3, 64, 96), return_feature_maps=True)[-1]
+    assert last.shape[-2:] == (64 // stride, 96 // stride)
+    assert enc.output_stride == stride
+
+
+def test_output_stride_keeps_the_weights_and_the_receptive_grid():
+    """At stride 8 every 4th position of the dilated network is the undilated one, away from the borders."""
+    plain = ModelBuilder.build_encoder("resnet18", pretrained=False).eval()
+    dilated = ModelBuilder.build_encoder("resnet18dilated", pretrained=False).eval()
+    dilated.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 512, 512)
+    with torch.no_grad():
+        a, b = plain(x)[0], dilated(x)[0][..., ::4, ::4]
+    torch.testing.assert_close(a[..., 6:10, 6:10], b[..., 6:10, 6:10], rtol=1e-4, atol=1e-3)
+
+
+def test_dilation_rule():
+    assert dilation_of_stage(2, 8, 32) == (2, 1, 1)
+    assert dilation_of_stage(2, 8, 8) == (1, 1, 2)
+    assert dilation_of_stage(2, 16, 8) == (1, 2, 4)
+    assert dilation_of_stage(2, 16, 16) == (1, 1, 2)
+    assert dilation_of_stage(1, 16, 8) == (1, 2, 2)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match=r"did you mean 'resnet50dilated'.*hrnetv2"):
+        ModelBuilder.build_encoder("resnet50dilatet", pretrained=False)
+    with pytest.raises(ValueError, match=r"no decoder 'pspnet'.*upernet_lite"):
+        ModelBuilder.build_decoder("pspnet")
+    with pytest.raises(ValueError, match="output stride 4 of resnet18"):
+        ModelBuilder.build_encoder("resnet18", pretrained=False, output_stride=4)
+
+
+def test_config_names_are_the_builder_names():
+    from mit_semseg.config.defaults import DECODER_NAMES, ENCODER_NAMES
+
+    assert tuple(ENCODERS) == ENCODER_NAMES
+    assert tuple(DECODERS) == DECODER_NAMES
+
+
+def test_deep_supervision_weight_and_its_absence():
+    torch.manual_seed(0)
+    module = build("resnet18dilated", "c1_deepsup").eval()
+    batch = {"img_data": torch.randn(2, 3, 64, 64), "seg_label": torch.randint(-1, NUM_CLASS, (2, 8, 8))}
+    with torch.no_grad():
+        losses = {}
+        for scale in (None, 0.0, 0.4, 1.0):
+            module.deep_sup_scale = scale
+            losses[scale] = module(batch)[0].item()
+    assert losses[None] == losses[0.0]
+    assert losses[0.4] - losses[0.0] == pytest.approx(0.4 * (losses[1.0] - losses[0.0]), rel=1e-5)
+
+
+def test_loss_ignores_padding_and_survives_nothing_labelled():
+    log_probs = torch.randn(2, 4, 6, 6, dtype=torch.float64).log_softmax(1).requires_grad_()
+    label = torch.randint(-1, 4, (2, 6, 6))
+    expected = nn.NLLLoss(ignore_index=-1)(log_probs, label)
+    torch.testing.assert_close(MaskedNLLLoss()(log_probs, label), expected)
+    nothing = MaskedNLLLoss()(log_probs, torch.full_like(label, -1))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert torch.equal(log_probs.grad, torch.zeros_like(log_probs))
+
+
+def test_label_resolution_may_differ_from_the_decoder():
+    module = build("resnet18", "c1_deepsup")
+    for size in ((16, 16), (8, 8), (2, 2)):
+        loss, _ = module({"img_data": torch.randn(1, 3, 64, 64), "seg_label": torch.randint(0, NUM_CLASS, (1, *size))})
+        assert torch.isfinite(loss)
+
+
+def test_inference_does_not_depend_on_use_softmax():
+    enc = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
+    outputs = []
+    for flag in (True, False):
+        torch.manual_seed(3)
+        dec = ModelBuilder.build_decoder("c1", fc_dim=512, num_class=4, use_softmax=flag)
+        module = SegmentationModule(enc, dec, None).eval()
+        with torch.no_grad():
+            outputs.append(module({"img_data": torch.ones(1, 3, 40, 40)}, segSize=(40, 40)))
+    torch.testing.assert_close(*outputs)
+    with torch.no_grad():
+        own = module.decoder(enc.eval()(torch.ones(1, 3, 40, 40), return_feature_maps=True))
+    torch.testing.assert_close(own.exp().sum(1), torch.ones(1, 5, 5))
+
+
+def test_single_value_batch_norm_learns_running_estimates():
+    """One value per channel: the running estimates converge to mean and variance of the stream."""
+    torch.manual_seed(0)
+    norm = SynchronizedBatchNorm2d(3, momentum=0.01)
+    mean, std = torch.tensor([1.0, -2.0, 0.0]), torch.tensor([0.5, 2.0, 1.0])
+    for _ in range(3000):
+        y = norm((mean + std * torch.randn(3)).view(1, 3, 1, 1))
+    assert y.shape == (1, 3, 1, 1)
+    torch.testing.assert_close(norm.running_mean, mean, atol=0.35, rtol=0.1)
+    torch.testing.assert_close(norm.running_var, std**2, atol=0.1, rtol=0.35)
+
+
+def test_several_values_use_pytorchs_own_batch_norm():
+    ours, theirs = SynchronizedBatchNorm2d(4), nn.BatchNorm2d(4)
+    x = torch.randn(2, 4, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
+    assert ours.momentum == 0.1
+    torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0, atol=0)

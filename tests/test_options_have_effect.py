@@ -1,0 +1,359 @@
+"""Every option is read and changes something: one entry per option, and none may be missing."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import SMALL, in_process, same, weights, words
+from scenes import write_pairs
+
+from mit_semseg.apps import cli
+from mit_semseg.config import load_config
+from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.lib.utils import UserError
+
+SIZES = [(60, 40), (40, 60), (52, 44), (44, 64)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root / "train", SIZES, seed=1)
+    write_pairs(root / "other", SIZES[:3], seed=2)
+    write_pairs(root / "val", [(50, 40), (40, 56)], seed=3)
+    write_pairs(root / "elsewhere" / "train", SIZES, seed=4)
+    write_pairs(root / "elsewhere" / "val", SIZES[:1], seed=4)
+    write_pairs(root / "palette", SIZES, seed=1)
+    for path in (root / "palette" / "annotations").iterdir():
+        label = Image.fromarray(np.asarray(Image.open(path)))
+        label.putpalette(list(range(12)))
+        label.save(path)
+    return root
+
+
+class Runs:
+    """Runs scripts with the small options and remembers runs that several tests compare with."""
+
+    def __init__(self, data, folder, monkeypatch):
+        self.data, self.folder, self.monkeypatch, self.count = data, folder, monkeypatch, 0
+
+    def options(self, changes):
+        return {**SMALL, "DATASET.root_dataset": self.data, "DIR": self.folder / "run", **changes}
+
+    def train(self, **changes):
+        self.count += 1
+        changes = {"DIR": self.folder / f"run{self.count}", **{k.replace("__", "."): v for k, v in changes.items()}}
+        in_process("train", self.monkeypatch, "--gpus", "cpu", *words(self.options(changes)))
+        return Path(changes["DIR"])
+
+
+@pytest.fixture(scope="module")
+def module_patch():
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory, module_patch):
+    return Runs(data, tmp_path_factory.mktemp("runs"), module_patch)
+
+
+@pytest.fixture(scope="module")
+def baseline(runs):
+    return runs.train()
+
+
+# Options whose change must change the trained weights.
+CHANGES_WEIGHTS = {
+    "DATASET.root_dataset": lambda data: data / "elsewhere",
+    "DATASET.list_train": "other",
+    "DATASET.num_class": 4,
+    "DATASET.imgSizes": 56,
+    "DATASET.imgMaxSize": 50,
+    "DATASET.padding_constant": 32,
+    "DATASET.segm_downsampling_rate": 4,
+    "DATASET.random_flip": False,
+    "MODEL.arch_encoder": "resnet18",
+    "MODEL.arch_decoder": "c1",
+    "MODEL.weights_encoder": lambda data: data / "start_encoder.pth",
+    "MODEL.weights_decoder": lambda data: data / "start_decoder.pth",
+    "MODEL.output_stride": 16,
+    "TRAIN.batch_size_per_gpu": 1,
+    "TRAIN.num_epoch": 3,
+    "TRAIN.epoch_iters": 2,
+    "TRAIN.optim": "AdamW",
+    "TRAIN.lr_encoder": 0.005,
+    "TRAIN.lr_decoder": 0.005,
+    "TRAIN.lr_pow": 2,
+    "TRAIN.warmup_iters": 3,
+    "TRAIN.beta1": 0.5,
+    "TRAIN.weight_decay": 0.1,
+    "TRAIN.deep_sup_scale": 1.0,
+    "TRAIN.fix_bn": True,
+    "TRAIN.seed": 5,
+    "TRAIN.accumulate": 2,
+    "TRAIN.clip_grad": 0.01,
+    "TRAIN.amp": "bf16",
+}
+
+
+def seconds_left_out(folder):
+    return re.sub(r"Time: .*?, lr|remaining \S+|\d\d:\d\d:\d\d", "", (folder / "log.txt").read_text())
+
+
+@pytest.mark.parametrize("key", CHANGES_WEIGHTS)
+def test_changes_the_training(key, runs, baseline, data):
+    value = CHANGES_WEIGHTS[key]
+    if "MODEL.weights_" in key:
+        for part in ("encoder", "decoder"):
+            (data / f"start_{part}.pth").write_bytes((baseline / f"{part}_epoch_1.pth").read_bytes())
+    changed = runs.train(**{key: value(data) if callable(value) else value})
+    assert not same(weights(changed), weights(baseline))
+
+
+def test_equal_options_give_equal_weights(runs, baseline):
+    again = runs.train()
+    assert same(weights(again), weights(baseline))
+
+
+# The others, each with what it must change.
+
+
+def effect_of_dir(runs, baseline):
+    assert (runs.train(DIR=runs.folder / "named") / "decoder_epoch_2.pth").is_file()
+
+
+def effect_of_list_val(runs, baseline):
+    results = [evaluated(runs, baseline, **{"DATASET.list_val": split}) for split in ("val", "other")]
+    assert [r["images"] for r in results] == [2, 3]
+
+
+def effect_of_classes(runs, baseline):
+    result = evaluated(runs, baseline, **{"DATASET.classes": "['a','b','c']", "DATASET.ignore_values": "[0]"})
+    assert [entry["class"] for entry in result["iou_per_class"]] == ["a", "b", "c"]
+
+
+def effect_of_ignore_values(runs, baseline):
+    names = {"DATASET.classes": "['a','b','c']"}
+    counts = [
+        evaluated(runs, baseline, **names, **{"DATASET.ignore_values": ignored})["labelled_pixels"]
+        for ignored in ("[0]", "[3]")
+    ]
+    assert counts[0] != counts[1]
+
+
+def effect_of_palette_labels(runs, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
+        runs.train(**{"DATASET.list_train": "palette"})
+    folder = runs.train(**{"DATASET.list_train": "palette", "DATASET.palette_labels": True})
+    assert same(weights(folder), weights(baseline))
+
+
+def effect_of_fc_dim(runs, baseline):
+    with pytest.raises(UserError, match=r"MODEL\.fc_dim is 512, but mobilenetv2dilated gives 320 channels: set 320"):
+        runs.train(MODEL__fc_dim=512)
+    assert same(weights(runs.train(MODEL__fc_dim=320)), weights(baseline))
+
+
+def effect_of_pretrained(runs, baseline):
+    runs.monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
+    runs.monkeypatch.setenv("MIT_SEMSEG_HOME", str(runs.folder / "cache"))
+    with pytest.raises(UserError, match=r"MODEL\.pretrained False"):
+        runs.train(MODEL__pretrained=True)
+
+
+def effect_of_new_head(runs, baseline):
+    changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
+    with pytest.raises(UserError, match=r"MODEL\.new_head True"):
+        runs.train(**changes)
+    folder = runs.train(**changes, **{"MODEL.new_head": True})
+    assert "started anew (other number of classes): conv_last.weight" in (folder / "log.txt").read_text()
+
+
+def effect_of_start_epoch(runs, baseline):
+    folder = runs.folder / "continued"
+    runs.train(DIR=folder, TRAIN__num_epoch=1)
+    runs.train(DIR=folder, TRAIN__start_epoch=1)
+    assert "continuing after epoch 1" in (folder / "log.txt").read_text()
+    history = torch.load(folder / "history_epoch_2.pth", weights_only=True)["train"]
+    assert history["epoch"] == [2 / 3, 1, 4 / 3, 2]
+
+
+def effect_of_workers(runs, baseline):
+    values = [workers_used(runs, n) for n in (0, 1, 10_000)]
+    assert values[:2] == [0, 1]
+    assert 1 <= values[2] < 10_000  # never more than there are cores
+    assert same(weights(runs.train(TRAIN__workers=1)), weights(baseline))
+
+
+def workers_used(runs, workers):
+    cfg = load_config(None, words(runs.options({"TRAIN.workers": workers})))
+    return cli.build_training(cfg, cli.build_module(cfg, torch.device("cpu")))[1].workers
+
+
+def effect_of_disp_iter(runs, baseline):
+    lines = [(runs.train(TRAIN__disp_iter=n) / "log.txt").read_text().count("Accuracy") for n in (1, 3)]
+    assert lines == [6, 2]
+
+
+def effect_of_channels_last(runs, baseline):
+    cfg = load_config(None, words(runs.options({"TRAIN.channels_last": True})))
+    module = cli.build_module(cfg, torch.device("cpu"))
+    weight = module.decoder.cbr[0].weight
+    assert not weight.is_contiguous(memory_format=torch.channels_last)
+    cli.build_training(cfg, module)
+    assert module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
+    # The same sums in another order: the first steps agree, later ones drift apart as any rounding does.
+    folders = (runs.train(TRAIN__channels_last=True), baseline)
+    losses = [torch.load(f / "history_epoch_1.pth", weights_only=True)["train"]["loss"][0] for f in folders]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def effect_of_eval_epoch(runs, baseline):
+    folder = runs.train(TRAIN__eval_epoch=2)
+    assert (folder / "decoder_best.pth").is_file()
+    assert not (baseline / "decoder_best.pth").exists()
+    history = torch.load(folder / "history_epoch_2.pth", weights_only=True)["val"]
+    assert history["epoch"] == [2]
+    assert same(weights(folder), weights(baseline))  # validating does not disturb the training
+
+
+def effect_of_checkpoint_iters(runs, baseline):
+    from mit_semseg.engine import loop
+
+    saves = {}
+    for every in (0, 1):
+        written = []
+        original = loop.save_atomic
+        runs.monkeypatch.setattr(
+            loop, "save_atomic", lambda obj, path, w=written, f=original: (w.append(path), f(obj, path))
+        )
+        runs.train(TRAIN__checkpoint_iters=every)
+        runs.monkeypatch.setattr(loop, "save_atomic", original)
+        saves[every] = sum(path.name == "resume.pth" for path in written)
+    assert saves == {0: 2, 1: 6}
+
+
+def effect_of_resume(runs, baseline):
+    with pytest.raises(UserError, match=r"already holds a run: add TRAIN\.resume auto"):
+        runs.train(DIR=baseline)
+    before = seconds_left_out(baseline)
+    runs.train(DIR=baseline, TRAIN__resume="auto")
+    assert "nothing to train" in seconds_left_out(baseline).removeprefix(before)
+    copy = runs.train(TRAIN__resume=baseline / "resume.pth", TRAIN__num_epoch=3)
+    assert (copy / "decoder_epoch_3.pth").is_file()
+    assert not (copy / "decoder_epoch_2.pth").exists()
+    runs.train(DIR=copy, TRAIN__resume="restart")
+    assert same(weights(copy), weights(baseline))
+
+
+def effect_of_tensorboard(runs, baseline):
+    folder = runs.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
+    events = list((folder / "tensorboard").iterdir())
+    assert events
+    assert not (baseline / "tensorboard").exists()
+
+
+def evaluated(runs, baseline, **changes):
+    options = runs.options({"DIR": baseline, **changes})
+    assert in_process("eval", runs.monkeypatch, "--gpu", "cpu", *words(options)) == 0
+    return json.loads((baseline / "result" / "results.json").read_text())
+
+
+def effect_of_val_batch_size(runs, baseline):
+    from mit_semseg.evaluation import evaluator
+
+    seen, results, loader = [], [], evaluator.item_loader
+    runs.monkeypatch.setattr(evaluator, "item_loader", lambda d, n, w: seen.append(n) or loader(d, n, w))
+    for size in (1, 2):
+        result = evaluated(runs, baseline, **{"VAL.batch_size": size})
+        results.append({key: value for key, value in result.items() if "second" not in key})
+    runs.monkeypatch.setattr(evaluator, "item_loader", loader)
+    assert seen == [1, 2]
+    assert results[0] == results[1]
+
+
+def effect_of_visualize(runs, baseline):
+    panels = baseline / "result" / "val" / "images"
+    evaluated(runs, baseline)
+    assert not panels.exists()
+    evaluated(runs, baseline, **{"VAL.visualize": True})
+    assert sorted(p.name for p in panels.iterdir()) == ["00.png", "01.png"]
+
+
+def effect_of_val_checkpoint(runs, baseline):
+    first, last = (evaluated(runs, baseline, **{"VAL.checkpoint": f"epoch_{n}.pth"}) for n in (1, 2))
+    assert first["iou_per_class"] != last["iou_per_class"] or first["pixel_accuracy"] != last["pixel_accuracy"]
+    with pytest.raises(UserError, match=r"no checkpoint .*epoch_9\.pth; .* holds .*encoder_epoch_2\.pth"):
+        evaluated(runs, baseline, **{"VAL.checkpoint": "epoch_9.pth"})
+
+
+def segmented(runs, baseline, **changes):
+    options = runs.options({"DIR": baseline, "TEST.result": runs.folder / "out", **changes})
+    pictures = runs.data / "val" / "images"
+    code = in_process("test", runs.monkeypatch, "--index", "--gpu", "cpu", "--imgs", pictures, *words(options))
+    assert code == 0
+    folder = Path(options["TEST.result"])
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def effect_of_test_checkpoint(runs, baseline):
+    with pytest.raises(UserError, match="no checkpoint"):
+        segmented(runs, baseline, **{"TEST.checkpoint": "epoch_9.pth"})
+
+
+def effect_of_test_result(runs, baseline):
+    files = segmented(runs, baseline, **{"TEST.result": runs.folder / "there"})
+    assert list(files) == ["00.png", "00_index.png", "01.png", "01_index.png"]
+
+
+def effect_of_test_batch_size(runs, baseline):
+    from mit_semseg.apps import predictor
+
+    seen, results, loader = [], [], predictor.item_loader
+    runs.monkeypatch.setattr(predictor, "item_loader", lambda d, n: seen.append(n) or loader(d, n))
+    for size in (1, 2):
+        results.append(segmented(runs, baseline, **{"TEST.batch_size": size}))
+    runs.monkeypatch.setattr(predictor, "item_loader", loader)
+    assert seen == [1, 2]
+    assert results[0] == results[1]
+
+
+OTHER_EFFECTS = {
+    "DIR": effect_of_dir,
+    "DATASET.list_val": effect_of_list_val,
+    "DATASET.classes": effect_of_classes,
+    "DATASET.ignore_values": effect_of_ignore_values,
+    "DATASET.palette_labels": effect_of_palette_labels,
+    "MODEL.fc_dim": effect_of_fc_dim,
+    "MODEL.pretrained": effect_of_pretrained,
+    "MODEL.new_head": effect_of_new_head,
+    "TRAIN.start_epoch": effect_of_start_epoch,
+    "TRAIN.workers": effect_of_workers,
+    "TRAIN.disp_iter": effect_of_disp_iter,
+    "TRAIN.channels_last": effect_of_channels_last,
+    "TRAIN.eval_epoch": effect_of_eval_epoch,
+    "TRAIN.checkpoint_iters": effect_of_checkpoint_iters,
+    "TRAIN.resume": effect_of_resume,
+    "TRAIN.tensorboard": effect_of_tensorboard,
+    "VAL.batch_size": effect_of_val_batch_size,
+    "VAL.visualize": effect_of_visualize,
+    "VAL.checkpoint": effect_of_val_checkpoint,
+    "TEST.batch_size": effect_of_test_batch_size,
+    "TEST.checkpoint": effect_of_test_checkpoint,
+    "TEST.result": effect_of_test_result,
+}
+
+
+@pytest.mark.parametrize("key", OTHER_EFFECTS)
+def test_has_its_effect(key, runs, baseline):
+    OTHER_EFFECTS[key](runs, baseline)
+
+
+def test_no_option_is_left_out():
+    assert set(CHANGES_WEIGHTS) | set(OTHER_EFFECTS) == set(OPTIONS)
+    assert not set(CHANGES_WEIGHTS) & set(OTHER_EFFECTS)

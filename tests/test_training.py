@@ -1,0 +1,271 @@
+"""The training loop: optimizer, schedule, freezing, resuming after a kill, and what happens when the loss explodes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import ROOT, SMALL, in_process, same, script, weights, words
+from scenes import options, tiny_module, write_pairs
+from torch import nn
+
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.engine import (
+    CheckpointError,
+    MaskedNLLLoss,
+    RunFiles,
+    Settings,
+    build_optimizer,
+    fit,
+    freeze_batch_norm,
+    learning_rates,
+)
+from mit_semseg.engine.checkpoint import save_atomic
+from mit_semseg.engine.loop import TrainingStopped
+from mit_semseg.engine.optim import schedule, set_learning_rates
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
+    write_pairs(folder / "val", [(50, 40), (40, 56)], seed=3)
+    return folder
+
+
+def run(root, folder, *, seed=0, dataset=None, **changes):
+    settings = Settings(**{"num_epoch": 2, "epoch_iters": 4, "disp_iter": 2, **changes.pop("settings", {})})
+    module = tiny_module(crit=MaskedNLLLoss(), seed=seed)
+    module.decoder.cbr.append(nn.Dropout2d(0.2))  # so that the random state matters
+    optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.05, lr_decoder=0.05)
+    dataset = dataset or TrainDataset(root, "train", options(), batch_per_gpu=2)
+    done = fit(module, optimizer, dataset, RunFiles(folder), settings, device=CPU, **changes)
+    return done, weights(folder, f"epoch_{settings.num_epoch}.pth")
+
+
+# Optimizer and schedule
+
+
+def test_weight_decay_is_for_matrices_only():
+    module = tiny_module()
+    optimizer = build_optimizer(module.encoder, module.decoder, weight_decay=0.1)
+    for group in optimizer.param_groups:
+        assert all((p.dim() > 1) == (group["weight_decay"] == 0.1) for p in group["params"])
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(module.parameters()))
+
+
+def test_one_sgd_step_is_the_definition():
+    """v = 0.9 v + g + decay w; w -= lr v, with its own lr for encoder and decoder."""
+    module = tiny_module().double()
+    optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.1, lr_decoder=0.3, weight_decay=0.01)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    velocity = {name: torch.zeros_like(p) for name, p in before.items()}
+    for factor in (1.0, 0.5):
+        set_learning_rates(optimizer, factor)
+        for name, p in module.named_parameters():
+            p.grad = torch.ones_like(p)
+            decay = 0.01 if p.dim() > 1 else 0
+            velocity[name] = 0.9 * velocity[name] + 1 + decay * before[name]
+            before[name] = before[name] - factor * (0.1 if name.startswith("encoder") else 0.3) * velocity[name]
+        optimizer.step()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name])
+    assert learning_rates(optimizer) == {"encoder": 0.05, "decoder": 0.15}
+
+
+def test_schedule():
+    assert schedule(0, 100) == 1
+    assert schedule(50, 100) == pytest.approx(0.5**0.9)
+    assert schedule(100, 100) == 0
+    assert schedule(0, 100, warmup=10) == pytest.approx(0.1)
+    assert schedule(9, 100, warmup=10) == pytest.approx(0.91**0.9)
+
+
+def test_unknown_optimizer_and_nothing_to_train():
+    module = tiny_module()
+    with pytest.raises(ValueError, match="choose one of SGD, AdamW"):
+        build_optimizer(module.encoder, module.decoder, name="Adagrad")
+    module.requires_grad_(False)
+    with pytest.raises(ValueError, match="everything is frozen"):
+        build_optimizer(module.encoder, module.decoder)
+
+
+def test_frozen_batch_norm_stays_frozen_and_dropout_stays_on():
+    module = tiny_module(crit=MaskedNLLLoss())
+    module.decoder.cbr.append(nn.Dropout2d(0.5))
+    freeze_batch_norm(module)
+    module.train()
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [m.running_mean.clone() for m in norms]
+    module({"img_data": torch.randn(2, 3, 32, 32), "seg_label": torch.zeros(2, 4, 4, dtype=torch.long)})[0].backward()
+    assert norms
+    assert not any(m.training or m.weight.requires_grad for m in norms)
+    assert all(torch.equal(m.running_mean, b) for m, b in zip(norms, before, strict=True))
+    assert module.decoder.cbr[-1].training
+
+
+def test_accumulated_batches_equal_one_large_batch(root):
+    """With frozen norms, two batches of two pictures of one size give the gradient of the batch of four."""
+    batches = [{"img_data": torch.randn(2, 3, 32, 32), "seg_label": torch.randint(0, 3, (2, 4, 4))} for _ in range(2)]
+    whole = [{key: torch.cat([b[key] for b in batches]) for key in batches[0]}]
+    results = []
+    for chunk in (batches, whole):
+        module = tiny_module(crit=MaskedNLLLoss())
+        freeze_batch_norm(module)
+        optimizer = build_optimizer(module.encoder, module.decoder)
+        from mit_semseg.engine import train_step
+
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        loss, accuracy = train_step(module, chunk, optimizer, scaler, device=CPU, settings=Settings())
+        results.append((loss, accuracy, *module.state_dict().values()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_mixed_precision_trains(root, tmp_path, amp):
+    done, _ = run(root, tmp_path, settings={"amp": amp, "num_epoch": 6, "disp_iter": 4})
+    losses = done.history["train"]["loss"]
+    assert losses[-1] < losses[0]
+    assert all(p.dtype == torch.float32 and torch.isfinite(p).all() for p in done.module.parameters())
+
+
+# Files and resuming
+
+
+def test_files_of_a_run(root, tmp_path):
+    val = ValDataset(root, "val", options())
+    done, _ = run(root, tmp_path, settings={"eval_epoch": 1}, val_dataset=val)
+    names = sorted(p.name for p in tmp_path.iterdir())
+    parts = ("encoder", "decoder", "history")
+    expected = [f"{part}_epoch_{n}.pth" for part in parts for n in (1, 2)] + ["resume.pth"]
+    assert names == sorted([*expected, "encoder_best.pth", "decoder_best.pth"])
+    history = torch.load(tmp_path / "history_epoch_2.pth", weights_only=True)
+    assert history["train"]["epoch"] == [0.5, 1.0, 1.5, 2.0]
+    assert set(history["train"]) == {"epoch", "loss", "acc"}
+    assert history["val"]["epoch"] == [1, 2]
+    assert max(history["val"]["mean_iou"]) == done.best
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_resuming_at_any_step_is_bit_identical(root, tmp_path, stop):
+    """The run breaks down when the batch after `stop` steps is read, and is started again."""
+
+    class Breaking(TrainDataset):
+        def __getitem__(self, index):
+            if index == stop:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    val = ValDataset(root, "val", options())
+    settings = {"eval_epoch": 1, "checkpoint_iters": 3}
+    whole, expected = run(root, tmp_path / "whole", settings=settings, val_dataset=val)
+    dataset = Breaking(root, "train", options(), batch_per_gpu=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "cut", settings=settings, val_dataset=val, dataset=dataset)
+    # Before the first save a restart begins anew, with the same seed; after it the seed of the restart has no say.
+    seed = 0 if stop < settings["checkpoint_iters"] else 9
+    resumed, got = run(root, tmp_path / "cut", seed=seed, settings=settings, val_dataset=val, resume="auto")
+    assert same(got, expected)
+    assert resumed.history == whole.history
+    assert resumed.best == whole.best
+
+
+def test_killed_process_resumes_bit_identically(root, tmp_path):
+    """SIGKILL at three random moments of train.py; the weights are those of an undisturbed run."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2}
+    changes |= {"TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
+    whole = script("train.py", *words({**changes, "DIR": tmp_path / "whole"}))
+    assert whole.returncode == 0, whole.stderr
+    folder, rng = tmp_path / "killed", random.Random(0)
+    arguments = words({**changes, "DIR": folder, "TRAIN.resume": "auto"})
+    command = [sys.executable, ROOT / "train.py", *arguments]
+    for _ in range(3):
+        with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE) as process:
+            for line in process.stdout:
+                if b"Accuracy" in line:
+                    break
+            time.sleep(rng.uniform(0, 1.5))
+            process.send_signal(signal.SIGKILL)
+    last = script("train.py", *arguments)
+    assert last.returncode == 0, last.stderr
+    assert same(weights(folder), weights(tmp_path / "whole"))
+    histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
+    assert histories[0] == histories[1]
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.pth"
+    save_atomic({"x": 1}, path)
+    with pytest.raises(Exception, match=r"pickle|local"):
+        save_atomic({"x": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_resume_of_something_else_is_named(root, tmp_path):
+    torch.save({"x": 1}, tmp_path / "resume.pth")
+    with pytest.raises(CheckpointError, match="is no state to continue from"):
+        run(root, tmp_path, resume="auto")
+    (tmp_path / "resume.pth").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match="damaged"):
+        run(root, tmp_path, resume="auto")
+    with pytest.raises(CheckpointError, match="there is no file nowhere"):
+        run(root, tmp_path, resume="nowhere")
+
+
+def test_non_finite_loss_stops_with_files_and_last_checkpoint(root, tmp_path):
+    class Poisoned(TrainDataset):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            if index == 5:
+                batch["img_data"][0, 0, 0, 0] = float("nan")
+            return batch
+
+    dataset = Poisoned(root, "train", options(), batch_per_gpu=2)
+    files = dataset[5]["info"]
+    with pytest.raises(TrainingStopped) as error:
+        run(root, tmp_path, dataset=dataset)
+    text = str(error.value)
+    for part in ("step 6 (epoch 2, iteration 2)", "the loss is nan", *files, "epoch_1.pth", "resume.pth"):
+        assert part in text
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path, "epoch_1.pth").values())
+
+
+def test_unreadable_training_image_is_named_without_a_traceback(root, tmp_path):
+    folder = tmp_path / "data"
+    write_pairs(folder / "train", [(60, 40), (52, 44)])
+    (folder / "train" / "annotations" / "01.png").write_bytes(b"no picture")
+    for workers in (0, 1):
+        done = script(
+            "train.py",
+            *words(
+                {
+                    **SMALL,
+                    "DATASET.root_dataset": folder,
+                    "DIR": tmp_path / "run",
+                    "TRAIN.workers": workers,
+                    "TRAIN.resume": "restart",
+                }
+            ),
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.startswith("error: ")
+        assert "annotations/01.png: no readable image" in done.stderr
+
+
+def test_optimizer_sees_no_frozen_parameters(root, tmp_path, monkeypatch):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.fix_bn": True, "TRAIN.num_epoch": 1}
+    in_process("train", monkeypatch, *words(changes))
+    trained = weights(tmp_path, "epoch_1.pth")
+    means = [v for k, v in trained.items() if k.endswith("running_mean")]
+    assert means
+    assert not any(v.any() for v in means)

@@ -1,0 +1,227 @@
+"""Weights: strict loading and its report, untrusted files, downloads from a local server, the ways out when offline."""
+
+import functools
+import http.server
+import os
+import pickle
+import threading
+
+import pytest
+import torch
+from scenes import TinyEncoder, tiny_module
+from shared_data import shared
+from torch import nn
+
+from mit_semseg.models import ModelBuilder, weights
+from mit_semseg.models.weights import WeightsError, download, fetch_published, load_weights, read_checkpoint
+
+
+@pytest.fixture
+def encoder_file(tmp_path):
+    torch.save(TinyEncoder().state_dict(), tmp_path / "encoder.pth")
+    return tmp_path / "encoder.pth"
+
+
+def altered(path, change):
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    return path
+
+
+def test_report_of_a_legacy_file(encoder_file):
+    def legacy(state):
+        for key in [k for k in state if k.endswith("running_mean")]:
+            stem = key.removesuffix("running_mean")
+            state.update({f"{stem}_tmp_running_mean": torch.zeros(8), f"{stem}_tmp_running_var": torch.zeros(8)})
+            state[f"{stem}_running_iter"] = torch.ones(1)
+            del state[f"{stem}num_batches_tracked"]
+
+    encoder = TinyEncoder()
+    report = load_weights(encoder, altered(encoder_file, legacy), what="encoder tiny")
+    assert (len(report.legacy), len(report.missing), len(report.loaded)) == (9, 3, 15)
+    assert "encoder tiny: loaded 15 entries" in str(report)
+    assert "9 legacy batch-norm buffers not needed" in str(report)
+    state = torch.load(encoder_file, weights_only=True)
+    assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items() if k in state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.update(extra=torch.ones(1)), "unknown to the model: extra"),
+        (lambda s: s.pop("deep.0.weight"), r"missing in the file: deep\.0\.weight"),
+        (
+            lambda s: s.update({"deep.0.weight": torch.ones(2, 2)}),
+            r"other shape: deep\.0\.weight is \(2, 2\), the model's",
+        ),
+        (lambda s: s.pop("deep.1.running_mean"), r"missing in the file: deep\.1\.running_mean"),
+    ],
+)
+def test_anything_else_is_an_error_and_changes_nothing(encoder_file, change, message):
+    encoder = TinyEncoder()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    with pytest.raises(WeightsError, match=message):
+        load_weights(encoder, altered(encoder_file, change))
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_wrappers_of_other_tools_are_understood(tmp_path):
+    encoder = TinyEncoder()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.state_dict().items()}}, tmp_path / "a.pth")
+    other = TinyEncoder()
+    load_weights(other, tmp_path / "a.pth")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+
+
+def test_another_number_of_classes(tmp_path):
+    torch.save(tiny_module(5).decoder.state_dict(), tmp_path / "d.pth")
+    decoder = tiny_module(3, seed=1).decoder
+    head = decoder.conv_last.weight.clone()
+    with pytest.raises(WeightsError, match=r"set MODEL\.new_head True"):
+        load_weights(decoder, tmp_path / "d.pth")
+    report = load_weights(decoder, tmp_path / "d.pth", new_head=True)
+    expected = [f"conv_last{branch}.{leaf}" for branch in ("", "_deepsup") for leaf in ("weight", "bias")]
+    assert report.skipped == expected
+    assert torch.equal(decoder.conv_last.weight, head)
+    assert torch.equal(decoder.cbr[0].weight, torch.load(tmp_path / "d.pth", weights_only=True)["cbr.0.weight"])
+
+
+class _Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/mit_semseg_must_not_exist",)
+
+
+def test_code_in_a_checkpoint_is_never_run(tmp_path):
+    torch.save({"x": _Evil()}, tmp_path / "evil.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(_Evil()))
+    for name in ("evil.pth", "plain.pth"):
+        with pytest.raises(WeightsError, match=rf"{name} was refused"):
+            read_checkpoint(tmp_path / name)
+    assert not os.path.exists("/tmp/mit_semseg_must_not_exist")
+
+
+@pytest.mark.parametrize("content", [b"", b"broken", b"PK\x03\x04rest", b"<html>", b"\x80\x02}q"])
+def test_damaged_files_are_named(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"x\.pth"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_what_is_no_state_dict_says_what_it_is(tmp_path):
+    torch.save([1, 2], tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"no state dict .* but list"):
+        load_weights(TinyEncoder(), tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"no checkpoint .*b\.pth; there is a\.pth"):
+        load_weights(TinyEncoder(), tmp_path / "b.pth")
+
+
+def test_the_real_published_decoder():
+    path = shared("data/published/ade20k-mobilenetv2dilated-c1_deepsup/decoder_epoch_20.pth")
+    decoder = ModelBuilder.build_decoder("c1_deepsup", fc_dim=320, num_class=150)
+    report = load_weights(decoder, path, what="decoder c1_deepsup")
+    assert len(report.legacy) == 6
+    assert len(report.loaded) == 16
+    assert [report.surplus, report.skipped, report.missing] == [[], [], []]
+
+
+# Downloads
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        if self.path.endswith("cut.bin"):  # promises more than it sends
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"x" * 10)
+            return
+        super().do_GET()
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A server of published files; returns its folder and address."""
+    folder = tmp_path / "site"
+    (folder / "model").mkdir(parents=True)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", f"{address}/model")
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
+    yield folder, address
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_is_whole_or_nothing(site, tmp_path):
+    folder, address = site
+    (folder / "a.bin").write_bytes(b"hello")
+    digest = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
+    target = tmp_path / "files" / "a.bin"
+    assert download(f"{address}/a.bin", target, sha256=digest[:8].upper()).read_bytes() == b"hello"
+    target.unlink()
+    for url, kwargs, message in (
+        (f"{address}/a.bin", {"sha256": "00ff"}, "SHA-256 is 2cf24"),
+        (f"{address}/cut.bin", {}, "ended after 10 of 1000 bytes|IncompleteRead"),
+        (f"{address}/none.bin", {}, "404|Not Found"),
+        ("http://127.0.0.1:9/a.bin", {}, "refused"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            download(url, target, **kwargs)
+        assert list(target.parent.iterdir()) == []
+
+
+def test_imagenet_base_from_the_mirror_then_from_the_cache(site, tmp_path):
+    folder, _ = site
+    source = ModelBuilder.build_encoder("resnet18", pretrained=False)
+    state = {**source.state_dict(), "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}
+    (folder / "model" / "pretrained_resnet").mkdir()
+    torch.save(state, folder / "model" / "pretrained_resnet" / "resnet18-imagenet.pth")
+    encoder = ModelBuilder.build_encoder("resnet18dilated", weights="")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), source.parameters(), strict=True))
+    cached = tmp_path / "cache" / "resnet18-imagenet.pth"
+    assert cached.is_file()
+    (folder / "model" / "pretrained_resnet" / "resnet18-imagenet.pth").unlink()
+    ModelBuilder.build_encoder("resnet18")  # from the cache
+    report = weights.load_imagenet_base(encoder, "resnet18dilated")
+    assert report.surplus == ["fc.weight", "fc.bias"]
+
+
+def test_offline_names_the_ways_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path))
+    with pytest.raises(WeightsError) as error:
+        ModelBuilder.build_encoder("resnet50dilated", weights="")
+    for way in ("MODEL.weights_encoder", "MODEL.pretrained False", "pretrained=False", "MIT_SEMSEG_MIRROR"):
+        assert way in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(WeightsError, match="no ImageNet base was published for resnet34dilated"):
+        ModelBuilder.build_encoder("resnet34dilated")
+    assert isinstance(ModelBuilder.build_encoder("resnet18", pretrained=False), nn.Module)
+
+
+def test_published_pair(site, monkeypatch, tmp_path):
+    folder, _ = site
+    name = "ade20k-resnet50-upernet"
+    (folder / "model" / "pytorch" / name).mkdir(parents=True)
+    for part in ("encoder", "decoder"):
+        torch.save({part: torch.ones(1)}, folder / "model" / "pytorch" / name / f"{part}_epoch_30.pth")
+    encoder, decoder = fetch_published(name)
+    assert encoder == tmp_path / "cache" / name / "encoder_epoch_30.pth"
+    assert decoder.is_file()
+    with pytest.raises(WeightsError, match=r"no published model 'ade20k-x'; there are ade20k-mobilenetv2dilated"):
+        fetch_published("ade20k-x")
+
+
+def test_a_file_with_another_hash_is_not_kept(site, tmp_path):
+    folder, _ = site
+    name = "ade20k-resnet18dilated-ppm_deepsup"
+    (folder / "model" / "pytorch" / name).mkdir(parents=True)
+    (folder / "model" / "pytorch" / name / "encoder_epoch_20.pth").write_bytes(b"something else")
+    with pytest.raises(WeightsError, match="expected adcdcbf7530e"):
+        fetch_published(name, tmp_path / "ckpt")
+    assert list((tmp_path / "ckpt").iterdir()) == []
