@@ -181,14 +181,15 @@ def threaded(replicas, inputs):
 def test_synchronized_statistics_equal_the_whole_batch(sizes, shift):
     """Outputs, gradients and running estimates of replicas with unequal batches, against nn.BatchNorm2d in float64."""
     torch.manual_seed(0)
-    shared, whole = SynchronizedBatchNorm2d(3).double(), nn.BatchNorm2d(3).double()
+    # The synchronized path divides by sqrt(max(var, eps)), the other by sqrt(var + eps): a tiny eps makes them one.
+    shared, whole = SynchronizedBatchNorm2d(3, eps=1e-14).double(), nn.BatchNorm2d(3, eps=1e-14).double()
     nn.init.uniform_(shared.weight)
     whole.load_state_dict(shared.state_dict())
     chunks = [(torch.randn(n, 3, 5, 4, dtype=torch.float64) + shift).requires_grad_() for n in sizes]
     factors = [torch.randn_like(c) for c in chunks]
     replicas = []
     for _ in sizes:  # replicas share parameters and buffers, as shallow copies do
-        replica = SynchronizedBatchNorm2d(3).double()
+        replica = SynchronizedBatchNorm2d(3, eps=1e-14).double()
         replica._parameters, replica._buffers = shared._parameters, shared._buffers
         replicas.append(replica)
     join_replicas(shared, replicas)

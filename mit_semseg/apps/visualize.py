@@ -68,9 +68,9 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
     size = max(11, min(20, height // 24))
     font, row = ImageFont.load_default(size), round(size * 1.6)
     texts = [f"{entry['class'].split(';')[0]}  {entry['share'] * 100:.1f} %" for entry in entries]
-    width = round(row * 1.5 + max(font.getlength(text) for text in texts)) + GAP
+    width = round(row * 1.5 + max((font.getlength(text) for text in texts), default=0)) + GAP
     rows = max(1, height // row)
-    columns = -(-len(entries) // rows)
+    columns = max(1, -(-len(entries) // rows))
     legend = Image.new("RGB", (columns * width, max(height, row)), "white")
     draw = ImageDraw.Draw(legend)
     for i, (entry, text) in enumerate(zip(entries, texts, strict=True)):

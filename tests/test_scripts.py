@@ -1,0 +1,317 @@
+"""The scripts as a user runs them: from lists and folders to checkpoints, figures and pictures."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import ROOT, SMALL, in_process, script, words
+from scenes import options, tiny_module, write_pairs
+from test_weights import site  # noqa: F401  (a fixture)
+
+from mit_semseg.apps.visualize import class_shares, colorEncode, overlay, panel, save_curves
+from mit_semseg.dataset import ValDataset, class_table
+from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
+from mit_semseg.evaluation import evaluate, label_map, multi_scale_scores
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A data set and a run on it; returns the options."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
+    write_pairs(folder / "val", [(50, 40), (40, 56), (64, 48)], seed=3)
+    changes = {**SMALL, "DATASET.root_dataset": folder, "DIR": folder / "run"}
+    done = script("train.py", "--gpus", "cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    return changes
+
+
+# Evaluation
+
+
+def test_eval_prints_and_writes_the_same_figures(trained, tmp_path):
+    done = script("eval.py", "--gpu", "cpu", *words({**trained, "VAL.visualize": True, "VAL.batch_size": 2}))
+    assert done.returncode == 0, done.stderr
+    folder = Path(trained["DIR"]) / "result"
+    result = json.loads((folder / "results.json").read_text())
+    assert result["images"] == 3
+    assert f"Mean IoU (over all 3 classes): {result['mean_iou']:.4f}" in done.stdout
+    assert f"Pixel accuracy: {result['pixel_accuracy'] * 100:.2f} %" in done.stdout
+    assert [entry["class"] for entry in result["iou_per_class"]] == ["class 1", "class 2", "class 3"]
+    assert result["overall_score"] == pytest.approx((result["mean_iou"] + result["pixel_accuracy"]) / 2)
+    with Image.open(folder / "val" / "images" / "01.png") as drawn:
+        assert drawn.size == (3 * 40 + 2 * 6, 56)
+
+
+def test_evaluation_is_brute_force_over_the_pictures(tmp_path):
+    """Mean over scales of the softmax at the picture's size, arg-max, counted pixel by pixel."""
+    write_pairs(tmp_path, [(50, 40), (40, 56)], seed=3)
+    dataset, module = ValDataset(tmp_path, ".", options()), tiny_module().eval()
+    hits = total = 0
+    for i in range(len(dataset)):
+        item = dataset[i]
+        size = item["img_ori"].shape[:2]
+        with torch.no_grad():
+            scores = [module({"img_data": x}, segSize=size).double() for x in item["img_data"]]
+        mean = torch.stack(scores).mean(0)[0]
+        torch.testing.assert_close(
+            multi_scale_scores(module, item["img_data"], size).double(), mean, rtol=1e-5, atol=1e-6
+        )
+        prediction, label = label_map(module, item), item["seg_label"][0].numpy()
+        assert np.array_equal(prediction, mean.argmax(0).numpy())
+        hits += ((prediction == label) & (label >= 0)).sum()
+        total += (label >= 0).sum()
+    module.train()
+    figures = [evaluate(module, dataset, batch_size=n, workers=w).summary for n, w in ((1, 0), (2, 0), (2, 1))]
+    assert module.training
+    assert [f.pixel_accuracy for f in figures] == [hits / total] * 3
+    assert all(np.array_equal(f.iou, figures[0].iou) for f in figures)
+
+
+# Segmenting pictures
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "b.PNG", "day/a.jpg", "day/a.png", "day/c.webp"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40), "olive").save(path, format={"jpg": "JPEG", "webp": "WEBP"}.get(name[-3:], "PNG"))
+    return folder
+
+
+def segment(trained, result, imgs, *flags):
+    return script("test.py", "--imgs", imgs, "--gpu", "cpu", *flags, *words({**trained, "TEST.result": result}))
+
+
+def test_a_folder_keeps_its_structure_and_no_result_is_lost(trained, photos, tmp_path):
+    done = segment(trained, tmp_path / "out", photos, "--overlay", "--index", "--json")
+    assert done.returncode == 0, done.stderr
+    stems = ["a", "b", "day/a.jpg", "day/a.png", "day/c"]
+    expected = {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.png", "_index.png", ".json")}
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert written == expected
+    content = json.loads((tmp_path / "out" / "a.json").read_text())
+    assert (content["width"], content["height"]) == (50, 40)
+    shares = [entry["share"] for entry in content["classes"]]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1)
+    index = np.asarray(Image.open(tmp_path / "out" / "a_index.png"))
+    assert index.shape == (40, 50)
+    assert {entry["index"] for entry in content["classes"]} == set(np.unique(index).tolist())
+    first = content["classes"][0]
+    assert f"{first['class']}: {first['share'] * 100:.2f} %" in done.stdout
+    assert "5 of 5 pictures segmented" in done.stdout
+
+
+def test_an_unreadable_picture_is_reported_and_the_others_are_done(trained, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff")
+    done = segment(trained, tmp_path / "out", photos)
+    assert done.returncode == 1
+    assert "5 of 6 pictures segmented" in done.stdout
+    assert "not segmented: " in done.stdout
+    assert "broken.jpg" in done.stdout
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 5
+
+
+def test_globs_single_files_and_results_inside_the_folder(trained, photos, tmp_path):
+    done = segment(trained, tmp_path / "one", photos / "day" / "*.jpg")
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in (tmp_path / "one").rglob("*.png")] == ["a.png"]
+    for _ in range(2):  # the second time the results of the first are there, and are no input
+        done = segment(trained, photos / "results", photos)
+        assert "5 of 5 pictures" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("imgs", "message"),
+    [("nowhere.jpg", "no such file or folder"), ("*.nothing", "no pictures there"), (".", "written over the picture")],
+)
+def test_wrong_inputs_are_answered_in_a_sentence(trained, photos, imgs, message):
+    (photos / "z.png").write_bytes((photos / "b.PNG").read_bytes())
+    done = segment(trained, photos, photos if imgs == "." else photos / imgs)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Mistakes on the command line
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "test.py"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["TRAIN.lr_encodr", "1"], "did you mean TRAIN.lr_encoder?"),
+        (["--cfg", "nowhere.yaml"], "nowhere.yaml: No such file"),
+    ],
+)
+def test_mistakes_have_no_traceback(name, arguments, message):
+    extra = ["--imgs", "x"] if name == "test.py" else []
+    done = script(name, *extra, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_wrong_devices(trained, monkeypatch):
+    from mit_semseg.lib.utils import UserError
+
+    for given, message in (("0-3", "4 devices given"), ("99", "gpu99 was asked for, but this machine has"), ("x", "x")):
+        with pytest.raises(UserError, match=message):
+            in_process("train", monkeypatch, "--gpus", given, *words({**trained, "TRAIN.resume": "restart"}))
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "test.py"])
+def test_help_shows_examples(name):
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.count(f"python {name} ") >= 3
+
+
+# Data tools
+
+
+def test_doctor_names_every_fault(trained, tmp_path):
+    folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
+    (folder / "images" / "00.png").write_bytes(b"no picture")
+    Image.new("L", (9, 9)).save(folder / "annotations" / "01.png")
+    Image.new("L", (40, 30), 9).save(folder / "annotations" / "02.png")
+    Image.new("RGB", (40, 30)).save(folder / "annotations" / "03.png")
+    changes = {"DATASET.root_dataset": tmp_path, "DATASET.list_train": "train", "DATASET.list_val": "train"}
+    done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
+    assert done.returncode == 1, done.stderr
+    for part in (
+        "train: 6 images, 4 unusable",
+        "width 30 to 40, height 30 to 40",
+        "1 upright (higher than wide), 1 lying",
+        "classes that no label has (1): class 3",
+        "00.png: no readable image",
+        "01.png: the label is 9x9",
+        "02.png: label values 9 are not in the class table (1-3, ignored 0)",
+        "03.png: the label is an RGB picture",
+    ):
+        assert part in done.stdout
+    clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
+    done = script(
+        "mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_train": clean, "DATASET.list_val": clean})
+    )
+    assert done.returncode == 0
+    assert "every file can be used" in done.stdout
+    done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
+    assert done.returncode == 2
+    assert "there is no list none" in done.stderr
+
+
+def test_generated_scenes(tmp_path):
+    write_dataset(tmp_path, train=6, val=3, size=(64, 48))
+    table = class_table(str(tmp_path / "classes.csv"), len(CLASSES))
+    assert table.names == CLASSES
+    image, label = make_scene((0, 1, 0), 64, 48)
+    again = make_scene((0, 1, 0), 64, 48)
+    assert image.tobytes() == again[0].tobytes()
+    assert label.tobytes() == again[1].tobytes()
+    seen = set()
+    for path in (tmp_path / "training" / "annotations").iterdir():
+        raw = np.asarray(Image.open(path))
+        assert (table.encode(raw) >= -1).all()
+        seen |= set(np.unique(raw).tolist())
+    assert seen == set(range(8))
+
+
+def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):  # noqa: F811
+    folder, address = site
+    for split in ("training", "validation"):
+        write_pairs(tmp_path / split, [(20, 30), (30, 20)])
+    with zipfile.ZipFile(folder / "ade.zip", "w") as archive:
+        for split in ("training", "validation"):
+            for path in (tmp_path / split).rglob("*.png"):
+                archive.write(path, f"ADEChallengeData2016/{path.parent.name}/{split}/{path.name}")
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    (copy / "mit_semseg").symlink_to(ROOT / "mit_semseg")
+    (copy / "download_ade20k.sh").write_text((ROOT / "download_ade20k.sh").read_text())
+    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS=f"{address}/ade.zip")
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (copy / "data" / "training.odgt").read_text().splitlines()]
+    assert lines[0] == {
+        "fpath_img": "ADEChallengeData2016/images/training/00.png",
+        "fpath_segm": "ADEChallengeData2016/annotations/training/00.png",
+        "width": 20,
+        "height": 30,
+    }
+    assert sorted(p.name for p in (copy / "data").iterdir()) == [
+        "ADEChallengeData2016",
+        "training.odgt",
+        "validation.odgt",
+    ]
+    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # nothing is downloaded twice
+    assert done.returncode == 0, done.stderr
+
+
+def bash(folder, name, **env):
+    import os
+    import subprocess
+    import sys
+
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **env}
+    return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):  # noqa: F811
+    """The real script against a local server that holds a picture and a (random) pair of the published shape."""
+    from mit_semseg.models import ModelBuilder
+
+    folder, _ = site
+    name = "ade20k-resnet50dilated-ppm_deepsup"
+    (folder / "model" / "pytorch" / name).mkdir(parents=True)
+    encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
+    torch.save(encoder.state_dict(), folder / "model" / "pytorch" / name / "encoder_epoch_20.pth")
+    decoder = ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048)
+    torch.save(decoder.state_dict(), folder / "model" / "pytorch" / name / "decoder_epoch_20.pth")
+    pictures = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
+    pictures.mkdir(parents=True)
+    Image.new("RGB", (64, 48), "teal").save(pictures / "ADE_val_00001519.jpg")
+    copy = tmp_path / "checkout"
+    copy.mkdir()
+    for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):
+        (copy / part).symlink_to(ROOT / part)
+    (copy / "demo_test.sh").write_text((ROOT / "demo_test.sh").read_text())
+    done = bash(copy, "demo_test.sh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ADE_val_00001519.png" in done.stdout.splitlines()[-1]
+    assert (copy / "demo_result" / "ADE_val_00001519.png").is_file()
+
+
+# Pictures
+
+
+def test_panel_overlay_and_shares():
+    table = class_table("", 3)
+    image, label = np.full((60, 80, 3), 90, np.uint8), np.zeros((60, 80), np.int64)
+    label[:15], label[-15:] = 2, -1
+    assert class_shares(label, table) == [
+        {"class": "class 1", "index": 0, "share": 0.5, "color": table.colors[0].tolist()},
+        {"class": "class 3", "index": 2, "share": 0.25, "color": table.colors[2].tolist()},
+    ]
+    colored = colorEncode(label, table.colors)
+    assert colored[0, 0].tolist() == table.colors[2].tolist()
+    assert colored[-1, 0].tolist() == [0, 0, 0]
+    assert panel([image, colored]).size == (166, 60)
+    drawn = overlay(image, label, table)
+    assert drawn.height == 60
+    assert drawn.width > 80
+    overlay(image, np.full((60, 80), -1), table)  # nothing to name
+
+
+def test_curves(tmp_path):
+    points = {"epoch": [0.5, 1.0], "loss": [2.0, 1.0], "acc": [0.3, 0.6]}
+    save_curves({"train": points, "val": {"epoch": [1], "mean_iou": [0.4], "acc": [0.6]}}, tmp_path / "c.png")
+    save_curves({"train": points}, tmp_path / "d.png")  # a history of the original
+    assert Image.open(tmp_path / "c.png").size == (1100, 440)
