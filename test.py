@@ -40,7 +40,7 @@ def main() -> int:
         tqdm.write(f"{result.path} -> {stem}.png")
         for entry in result.classes:
             if entry["share"] > SMALLEST_SHARE:
-                tqdm.write(f"  {entry['class']}: {entry['share'] * 100:.2f} %")
+                tqdm.write(f"  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %")
     print(f"{len(plan) - len(failed)} of {len(plan)} pictures segmented, results in {cfg.TEST.result}")
     for reason in failed:
         print(f"not segmented: {reason}")

@@ -67,7 +67,7 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
     entries = class_shares(label_map, table)
     size = max(11, min(20, height // 24))
     font, row = ImageFont.load_default(size), round(size * 1.6)
-    texts = [f"{entry['class'].split(';')[0]}  {entry['share'] * 100:.1f} %" for entry in entries]
+    texts = [f"{table.labels[entry['index']]}  {entry['share'] * 100:.1f} %" for entry in entries]
     width = round(row * 1.5 + max((font.getlength(text) for text in texts), default=0)) + GAP
     rows = max(1, height // row)
     columns = max(1, -(-len(entries) // rows))

@@ -37,6 +37,11 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names short enough to show: ADE20K lists synonyms after a semicolon."""
+        return tuple(name.split(";")[0] for name in self.names)
+
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Class indices (H, W) int64 of raw label values, -1 where ignored, -2 where the table has no such value."""
         return self.index[raw].astype(np.int64)

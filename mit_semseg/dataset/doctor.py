@@ -28,7 +28,7 @@ class Diagnosis:
     """What was found in a list."""
 
     source: str
-    class_names: tuple[str, ...]
+    labels: tuple[str, ...]  # names of the classes
     images: int = 0
     upright: int = 0
     sizes: Counter = field(default_factory=Counter)  # (width, height) of readable images
@@ -38,7 +38,7 @@ class Diagnosis:
 
     def absent(self) -> list[str]:
         """Classes that no label has."""
-        return [name for name, count in zip(self.class_names, self.in_images, strict=True) if not count]
+        return [name for name, count in zip(self.labels, self.in_images, strict=True) if not count]
 
     def report(self) -> str:
         """The findings as text."""
@@ -54,12 +54,12 @@ class Diagnosis:
         return "\n".join(lines)
 
     def _class_lines(self) -> Iterator[str]:
-        total, width = max(1, self.pixels.sum()), max(len(name) for name in (*self.class_names, "(ignored)"))
+        total, width = max(1, self.pixels.sum()), max(len(name) for name in (*self.labels, "(ignored)"))
         yield f"  {'class':<{width}}  share of pixels  images"
         for i in np.argsort(-self.pixels[:-1], kind="stable"):
             if self.in_images[i]:
                 share = 100 * self.pixels[i] / total
-                yield f"  {self.class_names[i]:<{width}}  {share:>13.3f} %  {self.in_images[i]:>6}"
+                yield f"  {self.labels[i]:<{width}}  {share:>13.3f} %  {self.in_images[i]:>6}"
         yield f"  {'(ignored)':<{width}}  {100 * self.pixels[-1] / total:>13.3f} %"
 
 
@@ -99,7 +99,7 @@ def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Dia
         source: name of the list for the report.
         progress: wraps the iterable of findings.
     """
-    found = Diagnosis(source, dataset.table.names, images=len(dataset.records))
+    found = Diagnosis(source, dataset.table.labels, images=len(dataset.records))
     found.pixels = np.zeros(len(dataset.table) + 1, np.int64)
     found.in_images = np.zeros(len(dataset.table), np.int64)
     with ThreadPoolExecutor() as pool:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..dataset import ValDataset
+from ..dataset import ClassTable, ValDataset
 from ..lib.nn import user_scattered_collate
 from ..lib.utils import available_cores
 from .inference import label_map
@@ -29,7 +29,7 @@ class Evaluation:
     summary: Summary
     images: int
     seconds: float
-    class_names: Sequence[str]
+    table: ClassTable
 
     @property
     def images_per_second(self) -> float:
@@ -51,17 +51,17 @@ class Evaluation:
             "images_per_second": round(self.images_per_second, 3),
             "iou_per_class": [
                 {"class": name, "iou": float(iou), "present": bool(present)}
-                for name, iou, present in zip(self.class_names, s.iou, s.present, strict=True)
+                for name, iou, present in zip(self.table.names, s.iou, s.present, strict=True)
             ],
         }
 
     def report(self) -> str:
         """The scores as text, classes first."""
         s = self.summary
-        width = max(len(name) for name in self.class_names)
+        width = max(len(name) for name in self.table.labels)
         lines = [
             f"  {name:<{width}}  {iou:.4f}" + ("" if present else "  (not in the labels)")
-            for name, iou, present in zip(self.class_names, s.iou, s.present, strict=True)
+            for name, iou, present in zip(self.table.labels, s.iou, s.present, strict=True)
         ]
         return "\n".join(
             [
@@ -126,4 +126,4 @@ def evaluate(
                     bar.update()
     finally:
         model.train(was_training)
-    return Evaluation(metric.summary(), images, time.perf_counter() - start, dataset.table.names)
+    return Evaluation(metric.summary(), images, time.perf_counter() - start, dataset.table)
