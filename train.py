@@ -18,8 +18,8 @@ def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES, device_option="--gpus").parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     device, files, train, data = cli.pick_device(args.device), RunFiles(cfg.DIR), cfg.TRAIN, cfg.DATASET
-    if not train.start_epoch:
-        files.find_resume(train.resume)  # refuse to write over a run before anything is loaded or logged
+    # Refuses to write over a run before anything is loaded or logged.
+    continued = bool(train.start_epoch or files.find_resume(train.resume))
     dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
     validation = ValDataset(data.root_dataset, data.list_val, data) if train.eval_epoch else None
 
@@ -28,7 +28,7 @@ def main() -> None:
     logger.info("device: %s", cli.describe(device))
     logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
     torch.manual_seed(train.seed)
-    module = cli.build_module(cfg, device)
+    module = cli.build_module(cfg, device, continued=continued)
     optimizer, settings = cli.build_training(cfg, module)
     recorder = RunRecorder(cfg.DIR, dataset.table, tensorboard=train.tensorboard)
     fit(

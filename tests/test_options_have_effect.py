@@ -164,6 +164,7 @@ def effect_of_pretrained(runs, baseline):
     runs.monkeypatch.setenv("MIT_SEMSEG_HOME", str(runs.folder / "cache"))
     with pytest.raises(UserError, match=r"MODEL\.pretrained False"):
         runs.train(MODEL__pretrained=True)
+    runs.train(DIR=baseline, MODEL__pretrained=True, TRAIN__resume="auto")  # a continued run needs no base
 
 
 def effect_of_new_head(runs, baseline):

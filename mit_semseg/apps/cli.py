@@ -124,7 +124,9 @@ def setup_logger(distributed_rank: int = 0, filename: str | None = "log.txt") ->
     return log
 
 
-def build_module(cfg: Config, device: torch.device, *, checkpoint: str | None = None) -> SegmentationModule:
+def build_module(
+    cfg: Config, device: torch.device, *, checkpoint: str | None = None, continued: bool = False
+) -> SegmentationModule:
     """The network that the options describe, on a device.
 
     Args:
@@ -132,6 +134,7 @@ def build_module(cfg: Config, device: torch.device, *, checkpoint: str | None = 
         device: where to put it.
         checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`; None starts training, from the MODEL
             options.
+        continued: the weights will come from the run in DIR, so no ImageNet base is fetched.
 
     Raises:
         UserError: weights are missing or do not fit, or MODEL.fc_dim contradicts the encoder.
@@ -143,8 +146,7 @@ def build_module(cfg: Config, device: torch.device, *, checkpoint: str | None = 
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
         weights=encoder_file,
-        # A run continued from its own files needs no ImageNet base.
-        pretrained=model.pretrained and not cfg.TRAIN.start_epoch,
+        pretrained=model.pretrained and not continued,
         output_stride=model.output_stride or None,
     )
     _check_fc_dim(model, encoder)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from ..lib.utils import UserError, some, whole_file
 from .files import ImageFileError, image_size
@@ -104,7 +105,7 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
             "fpath_segm": _relative(labels[stem], root),
             **_size(by_stem[stem]),
         }
-        for stem in sorted(by_stem)
+        for stem in tqdm(sorted(by_stem), desc=f"reading sizes in {folder}", unit="img", disable=None, leave=False)
     ]
 
 
