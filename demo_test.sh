@@ -7,40 +7,43 @@ python=${PYTHON:-$(command -v python || command -v python3)}
 result=${DEMO_RESULT:-demo_result}
 
 published() {
-    local name=ade20k-resnet50dilated-ppm_deepsup picture=ADE_val_00001519.jpg
-    local address=/data/ADEChallengeData2016/images/validation/$picture
+    local name=ade20k-resnet50dilated-ppm_deepsup picture=ADE_val_00001519 message
     # The small file first: a server that does not answer is noticed at once.
-    "$python" -m mit_semseg.apps.fetch file "$address" --to "$result/$picture" &&
-        "$python" -m mit_semseg.apps.fetch model "$name" --to "ckpt/$name" || return 1
-    "$python" test.py --imgs "$result/$picture" --cfg "config/$name.yaml" --overlay TEST.result "$result" || exit 1
-    echo "Done: $result/ADE_val_00001519.png (picture and prediction) and $result/ADE_val_00001519_overlay.png"
+    if ! message=$("$python" -m mit_semseg.apps.fetch file \
+        "/data/ADEChallengeData2016/images/validation/$picture.jpg" --to "$result/$picture.jpg" 2>&1); then
+        echo "The published model cannot be downloaded (${message#error: }): taking the built-in way instead."
+        return 1
+    fi
+    if ! "$python" -m mit_semseg.apps.fetch model "$name" --to "ckpt/$name"; then
+        echo "The published model cannot be downloaded: taking the built-in way instead."
+        return 1
+    fi
+    cfg=config/$name.yaml imgs=$result/$picture.jpg
 }
 
 built_in() {
-    local cfg=config/quickstart.yaml data=data/quickstart picture=scene_0003
+    local data=data/quickstart scores=ckpt/quickstart/result/results.json
+    cfg=config/quickstart.yaml imgs=$data/validation/images/scene_0003.jpg
     "$python" -m mit_semseg.dataset.synthetic "$data"
     "$python" train.py --cfg "$cfg" TRAIN.resume restart
     "$python" eval.py --cfg "$cfg" VAL.visualize True
-    "$python" test.py --imgs "$data/validation/images/$picture.jpg" --cfg "$cfg" --overlay TEST.result "$result"
-    echo "Done. Mean IoU on the validation scenes: $("$python" -c \
-        'import json; print("%.4f" % json.load(open("ckpt/quickstart/result/results.json"))["mean_iou"])')"
-    echo "Pictures: $result/$picture.png (picture and prediction), $result/${picture}_overlay.png (with a legend),"
-    echo "          ckpt/quickstart/result/validation/images/ (image, annotation, prediction of every scene),"
-    echo "          ckpt/quickstart/curves.png (the training)"
+    summary="Mean IoU on the validation scenes: $("$python" -c \
+        'import json, sys; print("%.4f" % json.load(open(sys.argv[1]))["mean_iou"])' "$scores")
+Every validation scene (image, annotation, prediction): ckpt/quickstart/result/validation/images/
+Curves of the training: ckpt/quickstart/curves.png"
 }
 
+summary=
 case "${1:-}" in
     --offline) built_in ;;
-    "")
-        if ! published 2>"${TMPDIR:-/tmp}/mit_semseg_demo.$$"; then
-            reason=$(grep -m 1 '^error: ' "${TMPDIR:-/tmp}/mit_semseg_demo.$$" | cut -c 8- || true)
-            rm -f "${TMPDIR:-/tmp}/mit_semseg_demo.$$"
-            echo "The published model cannot be downloaded (${reason:-no reason given}): taking the built-in way instead."
-            built_in
-        fi
-        ;;
+    "") published || built_in ;;
     *)
         echo "usage: ./demo_test.sh [--offline]" >&2
         exit 2
         ;;
 esac
+"$python" test.py --imgs "$imgs" --cfg "$cfg" --overlay TEST.result "$result"
+stem=$result/$(basename "$imgs" .jpg)
+echo
+[ -z "$summary" ] || echo "$summary"
+echo "Picture and prediction: $stem.png; tinted, with a legend: ${stem}_overlay.png"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from mit_semseg.apps import cli
-from mit_semseg.apps.visualize import save_result_panel
+from mit_semseg.apps.visualize import result_names, result_panel, save_picture
 from mit_semseg.config import load_config
 from mit_semseg.dataset import ValDataset
 from mit_semseg.evaluation import evaluate
@@ -27,8 +27,10 @@ def main() -> None:
     dataset = ValDataset(data.root_dataset, data.list_val, data)
     module = cli.build_module(cfg, device, checkpoint=cfg.VAL.checkpoint)
 
+    names = result_names([record["fpath_img"] for record in dataset.records])
+
     def draw(item, prediction):
-        save_result_panel(item, prediction, dataset.table, results)
+        save_picture(result_panel(item, prediction, dataset.table), Path(results, f"{names[item['info']]}.png"))
 
     evaluation = evaluate(
         module, dataset, device=device, batch_size=cfg.VAL.batch_size, on_result=draw if cfg.VAL.visualize else None

@@ -26,7 +26,9 @@ def main() -> int:
     cfg = load_config(args.cfg, args.opts)
     device, table = cli.pick_device(args.device), table_of(cfg.DATASET)
     cli.setup_logger(filename=None).info("device: %s", cli.describe(device))
-    plan = find_pictures(args.imgs, Path(cfg.TEST.result))
+    wanted = {".png": True, "_overlay.png": args.overlay, "_index.png": args.index, ".json": args.json}
+    endings = [ending for ending, yes in wanted.items() if yes]
+    plan = find_pictures(args.imgs, Path(cfg.TEST.result), endings)
     module = cli.build_module(cfg, device, checkpoint=cfg.TEST.checkpoint)
 
     failed = []
@@ -36,7 +38,7 @@ def main() -> int:
             failed.append(result[1])
             continue
         stem = plan[result.path]
-        result.save(stem, with_overlay=args.overlay, with_index=args.index, with_json=args.json)
+        result.save(stem, endings)
         tqdm.write(f"{result.path} -> {stem}.png")
         for entry in result.classes:
             if entry["share"] > SMALLEST_SHARE:

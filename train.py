@@ -19,7 +19,7 @@ def main() -> None:
     cfg = load_config(args.cfg, args.opts)
     device, files, train, data = cli.pick_device(args.device), RunFiles(cfg.DIR), cfg.TRAIN, cfg.DATASET
     # Refuses to write over a run before anything is loaded or logged.
-    continued = bool(train.start_epoch or files.find_resume(train.resume))
+    continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
     dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
     validation = ValDataset(data.root_dataset, data.list_val, data) if train.eval_epoch else None
 

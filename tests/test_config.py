@@ -218,6 +218,26 @@ def test_shipped_files_load(path):
         assert node.DATASET.segm_downsampling_rate == rate
 
 
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_shipped_files_evaluate_what_they_train(path):
+    node = load_config(path)
+    expected = "best.pth" if node.TRAIN.eval_epoch else f"epoch_{node.TRAIN.num_epoch}.pth"
+    assert node.VAL.checkpoint == node.TEST.checkpoint == expected
+
+
+def test_attributes_that_a_caller_added_and_lists_can_be_merged():
+    node = cfg.clone()
+    node.MINE, node.DATASET.imgSizes = "x", [300]
+    node.merge_from_list(["MINE", "y", "TRAIN.num_epoch", "3"])
+    assert (node.MINE, node.TRAIN.num_epoch) == ("y", 3)
+
+
+def test_a_pattern_without_quotes_is_recognized(tmp_path):
+    files = [write(tmp_path / name, "") for name in ("a.jpg", "b.jpg")]
+    with pytest.raises(ConfigError, match="put a pattern in quotes"):
+        load_config(None, [str(f) for f in files])
+
+
 def test_own_folders_example_is_short():
     lines = (ROOT / "config/own-folders.yaml").read_text().splitlines()
     assert len([line for line in lines if not line.startswith("#")]) <= 15

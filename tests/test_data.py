@@ -74,6 +74,10 @@ def test_files_without_a_partner_are_counted_and_named(tmp_path):
     folder = write_pairs(tmp_path / "d", SIZES[:3])
     (folder / "annotations" / "01.png").unlink()
     (folder / "annotations" / "zz.png").write_bytes(b"")
+    twin = write_pairs(tmp_path / "twin", SIZES[:1])
+    (twin / "images" / "00.jpg").write_bytes(b"")
+    with pytest.raises(ListError, match=r"00\.jpg and .*00\.png have the same stem"):
+        load_records(twin)
     with pytest.raises(ListError, match=r"2 files have no partner of the same stem.*01\.png.*zz\.png"):
         load_records(folder)
     with pytest.raises(ListError, match=r"download_ade20k\.sh.*DATASET\.list_train"):
@@ -92,6 +96,26 @@ def test_every_case_and_type_of_picture_is_found(tmp_path):
         "d.webp",
         "sub/c.Tiff",
     ]
+
+
+def test_a_damaged_header_does_not_stop_the_listing(tmp_path):
+    folder = write_pairs(tmp_path / "d", SIZES[:2])
+    whole = (folder / "images" / "00.png").read_bytes()
+    (folder / "images" / "00.png").write_bytes(whole[:20])
+    records = load_records(folder)
+    assert ["width" in record for record in records] == [False, True]
+    (folder / "images" / "00.png").write_bytes(whole[:-200])  # the header is whole
+    assert image_size(folder / "images" / "00.png") == SIZES[0]
+
+
+def test_a_folder_outside_the_root_is_absolute(tmp_path):
+    write_pairs(tmp_path / "real" / "deep" / "train", SIZES[:1])
+    other = write_pairs(tmp_path / "other", SIZES[:1])
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    (record,) = load_records(other, tmp_path / "link")
+    assert record["fpath_img"] == str(other / "images" / "00.png")
+    (record,) = load_records("train", tmp_path / "link")
+    assert record["fpath_img"] == "train/images/00.png"
 
 
 # Class tables

@@ -12,7 +12,15 @@ from runs import ROOT, SMALL, in_process, script, words
 from scenes import options, tiny_module, write_pairs
 from test_weights import site  # noqa: F401  (a fixture)
 
-from mit_semseg.apps.visualize import class_shares, colorEncode, overlay, panel, save_curves
+from mit_semseg.apps.visualize import (
+    ENDINGS,
+    class_shares,
+    colorEncode,
+    overlay,
+    panel,
+    result_names,
+    save_curves,
+)
 from mit_semseg.dataset import ValDataset, class_table
 from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
 from mit_semseg.evaluation import evaluate, label_map, multi_scale_scores
@@ -123,14 +131,26 @@ def test_globs_single_files_and_results_inside_the_folder(trained, photos, tmp_p
     done = segment(trained, tmp_path / "one", photos / "day" / "*.jpg")
     assert done.returncode == 0, done.stderr
     assert [p.name for p in (tmp_path / "one").rglob("*.png")] == ["a.png"]
-    for _ in range(2):  # the second time the results of the first are there, and are no input
-        done = segment(trained, photos / "results", photos)
-        assert "5 of 5 pictures" in done.stdout, done.stderr
+    for imgs in (photos, photos / "**" / "*.*"):  # the results of earlier runs are no input
+        for result in (photos / "results", photos):
+            done = segment(trained, result, imgs, "--overlay", "--index")
+            assert "5 of 5 pictures" in done.stdout, done.stderr
+    assert "30 results of earlier runs left out" in done.stdout
+
+
+def test_names_of_results_never_meet():
+    names = ["a.jpg", "a_overlay.jpg", "b.jpg", "x/b.jpg", "x/c.jpg", "x/c.png", "../x/d.jpg", "x/d.jpg", "/x/e.jpg"]
+    stems = result_names(names)
+    written = [f"{stem}{ending}" for stem in stems.values() for ending in ENDINGS]
+    assert len(set(written)) == len(written)
+    assert str(stems["b.jpg"]) == "b"
+    assert str(stems["x/c.png"]) == "x/c.png"
+    assert not any(stem.is_absolute() or ".." in stem.parts for stem in stems.values())
 
 
 @pytest.mark.parametrize(
     ("imgs", "message"),
-    [("nowhere.jpg", "no such file or folder"), ("*.nothing", "no pictures there"), (".", "written over the picture")],
+    [("nowhere.jpg", "no such file or folder"), ("*.nothing", "no pictures there"), (".", "written over")],
 )
 def test_wrong_inputs_are_answered_in_a_sentence(trained, photos, imgs, message):
     (photos / "z.png").write_bytes((photos / "b.PNG").read_bytes())
@@ -285,7 +305,8 @@ def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     (copy / "demo_test.sh").write_text((ROOT / "demo_test.sh").read_text())
     done = bash(copy, "demo_test.sh")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ADE_val_00001519.png" in done.stdout.splitlines()[-1]
+    last = "Picture and prediction: demo_result/ADE_val_00001519.png; tinted, with a legend"
+    assert done.stdout.splitlines()[-1].startswith(last)
     assert (copy / "demo_result" / "ADE_val_00001519.png").is_file()
 
 

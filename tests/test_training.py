@@ -27,6 +27,7 @@ from mit_semseg.engine import (
 from mit_semseg.engine.checkpoint import save_atomic
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
+from mit_semseg.lib.utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -151,6 +152,71 @@ def test_files_of_a_run(root, tmp_path):
     assert set(history["train"]) == {"epoch", "loss", "acc"}
     assert history["val"]["epoch"] == [1, 2]
     assert max(history["val"]["mean_iou"]) == done.best
+
+
+def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
+    run(root, tmp_path, settings={"num_epoch": 1})
+    module = tiny_module(crit=MaskedNLLLoss())
+    module.decoder.cbr.append(nn.Dropout2d(0.2))
+    dataset, files = TrainDataset(root, "train", options()), RunFiles(tmp_path)
+
+    def resumed(name="SGD", module=module):
+        optimizer = build_optimizer(
+            module.encoder, module.decoder, name=name, lr_encoder=0.5, beta1=0.3, weight_decay=0.2
+        )
+        fit(module, optimizer, dataset, files, Settings(num_epoch=1, epoch_iters=4), device=CPU, resume="auto")
+        return optimizer
+
+    optimizer = resumed()
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.3, 0.2)
+    assert all("momentum_buffer" in s for s in optimizer.state.values())
+    with pytest.raises(CheckpointError, match=r"used SGD .* AdamW"):
+        resumed("AdamW")
+    with pytest.raises(CheckpointError, match=r"another model .*DATASET\.num_class"):
+        resumed(module=tiny_module(5, crit=MaskedNLLLoss()))
+
+
+def test_nothing_is_written_over_unasked(root, tmp_path):
+    files = RunFiles(tmp_path)
+    run(root, tmp_path, settings={"num_epoch": 3, "eval_epoch": 1}, val_dataset=ValDataset(root, "val", options()))
+    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    elsewhere = tmp_path.parent / "elsewhere.pth"
+    elsewhere.write_bytes(kept["resume.pth"])
+    for mode, start, message in (
+        ("off", 0, "already holds a run"),
+        (str(elsewhere), 0, "already holds a run"),
+        ("off", 1, "would write over epochs up to 3"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            files.find_resume(mode, start)
+    assert files.find_resume("off", 3) is None
+    assert files.find_resume("auto") == files.resume
+    files.resume.unlink()
+    with pytest.raises(CheckpointError, match=r"no resume\.pth .* TRAIN\.start_epoch 3"):
+        files.find_resume("auto")
+    assert {p.name for p in tmp_path.iterdir()} == set(kept) - {"resume.pth"}
+    run(root, tmp_path, settings={"num_epoch": 1}, resume="restart")
+    names = {f"{part}_epoch_1.pth" for part in ("encoder", "decoder", "history")} | {"resume.pth"}
+    assert {p.name for p in tmp_path.iterdir()} == names  # nothing of the old run is left to be taken for the new one's
+
+
+def test_a_run_stopped_while_validating_has_its_weights_and_validates_again(root, tmp_path):
+    class Breaking(ValDataset):
+        def __getitem__(self, index):
+            raise UserError("a damaged picture")
+
+    settings = {"eval_epoch": 2}
+    val = ValDataset(root, "val", options())
+    whole, expected = run(root, tmp_path / "whole", settings=settings, val_dataset=val)
+    with pytest.raises(UserError, match="a damaged picture"):
+        run(root, tmp_path / "cut", settings=settings, val_dataset=Breaking(root, "val", options()))
+    assert same(weights(tmp_path / "cut"), expected)
+    resumed, _ = run(root, tmp_path / "cut", settings=settings, val_dataset=val, resume="auto")
+    assert resumed.history == whole.history
+    assert (tmp_path / "cut" / "decoder_best.pth").is_file()
+    continued, _ = run(root, tmp_path / "cut", settings={**settings, "start_epoch": 2, "num_epoch": 3})
+    assert continued.best == whole.best
 
 
 @pytest.mark.parametrize("stop", range(1, 8))

@@ -15,8 +15,6 @@ from ..engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, freeze_
 from ..lib.utils import UserError, available_cores
 from ..models import ModelBuilder, SegmentationModule
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
 
@@ -198,6 +196,18 @@ def run(main: Callable[[], int | None]) -> None:
         # A loader process puts its traceback before the message.
         text = str(error).split(f"{type(error).__name__}: ")[-1].strip()
         print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: the GPU is out of memory ({str(error).splitlines()[0]}); lower TRAIN.batch_size_per_gpu, "
+            f"DATASET.imgSizes or DATASET.imgMaxSize",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

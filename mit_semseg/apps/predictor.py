@@ -2,7 +2,6 @@
 
 import json
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -19,7 +18,15 @@ from ..dataset.records import find_images
 from ..evaluation import label_map
 from ..evaluation.evaluator import item_loader
 from ..lib.utils import UserError, whole_file
-from .visualize import class_shares, colorEncode, overlay, panel, save_picture
+from .visualize import (
+    class_shares,
+    colorEncode,
+    is_result,
+    overlay,
+    panel,
+    result_names,
+    save_picture,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,27 +52,33 @@ class Result:
         """Classes with name, index, share of the pixels and colour, largest first."""
         return class_shares(self.label_map, self.table)
 
-    def save(self, stem: Path, *, with_overlay: bool = False, with_index: bool = False, with_json: bool = False):
-        """Write the panel [image | prediction] to `<stem>.png`, and what else is asked for beside it.
+    def save(self, stem: Path, endings: Sequence[str] = (".png",)) -> None:
+        """Write `<stem><ending>` for every ending.
 
         Args:
             stem: path without extension.
-            with_overlay: `<stem>_overlay.png`, the tinted picture with a legend.
-            with_index: `<stem>_index.png`, class indices as grey values (8 bits, 16 above 256 classes).
-            with_json: `<stem>.json`, the classes with their shares.
+            endings: of `.png` (the panel [image | prediction]), `_overlay.png` (the tinted picture with a legend),
+                `_index.png` (class indices as grey values, 8 bits, 16 above 256 classes) and `.json` (the classes with
+                their shares).
         """
-        colored = colorEncode(self.label_map, self.table.colors)
-        save_picture(panel([self.image, colored]), _named(stem, ".png"))
-        if with_overlay:
-            save_picture(overlay(self.image, self.label_map, self.table), _named(stem, "_overlay.png"))
-        if with_index:
-            kind = np.uint8 if len(self.table) <= 256 else np.uint16
-            save_picture(Image.fromarray(self.label_map.astype(kind)), _named(stem, "_index.png"))
-        if with_json:
-            height, width = self.label_map.shape
-            content = {"image": self.path, "width": width, "height": height, "classes": self.classes}
-            with whole_file(_named(stem, ".json")) as partial:
-                partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        for ending in endings:
+            if ending == ".json":
+                self._save_shares(_named(stem, ending))
+            else:
+                save_picture(self._picture(ending), _named(stem, ending))
+
+    def _picture(self, ending: str) -> Image.Image:
+        if ending == "_overlay.png":
+            return overlay(self.image, self.label_map, self.table)
+        if ending == "_index.png":
+            return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
+        return panel([self.image, colorEncode(self.label_map, self.table.colors)])
+
+    def _save_shares(self, path: Path) -> None:
+        height, width = self.label_map.shape
+        content = {"image": self.path, "width": width, "height": height, "classes": self.classes}
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _named(stem: Path, ending: str) -> Path:
@@ -113,40 +126,38 @@ def segment(
                 yield Result(item["info"], item["img_ori"], label_map(module, item, device), table)
 
 
-def find_pictures(given: str, result: Path) -> dict[str, Path]:
+def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:
     """Pictures that `--imgs` names, and for each the path without extension of its results.
 
     Args:
-        given: a file, a folder (searched recursively, any type Pillow reads), or a glob.
-        result: folder of the results; inside the searched folder it is left out of the search.
+        given: a file, a folder (searched recursively, any type Pillow reads), or a glob. Results of earlier runs in a
+            folder or glob are left out.
+        result: folder of the results.
+        endings: what will be written for every picture, e.g. `(".png", ".json")`.
 
     Returns:
-        {picture: stem}; folders below the given one are kept, and equal stems keep their extensions apart.
+        {picture: stem}; folders below the given one are kept, and no two results have the same name.
 
     Raises:
-        UserError: nothing there, or a result would be written over a picture.
+        UserError: nothing there, or something would be written over that is no result.
     """
     path = Path(given)
-    if path.is_dir():
-        base, found = path, find_images(path)
-        inside = result.resolve() != path.resolve() and result.resolve().is_relative_to(path.resolve())
-        found = [p for p in found if not (inside and p.resolve().is_relative_to(result.resolve()))]
-    elif path.is_file():
+    if path.is_file():
         base, found = path.parent, [path]
-    elif has_magic(given):
-        found = sorted(Path(p) for p in glob(given, recursive=True) if Path(p).is_file())
-        base = Path(*_fixed_parts(Path(given)))
+    elif path.is_dir() or has_magic(given):
+        base = path if path.is_dir() else Path(*_fixed_parts(path))
+        matches = find_images(path) if path.is_dir() else sorted(Path(p) for p in glob(given, recursive=True))
+        found = [p for p in matches if p.is_file() and not is_result(p)]
+        left_out = sum(p.is_file() for p in matches) - len(found)
+        if left_out:
+            logger.info("%d results of earlier runs left out", left_out)
     else:
         raise UserError(f"--imgs {given}: there is no such file or folder")
     if not found:
         raise UserError(f"--imgs {given}: no pictures there")
-    stems = Counter(p.relative_to(base).with_suffix("") for p in found)
-    plan = {}
-    for picture in found:
-        relative = picture.relative_to(base)
-        stem = relative if stems[relative.with_suffix("")] > 1 else relative.with_suffix("")
-        plan[str(picture)] = result / stem
-    _refuse_overwriting(plan)
+    names = result_names([str(p.relative_to(base)) for p in found])
+    plan = {str(p): result / names[str(p.relative_to(base))] for p in found}
+    _refuse_overwriting(plan, endings)
     return plan
 
 
@@ -156,12 +167,19 @@ def _fixed_parts(pattern: Path) -> tuple[str, ...]:
     return parts[:first]
 
 
-def _refuse_overwriting(plan: dict[str, Path]) -> None:
-    inputs = {Path(picture).resolve() for picture in plan}
+def _refuse_overwriting(plan: dict[str, Path], endings: Sequence[str]) -> None:
     for picture, stem in plan.items():
-        for ending in (".png", "_overlay.png", "_index.png", ".json"):
-            if _named(stem, ending).resolve() in inputs:
+        for path in (_named(stem, ending) for ending in endings):
+            if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
                 raise UserError(
-                    f"the result of {picture} would be written over the picture {_named(stem, ending)}: choose another "
-                    f"folder in TEST.result"
+                    f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
+                    f"choose another folder in TEST.result"
                 )
+
+
+def _is_shares(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"image", "classes"} <= set(content)

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..dataset import ClassTable
 from ..lib.utils import UserError
-from .visualize import colorEncode, panel, save_curves
+from .visualize import result_panel, save_curves
 
 PICTURES = 4  # validation panels shown per validation
 
@@ -44,8 +44,7 @@ class RunRecorder:
     def picture(self, item: dict, prediction: np.ndarray) -> None:
         """A validation result; the first few are kept for the next `epoch`."""
         if self.writer and len(self._pictures) < PICTURES:
-            parts = (item["seg_label"][0].numpy(), prediction)
-            self._pictures.append(panel([item["img_ori"], *(colorEncode(part, self.table.colors) for part in parts)]))
+            self._pictures.append(result_panel(item, prediction, self.table))
 
     def epoch(self, epoch: int, history: dict, evaluation) -> None:
         """End of an epoch: curves, validation scores and pictures."""

@@ -1,15 +1,19 @@
 """Every picture the toolkit draws: colour maps, panels, overlays with a legend, curves."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
 from ..lib.utils import whole_file
 
 GAP = 6  # pixels between the parts of a panel
+ENDINGS = (".png", "_overlay.png", "_index.png", ".json")  # what may be written for a picture
+SOFTWARE = "mit_semseg"
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
@@ -101,25 +105,51 @@ def class_shares(label_map: np.ndarray, table: ClassTable) -> list[dict]:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG; it appears whole or not at all."""
+    """Write a PNG that says who made it (see `is_result`); it appears whole or not at all."""
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
     with whole_file(path) as partial:
-        picture.save(partial, format="PNG")
+        picture.save(partial, format="PNG", pnginfo=info)
 
 
-def save_result_panel(item: dict, prediction: np.ndarray, table: ClassTable, folder: Path) -> None:
-    """Write the panel [image | annotation | prediction] of a validation item, its folders kept below `folder`.
+def is_result(path: Path) -> bool:
+    """Whether a file is a picture that `save_picture` wrote."""
+    try:
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
+
+
+def result_names(names: Sequence[str]) -> dict[str, Path]:
+    """For every picture a path without extension for its results, such that no two results have the same name.
+
+    The extension is dropped where that is safe, else kept: a.jpg and a.png give `a.jpg` and `a.png`, to which endings
+    are added. Folders are kept; `..` becomes a plain name.
+    """
+    full = {name: Path(*(part if part != ".." else "_parent" for part in _inside(Path(name)))) for name in names}
+    claims = Counter(f"{path.with_suffix('')}{ending}" for path in full.values() for ending in ENDINGS)
+
+    def is_safe(path: Path) -> bool:
+        return all(claims[f"{path.with_suffix('')}{ending}"] == 1 for ending in ENDINGS)
+
+    return {name: path.with_suffix("") if is_safe(path) else path for name, path in full.items()}
+
+
+def _inside(path: Path) -> tuple[str, ...]:
+    return path.parts[1:] if path.is_absolute() else path.parts
+
+
+def result_panel(item: dict, prediction: np.ndarray, table: ClassTable) -> Image.Image:
+    """The panel [image | annotation | prediction] of a validation item.
 
     Args:
         item: of a `ValDataset`.
         prediction: (H, W) class indices.
         table: class colours.
-        folder: of the results.
     """
-    name = Path(item["info"])
-    inside = [part for part in name.parts if part not in (name.anchor, "..")]
     parts = (item["seg_label"][0].numpy(), prediction)
-    picture = panel([item["img_ori"], *(colorEncode(part, table.colors) for part in parts)])
-    save_picture(picture, Path(folder, *inside).with_suffix(".png"))
+    return panel([item["img_ori"], *(colorEncode(part, table.colors) for part in parts)])
 
 
 def save_curves(history: dict, path: Path) -> None:

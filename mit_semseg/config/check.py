@@ -124,15 +124,17 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
             f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}: set "
             f"padding_constant {math.ceil(pad / rate) * rate}"
         )
-    sizes = v["DATASET.imgSizes"] if isinstance(v["DATASET.imgSizes"], tuple) else (v["DATASET.imgSizes"],)
+    sizes = v["DATASET.imgSizes"]
+    sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (sizes,)
     if min(sizes) > v["DATASET.imgMaxSize"]:
         problems.append(
             f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} is smaller than every short side in DATASET.imgSizes {sizes}"
         )
     names = v["DATASET.classes"]
-    if isinstance(names, tuple) and len(names) != v["DATASET.num_class"]:
+    listed = isinstance(names, (list, tuple))
+    if listed and len(names) != v["DATASET.num_class"]:
         problems.append(f"DATASET.classes lists {len(names)} names, but DATASET.num_class is {v['DATASET.num_class']}")
-    if v["DATASET.ignore_values"] and not isinstance(names, tuple):
+    if v["DATASET.ignore_values"] and not listed:
         problems.append("DATASET.ignore_values goes with a list of names in DATASET.classes; a CSV file has its own")
     if v["TRAIN.start_epoch"] >= v["TRAIN.num_epoch"]:
         problems.append(

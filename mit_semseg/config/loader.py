@@ -81,7 +81,9 @@ def _merge(node: Config, given: list[tuple[str, object, str]]) -> None:
     problems, accepted = [], {}
     for key, value, origin in given:
         try:
-            if key not in OPTIONS:
+            if key not in OPTIONS and key in node:
+                accepted[key] = value  # an attribute that the caller has added
+            elif key not in OPTIONS:
                 problems.append(f"{unknown_key(key)} [{origin}]" if key else f"{value} [{origin}]")
             else:
                 accepted[key] = convert(key, value)
@@ -106,6 +108,9 @@ def _get(node: Config, key: str) -> object:
 
 
 def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
+    files = [opt for opt in opts if isinstance(opt, str) and opt not in OPTIONS and os.path.isfile(opt)]
+    if len(files) > 1:
+        raise ConfigError([f"{files[0]}, {files[1]} ...: files where options belong; put a pattern in quotes, '*.jpg'"])
     if len(opts) % 2:
         raise ConfigError([f"{opts[-1]}: options come in pairs KEY VALUE, the last has no value [command line]"])
     return [(key, value, "command line") for key, value in zip(opts[::2], opts[1::2], strict=True)]

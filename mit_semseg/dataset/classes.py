@@ -39,8 +39,9 @@ class ClassTable:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names short enough to show: ADE20K lists synonyms after a semicolon."""
-        return tuple(name.split(";")[0] for name in self.names)
+        """Names short enough to show, without the synonyms ADE20K lists after a semicolon, but never two alike."""
+        short = [name.split(";")[0] for name in self.names]
+        return tuple(name if short.count(s) > 1 else s for name, s in zip(self.names, short, strict=True))
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Class indices (H, W) int64 of raw label values, -1 where ignored, -2 where the table has no such value."""

@@ -83,8 +83,8 @@ def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, tab
     if len(unknown):
         raise ImageFileError(
             f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
-            f"the class table ({table.raw_values()}); correct the file, or name them in DATASET.classes / "
-            f"DATASET.ignore_values"
+            f"the class table ({table.raw_values()}); correct the file, or add them to DATASET.classes (a row without "
+            f"a name in a CSV file ignores a value, and so does DATASET.ignore_values beside a list of names)"
         )
 
 
@@ -151,7 +151,7 @@ class TrainDataset(_LabelledRecords):
 
 def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) -> list[dict]:
     records = records[:max_sample] if max_sample > 0 else records
-    return records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records
+    return records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
 
 
 class ValDataset(_LabelledRecords):

@@ -72,7 +72,7 @@ def _size_line(sizes: Counter) -> str:
     )
 
 
-def _inspect(dataset: ValDataset, record: dict) -> tuple[dict, tuple[int, int], np.ndarray] | str:
+def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray] | str:
     try:
         image, label = dataset.pair(record)
     except UserError as error:
@@ -88,7 +88,7 @@ def _inspect(dataset: ValDataset, record: dict) -> tuple[dict, tuple[int, int], 
     counts = np.bincount(
         np.where(classes == IGNORE, len(dataset.table), classes).ravel(), minlength=len(dataset.table) + 1
     )
-    return record, image.size, counts
+    return image.size, counts
 
 
 def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Diagnosis:
@@ -108,7 +108,7 @@ def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Dia
             if isinstance(result, str):
                 found.problems.append(result)
                 continue
-            _, size, counts = result
+            size, counts = result
             found.sizes[size] += 1
             found.upright += size[1] > size[0]
             found.pixels += counts

@@ -10,6 +10,8 @@ from ..lib.utils import UserError
 # Tag and values of the EXIF orientations that swap width and height.
 ORIENTATION_TAG, TRANSPOSED = 0x0112, (5, 6, 7, 8)
 FULL_16_BIT = 65535
+# What Pillow raises on damaged files.
+_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageFileError(UserError, ValueError):
@@ -21,7 +23,7 @@ def _open(path: str | os.PathLike) -> Image.Image:
         return Image.open(path)
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise ImageFileError(f"{path}: no readable image ({error})") from None
 
 
@@ -33,7 +35,12 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """
     with _open(path) as image:
         width, height = image.size
-        turned = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED
+        if image.format == "PNG" and "exif" not in image.info:
+            return width, height  # asking further would decode the pixels
+        try:
+            turned = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED
+        except _DAMAGE as error:
+            raise ImageFileError(f"{path}: the image is damaged ({error})") from None
     return (height, width) if turned else (width, height)
 
 
@@ -48,7 +55,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
             return _as_rgb(ImageOps.exif_transpose(image))
         except ImageFileError as error:
             raise ImageFileError(f"{path}: {error}") from None
-        except (OSError, SyntaxError, ValueError) as error:
+        except _DAMAGE as error:
             raise ImageFileError(f"{path}: the image is damaged ({error})") from None
 
 
@@ -82,7 +89,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
     with _open(path) as image:
         try:
             image.load()
-        except (OSError, SyntaxError, ValueError) as error:
+        except _DAMAGE as error:
             raise ImageFileError(f"{path}: the label image is damaged ({error})") from None
         if image.mode in ("L", "P") and (image.mode == "L" or palette):
             return Image.fromarray(np.asarray(image))

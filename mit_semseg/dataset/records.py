@@ -91,8 +91,7 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
         ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
     """
     images, annotations = _pair_of_folders(folder)
-    by_stem = {_stem(p, images): p for p in find_images(images)}
-    labels = {_stem(p, annotations): p for p in find_images(annotations)}
+    by_stem, labels = _by_stem(images), _by_stem(annotations)
     lonely = [str(by_stem[s]) for s in by_stem if s not in labels] + [
         str(labels[s]) for s in labels if s not in by_stem
     ]
@@ -133,12 +132,22 @@ def _pair_of_folders(folder: Path) -> tuple[Path, Path]:
     )
 
 
-def _stem(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
+def _by_stem(folder: Path) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in find_images(folder):
+        stem = path.relative_to(folder).with_suffix("").as_posix()
+        if stem in found:
+            raise ListError(f"{found[stem]} and {path} have the same stem: an image and its annotation pair up by it")
+        found[stem] = path
+    return found
 
 
 def _relative(path: Path, root: str | os.PathLike) -> str:
-    return os.path.relpath(path, root) if root else str(path)
+    """Path below `root`, or the absolute path where it is not below."""
+    if not root:
+        return str(path)
+    absolute, above = os.path.abspath(path), os.path.abspath(root)
+    return os.path.relpath(absolute, above) if Path(absolute).is_relative_to(above) else absolute
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:

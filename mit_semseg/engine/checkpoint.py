@@ -91,29 +91,49 @@ class RunFiles:
             return new_history()
         return {**new_history(), **read_checkpoint(path)}
 
-    def find_resume(self, mode: str) -> Path | None:
-        """File to continue from, or None to start anew.
+    def find_resume(self, mode: str, start_epoch: int = 0) -> Path | None:
+        """File to continue from, or None to start anew or after `start_epoch`.
 
         Args:
             mode: 'auto', 'off', 'restart', or a file.
+            start_epoch: continue after this epoch, 0 for none.
 
         Raises:
-            CheckpointError: 'off', and the folder holds a run; or there is no such file.
+            CheckpointError: files of a run in the folder would be written over, or there is no such file.
         """
-        if mode == "restart":
-            return None
-        if mode == "auto":
-            return self.resume if self.resume.is_file() else None
-        if mode == "off":
-            if self.resume.is_file() or self.epochs():
+        epochs, there = self.epochs(), self.resume.is_file()
+        if start_epoch:
+            if epochs and epochs[-1] > start_epoch:
                 raise CheckpointError(
-                    f"{self.folder} already holds a run: add TRAIN.resume auto to continue it, TRAIN.resume restart to "
-                    f"write over it, or choose another DIR"
+                    f"TRAIN.start_epoch {start_epoch} would write over epochs up to {epochs[-1]} in {self.folder}: "
+                    f"move them away, or use TRAIN.start_epoch {epochs[-1]}"
                 )
             return None
-        if not Path(mode).is_file():
+        if mode == "restart":
+            return None
+        if mode == "auto" and there:
+            return self.resume
+        if mode == "auto" and epochs:
+            raise CheckpointError(
+                f"{self.folder} holds epochs up to {epochs[-1]}, but no resume.pth to continue from: add "
+                f"TRAIN.start_epoch {epochs[-1]} (and TRAIN.resume off), or TRAIN.resume restart to write over them"
+            )
+        if mode == "auto":
+            return None
+        if mode != "off" and not Path(mode).is_file():
             raise CheckpointError(f"TRAIN.resume: there is no file {mode} (or use auto, off, restart)")
-        return Path(mode)
+        if (there or epochs) and (mode == "off" or Path(mode).resolve() != self.resume.resolve()):
+            raise CheckpointError(
+                f"{self.folder} already holds a run: add TRAIN.resume auto to continue it, TRAIN.resume restart to "
+                f"write over it, or choose another DIR"
+            )
+        return None if mode == "off" else Path(mode)
+
+    def remove_run(self) -> None:
+        """Remove weights, histories and state of the run in the folder, so that none of it is taken for a new one's."""
+        for pattern in ("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", self.resume.name):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
 
 def read_resume(path: Path) -> dict:

@@ -84,7 +84,7 @@ def train_step(
         Mean loss and mean pixel accuracy, scalars on the device.
 
     Raises:
-        NonFiniteLoss: before anything was updated.
+        NonFiniteLoss: before the weights were updated.
     """
     optimizer.zero_grad(set_to_none=True)
     losses, accuracies = [], []
@@ -133,6 +133,8 @@ def fit(
     """
     run = Run(module, optimizer, device, scale_loss=settings.amp == "fp16")
     _start(run, files, settings, resume)
+    if _validation_due(run, settings, val_dataset):  # the run was stopped while it validated
+        _end_epoch(run, files, settings, val_dataset, recorder)
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -161,23 +163,26 @@ def fit(
             _end_epoch(run, files, settings, val_dataset, recorder)
         elif settings.checkpoint_iters and run.step % settings.checkpoint_iters == 0:
             save_atomic(run.state(), files.resume)
+        clock.resume()
     return run
 
 
 def _start(run: Run, files: RunFiles, settings: Settings, resume: str) -> None:
     files.folder.mkdir(parents=True, exist_ok=True)
     files.remove_partial()
+    path = files.find_resume(resume, settings.start_epoch)
     if settings.start_epoch:
         run.history = files.load_epoch(run.module, settings.start_epoch)
+        run.best = max(run.history["val"]["mean_iou"], default=run.best)
         run.step = settings.start_epoch * settings.epoch_iters
         logger.info("continuing after epoch %d: weights and history, fresh optimizer", settings.start_epoch)
-        return
-    path = files.find_resume(resume)
-    if path:
+    elif path:
         run.restore(read_resume(path))
         logger.info("continuing %s at step %d of %d", path, run.step, settings.total)
         if run.step >= settings.total:
             logger.info("the run in %s is complete: nothing to train", files.folder)
+    elif resume == "restart":
+        files.remove_run()
 
 
 def _report(run: Run, settings: Settings, clock: "_Clock", recorder: Recorder | None) -> None:
@@ -207,29 +212,44 @@ def _report(run: Run, settings: Settings, clock: "_Clock", recorder: Recorder | 
 def _end_epoch(
     run: Run, files: RunFiles, settings: Settings, val_dataset: ValDataset | None, recorder: Recorder | None
 ) -> None:
-    """Validate if it is time, then save weights, history and the state to continue from, in this order."""
-    epoch, evaluation = run.step // settings.epoch_iters, None
-    if val_dataset is not None and settings.eval_epoch and epoch % settings.eval_epoch == 0:
-        evaluation = evaluate(
-            run.module, val_dataset, device=run.device, on_result=recorder.picture if recorder else None
-        )
-        summary = evaluation.summary
-        logger.info(
-            "Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%",
-            epoch,
-            summary.mean_iou,
-            summary.pixel_accuracy * 100,
-        )
-        for key, value in (("epoch", epoch), ("mean_iou", summary.mean_iou), ("acc", summary.pixel_accuracy)):
-            run.history["val"][key].append(value)
-        if summary.mean_iou > run.best:
-            run.best = summary.mean_iou
-            files.save_weights(run.module, "best.pth")
+    """Save weights, history and state; then validate if it is time, and save the figures.
+
+    The weights are safe before the validation starts. A run that is killed while it validates does so again when it is
+    continued: see `_validation_due`.
+    """
+    epoch = run.step // settings.epoch_iters
     files.save_weights(run.module, f"epoch_{epoch}.pth")
-    save_atomic(run.history, files.part("history", f"epoch_{epoch}.pth"))
-    save_atomic(run.state(), files.resume)
+    _save(run, files, epoch)
+    evaluation = None
+    if _validation_due(run, settings, val_dataset):
+        evaluation = _validate(run, files, epoch, val_dataset, recorder)
+        _save(run, files, epoch)
     if recorder:
         recorder.epoch(epoch, run.history, evaluation)
+
+
+def _save(run: Run, files: RunFiles, epoch: int) -> None:
+    save_atomic(run.history, files.part("history", f"epoch_{epoch}.pth"))
+    save_atomic(run.state(), files.resume)
+
+
+def _validation_due(run: Run, settings: Settings, val_dataset: ValDataset | None) -> bool:
+    epoch, rest = divmod(run.step, settings.epoch_iters)
+    wanted = val_dataset is not None and settings.eval_epoch and epoch and epoch % settings.eval_epoch == 0
+    return bool(wanted and rest == 0 and epoch not in run.history["val"]["epoch"])
+
+
+def _validate(run: Run, files: RunFiles, epoch: int, dataset: ValDataset, recorder: Recorder | None) -> Evaluation:
+    """Score the model, add the figures to the history, and keep the weights if they are the best so far."""
+    evaluation = evaluate(run.module, dataset, device=run.device, on_result=recorder.picture if recorder else None)
+    iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
+    logger.info("Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%", epoch, iou, accuracy * 100)
+    for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
+        run.history["val"][key].append(value)
+    if iou > run.best:
+        run.best = iou
+        files.save_weights(run.module, "best.pth")
+    return evaluation
 
 
 def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFiles) -> str:
@@ -241,8 +261,8 @@ def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFile
         last += f", the last state to continue from {files.resume}"
     return (
         f"step {run.step + 1} (epoch {run.step // settings.epoch_iters + 1}, iteration "
-        f"{run.step % settings.epoch_iters + 1}): {error}; {last}. This batch changed nothing. A smaller "
-        f"learning rate,  TRAIN.warmup_iters or TRAIN.clip_grad usually help"
+        f"{run.step % settings.epoch_iters + 1}): {error}; {last}. The weights were not updated. A smaller "
+        f"learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
     )
 
 
@@ -263,6 +283,8 @@ class _Clock:
         self.data_time.update(time.perf_counter() - self.last)
 
     def step_done(self) -> None:
-        now = time.perf_counter()
-        self.step_time.update(now - self.last)
-        self.last = now
+        self.step_time.update(time.perf_counter() - self.last)
+
+    def resume(self) -> None:
+        """The next step begins now: saving and validation do not count."""
+        self.last = time.perf_counter()

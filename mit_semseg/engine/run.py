@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from ..evaluation import AverageMeter
-from .checkpoint import new_history
+from .checkpoint import CheckpointError, new_history
 
 
 class Run:
@@ -36,17 +36,40 @@ class Run:
             "encoder": self.module.encoder.state_dict(),
             "decoder": self.module.decoder.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
         }
 
     def restore(self, state: dict) -> None:
-        """Continue from a `state`."""
-        self.module.encoder.load_state_dict(state["encoder"])
-        self.module.decoder.load_state_dict(state["decoder"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        """Continue from a `state`.
+
+        Learning rates, momentum and weight decay stay those of this run's options; what the optimizer has gathered
+        (momentum buffers) is taken over.
+
+        Raises:
+            CheckpointError: the state is of another model or optimizer.
+        """
+        try:
+            self.module.encoder.load_state_dict(state["encoder"])
+            self.module.decoder.load_state_dict(state["decoder"])
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the saved run is of another model ({str(error).splitlines()[-1].strip()}): use its MODEL and "
+                f"DATASET.num_class options, or TRAIN.resume restart"
+            ) from None
+        own, saved = self.optimizer.state_dict(), state["optimizer"]
+        sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
+        if sizes[0] != sizes[1] or state["optimizer_name"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the saved run used {state['optimizer_name']} on {sizes[1]} parameters, this one "
+                f"{type(self.optimizer).__name__} on {sizes[0]}: use its TRAIN.optim and TRAIN.fix_bn, or TRAIN.resume "
+                f"restart"
+            )
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
         for meter, saved in zip((self.loss, self.accuracy), state["meters"], strict=True):
             if saved:

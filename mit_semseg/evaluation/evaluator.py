@@ -1,6 +1,5 @@
 """The one loop behind eval.py and the validation during training."""
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from ..lib.nn import user_scattered_collate
 from ..lib.utils import available_cores
 from .inference import label_map
 from .metrics import SegmentationMetric, Summary
-
-logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 4  # loader processes; the network is the slower part
 

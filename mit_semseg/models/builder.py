@@ -1,7 +1,6 @@
 """Names of encoders and decoders, and how to build them."""
 
 import difflib
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -10,8 +9,6 @@ from torch import nn
 from . import weights as weight_files
 from .decoders import C1, PPM, Decoder, UPerNet
 from .encoders import hrnetv2, mobilenetv2, resnet18, resnet34, resnet50, resnet101, resnext101
-
-logger = logging.getLogger(__name__)
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2dilated": partial(mobilenetv2, output_stride=8),

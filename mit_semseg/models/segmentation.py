@@ -1,9 +1,6 @@
 """The whole network: encoder, decoder and loss."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-
-from .layers import resize
 
 
 class SegmentationModule(nn.Module):
@@ -40,8 +37,7 @@ class SegmentationModule(nn.Module):
         label = feed_dict["seg_label"]
         # Where the decoder's resolution is not the label's, the scores are brought to the label: a label cannot be
         # interpolated. The published recipes choose the label's rate so that nothing is resized here.
-        scores = [resize(logits, label.shape[-2:]) for logits in self.decoder.logits(features)]
-        log_probs = [F.log_softmax(logits, dim=1) for logits in scores]
+        log_probs = self.decoder.log_probs(features, label.shape[-2:])
         loss = self.crit(log_probs[0], label)
         if self.deep_sup_scale is not None and len(log_probs) > 1:
             loss = loss + self.deep_sup_scale * self.crit(log_probs[1], label)

@@ -37,6 +37,11 @@ class Decoder(nn.Module):
         branch = self.dropout_deepsup(self.cbr_deepsup(_last_but_one(features)))
         return [main, self.conv_last_deepsup(branch)]
 
+    def log_probs(self, features: list[Tensor], size: tuple[int, int] | None = None) -> list[Tensor]:
+        """Log-probabilities of `logits`, resized (bilinear) to `size` first if it is given."""
+        scores = (logits if size is None else resize(logits, size) for logits in self.logits(features))
+        return [F.log_softmax(logits, dim=1) for logits in scores]
+
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
         """Probabilities for inference, or log-probabilities for training.
 
@@ -51,7 +56,7 @@ class Decoder(nn.Module):
         if segSize is not None or self.use_softmax:
             scores = self.head(features)
             return (scores if segSize is None else resize(scores, segSize)).softmax(dim=1)
-        outputs = tuple(F.log_softmax(scores, dim=1) for scores in self.logits(features))
+        outputs = tuple(self.log_probs(features))
         return outputs if len(outputs) > 1 else outputs[0]
 
     def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0) -> None:
