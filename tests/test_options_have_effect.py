@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from runs import SMALL, in_process, same, weights, words
 from scenes import write_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mit_semseg.apps import cli
 from mit_semseg.config import load_config
@@ -254,8 +255,11 @@ def effect_of_resume(runs, baseline):
 
 def effect_of_tensorboard(runs, baseline):
     folder = runs.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
-    events = list((folder / "tensorboard").iterdir())
-    assert events
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr_encoder", "val/mean_iou", "val_iou/class 1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("val/mean_iou")] == [1, 2]
+    assert set(events.Tags()["images"]) == {"val/0", "val/1"}
     assert not (baseline / "tensorboard").exists()
 
 

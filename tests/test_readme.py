@@ -41,7 +41,7 @@ def test_command_names_what_exists(command):
 
 
 def test_links_and_pictures_exist():
-    targets = re.findall(r"\]\(([^)h][^)]*)\)", README)
+    targets = re.findall(r"\]\(([^)h][^)]*)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert len(targets) > 5
     for target in targets:
         assert (ROOT / target).exists(), target

@@ -12,6 +12,7 @@ from runs import ROOT, SMALL, in_process, script, words
 from scenes import options, tiny_module, write_pairs
 from test_weights import site  # noqa: F401  (a fixture)
 
+from mit_semseg.apps.scoring import shards
 from mit_semseg.apps.visualize import (
     ENDINGS,
     class_shares,
@@ -53,6 +54,44 @@ def test_eval_prints_and_writes_the_same_figures(trained, tmp_path):
     assert result["overall_score"] == pytest.approx((result["mean_iou"] + result["pixel_accuracy"]) / 2)
     with Image.open(folder / "val" / "images" / "01.png") as drawn:
         assert drawn.size == (3 * 40 + 2 * 6, 56)
+
+
+def without_times(result):
+    return {key: value for key, value in result.items() if "second" not in key}
+
+
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu", "cpu,cpu,cpu,cpu"])
+def test_shared_out_evaluation_gives_the_same_counts(trained, gpus):
+    """Three pictures on one, two and four processes: every picture once, the figures of eval.py."""
+    path = Path(trained["DIR"]) / "result" / "results.json"
+    assert script("eval.py", "--gpu", "cpu", *words(trained)).returncode == 0
+    alone = json.loads(path.read_text())
+    done = script("eval_multipro.py", "--gpus", gpus, *words(trained))
+    assert done.returncode == 0, done.stderr
+    assert without_times(json.loads(path.read_text())) == without_times(alone)
+
+
+def test_shares_cover_the_list_exactly_once():
+    for count in range(12):
+        for parts in range(1, 6):
+            assert [i for part in shards(count, parts) for i in part] == list(range(count))
+
+
+def test_a_failing_or_killed_process_ends_the_evaluation(trained, monkeypatch):
+    missing = script("eval_multipro.py", "--gpus", "cpu,cpu", *words({**trained, "VAL.checkpoint": "epoch_9.pth"}))
+    assert missing.returncode == 2
+    assert "no checkpoint" in missing.stderr
+    # A process that dies while it starts: the spawned interpreter runs this in place of its site customization.
+    folder = Path(trained["DIR"]) / "killer"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal, sys\nif '--multiprocessing-fork' in sys.argv: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    env = {"PYTHONPATH": f"{folder}:{ROOT}"}
+    killed = script("eval_multipro.py", "--gpus", "cpu,cpu", *words(trained), env=env)
+    assert killed.returncode == 2
+    assert "a process of the evaluation was killed" in killed.stderr
+    assert "Traceback" not in killed.stderr
 
 
 def test_evaluation_is_brute_force_over_the_pictures(tmp_path):
@@ -183,12 +222,16 @@ def test_mistakes_have_no_traceback(name, arguments, message):
 def test_wrong_devices(trained, monkeypatch):
     from mit_semseg.lib.utils import UserError
 
-    for given, message in (("0-3", "4 devices given"), ("99", "gpu99 was asked for, but this machine has"), ("x", "x")):
+    for given, message in (
+        ("cpu,cpu", "2 devices given"),
+        ("99", "gpu99 was asked for, but this machine has"),
+        ("x", "x"),
+    ):
         with pytest.raises(UserError, match=message):
             in_process("train", monkeypatch, "--gpus", given, *words({**trained, "TRAIN.resume": "restart"}))
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py", "test.py"])
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "eval_multipro.py", "test.py"])
 def test_help_shows_examples(name):
     done = script(name, "--help")
     assert done.returncode == 0

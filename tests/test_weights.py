@@ -5,6 +5,7 @@ import http.server
 import os
 import pickle
 import threading
+import zipfile
 
 import pytest
 import torch
@@ -64,6 +65,22 @@ def test_anything_else_is_an_error_and_changes_nothing(encoder_file, change, mes
     with pytest.raises(WeightsError, match=message):
         load_weights(encoder, altered(encoder_file, change))
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+def test_a_file_saved_on_a_gpu_loads_without_one(encoder_file, tmp_path):
+    """The file's own tag for the device of every tensor is rewritten to cuda:0."""
+    moved = tmp_path / "gpu.pth"
+    with zipfile.ZipFile(encoder_file) as old, zipfile.ZipFile(moved, "w", zipfile.ZIP_STORED) as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("data.pkl"):
+                assert b"X\x03\x00\x00\x00cpu" in content
+                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
+            new.writestr(name, content)
+    encoder = TinyEncoder()
+    load_weights(encoder, moved)
+    expected = torch.load(encoder_file, weights_only=True)
+    assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
 
 
 def test_wrappers_of_other_tools_are_understood(tmp_path):

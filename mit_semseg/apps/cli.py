@@ -60,17 +60,32 @@ def pick_device(text: str | None) -> torch.device:
     Raises:
         UserError: several devices, or a GPU that is not there.
     """
+    devices = pick_devices(text)
+    if len(devices) > 1:
+        raise UserError(f"{len(devices)} devices given ({', '.join(map(str, devices))}), but this script works on one")
+    return devices[0]
+
+
+def pick_devices(text: str | None) -> list[torch.device]:
+    """The devices to work on, as `pick_device`; `cpu` may come more than once, for several processes.
+
+    Raises:
+        UserError: a GPU that is not there.
+    """
     if text is None:
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    names = parse_devices(text)
-    if len(names) > 1:
-        raise UserError(f"{len(names)} devices given ({', '.join(names)}), but this script works on one")
-    if names[0] == "cpu":
+        return [torch.device("cuda:0" if torch.cuda.is_available() else "cpu")]
+    if {part.strip().lower() for part in text.split(",")} == {"cpu"}:
+        return [torch.device("cpu")] * len(text.split(","))
+    return [_device(name) for name in parse_devices(text)]
+
+
+def _device(name: str) -> torch.device:
+    if name == "cpu":
         return torch.device("cpu")
-    index, count = int(names[0].removeprefix("gpu")), torch.cuda.device_count()
+    index, count = int(name.removeprefix("gpu")), torch.cuda.device_count()
     if index >= count:
         there = f"GPUs 0 to {count - 1}" if count else "no GPU that PyTorch can use"
-        raise UserError(f"{names[0]} was asked for, but this machine has {there}; leave the option out, or give cpu")
+        raise UserError(f"{name} was asked for, but this machine has {there}; leave the option out, or give cpu")
     return torch.device("cuda", index)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -21,12 +22,24 @@ MOST_WORKERS = 4  # loader processes; the network is the slower part
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a validation set and how long it took."""
+    """Counts of a validation set, or of a share of it, and how long it took."""
 
-    summary: Summary
+    metric: SegmentationMetric
     images: int
     seconds: float
     table: ClassTable
+
+    @cached_property
+    def summary(self) -> Summary:
+        """The scores."""
+        return self.metric.summary()
+
+    def merge(self, other: "Evaluation") -> "Evaluation":
+        """Both shares together, evaluated side by side."""
+        total = SegmentationMetric(self.metric.num_class)
+        total.merge(self.metric)
+        total.merge(other.metric)
+        return Evaluation(total, self.images + other.images, max(self.seconds, other.seconds), self.table)
 
     @property
     def images_per_second(self) -> float:
@@ -92,6 +105,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = 1,
     workers: int = MOST_WORKERS,
+    progress: bool = True,
     on_result: Callable[[dict, np.ndarray], None] | None = None,
 ) -> Evaluation:
     """Score a model on a validation set.
@@ -105,6 +119,7 @@ def evaluate(
         device: where the model is.
         batch_size: pictures loaded per step.
         workers: loader processes.
+        progress: show a progress bar (on a terminal).
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
     metric, images = SegmentationMetric(len(dataset.table)), 0
@@ -112,7 +127,7 @@ def evaluate(
     model.eval()
     start = time.perf_counter()
     try:
-        with tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None) as bar:
+        with tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True) as bar:
             for items in item_loader(dataset, batch_size, workers):
                 for item in items:
                     prediction = label_map(model, item, device)
@@ -123,4 +138,4 @@ def evaluate(
                     bar.update()
     finally:
         model.train(was_training)
-    return Evaluation(metric.summary(), images, time.perf_counter() - start, dataset.table)
+    return Evaluation(metric, images, time.perf_counter() - start, dataset.table)

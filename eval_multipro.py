@@ -1,0 +1,21 @@
+"""Evaluate a trained network on several devices: python eval_multipro.py --gpus 0-3 --cfg config/NAME.yaml"""
+
+from mit_semseg.apps import cli, scoring
+from mit_semseg.config import load_config
+
+EXAMPLES = """\
+  python eval_multipro.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpus 0-3
+  python eval_multipro.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpus 0,2 VAL.visualize True
+  python eval_multipro.py --cfg config/quickstart.yaml --gpus cpu,cpu"""
+
+
+def main() -> None:
+    args = cli.make_parser(__doc__, EXAMPLES, device_option="--gpus").parse_intermixed_args()
+    cfg = load_config(args.cfg, args.opts)
+    devices = cli.pick_devices(args.device)
+    cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(cli.describe, devices)))
+    scoring.report(cfg, args.cfg, scoring.score_on_devices(args.cfg, args.opts, devices))
+
+
+if __name__ == "__main__":
+    cli.run(main)
