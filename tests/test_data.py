@@ -340,7 +340,7 @@ def test_batches_depend_on_seed_and_number_alone():
     assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_same_batches_for_any_number_of_workers_and_after_a_restart(root, workers):
     def batches(start, count):
         dataset = TrainDataset(root, ".", options(), batch_per_gpu=2, seed=7)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, SMALL, in_process, script, words
+from runs import ROOT, SMALL, here, in_process, script, words
 from scenes import options, tiny_module, write_pairs
 from test_weights import site  # noqa: F401  (a fixture)
 
@@ -64,7 +64,7 @@ def without_times(result):
 def test_shared_out_evaluation_gives_the_same_counts(trained, gpus):
     """Three pictures on one, two and four processes: every picture once, the figures of eval.py."""
     path = Path(trained["DIR"]) / "result" / "results.json"
-    assert script("eval.py", "--gpu", "cpu", *words(trained)).returncode == 0
+    assert here("eval.py", "--gpu", "cpu", *words(trained)).returncode == 0
     alone = json.loads(path.read_text())
     done = script("eval_multipro.py", "--gpus", gpus, *words(trained))
     assert done.returncode == 0, done.stderr
@@ -78,7 +78,7 @@ def test_shares_cover_the_list_exactly_once():
 
 
 def test_a_failing_or_killed_process_ends_the_evaluation(trained, monkeypatch):
-    missing = script("eval_multipro.py", "--gpus", "cpu,cpu", *words({**trained, "VAL.checkpoint": "epoch_9.pth"}))
+    missing = here("eval_multipro.py", "--gpus", "cpu,cpu", *words({**trained, "VAL.checkpoint": "epoch_9.pth"}))
     assert missing.returncode == 2
     assert "no checkpoint" in missing.stderr
     # A process that dies while it starts: the spawned interpreter runs this in place of its site customization.
@@ -132,12 +132,12 @@ def photos(tmp_path):
     return folder
 
 
-def segment(trained, result, imgs, *flags):
-    return script("test.py", "--imgs", imgs, "--gpu", "cpu", *flags, *words({**trained, "TEST.result": result}))
+def segment(trained, result, imgs, *flags, run=here):
+    return run("test.py", "--imgs", imgs, "--gpu", "cpu", *flags, *words({**trained, "TEST.result": result}))
 
 
 def test_a_folder_keeps_its_structure_and_no_result_is_lost(trained, photos, tmp_path):
-    done = segment(trained, tmp_path / "out", photos, "--overlay", "--index", "--json")
+    done = segment(trained, tmp_path / "out", photos, "--overlay", "--index", "--json", run=script)
     assert done.returncode == 0, done.stderr
     stems = ["a", "b", "day/a.jpg", "day/a.png", "day/c"]
     expected = {f"{stem}{end}" for stem in stems for end in (".png", "_overlay.png", "_index.png", ".json")}
@@ -213,7 +213,7 @@ def test_wrong_inputs_are_answered_in_a_sentence(trained, photos, imgs, message)
 )
 def test_mistakes_have_no_traceback(name, arguments, message):
     extra = ["--imgs", "x"] if name == "test.py" else []
-    done = script(name, *extra, *arguments)
+    done = here(name, *extra, *arguments)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -233,7 +233,7 @@ def test_wrong_devices(trained, monkeypatch):
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py", "eval_multipro.py", "test.py"])
 def test_help_shows_examples(name):
-    done = script(name, "--help")
+    done = here(name, "--help")
     assert done.returncode == 0
     assert done.stdout.count(f"python {name} ") >= 3
 
@@ -267,7 +267,7 @@ def test_doctor_names_every_fault(trained, tmp_path):
     )
     assert done.returncode == 0
     assert "every file can be used" in done.stdout
-    done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
+    done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
     assert done.returncode == 2
     assert "there is no list none" in done.stderr
 
@@ -340,7 +340,7 @@ def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     torch.save(decoder.state_dict(), folder / "model" / "pytorch" / name / "decoder_epoch_20.pth")
     pictures = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
     pictures.mkdir(parents=True)
-    Image.new("RGB", (64, 48), "teal").save(pictures / "ADE_val_00001519.jpg")
+    Image.new("RGB", (256, 8), "teal").save(pictures / "ADE_val_00001519.jpg")  # flat: small at every scale
     copy = tmp_path / "checkout"
     copy.mkdir()
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import ROOT, SMALL, in_process, same, script, weights, words
+from runs import ROOT, SMALL, here, in_process, same, script, weights, words
 from scenes import options, tiny_module, write_pairs
 from torch import nn
 
@@ -310,7 +310,7 @@ def test_unreadable_training_image_is_named_without_a_traceback(root, tmp_path):
     write_pairs(folder / "train", [(60, 40), (52, 44)])
     (folder / "train" / "annotations" / "01.png").write_bytes(b"no picture")
     for workers in (0, 1):
-        done = script(
+        done = here(
             "train.py",
             *words(
                 {

@@ -1,5 +1,6 @@
 """What every decoder shares: the public call, and the deep supervision branch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from ..layers import NormLayer, conv_bn_relu, resize
 NORM_BIAS = 1e-4  # initial bias of a decoder's norms; the published models were trained from it
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """Base of all decoders. A subclass implements `head(features)`, and calls `make_deepsup` if it was asked to.
 
     Args:
@@ -25,9 +26,9 @@ class Decoder(nn.Module):
         self.num_class = num_class
         self.use_softmax = use_softmax
 
+    @abstractmethod
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the decoder's own resolution."""
-        raise NotImplementedError(f"{type(self).__name__} has no head()")
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
         """Raw class scores, each (N, num_class, h, w): the main ones, then the deep supervision branch's, if any."""
