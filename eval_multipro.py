@@ -10,7 +10,7 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    args = cli.make_parser(__doc__, EXAMPLES, device_option="--gpus").parse_intermixed_args()
+    args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices = cli.pick_devices(args.device)
     cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(cli.describe, devices)))

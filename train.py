@@ -15,7 +15,7 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    args = cli.make_parser(__doc__, EXAMPLES, device_option="--gpus").parse_intermixed_args()
+    args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     device, files, train, data = cli.pick_device(args.device), RunFiles(cfg.DIR), cfg.TRAIN, cfg.DATASET
     # Refuses to write over a run before anything is loaded or logged.

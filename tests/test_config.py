@@ -185,6 +185,8 @@ def test_values_are_read_as_what_they_say(tmp_path):
     path = write(tmp_path / "a.yaml", "TRAIN: {lr_encoder: 1e-4, num_epoch: 1e1, resume: off, amp: OFF, optim: adamw}")
     train = load_config(path, ["TRAIN.lr_decoder", "1", "TRAIN.fix_bn", "true", "DATASET.imgSizes", "240"]).TRAIN
     assert (train.lr_encoder, train.num_epoch, train.resume, train.amp) == (1e-4, 10, "off", "off")
+    listed = ["DATASET.classes", "[road, car]", "DATASET.num_class", "2", "DATASET.ignore_values", "[255]"]
+    assert load_config(None, listed).DATASET.classes == ("road", "car")
     assert (train.optim, train.lr_decoder, train.fix_bn) == ("AdamW", 1.0, True)
 
 

@@ -244,6 +244,7 @@ def test_help_shows_examples(name):
 def test_doctor_names_every_fault(trained, tmp_path):
     folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
     (folder / "images" / "00.png").write_bytes(b"no picture")
+    Image.new("RGB", (9, 9)).save(folder / "images" / "lonely.png")
     Image.new("L", (9, 9)).save(folder / "annotations" / "01.png")
     Image.new("L", (40, 30), 9).save(folder / "annotations" / "02.png")
     Image.new("RGB", (40, 30)).save(folder / "annotations" / "03.png")
@@ -251,7 +252,8 @@ def test_doctor_names_every_fault(trained, tmp_path):
     done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
     assert done.returncode == 1, done.stderr
     for part in (
-        "train: 6 images, 4 unusable",
+        "train: 6 images, 5 unusable",
+        "lonely.png has no partner of the same stem",
         "width 30 to 40, height 30 to 40",
         "1 upright (higher than wide), 1 lying",
         "classes that no label has (1): class 3",

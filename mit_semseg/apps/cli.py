@@ -96,13 +96,14 @@ def describe(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
-def make_parser(description: str, examples: str, *, device_option: str = "--gpu") -> argparse.ArgumentParser:
+def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Parser with `--cfg`, the device option and the trailing options; examples are shown below the help."""
     parser = argparse.ArgumentParser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        device_option,
+        "--gpus",
+        "--gpu",
         dest="device",
         metavar="N",
         help="number of the GPU, or cpu (default: the first GPU if there is one, else the CPU)",

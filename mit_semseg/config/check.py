@@ -5,6 +5,8 @@ import difflib
 import math
 from collections.abc import Mapping
 
+import yaml
+
 from ..lib.utils import UserError
 from .defaults import OPTIONS, Option
 
@@ -80,8 +82,18 @@ def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
+        if text.strip().startswith("["):
+            return _yaml_list(text)
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
         return words.get(text.strip().lower(), text)  # the words of YAML
+
+
+def _yaml_list(text: str) -> object:
+    """A list whose words have no quotes, [road, car], as YAML files write it."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _literal_list(text: str) -> bool:

@@ -21,6 +21,7 @@ from ..config import add_config_arguments, load_config
 from ..lib.utils import UserError
 from .classes import IGNORE
 from .datasets import ValDataset
+from .records import load_records
 
 
 @dataclass
@@ -125,7 +126,10 @@ def main() -> int:
     try:
         data = load_config(args.cfg, args.opts).DATASET
         for source in dict.fromkeys((data.list_train, data.list_val)):
-            found = diagnose(ValDataset(data.root_dataset, source, data), source)
+            unpaired: list[str] = []
+            records = load_records(source, data.root_dataset, unpaired)
+            found = diagnose(ValDataset(data.root_dataset, records, data), source)
+            found.problems[:0] = unpaired
             print(found.report())
             code = max(code, 1 if found.problems else 0)
     except UserError as error:

@@ -19,7 +19,9 @@ class ListError(UserError, ValueError):
     """A list of images that cannot be used; the message names file and line."""
 
 
-def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
+def load_records(
+    source: str | os.PathLike | Iterable[Mapping], root: str | os.PathLike = "", problems: list[str] | None = None
+) -> list[Record]:
     """Records of a list.
 
     Args:
@@ -27,6 +29,7 @@ def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.P
             stands) that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
             `annotations`; or records themselves.
         root: folder that the paths in records are relative to.
+        problems: gets a sentence for every file of a folder that has no partner, instead of an error.
 
     Raises:
         ListError: the list is missing, empty or broken, or images and annotations do not pair up.
@@ -41,9 +44,10 @@ def load_records(source: str | os.PathLike | Iterable[Mapping], root: str | os.P
         return _read_odgt(path)
     for folder in (Path(root) / path, path):
         if folder.is_dir():
-            return scan_pairs(folder, root)
+            return scan_pairs(folder, root, problems)
+    folder = (Path(root) / path).absolute()
     raise ListError(
-        f"there is no list {path} (nor a folder {Path(root) / path}): for ADE20K run ./download_ade20k.sh; for your "
+        f"there is no list {path.absolute()} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your "
         f"own images name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
     )
 
@@ -82,7 +86,7 @@ def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
         partial.write_text("".join(lines), encoding="utf-8")
 
 
-def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
+def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
     """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem.
 
     A picture with an unreadable header is listed without its size.
@@ -91,20 +95,22 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "") -> list[Record]:
         ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
     """
     images, annotations = _pair_of_folders(folder)
-    by_stem, labels = _by_stem(images), _by_stem(annotations)
-    lonely = [str(by_stem[s]) for s in by_stem if s not in labels] + [
-        str(labels[s]) for s in labels if s not in by_stem
-    ]
-    if lonely or not by_stem:
-        what = f"{len(lonely)} files have no partner of the same stem: {some(lonely, 3)}" if lonely else "no images"
-        raise ListError(f"{images} and {annotations}: {what}")
+    found = [] if problems is None else problems
+    by_stem, labels = _by_stem(images, found), _by_stem(annotations, found)
+    lonely = [by_stem[s] for s in by_stem if s not in labels] + [labels[s] for s in labels if s not in by_stem]
+    found += [f"{path} has no partner of the same stem" for path in lonely]
+    if problems is None and found:
+        raise ListError(f"{images} and {annotations}: {len(found)} files do not pair up: {some(found, 3)}")
+    if not by_stem:
+        raise ListError(f"{images}: no images")
+    stems = sorted(by_stem.keys() & labels.keys())
     return [
         {
             "fpath_img": _relative(by_stem[stem], root),
             "fpath_segm": _relative(labels[stem], root),
             **_size(by_stem[stem]),
         }
-        for stem in tqdm(sorted(by_stem), desc=f"reading sizes in {folder}", unit="img", disable=None, leave=False)
+        for stem in tqdm(stems, desc=f"reading sizes in {folder}", unit="img", disable=None, leave=False)
     ]
 
 
@@ -132,13 +138,14 @@ def _pair_of_folders(folder: Path) -> tuple[Path, Path]:
     )
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
+def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if stem in found:
-            raise ListError(f"{found[stem]} and {path} have the same stem: an image and its annotation pair up by it")
-        found[stem] = path
+            problems.append(f"{found[stem]} and {path} have the same stem, by which image and annotation pair up")
+        else:
+            found[stem] = path
     return found
 
 

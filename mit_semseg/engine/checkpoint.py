@@ -72,8 +72,9 @@ class RunFiles:
         paths = self.part("encoder", suffix), self.part("decoder", suffix)
         for path in paths:
             if not path.is_file():
-                there = sorted(p.name for p in self.folder.glob("*coder_*.pth")) if self.folder.is_dir() else []
-                raise CheckpointError(f"no checkpoint {path}; {self.folder} holds {', '.join(there) or 'none'}")
+                there = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
+                choices = f"the checkpoint can be {', '.join(there)}" if there else "there is none in that folder"
+                raise CheckpointError(f"no checkpoint {path.absolute()}; {choices}")
         return paths
 
     def save_weights(self, module, suffix: str) -> None:

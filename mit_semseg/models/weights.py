@@ -179,7 +179,10 @@ def load_weights(
         ]
         hint = ""
         if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
-            hint = "; to start the classifier anew for another number of classes set MODEL.new_head True"
+            hint = (
+                "; the file has another number of classes: give the model the same number, or, to train on from here, "
+                "start the classifier anew (MODEL.new_head True, new_head=True)"
+            )
         raise WeightsError(f"{path} does not fit {what}: {'; '.join(problems)}{hint}")
     module.load_state_dict(fitting, strict=False)
     report.loaded = list(fitting)
