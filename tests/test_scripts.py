@@ -271,7 +271,7 @@ def test_doctor_names_every_fault(trained, tmp_path):
     assert "every file can be used" in done.stdout
     done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
     assert done.returncode == 2
-    assert "there is no list none" in done.stderr
+    assert f"there is no list {Path.cwd() / 'none'}" in done.stderr
 
 
 def test_generated_scenes(tmp_path):
