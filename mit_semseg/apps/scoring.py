@@ -62,7 +62,7 @@ def shards(count: int, parts: int) -> list[range]:
 
 def _score_shard(path: str | None, opts: Sequence[str], device: str, shard: range, processes: int) -> Evaluation:
     """Work of one process."""
-    setup_logger(distributed_rank=shard.start, filename=None)  # one process reports, the others warn only
+    setup_logger(distributed_rank=0 if shard.start == 0 else 1, filename=None)  # one reports, the others warn only
     torch.set_num_threads(max(1, available_cores() // processes))
     return score(load_config(path, opts), torch.device(device), shard=shard, workers=1)
 

@@ -43,10 +43,6 @@ class BatchNormGroup:
             ) from None
         return values
 
-    def abort(self) -> None:
-        """Wake every waiting replica with an error."""
-        self._barrier.abort()
-
 
 class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three classes share; `_group` and `_rank` are set on replicas only."""
