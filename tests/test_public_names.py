@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import textwrap
-import threading
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from torch import nn
 
 import mit_semseg.utils
 from mit_semseg.lib.nn import (
-    BatchNormGroup,
     DataParallelWithCallback,
     DictGatherDataParallel,
     SynchronizedBatchNorm1d,
@@ -25,7 +23,6 @@ from mit_semseg.lib.nn import (
     patch_replication_callback,
     user_scattered_collate,
 )
-from mit_semseg.lib.nn.parallel import join_replicas
 from mit_semseg.lib.utils import as_numpy
 
 # A script as it stands in notebooks and blog posts: own pictures through a trained pair.
@@ -159,57 +156,3 @@ def test_state_dict_is_batch_norms(kind):
     assert list(kind(4).state_dict()) == list(plain.state_dict())
     with pytest.raises(ValueError, match="expected"):
         kind(4)(torch.ones(1))
-
-
-def threaded(replicas, inputs):
-    """Run replicas in threads as a data parallel module does."""
-    outputs = [None] * len(replicas)
-
-    def work(i):
-        outputs[i] = replicas[i](inputs[i])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(replicas))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outputs
-
-
-@pytest.mark.parametrize("shift", [0.0, 1e4])
-@pytest.mark.parametrize("sizes", [(3, 2), (4, 1, 2)])
-def test_synchronized_statistics_equal_the_whole_batch(sizes, shift):
-    """Outputs, gradients and running estimates of replicas with unequal batches, against nn.BatchNorm2d in float64."""
-    torch.manual_seed(0)
-    # The synchronized path divides by sqrt(max(var, eps)), the other by sqrt(var + eps): a tiny eps makes them one.
-    shared, whole = SynchronizedBatchNorm2d(3, eps=1e-14).double(), nn.BatchNorm2d(3, eps=1e-14).double()
-    nn.init.uniform_(shared.weight)
-    whole.load_state_dict(shared.state_dict())
-    chunks = [(torch.randn(n, 3, 5, 4, dtype=torch.float64) + shift).requires_grad_() for n in sizes]
-    factors = [torch.randn_like(c) for c in chunks]
-    replicas = []
-    for _ in sizes:  # replicas share parameters and buffers, as shallow copies do
-        replica = SynchronizedBatchNorm2d(3, eps=1e-14).double()
-        replica._parameters, replica._buffers = shared._parameters, shared._buffers
-        replicas.append(replica)
-    join_replicas(shared, replicas)
-    outputs = threaded(replicas, chunks)
-    sum((y * f).sum() for y, f in zip(outputs, factors, strict=True)).backward()
-    joined = torch.cat([c.detach() for c in chunks]).requires_grad_()
-    expected = whole(joined)
-    (expected * torch.cat(factors)).sum().backward()
-    close = {"rtol": 1e-6, "atol": 1e-8}
-    torch.testing.assert_close(torch.cat(outputs), expected, **close)
-    torch.testing.assert_close(torch.cat([c.grad for c in chunks]), joined.grad, **close)
-    torch.testing.assert_close(shared.weight.grad, whole.weight.grad, **close)
-    torch.testing.assert_close(shared.bias.grad, whole.bias.grad, **close)
-    torch.testing.assert_close(shared.running_mean, whole.running_mean, **close)
-    torch.testing.assert_close(shared.running_var, whole.running_var, **close)
-
-
-def test_a_replica_that_never_comes_is_reported():
-    group = BatchNormGroup(2, timeout=0.2, name="encoder.bn1")
-    norm = SynchronizedBatchNorm2d(3)
-    norm.join(group, 0)
-    with pytest.raises(RuntimeError, match=r"encoder\.bn1: a replica failed or did not arrive within 0\.2 s"):
-        norm(torch.randn(2, 3, 4, 4))

@@ -1,29 +1,34 @@
 """Synchronized batch normalization and data parallelism over dicts."""
 
 from .batchnorm import (
-    BatchNormGroup,
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
     SynchronizedBatchNorm3d,
+    convert_sync_batchnorm,
+    to_batchnorm,
 )
 from .parallel import (
     DataParallelWithCallback,
     DictGatherDataParallel,
     UserScatteredDataParallel,
-    async_copy_to,
     patch_replication_callback,
-    user_scattered_collate,
 )
+from .scatter import async_copy_to, user_scattered_collate
+from .sync import ProcessStopped, ReplicaGroup, ReplicaStopped
 
 __all__ = [
-    "BatchNormGroup",
     "DataParallelWithCallback",
     "DictGatherDataParallel",
+    "ProcessStopped",
+    "ReplicaGroup",
+    "ReplicaStopped",
     "SynchronizedBatchNorm1d",
     "SynchronizedBatchNorm2d",
     "SynchronizedBatchNorm3d",
     "UserScatteredDataParallel",
     "async_copy_to",
+    "convert_sync_batchnorm",
     "patch_replication_callback",
+    "to_batchnorm",
     "user_scattered_collate",
 ]

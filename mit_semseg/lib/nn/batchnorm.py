@@ -1,53 +1,32 @@
-"""Batch normalization whose statistics are taken over all replicas of a `DataParallel`.
+"""Batch normalization whose statistics are taken over all replicas of a process and all processes of a group.
 
 The classes are ordinary `torch.nn.BatchNorm*d` modules: same parameters, buffers and state-dict keys. On one device
-they are PyTorch's own kernel. Inside a replicated module (see `parallel.py`) every replica contributes its count, mean
-and sum of squared deviations, which are merged as in Chan, Golub & LeVeque (1979): the variance is never negative.
+they are PyTorch's own kernel. Otherwise everybody contributes count, mean and sum of squared deviations, which are
+merged as in Chan, Golub & LeVeque (1979): the variance is never negative. There is one meeting in the forward pass and
+one in the backward pass; the replicas of one process share a single node of the autograd graph, so that their backward
+pass needs no threads.
 """
 
-import threading
+from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-
-class BatchNormGroup:
-    """Meeting point of the replicas of one normalization layer.
-
-    Args:
-        size: number of replicas that take part in every forward pass.
-        timeout: seconds a replica waits for the others before it raises.
-        name: what to call the layer in error messages.
-    """
-
-    def __init__(self, size: int, timeout: float = 120.0, name: str = "batch norm"):
-        self.size, self.timeout, self.name = size, timeout, name
-        self._barrier = threading.Barrier(size, timeout=timeout)
-        self._slots: list = [None] * size
-
-    def exchange(self, rank: int, value) -> list:
-        """Hand in this replica's value; returns the values of all replicas, in the order of their ranks.
-
-        Raises:
-            RuntimeError: a replica failed or did not arrive in time.
-        """
-        self._slots[rank] = value
-        try:
-            self._barrier.wait()
-            values = list(self._slots)
-            self._barrier.wait()  # nobody starts the next exchange before everybody has read this one
-        except threading.BrokenBarrierError:
-            raise RuntimeError(
-                f"{self.name}: a replica failed or did not arrive within {self.timeout:g} s (replica {rank} of "
-                f"{self.size} was waiting); look for the first error above this one"
-            ) from None
-        return values
+from .sync import ReplicaGroup, gather_over_processes, process_count, sum_over_processes
 
 
 class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """What the three classes share; `_group` and `_rank` are set on replicas only."""
+    """What the three classes share.
 
-    _group: BatchNormGroup | None = None
+    Attributes:
+        process_group: processes to synchronize with; None means all of them, where `torch.distributed` is in use.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    _name = ""
+    _replicas: ReplicaGroup | None = None  # set on replicas only
     _rank = 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,17 +37,42 @@ class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
         Returns:
             A tensor of the shape and type of `x`.
+
+        Raises:
+            ReplicaStopped, ProcessStopped: another replica or process failed or did not arrive in time.
         """
         self._check_input_dim(x)
-        if self.training and self._group is not None and self._group.size > 1:
-            return self._synchronized(x)
+        if self.training and self._replicas is not None and self._replicas.size > 1:
+            given = x, self.weight, self.bias
+            return self._replicas.together(self._rank, self._called(), given, self._normalize_together)
+        if self.training and process_count(self.process_group) > 1:
+            return self._normalize_together([(x, self.weight, self.bias)])[0]
         if self.training and self.track_running_stats and x.numel() == x.size(1):
             return self._single_value(x)
         return super().forward(x)
 
-    def join(self, group: BatchNormGroup | None, rank: int) -> None:
-        """Take part in `group` as replica `rank` from the next forward pass on; None leaves it."""
-        self._group, self._rank = group, rank
+    def join(self, replicas: ReplicaGroup | None, rank: int = 0, name: str = "") -> None:
+        """Take part in a group of replicas from the next forward pass on.
+
+        Args:
+            replicas: the group; None leaves it.
+            rank: of this replica.
+            name: what errors call this layer.
+        """
+        self._replicas, self._rank, self._name = replicas, rank, name
+
+    def _called(self) -> str:
+        return self._name or f"{type(self).__name__}({self.num_features})"
+
+    def _normalize_together(self, given: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Sequence[Tensor]:
+        """Outputs of all replicas of this process from their (input, weight, bias); learns the running estimates."""
+        inputs, weights, biases = zip(*given, strict=True)
+        meeting = _Meeting(self.eps, self.process_group, self._called())
+        outputs = _Normalize.apply(meeting, *inputs, *(weights + biases if self.affine else ()))
+        if self.track_running_stats:
+            with torch.no_grad():
+                self._update_running(meeting.mean, meeting.squares / (meeting.count - 1).clamp(min=1))
+        return outputs
 
     def _single_value(self, x: Tensor) -> Tensor:
         # One value per channel has no variance (a 1x1 pooled map of a batch of one): a batch estimate would erase the
@@ -76,52 +80,183 @@ class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         with torch.no_grad():
             value = x.detach().flatten().to(self.running_mean.dtype)
             self._update_running(value, (value - self.running_mean).square())
-        dims = (1, -1) + (1,) * (x.dim() - 2)
-        y = (x - self.running_mean.view(dims)) * torch.rsqrt(self.running_var + self.eps).view(dims)
-        return self._affine(y, dims).to(x.dtype)
-
-    def _synchronized(self, x: Tensor) -> Tensor:
-        kind = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(kind)
-        axes = [0, *range(2, x.dim())]
-        count = x.numel() // x.size(1)
-        mean = wide.mean(axes)
-        squares = (wide - mean.view(1, -1, *[1] * (x.dim() - 2))).square().sum(axes)
-        parts = self._group.exchange(self._rank, (count, mean, squares))
-        total = sum(part[0] for part in parts)
-        means = [part[1].to(x.device) for part in parts]
-        whole = sum(part[0] / total * part_mean for part, part_mean in zip(parts, means, strict=True))
-        squares = sum(
-            part[2].to(x.device) + part[0] * (part_mean - whole).square()
-            for part, part_mean in zip(parts, means, strict=True)
-        )
-        if self.track_running_stats and self._rank == 0:  # replicas of rank 0 share the buffers of the original
-            with torch.no_grad():
-                self._update_running(whole, squares / max(total - 1, 1))
-        dims = (1, -1) + (1,) * (x.dim() - 2)
-        y = (wide - whole.view(dims)) * torch.rsqrt((squares / total).clamp(min=self.eps)).view(dims)
-        return self._affine(y, dims).to(x.dtype)
-
-    def _affine(self, y: Tensor, dims: tuple[int, ...]) -> Tensor:
-        return y * self.weight.view(dims) + self.bias.view(dims) if self.affine else y
+        shape = _along_channels(x)
+        y = (x - self.running_mean.view(shape)) * torch.rsqrt(self.running_var + self.eps).view(shape)
+        if self.affine:
+            y = y * self.weight.view(shape) + self.bias.view(shape)
+        return y.to(x.dtype)
 
     def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)
         momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), momentum)
+        self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var), momentum)
 
 
 class SynchronizedBatchNorm1d(_SynchronizedBatchNorm, nn.BatchNorm1d):
-    """`nn.BatchNorm1d` with statistics over all replicas; input (N, C) or (N, C, L)."""
+    """`nn.BatchNorm1d` with statistics over all replicas and processes; input (N, C) or (N, C, L)."""
 
 
 class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
-    """`nn.BatchNorm2d` with statistics over all replicas; input (N, C, H, W).
+    """`nn.BatchNorm2d` with statistics over all replicas and processes; input (N, C, H, W).
 
     Unlike `nn.BatchNorm2d` it also trains on a single value per channel (a 1x1 map of one image): see `_single_value`.
+    Where statistics are shared the divisor is sqrt(max(var, eps)), not sqrt(var + eps).
     """
 
 
 class SynchronizedBatchNorm3d(_SynchronizedBatchNorm, nn.BatchNorm3d):
-    """`nn.BatchNorm3d` with statistics over all replicas; input (N, C, D, H, W)."""
+    """`nn.BatchNorm3d` with statistics over all replicas and processes; input (N, C, D, H, W)."""
+
+
+_PLAIN = {
+    nn.BatchNorm1d: SynchronizedBatchNorm1d,
+    nn.BatchNorm2d: SynchronizedBatchNorm2d,
+    nn.BatchNorm3d: SynchronizedBatchNorm3d,
+}
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+    """Make every `nn.BatchNorm1d/2d/3d` in a module a synchronized one.
+
+    The layers are converted in place: parameters, buffers, hooks, and what was frozen stay as they are.
+
+    Args:
+        module: any module, also a batch norm itself.
+        process_group: processes to synchronize with, None for all.
+
+    Returns:
+        `module`.
+    """
+    for part in module.modules():
+        if type(part) in _PLAIN:
+            part.__class__ = _PLAIN[type(part)]
+            part.process_group = process_group
+            part.join(None)
+    return module
+
+
+def to_batchnorm(module: nn.Module) -> nn.Module:
+    """Make every synchronized batch norm in a module a plain `nn.BatchNorm*`, e.g. for export; the opposite of
+    `convert_sync_batchnorm`, in place as well.
+
+    Returns:
+        `module`.
+    """
+    plain = {synchronized: kind for kind, synchronized in _PLAIN.items()}
+    for part in module.modules():
+        if type(part) in plain:
+            part.__class__ = plain[type(part)]
+            for name in ("process_group", "_replicas", "_rank", "_name"):
+                vars(part).pop(name, None)
+    return module
+
+
+class _Meeting:
+    """Statistics of one layer in one forward pass, over everybody.
+
+    Attributes:
+        count: elements per channel, a float64 scalar.
+        mean, squares: (C,) float64, mean and sum of squared deviations from it.
+    """
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, eps: float, group: dist.ProcessGroup | None, name: str):
+        self.eps, self.group, self.name = eps, group, name
+
+    def merge(self, moments: Sequence[Tensor]) -> None:
+        """Merge `_moments` of the inputs, on the first one's device, with those of the other processes."""
+        rows = torch.stack([row.to(moments[0].device) for row in moments])
+        rows = gather_over_processes(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
+        counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
+        self.count = counts.sum()
+        self.mean = (counts * means).sum(0) / self.count
+        self.squares = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x minus its own means, the means (C,), and (1 + 2 C,) float64 moments: count, means, sums of squared deviations.
+
+    Two passes of simple kernels: `torch.var_mean` takes many times longer on a CPU.
+    """
+    axes, kind = _but_channels(x), _statistics_type(x)
+    count = x.numel() // x.size(1)
+    mean = x.mean(axes, dtype=kind) if count else x.new_zeros(x.size(1), dtype=kind)
+    centred = x - _spread(mean, x)
+    squares = (centred * centred).sum(axes)
+    return centred, mean, torch.cat([mean.new_full((1,), count).double(), mean.double(), squares.double()])
+
+
+class _Normalize(torch.autograd.Function):
+    """Batch normalization of several inputs (one per replica, sizes may differ) with common statistics.
+
+    `apply(meeting, *inputs[, *weights, *biases])` returns one output per input.
+    """
+
+    @staticmethod
+    def forward(ctx, meeting: _Meeting, *tensors: Tensor) -> tuple[Tensor, ...]:
+        affine = tensors[-1].dim() == 1
+        replicas = len(tensors) // 3 if affine else len(tensors)
+        inputs, weights, biases = tensors[:replicas], tensors[replicas : 2 * replicas], tensors[2 * replicas :]
+        centred = [_centred(x) for x in inputs]
+        meeting.merge([moments for _, _, moments in centred])
+        variance = meeting.squares / meeting.count
+        ctx.meeting, ctx.replicas = meeting, replicas
+        ctx.save_for_backward(meeting.mean, variance, *inputs, *weights)
+        inverse, outputs = variance.clamp(min=meeting.eps).rsqrt(), []
+        for i, (y, own_mean, _) in enumerate(centred):  # y becomes the output in place
+            factor = inverse.to(y) * weights[i] if affine else inverse.to(y)
+            shift = (own_mean - meeting.mean.to(y.device)).to(y) * factor
+            y.mul_(_spread(factor, y)).add_(_spread(shift + biases[i] if affine else shift, y))
+            outputs.append(y.to(inputs[i].dtype))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        mean, variance, *tensors = ctx.saved_tensors
+        meeting, replicas = ctx.meeting, ctx.replicas
+        inputs, weights = tensors[:replicas], tensors[replicas:]
+        centred = [x - _spread(mean, x) for x in inputs]
+        own = [_gradient_sums(x, g) for x, g in zip(centred, gradients, strict=True)]
+        total = torch.stack([sums.to(mean.device) for sums in own]).sum(0)
+        sum_g, sum_gx = sum_over_processes(total, meeting.group, meeting.name)
+        inverse = variance.clamp(min=meeting.eps).rsqrt()
+        # Below eps the divisor is a constant, and no gradient goes through the variance.
+        slope = torch.where(variance > meeting.eps, -sum_gx * inverse.square() / meeting.count, 0)
+        input_gradients = []
+        for i, (x, g) in enumerate(zip(centred, gradients, strict=True)):  # x becomes the gradient in place
+            factor = inverse * weights[i].to(inverse) if weights else inverse
+            x.mul_(_spread(factor * slope, x)).sub_(_spread(factor * sum_g / meeting.count, x))
+            input_gradients.append(x.addcmul_(g.to(x.dtype), _spread(factor, x)).to(inputs[i].dtype))
+        if not weights:
+            return None, *input_gradients
+        weight_gradients = [(s[1] * inverse.to(s)).to(w) for s, w in zip(own, weights, strict=True)]
+        bias_gradients = [s[0].to(w) for s, w in zip(own, weights, strict=True)]
+        return None, *input_gradients, *weight_gradients, *bias_gradients
+
+
+def _gradient_sums(centred: Tensor, gradient: Tensor) -> Tensor:
+    """Per channel the sums of the output's gradient and of its product with the centred input: (2, C) float64."""
+    axes = _but_channels(centred)
+    return torch.stack([gradient.sum(axes, dtype=centred.dtype), (centred * gradient).sum(axes)]).double()
+
+
+def _statistics_type(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _but_channels(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _along_channels(x: Tensor) -> tuple[int, ...]:
+    return (1, -1) + (1,) * (x.dim() - 2)
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """Values per channel, ready to be combined with (N, C, ...) `x` in the type of statistics."""
+    return values.to(x.device, _statistics_type(x)).view(_along_channels(x))

@@ -1,64 +1,46 @@
-"""Data parallelism in one process over inputs that are dicts: scatter, gather and the replication hook.
+"""Data parallelism in one process over inputs that are dicts: scatter, replicas, gather.
 
-`torch.nn.DataParallel` splits one large tensor. Here the caller hands in one input per device, each a dict with images
-of its own size, so nothing has to be padded to a common shape.
+`torch.nn.DataParallel` splits one large tensor. Here the caller may hand in one input per device, each a dict with
+images of its own size, so nothing has to be padded to a common shape. The devices may also be the CPU, several times:
+its replicas are threads that share the parameters.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from types import MethodType
 
 import torch
 from torch import nn
 
-from .batchnorm import BatchNormGroup, _SynchronizedBatchNorm
+from .batchnorm import _SynchronizedBatchNorm
+from .scatter import copy_to_device, gather, scatter
+from .sync import ReplicaGroup, ReplicaStopped
 
 
-def user_scattered_collate(batch: list) -> list:
-    """Collate function that leaves the list as it is: one element per device."""
-    return batch
-
-
-def async_copy_to(obj, device, main_stream=None):
-    """Copy every tensor in `obj` to a device, without waiting where the memory is pinned.
+def join_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float = 120.0) -> ReplicaGroup:
+    """Let the synchronized batch norms of `replicas`, all made from `module`, share their statistics.
 
     Args:
-        obj: a tensor, or (nested) dicts, lists and tuples of anything; what is not a tensor is passed through.
-        device: a `torch.device`, a string, or the index of a GPU.
-        main_stream: CUDA stream that will use the copies; their memory is not reused before that stream is done.
-
-    Returns:
-        The same structure with tensors on `device`.
+        timeout: seconds that a replica waits for the others.
     """
-    if isinstance(obj, torch.Tensor):
-        copy = obj.to(device, non_blocking=True)
-        if main_stream is not None and copy.is_cuda:
-            copy.record_stream(main_stream)
-        return copy
-    if isinstance(obj, Mapping):
-        return {key: async_copy_to(value, device, main_stream) for key, value in obj.items()}
-    if isinstance(obj, tuple) and hasattr(obj, "_fields"):
-        return type(obj)(*(async_copy_to(value, device, main_stream) for value in obj))
-    if isinstance(obj, Sequence) and not isinstance(obj, str):
-        return type(obj)(async_copy_to(value, device, main_stream) for value in obj)
-    return obj
-
-
-def join_replicas(module: nn.Module, replicas: list[nn.Module]) -> None:
-    """Let the synchronized batch norms of `replicas`, all made from `module`, share their statistics."""
-    layers = [[m for m in replica.modules() if isinstance(m, _SynchronizedBatchNorm)] for replica in replicas]
-    names = [name for name, m in module.named_modules() if isinstance(m, _SynchronizedBatchNorm)]
-    for name, copies in zip(names, zip(*layers, strict=True), strict=True):
-        group = BatchNormGroup(len(replicas), name=name)
-        for rank, copy in enumerate(copies):
-            copy.join(group, rank)
+    group = ReplicaGroup(len(replicas), timeout)
+    names = [name for name, part in module.named_modules() if isinstance(part, _SynchronizedBatchNorm)]
+    for rank, replica in enumerate(replicas):
+        layers = (part for part in replica.modules() if isinstance(part, _SynchronizedBatchNorm))
+        for name, layer in zip(names, layers, strict=True):
+            layer.join(group, rank, name)
+    return group
 
 
 class _CallbackContext:
     """Shared by the copies of one sub-module during one replication; `__data_parallel_replicate__` may store in it."""
 
 
-def _execute_callbacks(module: nn.Module, replicas: list[nn.Module]) -> None:
-    join_replicas(module, replicas)
+def _execute_callbacks(module: nn.Module, replicas: Sequence[nn.Module]) -> None:
     contexts = [_CallbackContext() for _ in module.modules()]
     for rank, replica in enumerate(replicas):
         for context, part in zip(contexts, replica.modules(), strict=True):
@@ -66,15 +48,146 @@ def _execute_callbacks(module: nn.Module, replicas: list[nn.Module]) -> None:
                 part.__data_parallel_replicate__(context, rank)
 
 
+def _share(module: nn.Module, count: int) -> list[nn.Module]:
+    """Copies of a module that share its parameters; the first shares its buffers too, the others have copies."""
+    tensors = {id(value): value for part in module.modules() for value in vars(part).values() if torch.is_tensor(value)}
+    tensors |= {id(parameter): parameter for parameter in module.parameters()}
+    buffers = list(module.buffers())
+    return [
+        copy.deepcopy(module, {**tensors, **{id(b): b if rank == 0 else b.detach().clone() for b in buffers}})
+        for rank in range(count)
+    ]
+
+
+def run_replicas(
+    replicas: Sequence[Callable],
+    inputs: Sequence[tuple],
+    kwargs: Sequence[dict],
+    devices: Sequence[torch.device],
+    group: ReplicaGroup,
+) -> list:
+    """Call every replica with its inputs, each in a thread of its own with this thread's gradient and autocast modes.
+
+    Returns:
+        The outputs, in the order of the replicas.
+
+    Raises:
+        ReplicaStopped: a replica did not arrive at a meeting in time.
+        Exception: the first that a replica raised, with its own traceback.
+    """
+    finished: queue.SimpleQueue = queue.SimpleQueue()
+    types = {device.type for device in devices}
+    casts = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types}
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    streams = [torch.cuda.current_stream(device) if device.type == "cuda" else None for device in devices]
+
+    def work(rank: int) -> None:
+        device = devices[rank]
+        try:
+            with ExitStack() as stack:
+                if streams[rank] is not None:
+                    stack.enter_context(torch.cuda.stream(streams[rank]))
+                stack.enter_context(torch.inference_mode(modes[1]))
+                stack.enter_context(torch.set_grad_enabled(modes[0]))
+                enabled, dtype = casts[device.type]
+                stack.enter_context(torch.autocast(device.type, dtype, enabled=enabled))
+                finished.put((rank, replicas[rank](*inputs[rank], **kwargs[rank]), None))
+        except BaseException as error:
+            finished.put((rank, None, error))
+
+    # Daemons: a replica that hangs neither keeps the others waiting nor the process from ending.
+    for rank in range(len(replicas)):
+        threading.Thread(target=work, args=(rank,), name=f"replica {rank}", daemon=True).start()
+    outputs, stopped = [None] * len(replicas), None
+    for _ in replicas:
+        rank, outputs[rank], error = finished.get()
+        if isinstance(error, ReplicaStopped) and group.stopped:
+            stopped = error  # the one that failed will come, too
+        elif error is not None:
+            group.stop()
+            raise error
+    if stopped is not None:
+        raise stopped
+    return outputs
+
+
 class DataParallelWithCallback(nn.DataParallel):
-    """`nn.DataParallel` that, after replicating, joins synchronized batch norms and calls
-    `__data_parallel_replicate__(context, copy_id)` on every sub-module that has it."""
+    """`nn.DataParallel` for inputs of any structure, on GPUs or on the CPU several times.
+
+    After replicating it joins synchronized batch norms, and calls `__data_parallel_replicate__(context, copy_id)` on
+    every sub-module that has it. An exception in a replica ends the others, and is raised with its own traceback.
+
+    Args:
+        module: on the first of the devices.
+        device_ids: GPUs (numbers or devices), or CPU devices such as `["cpu", "cpu"]`; None takes all GPUs. On a single
+            device the module is called as it is.
+        output_device: where outputs are gathered; None means the first device.
+        dim: dimension along which tensors are split and gathered.
+        timeout: seconds that a replica waits for the others in a synchronized batch norm.
+
+    Raises:
+        ValueError: CPU and GPUs together.
+    """
+
+    def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = 120.0):
+        devices = [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in device_ids or ()]
+        kinds = {device.type for device in devices}
+        if len(kinds) > 1:
+            raise ValueError(f"replicas are all on GPUs or all on the CPU, not on {', '.join(map(str, devices))}")
+        if kinds == {"cpu"}:
+            nn.Module.__init__(self)
+            self.module, self.dim = module, dim
+            self.device_ids, self.output_device, self.src_device_obj = devices, devices[0], devices[0]
+        else:
+            super().__init__(module, device_ids, output_device, dim)
+        self.timeout = timeout
+        self._group: ReplicaGroup | None = None
+
+    def _devices(self, count: int) -> list[torch.device]:
+        return [torch.device("cuda", d) if isinstance(d, int) else d for d in self.device_ids[:count]]
+
+    def forward(self, *inputs, **kwargs):
+        """Scatter the inputs, run the replicas, gather their outputs.
+
+        Raises:
+            ValueError: the module is not on the first device.
+        """
+        inputs, kwargs = self.scatter(inputs, kwargs, self.device_ids)
+        if len(inputs) == 1:
+            return self.module(*inputs[0], **kwargs[0])
+        home = self._devices(1)[0]
+        elsewhere = {t.device for t in chain(self.module.parameters(), self.module.buffers())} - {home}
+        if elsewhere:
+            raise ValueError(f"the module must be on {home}, the first of its devices, not on {elsewhere.pop()}")
+        replicas = self.replicate(self.module, self.device_ids[: len(inputs)])
+        try:
+            outputs = self.parallel_apply(replicas, inputs, kwargs)
+        finally:
+            self._group = None
+        return self.gather(outputs, self.output_device)
+
+    def scatter(self, inputs, kwargs, device_ids):
+        """One tuple of inputs and one dict of keyword arguments per device."""
+        if not device_ids:
+            return (inputs,), (kwargs,)
+        parts = scatter((inputs, kwargs), self._devices(len(device_ids)), self.dim)
+        return tuple(part[0] for part in parts), tuple(part[1] for part in parts)
 
     def replicate(self, module, device_ids):
         """Copies of `module`, one per device, with their callbacks executed."""
-        replicas = super().replicate(module, device_ids)
+        on_cpu = self._devices(1)[0].type == "cpu"
+        replicas = _share(module, len(device_ids)) if on_cpu else super().replicate(module, device_ids)
+        self._group = join_replicas(module, replicas, self.timeout)
         _execute_callbacks(module, replicas)
         return replicas
+
+    def parallel_apply(self, replicas, inputs, kwargs):
+        """Outputs of the replicas, each run in a thread; see `run_replicas`."""
+        return run_replicas(replicas, inputs, kwargs, self._devices(len(replicas)), self._group)
+
+    def gather(self, outputs, output_device):
+        """The outputs on one device; see `gather`."""
+        return gather(outputs, output_device, self.dim)
 
 
 def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
@@ -89,6 +202,7 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
 
     def with_callback(self, module, device_ids):
         replicas = replicate(module, device_ids)
+        join_replicas(module, replicas)
         _execute_callbacks(module, replicas)
         return replicas
 
@@ -98,29 +212,13 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
 class DictGatherDataParallel(DataParallelWithCallback):
     """Data parallel module whose replicas return dicts; the values are gathered key by key."""
 
-    def gather(self, outputs, output_device):
-        """Gather a list of dicts (or of what `nn.DataParallel` takes) on one device."""
-        if outputs and isinstance(outputs[0], Mapping):
-            return {
-                key: super(DictGatherDataParallel, self).gather([o[key] for o in outputs], output_device)
-                for key in outputs[0]
-            }
-        return super().gather(outputs, output_device)
-
 
 class UserScatteredDataParallel(DictGatherDataParallel):
     """Data parallel module whose caller has already made one input per device.
 
     `module(inputs)` takes a list with one element (usually a dict) for each device in use, at most as many as there are
-    devices; every element may hold tensors of its own size. Without a GPU the only element goes to the module as it is.
+    devices; every element may hold tensors of its own size.
     """
-
-    def forward(self, *inputs, **kwargs):
-        """Run every element of the list on its device and gather the results on the first."""
-        if not self.device_ids:
-            scattered, kwargs_list = self.scatter(inputs, kwargs, [None])
-            return self.module(*scattered[0], **kwargs_list[0])
-        return super().forward(*inputs, **kwargs)
 
     def scatter(self, inputs, kwargs, device_ids):
         """One tuple of inputs and one dict of keyword arguments per element of the list.
@@ -128,15 +226,15 @@ class UserScatteredDataParallel(DictGatherDataParallel):
         Raises:
             ValueError: the input is no list, is empty, or has more elements than there are devices.
         """
-        given = inputs[0] if len(inputs) == 1 else None
-        if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= len(device_ids):
+        given, most = inputs[0] if len(inputs) == 1 else None, max(len(device_ids), 1)
+        if not isinstance(given, (list, tuple)) or not 1 <= len(given) <= most:
             raise ValueError(
-                f"UserScatteredDataParallel takes one list with 1 to {len(device_ids)} elements, one per device, not "
+                f"UserScatteredDataParallel takes one list with 1 to {most} elements, one per device, not "
                 f"{len(given) if isinstance(given, (list, tuple)) else type(given).__name__}"
             )
-        devices = [None if d is None else torch.device("cuda", d) for d in device_ids]
+        devices = self._devices(len(given)) or [None]
         scattered = [
-            (element if device is None else async_copy_to(element, device),)
+            (element if device is None else copy_to_device(element, device),)
             for element, device in zip(given, devices, strict=False)
         ]
         return tuple(scattered), tuple(dict(kwargs) for _ in scattered)

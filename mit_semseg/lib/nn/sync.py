@@ -1,0 +1,124 @@
+"""How the replicas of one process, and the processes of a group, meet to share statistics.
+
+Replicas are threads that meet at a `ReplicaGroup`; processes meet in collectives of `torch.distributed`. Whoever waits
+does so for a bounded time, and says at which layer.
+"""
+
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ReplicaStopped(RuntimeError):
+    """A replica could not go on because another one failed or did not arrive."""
+
+
+class ProcessStopped(RuntimeError):
+    """A process could not go on because another one ended or did not answer in time."""
+
+
+class ReplicaGroup:
+    """Meeting point of the replicas of a module during one forward pass.
+
+    Args:
+        size: number of replicas.
+        timeout: seconds a replica waits for the others before it raises.
+    """
+
+    def __init__(self, size: int, timeout: float = 120.0):
+        self.size, self.timeout, self.stopped = size, timeout, False
+        self._barrier = threading.Barrier(size, timeout=timeout)
+        self._given: list = [None] * size
+        self._results: list = []
+
+    def together(self, rank: int, name: str, value, work: Callable[[list], list]):
+        """Hand in a value; replica 0 works on the values of all, and each gets its part of the result.
+
+        Args:
+            rank: of this replica.
+            name: of the layer; all replicas must come from the same one.
+            value: handed in by this replica.
+            work: from the values of all replicas, in the order of their ranks, to as many results. Only replica 0's is
+                called.
+
+        Raises:
+            ReplicaStopped: another replica failed, or did not arrive in time.
+            RuntimeError: the replicas came from different layers.
+        """
+        self._given[rank] = name, value
+        self._wait(rank, name)
+        if rank == 0:
+            try:
+                self._check_names()
+                self._results = work([value for _, value in self._given])
+            except BaseException:
+                self.stop()
+                raise
+            finally:
+                self._given = [None] * self.size
+        self._wait(rank, name)
+        return self._results[rank]
+
+    def stop(self) -> None:
+        """Wake everybody who waits, now and later, with `ReplicaStopped`: a replica has failed."""
+        self.stopped = True
+        self._barrier.abort()
+
+    def _wait(self, rank: int, name: str) -> None:
+        try:
+            self._barrier.wait()
+        except threading.BrokenBarrierError:
+            reason = "another replica failed" if self.stopped else f"not all arrived within {self.timeout:g} s"
+            raise ReplicaStopped(f"{name}: replica {rank} of {self.size} waited for the others, but {reason}") from None
+
+    def _check_names(self) -> None:
+        names = [name for name, _ in self._given]
+        if len(set(names)) > 1:
+            places = ", ".join(f"replica {i} at {name}" for i, name in enumerate(names))
+            raise RuntimeError(f"the replicas went different ways through the network: {places}")
+
+
+def process_count(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes of a group (None: the default group), 1 where `torch.distributed` is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_over_processes(vector: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """Vectors of all processes.
+
+    Args:
+        vector: (n,), of the same length everywhere.
+        group: process group, None for the default one.
+        name: of the layer, for the error.
+
+    Returns:
+        (processes, n), in the order of the ranks, the same on all processes.
+
+    Raises:
+        ProcessStopped: a process ended or did not answer within the group's time-out.
+    """
+    if process_count(group) == 1:
+        return vector.unsqueeze(0)
+    rows = [torch.empty_like(vector) for _ in range(process_count(group))]
+    _collective(lambda: dist.all_gather(rows, vector.contiguous(), group=group), group, name)
+    return torch.stack(rows)
+
+
+def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """Sum of a tensor over all processes, in place; arguments and errors as of `gather_over_processes`."""
+    if process_count(group) > 1:
+        _collective(lambda: dist.all_reduce(tensor, group=group), group, name)
+    return tensor
+
+
+def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        raise ProcessStopped(
+            f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
+            f"ended or did not answer in time ({str(error).splitlines()[0]})"
+        ) from error

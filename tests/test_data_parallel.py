@@ -1,0 +1,180 @@
+"""Scatter, replicas and gather over structures, on CPU replicas (and on GPUs where there are some)."""
+
+import threading
+from collections import namedtuple
+
+import pytest
+import torch
+from scenes import tiny_module
+from torch import nn
+
+from mit_semseg.engine import MaskedNLLLoss
+from mit_semseg.lib.nn import (
+    DataParallelWithCallback,
+    DictGatherDataParallel,
+    UserScatteredDataParallel,
+    patch_replication_callback,
+)
+from mit_semseg.lib.nn.scatter import gather, scatter
+
+CPU = torch.device("cpu")
+Pair = namedtuple("Pair", "first second")
+
+
+class Echo(nn.Module):
+    """Returns what it was given, and where."""
+
+    def forward(self, obj, **extra):
+        return {"obj": obj, "extra": extra, "thread": threading.current_thread().name}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: t,
+        lambda t: {"a": t, "b": [t + 1, (t, "text")]},
+        lambda t: [t, {"x": t * 2}],
+        lambda t: (t, None, 3),
+        lambda t: Pair(t, [t]),
+    ],
+    ids=["tensor", "dict", "list", "tuple", "namedtuple"],
+)
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_scatter_and_gather_are_inverse(make, count):
+    obj = make(torch.arange(10.0).view(5, 2))
+    parts = scatter(obj, [CPU] * count)
+    assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch reaches fewer devices
+    assert all(type(part) is type(obj) for part in parts)
+    assert repr(gather(parts, CPU)) == repr(obj)
+
+
+def test_scatter_names_tensors_that_do_not_fit_together():
+    with pytest.raises(ValueError, match=r"different numbers of parts, \[1, 2\].* same size in dimension 0"):
+        scatter({"a": torch.ones(4), "b": torch.ones(1)}, [CPU, CPU])
+
+
+@pytest.mark.parametrize("kind", [DataParallelWithCallback, DictGatherDataParallel])
+def test_tensors_are_split_and_keyword_arguments_too(kind):
+    result = kind(Echo(), ["cpu", "cpu"])(torch.arange(5), scale=torch.arange(5) * 2, name="x")
+    assert torch.equal(result["obj"], torch.arange(5))
+    assert torch.equal(result["extra"]["scale"], torch.arange(5) * 2)
+    assert result["thread"] == "replica 0"
+
+
+def test_every_replica_gets_its_own_dict():
+    """Pictures of different sizes, fewer than there are devices, and one: that needs no thread."""
+    seen = []
+
+    class Sizes(nn.Module):
+        def forward(self, batch):
+            seen.append((threading.current_thread().name, tuple(batch["img_data"].shape), batch["info"]))
+            return batch["img_data"].mean(), batch["img_data"].new_ones(1)
+
+    parallel = UserScatteredDataParallel(Sizes(), ["cpu"] * 3)
+    batches = [{"img_data": torch.full((1, 3, n, n + 1), float(n)), "info": [f"{n}.jpg"]} for n in (2, 4, 3)]
+    means, ones = parallel(batches)
+    assert means.tolist() == [2, 4, 3]
+    assert ones.shape == (3,)
+    assert sorted(seen) == [(f"replica {i}", (1, 3, n, n + 1), [f"{n}.jpg"]) for i, n in enumerate((2, 4, 3))]
+    assert parallel(batches[:2])[0].tolist() == [2, 4]
+    assert parallel(batches[:1])[0].item() == 2
+    assert seen[-1][0] == threading.current_thread().name
+
+
+def test_replicas_share_parameters_and_the_first_the_buffers():
+    class Count(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2))
+            self.register_buffer("calls", torch.zeros(1))
+            self.marks = []
+
+        def forward(self, x):
+            self.calls += 1
+            self.marks.append(1)  # belongs to the replica
+            return (x * self.weight).sum()
+
+    module = Count()
+    outputs = UserScatteredDataParallel(module, ["cpu"] * 3)([torch.ones(2) * n for n in (1, 2, 4)])
+    outputs.sum().backward()
+    assert module.weight.grad.tolist() == [7, 7]
+    assert module.calls.item() == 1
+    assert module.marks == []
+
+
+def test_gradients_of_replicas_equal_those_of_the_whole_batch():
+    module = tiny_module(crit=MaskedNLLLoss()).double()
+    images = torch.randn(4, 3, 32, 40, dtype=torch.float64)
+    labels = torch.randint(0, 3, (4, 4, 5))
+    feeds = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eps = 1e-14
+    results = []
+    for call in (
+        lambda: UserScatteredDataParallel(module, ["cpu", "cpu"])(feeds)[0].mean(),
+        lambda: module({"img_data": images, "seg_label": labels})[0],
+    ):
+        module.zero_grad()
+        loss = call()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in module.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_callbacks_see_every_copy():
+    seen = []
+
+    class Part(nn.Module):
+        def __data_parallel_replicate__(self, context, copy_id):
+            context.copies = [*getattr(context, "copies", []), copy_id]
+            seen.append((copy_id, list(context.copies)))
+
+        def forward(self, x):
+            return x
+
+    DataParallelWithCallback(nn.Sequential(Part()), ["cpu"] * 3)(torch.ones(3))
+    assert seen == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
+
+
+def test_an_exception_keeps_its_type_and_place():
+    class Picky(nn.Module):
+        def forward(self, x):
+            if x.max() > 1:
+                raise UnicodeDecodeError("utf-8", b"x", 0, 1, "an exception with five arguments")
+            return x
+
+    with pytest.raises(UnicodeDecodeError, match="five arguments") as caught:
+        DataParallelWithCallback(Picky(), ["cpu", "cpu"])(torch.tensor([1, 2]))
+    assert caught.traceback[-1].name == "forward"
+
+
+def test_mixed_devices_and_a_module_elsewhere_are_refused():
+    with pytest.raises(ValueError, match="all on GPUs or all on the CPU"):
+        DataParallelWithCallback(nn.Identity(), ["cpu", "cuda:0"])
+    with pytest.raises(ValueError, match="the module must be on cpu, the first of its devices, not on meta"):
+        DataParallelWithCallback(nn.Linear(2, 2, device="meta"), ["cpu", "cpu"])(torch.ones(2, 2))
+
+
+def test_a_plain_data_parallel_can_be_patched():
+    plain = nn.DataParallel(nn.Identity())
+    patch_replication_callback(plain)
+    assert torch.equal(plain(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_copies_to_a_gpu_wait_for_the_right_stream():
+    """A side stream copies while the main stream is busy; what is computed from the copies must still be right."""
+    from mit_semseg.lib.nn.scatter import copy_to_device
+
+    device = torch.device("cuda", 0)
+    busy = torch.randn(4096, 4096, device=device)
+    for n in range(20):
+        for _ in range(20):
+            busy = (busy @ busy).clamp(-1, 1)
+        host = {"x": torch.full((1000, 1000), float(n)).pin_memory(), "y": [torch.ones(3).pin_memory()]}
+        copied = copy_to_device(host, device)
+        assert copied["x"].sum().item() == n * 1e6
+        assert torch.equal(copy_to_device(copied, device)["y"][0].cpu(), torch.ones(3))
