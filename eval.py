@@ -2,19 +2,25 @@
 
 from mit_semseg.apps import cli, scoring
 from mit_semseg.config import load_config
+from mit_semseg.engine import distributed
 
 EXAMPLES = """\
   python eval.py --cfg config/quickstart.yaml
   python eval.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpu 0
+  torchrun --nproc_per_node=8 eval.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml
   python eval.py --cfg config/quickstart.yaml VAL.visualize True VAL.checkpoint best.pth"""
 
 
 def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    device = cli.pick_device(args.device)
-    cli.setup_logger(filename=None).info("device: %s", cli.describe(device))
-    scoring.report(cfg, args.cfg, scoring.score(cfg, device))
+    devices = cli.pick_devices(args.device)
+    with distributed.join(devices[0]) as processes:
+        logger = cli.setup_logger(processes.rank, filename=None)
+        logger.info("devices: %s", cli.describe_all(devices, processes))
+        evaluation = scoring.score(args.cfg, args.opts, devices, processes)
+        if processes.main:
+            scoring.report(cfg, args.cfg, evaluation)
 
 
 if __name__ == "__main__":

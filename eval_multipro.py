@@ -12,9 +12,10 @@ EXAMPLES = """\
 def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
+    cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
     devices = cli.pick_devices(args.device)
     cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(cli.describe, devices)))
-    scoring.report(cfg, args.cfg, scoring.score_on_devices(args.cfg, args.opts, devices))
+    scoring.report(cfg, args.cfg, scoring.score(args.cfg, args.opts, devices))
 
 
 if __name__ == "__main__":

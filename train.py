@@ -1,4 +1,4 @@
-"""Train a segmentation network: python train.py --cfg config/NAME.yaml [--gpus 0] [KEY VALUE ...]"""
+"""Train a segmentation network: python train.py --cfg config/NAME.yaml [--gpus 0-3] [KEY VALUE ...]"""
 
 import torch
 
@@ -6,44 +6,50 @@ from mit_semseg.apps import cli
 from mit_semseg.apps.recorder import RunRecorder
 from mit_semseg.config import load_config
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.engine import RunFiles, fit
+from mit_semseg.engine import RunFiles, distributed, fit
 
 EXAMPLES = """\
   python train.py --cfg config/quickstart.yaml
-  python train.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpus 0
+  python train.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpus 0-3
+  torchrun --nproc_per_node=8 train.py --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml
   python train.py --cfg config/quickstart.yaml TRAIN.num_epoch 10 TRAIN.resume auto"""
 
 
 def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    device, files, train, data = cli.pick_device(args.device), RunFiles(cfg.DIR), cfg.TRAIN, cfg.DATASET
-    # Refuses to write over a run before anything is loaded or logged.
-    continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
-    dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
-    validation = ValDataset(data.root_dataset, data.list_val, data) if train.eval_epoch else None
+    devices, files = cli.pick_devices(args.device), RunFiles(cfg.DIR)
+    with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
+        cfg = cli.after_restart(cfg, files, processes)
+        train, data = cfg.TRAIN, cfg.DATASET
+        # Refuses to write over a run before anything is loaded or logged.
+        continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
+        dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
+        validation = ValDataset(data.root_dataset, data.list_val, data) if train.eval_epoch else None
 
-    logger = cli.setup_logger(filename=f"{cfg.DIR}/log.txt")
-    logger.info("options:\n%s", cfg.dump())
-    logger.info("device: %s", cli.describe(device))
-    logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
-    torch.manual_seed(train.seed)
-    module = cli.build_module(cfg, device, continued=continued)
-    optimizer, settings = cli.build_training(cfg, module)
-    recorder = RunRecorder(cfg.DIR, dataset.table, tensorboard=train.tensorboard)
-    fit(
-        module,
-        optimizer,
-        dataset,
-        files,
-        settings,
-        device=device,
-        resume=train.resume,
-        val_dataset=validation,
-        recorder=recorder,
-    )
-    recorder.close()
-    logger.info("training is complete: %s", cfg.DIR)
+        logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt")
+        logger.info("options:\n%s", cfg.dump())
+        logger.info("devices: %s", cli.describe_all(devices, processes))
+        logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
+        torch.manual_seed(train.seed)
+        module = cli.build_module(cfg, devices[0], continued=continued)
+        optimizer, settings = cli.build_training(cfg, module)
+        recorder = RunRecorder(cfg.DIR, dataset.table, tensorboard=train.tensorboard) if processes.main else None
+        fit(
+            module,
+            optimizer,
+            dataset,
+            files,
+            settings,
+            devices=devices,
+            processes=processes,
+            resume=train.resume,
+            val_dataset=validation,
+            recorder=recorder,
+        )
+        if recorder:
+            recorder.close()
+        logger.info("training is complete: %s", cfg.DIR)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from mit_semseg.lib.nn import (
     to_batchnorm,
 )
 
-# The synchronized path divides by sqrt(max(var, eps)), nn.BatchNorm by sqrt(var + eps): a tiny eps makes them one.
+# By default the synchronized path divides by sqrt(max(var, eps)), nn.BatchNorm by sqrt(var + eps): a tiny eps makes
+# them one, and so does clamp_variance False.
 TINY = 1e-14
 PLAIN = {
     SynchronizedBatchNorm1d: nn.BatchNorm1d,
@@ -35,6 +36,7 @@ PLAIN = {
 def both(kind=SynchronizedBatchNorm2d, channels=3, **options):
     """A synchronized norm and a plain one with equal parameters, in float64."""
     ours = kind(channels, **{"eps": TINY, **options}).double()
+    options.pop("clamp_variance", None)
     plain = PLAIN[kind](channels, **{"eps": TINY, **options}).double()
     if plain.affine:
         nn.init.uniform_(plain.weight, 0.5, 1.5)
@@ -72,8 +74,9 @@ def assert_same(ours, plain, sizes, make, steps=2):
 @pytest.mark.parametrize(("mean", "std"), [(0, 1), (1e4, 1), (3, 1e-4)])
 @pytest.mark.parametrize("sizes", [(2, 2), (3, 1), (4, 1, 2), (1, 2, 1, 3)])
 def test_replicas_equal_the_whole_batch(sizes, mean, std):
-    ours, plain = both()
-    assert_same(ours, plain, sizes, lambda n: torch.randn(n, 3, 5, 4, dtype=torch.float64) * std + mean)
+    for options in ({}, {"clamp_variance": False, "eps": 1e-5}):
+        ours, plain = both(**options)
+        assert_same(ours, plain, sizes, lambda n: torch.randn(n, 3, 5, 4, dtype=torch.float64) * std + mean)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,14 @@ def test_replicas_equal_the_whole_batch(sizes, mean, std):
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}, {"momentum": 0.3}],
+    [
+        {},
+        {"clamp_variance": False, "eps": 1e-2},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": None},
+        {"momentum": 0.3},
+    ],
     ids=lambda o: "-".join(map(str, o)) or "default",
 )
 def test_every_kind_and_option(kind, shape, options):
@@ -215,6 +225,7 @@ def test_conversion_and_back():
     assert converted is net
     assert [type(m) for m in (net[1], net[2][0])] == [SynchronizedBatchNorm2d] * 2
     assert net[1].momentum == 0.3
+    assert not net[1].clamp_variance
     assert not net[1].weight.requires_grad
     assert all(torch.equal(net.state_dict()[key], state[key]) for key in state)
     x = torch.randn(4, 3, 6, 5)
@@ -254,7 +265,11 @@ class Late(nn.Module):
     ("how", "error", "message"),
     [
         ("fails", KeyError, "no such thing"),
-        ("hangs", ReplicaStopped, r"other: replica 0 of 3 waited for the others, but not all arrived within 0\.5 s"),
+        (
+            "hangs",
+            ReplicaStopped,
+            r"other: replica [02] of 3 waited for the others, but replica 1 did not arrive within 0\.5 s",
+        ),
         ("strays", RuntimeError, "different ways .* replica 0 at other, replica 1 at norm"),
     ],
 )

@@ -17,14 +17,17 @@ from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.engine import (
     CheckpointError,
     MaskedNLLLoss,
+    Processes,
     RunFiles,
     Settings,
     build_optimizer,
     fit,
     freeze_batch_norm,
     learning_rates,
+    train_step,
 )
 from mit_semseg.engine.checkpoint import save_atomic
+from mit_semseg.engine.distributed import parallel
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
 from mit_semseg.lib.utils import UserError
@@ -46,7 +49,7 @@ def run(root, folder, *, seed=0, dataset=None, **changes):
     module.decoder.cbr.append(nn.Dropout2d(0.2))  # so that the random state matters
     optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.05, lr_decoder=0.05)
     dataset = dataset or TrainDataset(root, "train", options(), batch_per_gpu=2)
-    done = fit(module, optimizer, dataset, RunFiles(folder), settings, device=CPU, **changes)
+    done = fit(module, optimizer, dataset, RunFiles(folder), settings, devices=[CPU], **changes)
     return done, weights(folder, f"epoch_{settings.num_epoch}.pth")
 
 
@@ -120,11 +123,10 @@ def test_accumulated_batches_equal_one_large_batch(root):
         module = tiny_module(crit=MaskedNLLLoss())
         freeze_batch_norm(module)
         optimizer = build_optimizer(module.encoder, module.decoder)
-        from mit_semseg.engine import train_step
-
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loss, accuracy = train_step(module, chunk, optimizer, scaler, device=CPU, settings=Settings())
-        results.append((loss, accuracy, *module.state_dict().values()))
+        scaler, alone = torch.amp.GradScaler("cpu", enabled=False), Processes()
+        runner = parallel(module, [CPU], alone)
+        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, devices=[CPU], processes=alone)
+        results.append((torch.tensor(figures), *module.state_dict().values()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -164,7 +166,7 @@ def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
         optimizer = build_optimizer(
             module.encoder, module.decoder, name=name, lr_encoder=0.5, beta1=0.3, weight_decay=0.2
         )
-        fit(module, optimizer, dataset, files, Settings(num_epoch=1, epoch_iters=4), device=CPU, resume="auto")
+        fit(module, optimizer, dataset, files, Settings(num_epoch=1, epoch_iters=4), devices=[CPU], resume="auto")
         return optimizer
 
     optimizer = resumed()

@@ -4,15 +4,18 @@ import argparse
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from ..config import Config, add_config_arguments
-from ..engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, freeze_batch_norm
-from ..lib.utils import UserError, available_cores
+from ..engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, freeze_batch_norm
+from ..engine.checkpoint import read_resume
+from ..engine.distributed import Place
+from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
@@ -51,32 +54,41 @@ def parse_devices(input_devices: str) -> list[str]:
     return devices
 
 
-def pick_device(text: str | None) -> torch.device:
-    """The device to work on.
+def pick_devices(text: str | None) -> list[torch.device]:
+    """The devices that this process works on.
 
     Args:
-        text: as for `parse_devices`, one device; None takes the first GPU if there is one, else the CPU.
+        text: as for `parse_devices`; `cpu` may come more than once, for several replicas or processes. None takes the
+            first GPU if there is one, else the CPU. In a job that torchrun has started every process takes one: the one
+            at its place on this machine.
 
     Raises:
-        UserError: several devices, or a GPU that is not there.
+        UserError: a GPU that is not there, or not one for every process.
     """
-    devices = pick_devices(text)
-    if len(devices) > 1:
-        raise UserError(f"{len(devices)} devices given ({', '.join(map(str, devices))}), but this script works on one")
-    return devices[0]
-
-
-def pick_devices(text: str | None) -> list[torch.device]:
-    """The devices to work on, as `pick_device`; `cpu` may come more than once, for several processes.
-
-    Raises:
-        UserError: a GPU that is not there.
-    """
+    place = Place.of_this_process()
+    if place.size > 1:
+        return [_device_of_process(text, place)]
     if text is None:
         return [torch.device("cuda:0" if torch.cuda.is_available() else "cpu")]
     if {part.strip().lower() for part in text.split(",")} == {"cpu"}:
         return [torch.device("cpu")] * len(text.split(","))
-    return [_device(name) for name in parse_devices(text)]
+    names = parse_devices(text)
+    if "cpu" in names:
+        raise UserError(f"--gpus {text}: give GPUs, or cpu once or several times, but not both")
+    return [_device(name) for name in names]
+
+
+def _device_of_process(text: str | None, place: Place) -> torch.device:
+    there = [f"gpu{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    names = there if text is None else parse_devices(text)
+    if names == ["cpu"]:
+        return torch.device("cpu")
+    if len(names) < place.local_size or "cpu" in names:
+        raise UserError(
+            f"torchrun has started {place.local_size} processes on this machine, each of which takes one GPU, but "
+            f"there are {', '.join(names)}: start fewer (--nproc_per_node), or give --gpus cpu"
+        )
+    return _device(names[place.local_rank])
 
 
 def _device(name: str) -> torch.device:
@@ -96,6 +108,12 @@ def describe(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
+def describe_all(devices: Sequence[torch.device], processes: Processes) -> str:
+    """The devices of this process, and how many processes there are."""
+    others = f" in each of {processes.size} processes" if processes.size > 1 else ""
+    return ", ".join(map(describe, devices)) + others
+
+
 def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """Parser with `--cfg`, the device option and the trailing options; examples are shown below the help."""
     parser = argparse.ArgumentParser(
@@ -105,8 +123,9 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
         "--gpus",
         "--gpu",
         dest="device",
-        metavar="N",
-        help="number of the GPU, or cpu (default: the first GPU if there is one, else the CPU)",
+        metavar="DEVICES",
+        help="GPUs such as 0, 0-3 or 0,2, or cpu, or cpu,cpu (default: the first GPU if there is one, else the CPU; "
+        "under torchrun one GPU per process)",
     )
     add_config_arguments(parser, DEFAULT_CONFIG)
     return parser
@@ -116,7 +135,7 @@ def setup_logger(distributed_rank: int = 0, filename: str | None = "log.txt") ->
     """Log to the terminal and, if a name is given, to a file (appended to).
 
     Args:
-        distributed_rank: of this process; all but 0 log warnings only.
+        distributed_rank: of this process; all but 0 log warnings only, with their rank, to the same file.
         filename: of the log; None logs to the terminal alone.
 
     Returns:
@@ -128,12 +147,13 @@ def setup_logger(distributed_rank: int = 0, filename: str | None = "log.txt") ->
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
+    form = LOG_FORMAT.replace("]", f" rank {distributed_rank}]") if distributed_rank else LOG_FORMAT
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if filename:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(filename, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter(LOG_FORMAT, "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
     return log
 
@@ -192,8 +212,23 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         weight_decay=train.weight_decay,
     )
     values = {field.name: train[field.name] for field in fields(Settings)}
-    values["workers"] = min(train.workers, available_cores())
     return optimizer, Settings(**values)
+
+
+def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
+    """Options of a run that torchrun has started again (--max-restarts): it goes on from what it has saved.
+
+    Only what this very job has saved: an older run in the folder is treated as TRAIN.resume says.
+    """
+    saved = processes.main and processes.place.restarts and files.resume.is_file()
+    own = bool(saved and read_resume(files.resume).get("job") == processes.place.job)
+    if not processes.collect(own, "looking for a checkpoint")[0]:
+        return cfg
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.TRAIN.resume, cfg.TRAIN.start_epoch = "auto", 0
+    cfg.freeze()
+    return cfg
 
 
 def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
@@ -204,27 +239,34 @@ def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
         )
 
 
+def refuse_torchrun(message: str) -> None:
+    """Raise a `UserError` with the message if torchrun has started this process."""
+    if Place.of_this_process().size > 1:
+        raise UserError(message)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main function; a user's mistake is printed without a traceback and exits with 2."""
     try:
         sys.exit(main())
     except UserError as error:
         # A loader process puts its traceback before the message.
-        text = str(error).split(f"{type(error).__name__}: ")[-1].strip()
-        print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error).split(f"{type(error).__name__}: ")[-1].strip())
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        _fail(f"{error.filename}: {error.strerror}")
     except torch.OutOfMemoryError as error:
-        print(
-            f"error: the GPU is out of memory ({str(error).splitlines()[0]}); lower TRAIN.batch_size_per_gpu, "
-            f"DATASET.imgSizes or DATASET.imgMaxSize",
-            file=sys.stderr,
+        _fail(
+            f"the GPU is out of memory ({str(error).splitlines()[0]}); lower TRAIN.batch_size_per_gpu, "
+            f"DATASET.imgSizes or DATASET.imgMaxSize"
         )
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(text: str) -> NoReturn:
+    place = Place.of_this_process()
+    print(f"error: {f'[rank {place.rank}] ' if place.size > 1 else ''}{text}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..config import load_config
 from ..dataset import ClassTable, TestDataset
+from ..dataset.datasets import table_of
 from ..dataset.files import ImageFileError
 from ..dataset.records import find_images
+from ..dataset.samplers import shards
 from ..evaluation import label_map
-from ..evaluation.evaluator import item_loader
+from ..evaluation.evaluator import read_items
 from ..lib.utils import UserError, whole_file
+from .cli import build_module
 from .visualize import (
     class_shares,
     colorEncode,
@@ -29,6 +33,8 @@ from .visualize import (
 )
 
 logger = logging.getLogger(__name__)
+
+SMALLEST_SHARE = 0.001  # classes below are not printed
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ def segment(
     *,
     device: torch.device,
     batch_size: int = 1,
+    processes: int = 1,
 ) -> Iterator[Result | tuple[str, str]]:
     """Segment pictures one after the other; reading goes on in the background.
 
@@ -113,17 +120,58 @@ def segment(
         table: class names and colours.
         device: where the module is.
         batch_size: pictures loaded per step.
+        processes: on this machine that segment at the same time and share its cores.
 
     Yields:
         A `Result` for every picture, or (path, reason) for one that cannot be read.
     """
     module.eval()
-    for items in item_loader(_Pictures([{"fpath_img": path} for path in paths], opt), batch_size):
-        for item in items:
-            if "error" in item:
-                yield item["info"], item["error"]
-            else:
-                yield Result(item["info"], item["img_ori"], label_map(module, item, device), table)
+    for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), batch_size, processes):
+        if "error" in item:
+            yield item["info"], item["error"]
+        else:
+            yield Result(item["info"], item["img_ori"], label_map(module, item, device), table)
+
+
+def segment_share(
+    device: torch.device,
+    number: int,
+    parts: int,
+    send: Callable[[str], None],
+    path: str | None,
+    opts: Sequence[str],
+    plan: dict[str, Path],
+    endings: Sequence[str],
+) -> list[str]:
+    """Segment share `number` of the pictures of a plan with TEST.checkpoint, and write the results.
+
+    Args:
+        send: called with what there is to say of every picture.
+        path, opts: as for `load_config`.
+        plan, endings: of `find_pictures`.
+
+    Returns:
+        For every picture that cannot be read, the reason.
+    """
+    cfg, failed = load_config(path, opts), []
+    share = shards(len(plan), parts)[number]
+    pictures, table = list(plan)[share.start : share.stop], table_of(cfg.DATASET)
+    module = build_module(cfg, device, checkpoint=cfg.TEST.checkpoint)
+    options = {"device": device, "batch_size": cfg.TEST.batch_size, "processes": parts}
+    for result in segment(module, pictures, cfg.DATASET, table, **options):
+        if isinstance(result, tuple):
+            failed.append(result[1])
+            send(f"{result[0]}: not segmented")
+            continue
+        stem = plan[result.path]
+        result.save(stem, endings)
+        shares = [
+            f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
+            for entry in result.classes
+            if entry["share"] > SMALLEST_SHARE
+        ]
+        send(f"{result.path} -> {stem}.png{''.join(shares)}")
+    return failed
 
 
 def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:

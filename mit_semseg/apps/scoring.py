@@ -1,21 +1,20 @@
-"""What eval.py and eval_multipro.py share: scoring a checkpoint, on one device or several, and writing the figures."""
+"""What eval.py and eval_multipro.py share: scoring a checkpoint on one device or several, and writing the figures."""
 
 import json
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from itertools import pairwise
-from multiprocessing import get_context
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..config import Config, load_config
 from ..dataset import ValDataset
+from ..engine import Processes
 from ..evaluation import evaluate
-from ..evaluation.evaluator import MOST_WORKERS, Evaluation
-from ..lib.utils import UserError, available_cores, whole_file
-from .cli import build_module, setup_logger
+from ..evaluation.evaluator import Evaluation
+from ..lib.utils import whole_file
+from .cli import build_module
+from .sharing import share_out
 from .visualize import result_names, result_panel, save_picture
 
 
@@ -24,80 +23,61 @@ def result_folder(cfg: Config) -> Path:
     return Path(cfg.DIR, "result")
 
 
-def score(cfg: Config, device: torch.device, *, shard: range | None = None, workers: int = MOST_WORKERS) -> Evaluation:
-    """Evaluate VAL.checkpoint on the validation list; with VAL.visualize write a panel per picture.
+def _dataset(cfg: Config) -> ValDataset:
+    return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET)
 
-    Args:
-        cfg: configuration.
-        device: to work on.
-        shard: positions in the list to take; None takes all. Of several, the first shows its progress.
-        workers: loader processes.
-    """
-    data, results = cfg.DATASET, result_folder(cfg)
-    dataset = ValDataset(data.root_dataset, data.list_val, data)
+
+def _score_share(
+    device: torch.device, number: int, parts: int, send: Callable, path: str | None, opts: Sequence[str]
+) -> Evaluation:
+    """Score share `number` of the validation list; sends the name of every image done."""
+    cfg = load_config(path, opts)
+    dataset, results = _dataset(cfg), result_folder(cfg)
     names = result_names([record["fpath_img"] for record in dataset.records])
-    if shard is not None:
-        dataset.records = dataset.records[shard.start : shard.stop]
     module = build_module(cfg, device, checkpoint=cfg.VAL.checkpoint)
 
-    def draw(item, prediction):
-        save_picture(result_panel(item, prediction, dataset.table), results / f"{names[item['info']]}.png")
+    def seen(item, prediction):
+        if cfg.VAL.visualize:
+            panel = result_panel(item, prediction, dataset.table)
+            save_picture(panel, results / f"{names[item['info']]}.png")
+        send(item["info"])
 
     return evaluate(
         module,
-        dataset,
+        dataset.part(number, parts),
         device=device,
         batch_size=cfg.VAL.batch_size,
-        workers=workers,
-        progress=shard is None or shard.start == 0,
-        on_result=draw if cfg.VAL.visualize else None,
+        processes=parts,
+        progress=False,
+        on_result=seen,
     )
 
 
-def shards(count: int, parts: int) -> list[range]:
-    """`count` positions as contiguous ranges whose lengths differ by one at most; empty ones are left out."""
-    bounds = [count * i // parts for i in range(parts + 1)]
-    return [range(a, b) for a, b in pairwise(bounds) if b > a]
+def score(
+    path: str | None, opts: Sequence[str], devices: Sequence[torch.device], processes: Processes | None = None
+) -> Evaluation:
+    """Evaluate VAL.checkpoint on the validation list; with VAL.visualize write a panel per picture.
 
-
-def _score_shard(path: str | None, opts: Sequence[str], device: str, shard: range, processes: int) -> Evaluation:
-    """Work of one process."""
-    setup_logger(distributed_rank=0 if shard.start == 0 else 1, filename=None)  # one reports, the others warn only
-    torch.set_num_threads(max(1, available_cores() // processes))
-    return score(load_config(path, opts), torch.device(device), shard=shard, workers=1)
-
-
-def score_on_devices(path: str | None, opts: Iterable[str], devices: Sequence[torch.device]) -> Evaluation:
-    """Evaluate with one process per device; every picture is scored exactly once and the counts are added up.
+    Every picture is scored exactly once, and the counts of all shares are added up: the figures do not depend on the
+    number of devices.
 
     Args:
         path, opts: as for `load_config`.
-        devices: one per process; the CPU may come more than once.
+        devices: of this process; several are worked on by one process each.
+        processes: of the job, each of which scores a share; None for this one alone.
 
     Raises:
-        UserError: a process failed or was killed; names its share of the list.
+        UserError: weights or data cannot be used, or a process failed or was killed.
     """
-    cfg, opts = load_config(path, opts), list(opts)
-    data = cfg.DATASET
-    parts = shards(len(ValDataset(data.root_dataset, data.list_val, data)), len(devices))
-    whole: Evaluation | None = None
-    with ProcessPoolExecutor(len(parts), mp_context=get_context("spawn")) as pool:
-        futures = {
-            pool.submit(_score_shard, path, opts, str(device), part, len(parts)): (device, part)
-            for device, part in zip(devices, parts, strict=False)
-        }
-        for future in as_completed(futures):
-            device, part = futures[future]
-            try:
-                share = future.result()
-            except BrokenProcessPool:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise UserError(
-                    f"a process of the evaluation was killed (out of memory?) before images {part.start + 1} to "
-                    f"{part.stop} on {device} were done; no figures were written"
-                ) from None
-            whole = share if whole is None else whole.merge(share)
-    return whole
+    processes = processes or Processes()
+    dataset = _dataset(load_config(path, opts))
+    own = len(dataset.part(processes.rank, processes.size))
+    with tqdm(total=own, desc="evaluating", unit="img", disable=None if processes.main else True) as bar:
+        arguments = path, list(opts)
+        shares = share_out(_score_share, devices, processes, len(dataset), arguments, lambda name: bar.update())
+    evaluation = Evaluation.merged(shares)
+    assert evaluation.images == len(dataset), "every image is scored exactly once"
+    return evaluation
 
 
 def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None:

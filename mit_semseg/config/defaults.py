@@ -117,6 +117,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.resume": Option(
         "off", "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file"
     ),
+    "TRAIN.timeout": Option(
+        1800.0, "seconds that processes, replicas and data loading wait for one another before the run ends", low=0.1
+    ),
     "TRAIN.tensorboard": Option(False, "write scalars and pictures for TensorBoard to DIR/tensorboard"),
     # Validation
     "VAL.batch_size": Option(1, "images loaded per step; the figures do not depend on it", low=1),

@@ -1,5 +1,6 @@
 """Data sets: from records to training batches, and to pictures at every scale of evaluation."""
 
+import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import Dataset
 from .classes import UNKNOWN, ClassTable, class_table
 from .files import ImageFileError, image_size, read_image, read_label
 from .records import ListError, load_records
-from .samplers import OrientationBatches
+from .samplers import OrientationBatches, shards
 from .transforms import normalize, pad_batch, scale_pyramid, train_pair
 
 ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
@@ -154,7 +155,16 @@ def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) 
     return records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
 
 
-class ValDataset(_LabelledRecords):
+class _Divisible(_Records):
+    def part(self, number: int, parts: int):
+        """The same data set with one of `parts` contiguous shares of the records, which differ by one at most."""
+        share = shards(len(self.records), parts)[number]
+        part = copy.copy(self)
+        part.records = self.records[share.start : share.stop]
+        return part
+
+
+class ValDataset(_Divisible, _LabelledRecords):
     """Labelled pictures at every scale of evaluation.
 
     Args:
@@ -179,7 +189,7 @@ class ValDataset(_LabelledRecords):
         }
 
 
-class TestDataset(_Records):
+class TestDataset(_Divisible):
     """Pictures without labels at every scale.
 
     Args:

@@ -1,6 +1,7 @@
 """Which images form which batch: a function of the seed and the batch's number alone."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -56,18 +57,26 @@ class OrientationBatches:
 
 
 class BatchNumbers:
-    """Sampler that counts from one batch number to another; with several processes each takes every n-th.
+    """Sampler that counts through batch numbers; of several devices each takes every n-th.
 
     Args:
-        start, stop: range of steps, as in `range`.
-        rank, world_size: of this process.
+        start, stop: range of rounds, as in `range`; in a round every device takes one batch.
+        first, count: devices of this process, by their position among all.
+        total: number of all devices.
     """
 
-    def __init__(self, start: int, stop: int, rank: int = 0, world_size: int = 1):
-        self.start, self.stop, self.rank, self.world_size = start, stop, rank, world_size
+    def __init__(self, start: int, stop: int, first: int = 0, count: int = 1, total: int = 1):
+        self.start, self.stop, self.first, self.count, self.total = start, stop, first, count, total
 
     def __iter__(self) -> Iterator[int]:
-        return (step * self.world_size + self.rank for step in range(self.start, self.stop))
+        own = range(self.first, self.first + self.count)
+        return (turn * self.total + device for turn in range(self.start, self.stop) for device in own)
 
     def __len__(self) -> int:
-        return max(0, self.stop - self.start)
+        return max(0, self.stop - self.start) * self.count
+
+
+def shards(count: int, parts: int) -> list[range]:
+    """`count` positions as `parts` contiguous ranges whose lengths differ by one at most (some may be empty)."""
+    bounds = [count * i // parts for i in range(parts + 1)]
+    return [range(a, b) for a, b in pairwise(bounds)]

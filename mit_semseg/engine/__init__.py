@@ -1,13 +1,17 @@
 """Training: the loop, the loss, the optimizer, checkpoints."""
 
 from .checkpoint import CheckpointError, RunFiles
-from .loop import Settings, fit, train_step
+from .distributed import Processes
+from .loop import fit
 from .losses import MaskedNLLLoss
 from .optim import build_optimizer, freeze_batch_norm, learning_rates
+from .run import Settings
+from .step import train_step
 
 __all__ = [
     "CheckpointError",
     "MaskedNLLLoss",
+    "Processes",
     "RunFiles",
     "Settings",
     "build_optimizer",

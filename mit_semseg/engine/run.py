@@ -1,10 +1,44 @@
 """State of a training run: what is saved to continue it, bit for bit."""
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import nn
 
 from ..evaluation import AverageMeter
 from .checkpoint import CheckpointError, new_history
+from .distributed import TIMEOUT
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run needs to know beside model, optimizer and data; meanings as of the TRAIN options."""
+
+    num_epoch: int = 20
+    epoch_iters: int = 5000
+    start_epoch: int = 0
+    disp_iter: int = 20
+    lr_pow: float = 0.9
+    warmup_iters: int = 0
+    accumulate: int = 1
+    clip_grad: float = 0.0
+    amp: str = "off"
+    channels_last: bool = False
+    eval_epoch: int = 0
+    checkpoint_iters: int = 1000
+    workers: int = 0
+    timeout: float = TIMEOUT
+    seed: int = 304
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.num_epoch * self.epoch_iters
 
 
 class Run:
@@ -15,19 +49,28 @@ class Run:
         optimizer: over its parameters.
         device: where both are.
         scale_loss: scale the loss so that float16 gradients do not underflow.
+        batches: per step, over all devices, processes and accumulated steps.
+        job: see `Place.job`.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, *, scale_loss: bool = False
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        *,
+        scale_loss: bool = False,
+        batches: int = 1,
+        job: str = "",
     ):
-        self.module, self.optimizer, self.device = module, optimizer, device
+        self.module, self.optimizer, self.device, self.batches, self.job = module, optimizer, device, batches, job
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
 
     def state(self) -> dict:
-        """Plain values and tensors from which the run continues bit for bit."""
-        cuda = self.device.type == "cuda"
+        """Plain values and tensors from which the run continues bit for bit (random numbers are a function of seed and
+        step, see `seed_step`)."""
         return {
             "step": self.step,
             "best": self.best,
@@ -38,8 +81,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "batches": self.batches,
+            "job": self.job,
         }
 
     def restore(self, state: dict) -> None:
@@ -75,6 +118,29 @@ class Run:
             if saved:
                 meter.initialize(saved[0] / saved[1], saved[1])
                 meter.sum = saved[0]
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        if state.get("batches", self.batches) != self.batches:
+            logger.warning(
+                "the run was saved with %d batches per step (devices times TRAIN.accumulate), and goes on with %d: "
+                "learning rates may need to follow",
+                state["batches"],
+                self.batches,
+            )
+
+
+def seed_step(seed: int, step: int, devices: Sequence[torch.device], first: int = 0) -> None:
+    """Seed the random numbers of a step (dropout), so that a run can be continued anywhere.
+
+    Args:
+        seed: of the run.
+        step: number of the step.
+        devices: of this process; each has numbers of its own. CPU replicas draw from one stream, in the order in which
+            they come to it.
+        first: position of the first device among those of all processes.
+    """
+    for position, device in enumerate(devices, first):
+        value = int(np.random.SeedSequence((seed, 2, step, position)).generate_state(1, np.uint64)[0])
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(value)
+        elif position == first:
+            torch.manual_seed(value)

@@ -1,19 +1,19 @@
 """The one loop behind eval.py and the validation during training."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..dataset import ClassTable, ValDataset
+from ..dataset.loading import iterate, make_loader
 from ..lib.nn import user_scattered_collate
-from ..lib.utils import available_cores
 from .inference import label_map
 from .metrics import SegmentationMetric, Summary
 
@@ -34,12 +34,13 @@ class Evaluation:
         """The scores."""
         return self.metric.summary()
 
-    def merge(self, other: "Evaluation") -> "Evaluation":
-        """Both shares together, evaluated side by side."""
-        total = SegmentationMetric(self.metric.num_class)
-        total.merge(self.metric)
-        total.merge(other.metric)
-        return Evaluation(total, self.images + other.images, max(self.seconds, other.seconds), self.table)
+    @classmethod
+    def merged(cls, shares: Sequence["Evaluation"]) -> "Evaluation":
+        """Several shares together, evaluated side by side; the counts add up."""
+        total = SegmentationMetric(shares[0].metric.num_class)
+        for share in shares:
+            total.merge(share.metric)
+        return cls(total, sum(s.images for s in shares), max(s.seconds for s in shares), shares[0].table)
 
     @property
     def images_per_second(self) -> float:
@@ -87,15 +88,23 @@ class Evaluation:
         )
 
 
-def item_loader(dataset, batch_size: int = 1, workers: int = MOST_WORKERS) -> DataLoader:
-    """Loader whose elements are lists of `batch_size` items, each with pictures of its own size."""
-    return DataLoader(
+def read_items(dataset, batch_size: int = 1, processes: int = 1) -> Iterator[dict]:
+    """Items of a data set in order, each with pictures of its own size, read ahead in batches.
+
+    Args:
+        processes: on this machine that read at the same time.
+
+    Raises:
+        LoaderError: a loader process died.
+    """
+    loader = make_loader(
         dataset,
+        workers=min(MOST_WORKERS, len(dataset)),
+        processes=processes,
         batch_size=batch_size,
-        num_workers=min(workers, len(dataset), available_cores()),
         collate_fn=user_scattered_collate,
-        generator=torch.Generator(),  # its base seed is not to be drawn from the stream of a training run
     )
+    return chain.from_iterable(iterate(loader))
 
 
 def evaluate(
@@ -104,7 +113,7 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 1,
-    workers: int = MOST_WORKERS,
+    processes: int = 1,
     progress: bool = True,
     on_result: Callable[[dict, np.ndarray], None] | None = None,
 ) -> Evaluation:
@@ -118,7 +127,7 @@ def evaluate(
         dataset: the pictures and labels.
         device: where the model is.
         batch_size: pictures loaded per step.
-        workers: loader processes.
+        processes: on this machine that evaluate at the same time and share its cores.
         progress: show a progress bar (on a terminal).
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
@@ -128,14 +137,13 @@ def evaluate(
     start = time.perf_counter()
     try:
         with tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True) as bar:
-            for items in item_loader(dataset, batch_size, workers):
-                for item in items:
-                    prediction = label_map(model, item, device)
-                    metric.add(prediction, item["seg_label"][0].numpy())
-                    if on_result:
-                        on_result(item, prediction)
-                    images += 1
-                    bar.update()
+            for item in read_items(dataset, batch_size, processes):
+                prediction = label_map(model, item, device)
+                metric.add(prediction, item["seg_label"][0].numpy())
+                if on_result:
+                    on_result(item, prediction)
+                images += 1
+                bar.update()
     finally:
         model.train(was_training)
     return Evaluation(metric, images, time.perf_counter() - start, dataset.table)

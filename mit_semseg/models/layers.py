@@ -1,6 +1,7 @@
 """Building blocks that encoders and decoders share."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from ..lib.nn import SynchronizedBatchNorm2d
 
 NormLayer = Callable[[int], nn.Module]
-DEFAULT_NORM: NormLayer = SynchronizedBatchNorm2d
+# The divisor sqrt(var + eps) everywhere: on one device, on many, and in evaluation.
+DEFAULT_NORM: NormLayer = partial(SynchronizedBatchNorm2d, clamp_variance=False)
 POOL_SCALES = (1, 2, 3, 6)  # bins per side of the pyramid, Zhao et al., "Pyramid Scene Parsing Network", 2017
 
 

@@ -20,14 +20,24 @@ from .sync import ReplicaGroup, gather_over_processes, process_count, sum_over_p
 class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """What the three classes share.
 
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as of `nn.BatchNorm2d`.
+        clamp_variance: where statistics are shared, divide by sqrt(max(var, eps)), as the published models were
+            trained, and not by PyTorch's sqrt(var + eps).
+
     Attributes:
         process_group: processes to synchronize with; None means all of them, where `torch.distributed` is in use.
     """
 
+    clamp_variance = True
     process_group: dist.ProcessGroup | None = None
     _name = ""
     _replicas: ReplicaGroup | None = None  # set on replicas only
     _rank = 0
+
+    def __init__(self, *args, clamp_variance: bool = True, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.clamp_variance = clamp_variance
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize per channel.
@@ -67,7 +77,7 @@ class _SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_together(self, given: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Sequence[Tensor]:
         """Outputs of all replicas of this process from their (input, weight, bias); learns the running estimates."""
         inputs, weights, biases = zip(*given, strict=True)
-        meeting = _Meeting(self.eps, self.process_group, self._called())
+        meeting = _Meeting(self.eps, self.clamp_variance, self.process_group, self._called())
         outputs = _Normalize.apply(meeting, *inputs, *(weights + biases if self.affine else ()))
         if self.track_running_stats:
             with torch.no_grad():
@@ -101,7 +111,6 @@ class SynchronizedBatchNorm2d(_SynchronizedBatchNorm, nn.BatchNorm2d):
     """`nn.BatchNorm2d` with statistics over all replicas and processes; input (N, C, H, W).
 
     Unlike `nn.BatchNorm2d` it also trains on a single value per channel (a 1x1 map of one image): see `_single_value`.
-    Where statistics are shared the divisor is sqrt(max(var, eps)), not sqrt(var + eps).
     """
 
 
@@ -119,7 +128,8 @@ _PLAIN = {
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Make every `nn.BatchNorm1d/2d/3d` in a module a synchronized one.
 
-    The layers are converted in place: parameters, buffers, hooks, and what was frozen stay as they are.
+    The layers are converted in place: parameters, buffers, hooks, and what was frozen stay as they are, and so does
+    the divisor sqrt(var + eps).
 
     Args:
         module: any module, also a batch norm itself.
@@ -131,8 +141,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
     for part in module.modules():
         if type(part) in _PLAIN:
             part.__class__ = _PLAIN[type(part)]
-            part.process_group = process_group
-            part.join(None)
+            part.process_group, part.clamp_variance = process_group, False
     return module
 
 
@@ -147,7 +156,7 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part) in plain:
             part.__class__ = plain[type(part)]
-            for name in ("process_group", "_replicas", "_rank", "_name"):
+            for name in ("clamp_variance", "process_group", "_replicas", "_rank", "_name"):
                 vars(part).pop(name, None)
     return module
 
@@ -164,8 +173,12 @@ class _Meeting:
     mean: Tensor
     squares: Tensor
 
-    def __init__(self, eps: float, group: dist.ProcessGroup | None, name: str):
-        self.eps, self.group, self.name = eps, group, name
+    def __init__(self, eps: float, clamp: bool, group: dist.ProcessGroup | None, name: str):
+        self.eps, self.clamp, self.group, self.name = eps, clamp, group, name
+
+    def inverse_deviation(self, variance: Tensor) -> Tensor:
+        """One over what the centred values are divided by."""
+        return (variance.clamp(min=self.eps) if self.clamp else variance + self.eps).rsqrt()
 
     def merge(self, moments: Sequence[Tensor]) -> None:
         """Merge `_moments` of the inputs, on the first one's device, with those of the other processes."""
@@ -206,7 +219,7 @@ class _Normalize(torch.autograd.Function):
         variance = meeting.squares / meeting.count
         ctx.meeting, ctx.replicas = meeting, replicas
         ctx.save_for_backward(meeting.mean, variance, *inputs, *weights)
-        inverse, outputs = variance.clamp(min=meeting.eps).rsqrt(), []
+        inverse, outputs = meeting.inverse_deviation(variance), []
         for i, (y, own_mean, _) in enumerate(centred):  # y becomes the output in place
             factor = inverse.to(y) * weights[i] if affine else inverse.to(y)
             shift = (own_mean - meeting.mean.to(y.device)).to(y) * factor
@@ -224,9 +237,10 @@ class _Normalize(torch.autograd.Function):
         own = [_gradient_sums(x, g) for x, g in zip(centred, gradients, strict=True)]
         total = torch.stack([sums.to(mean.device) for sums in own]).sum(0)
         sum_g, sum_gx = sum_over_processes(total, meeting.group, meeting.name)
-        inverse = variance.clamp(min=meeting.eps).rsqrt()
-        # Below eps the divisor is a constant, and no gradient goes through the variance.
-        slope = torch.where(variance > meeting.eps, -sum_gx * inverse.square() / meeting.count, 0)
+        inverse = meeting.inverse_deviation(variance)
+        slope = -sum_gx * inverse.square() / meeting.count
+        if meeting.clamp:  # below eps the divisor is a constant, and no gradient goes through the variance
+            slope = torch.where(variance > meeting.eps, slope, 0)
         input_gradients = []
         for i, (x, g) in enumerate(zip(centred, gradients, strict=True)):  # x becomes the gradient in place
             factor = inverse * weights[i].to(inverse) if weights else inverse

@@ -11,12 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..utils import UserError
 
-class ReplicaStopped(RuntimeError):
+
+class ReplicaStopped(UserError, RuntimeError):
     """A replica could not go on because another one failed or did not arrive."""
 
 
-class ProcessStopped(RuntimeError):
+class ProcessStopped(UserError, RuntimeError):
     """A process could not go on because another one ended or did not answer in time."""
 
 
@@ -71,7 +73,10 @@ class ReplicaGroup:
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            reason = "another replica failed" if self.stopped else f"not all arrived within {self.timeout:g} s"
+            late = ", ".join(str(i) for i, given in enumerate(self._given) if given is None) or "0"
+            reason = (
+                "another one failed" if self.stopped else f"replica {late} did not arrive within {self.timeout:g} s"
+            )
             raise ReplicaStopped(f"{name}: replica {rank} of {self.size} waited for the others, but {reason}") from None
 
     def _check_names(self) -> None:

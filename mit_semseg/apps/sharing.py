@@ -1,0 +1,139 @@
+"""Work on a list shared out over devices: in this process, in worker processes, or over the processes of a job."""
+
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+from ..dataset.samplers import shards
+from ..engine import Processes
+from ..lib.utils import UserError, available_cores
+from .cli import setup_logger
+
+# work(device, number, parts, send, *arguments) does share `number` of `parts` and may send messages on the way.
+Work = Callable[..., Any]
+
+
+class WorkerFailed(UserError, RuntimeError):
+    """A worker process that failed or was killed; names its share of the list."""
+
+
+def share_out(
+    work: Work,
+    devices: Sequence[torch.device],
+    processes: Processes,
+    count: int,
+    arguments: Sequence = (),
+    on_message: Callable[[Any], None] = lambda message: None,
+) -> list:
+    """Do a piece of work in shares, one per device.
+
+    In a job of several processes each does one share. Otherwise there is one worker process per device, or none for a
+    single device.
+
+    Args:
+        work: a function of a module; called as `work(device, number, parts, send, *arguments)`.
+        devices: of this process; the CPU may come more than once.
+        processes: of the job.
+        count: length of the list that is shared out, see `shards`.
+        arguments: of the work, plain values.
+        on_message: called here with everything the work sends; in a job, with what this process sends.
+
+    Returns:
+        What the work returned for every share, in order.
+
+    Raises:
+        WorkerFailed: a worker process failed or was killed. The others are stopped.
+    """
+    if processes.size > 1:
+        own = work(devices[0], processes.rank, processes.size, on_message, *arguments)
+        return processes.collect(own, "waiting for the shares of the others")
+    devices = devices[: max(count, 1)]
+    if len(devices) == 1:
+        return [work(devices[0], 0, 1, on_message, *arguments)]
+    return _Workers(work, devices, count, arguments).results(on_message)
+
+
+def _worker(connection: Connection, work: Work, device: str, number: int, parts: int, arguments: Sequence) -> None:
+    """Main function of a worker process."""
+    try:
+        setup_logger(distributed_rank=number, filename=None)
+        torch.set_num_threads(max(1, available_cores() // parts))
+        result = work(torch.device(device), number, parts, lambda m: connection.send(("message", m)), *arguments)
+        connection.send(("result", result))
+    except UserError as error:
+        connection.send(("mistake", str(error)))
+    except BaseException:
+        connection.send(("failed", traceback.format_exc()))
+
+
+class _Workers:
+    """One process per device, and a connection to each; a connection that ends early means that its process died."""
+
+    def __init__(self, work: Work, devices: Sequence[torch.device], count: int, arguments: Sequence):
+        context = get_context("spawn")  # a fork cannot use CUDA
+        self.devices, self.count, self.parts = devices, count, shards(count, len(devices))
+        self.done = [0] * len(devices)
+        self.connections, self.processes = [], []
+        for number, device in enumerate(devices):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_worker,
+                args=(sender, work, str(device), number, len(devices), arguments),
+                name=f"worker {number}",
+            )
+            process.start()
+            sender.close()  # so that the worker holds the only end: it closes when the worker dies
+            self.connections.append(receiver)
+            self.processes.append(process)
+
+    def results(self, on_message: Callable[[Any], None]) -> list:
+        """Pass messages on until all results are there."""
+        results: list = [None] * len(self.devices)
+        waiting = dict(zip(self.connections, range(len(self.devices)), strict=True))
+        try:
+            while waiting:
+                for connection in wait(list(waiting)):
+                    number = waiting[connection]
+                    kind, value = self._receive(connection, number)
+                    if kind == "message":
+                        self.done[number] += 1
+                        on_message(value)
+                    else:
+                        results[number] = value
+                        del waiting[connection]
+        finally:
+            for process in self.processes:
+                if waiting:
+                    process.terminate()
+                process.join()
+        return results
+
+    def _receive(self, connection: Connection, number: int) -> tuple[str, Any]:
+        try:
+            kind, value = connection.recv()
+        except EOFError:
+            self.processes[number].join()
+            raise WorkerFailed(f"{self._whose(number)} {_how(self.processes[number].exitcode)}") from None
+        if kind == "mistake":
+            raise WorkerFailed(value)
+        if kind == "failed":
+            raise WorkerFailed(f"{self._whose(number)} failed:\n{value}")
+        return kind, value
+
+    def _whose(self, number: int) -> str:
+        part = self.parts[number]
+        return (
+            f"worker process {number} on {self.devices[number]}, which had images {part.start + 1} to {part.stop} of "
+            f"{self.count} and had done {self.done[number]} of them,"
+        )
+
+
+def _how(exitcode: int) -> str:
+    if exitcode < 0:
+        return f"was killed by {signal.Signals(-exitcode).name}" + (" (out of memory?)" if exitcode == -9 else "")
+    return f"ended with exit code {exitcode}"

@@ -1,0 +1,255 @@
+"""The processes of a job, as torchrun starts them: who is who, how they add up and collect values, how long they wait.
+
+One process drives one device. On its own, without torchrun, a process is a job of one.
+"""
+
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from inspect import signature
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..lib.nn import ProcessStopped, UserScatteredDataParallel
+
+logger = logging.getLogger(__name__)
+
+TIMEOUT = 1800.0  # seconds, the default of gloo
+LAST_WORDS = 2.0  # seconds for the processes of a broken job to say that they are still there
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where torchrun has put this process; the defaults are those of a process on its own.
+
+    Attributes:
+        rank, size: of this process and of the job.
+        local_rank, local_size: on this machine.
+        restarts: how often torchrun has started the job anew.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0
+
+    @classmethod
+    def of_this_process(cls) -> "Place":
+        """As the environment says."""
+        env = os.environ
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            return cls()
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        return cls(
+            rank,
+            size,
+            int(env.get("LOCAL_RANK", rank)),
+            int(env.get("LOCAL_WORLD_SIZE", size)),
+            int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
+
+    @property
+    def job(self) -> str:
+        """What tells this job, with its restarts, from others: the torchrun that started this process."""
+        return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
+
+
+class Processes:
+    """The processes of the job, seen from one of them.
+
+    Args:
+        place: of this process.
+        store: where all of them can leave words; None for a process on its own.
+        timeout: seconds that one waits for the others.
+    """
+
+    def __init__(self, place: Place | None = None, store: dist.Store | None = None, timeout: float = TIMEOUT):
+        self.place, self.store, self.timeout = place or Place(), store, timeout
+        self.rank, self.size = self.place.rank, self.place.size
+        # Plain values travel over gloo, also where the gradients go over NCCL.
+        self._group = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float], doing: str) -> list[float]:
+        """Sums of values over all processes.
+
+        Args:
+            doing: what the process is doing, for the error.
+
+        Raises:
+            ProcessStopped: a process ended or did not answer in time.
+        """
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        with self.waiting(doing):
+            dist.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def collect(self, value, doing: str) -> list:
+        """A value of every process, any that can be pickled, in the order of the ranks; errors as of `sum`."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        with self.waiting(doing):
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    @contextmanager
+    def waiting(self, doing: str) -> Iterator[None]:
+        """Turn the errors of a collective into `ProcessStopped`."""
+        try:
+            yield
+        except ProcessStopped as error:
+            raise ProcessStopped(f"{doing}: {error}") from error
+        except RuntimeError as error:
+            if self.size == 1 or not _of_a_collective(error):
+                raise
+            raise ProcessStopped(f"{doing}: {str(error).splitlines()[0]}") from error
+
+    def missing(self) -> list[int]:
+        """Ranks that do not answer any more; called by those that have noticed that the job is broken."""
+        self.store.set(f"here/{self.rank}", str(os.getpid()))
+        limit, missing = time.monotonic() + LAST_WORDS, list(range(self.size))
+        while missing and time.monotonic() < limit:
+            missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+            time.sleep(0.05)
+        return missing
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Whether an error comes from the exchange with other processes (gloo raises plain RuntimeErrors, too)."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+@contextmanager
+def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
+    """Take part in the job that torchrun has started; a process on its own is a job of one.
+
+    Args:
+        device: of this process; GPUs exchange over NCCL, CPUs over gloo.
+        timeout: seconds that one process waits for the others.
+
+    Raises:
+        ProcessStopped: another process ended or did not answer in time; says which.
+    """
+    place = Place.of_this_process()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if place.size == 1:
+        yield Processes(place)
+        return
+    store = _store(place, timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.size,
+        timeout=timedelta(seconds=timeout),
+    )
+    processes = Processes(place, store, timeout)
+    try:
+        yield processes
+    except ProcessStopped as error:
+        missing = processes.missing()
+        who = f"process {', '.join(map(str, missing))}" if missing else "a process"
+        raise ProcessStopped(
+            f"{who} of {place.size} ended or did not answer within {timeout:g} s, so this one (rank {place.rank}) "
+            f"cannot go on ({error}); look for its own message. TRAIN.resume auto continues from the last checkpoint"
+        ) from error
+    dist.destroy_process_group()
+
+
+def _store(place: Place, timeout: float) -> dist.Store:
+    """The store of the job: torchrun's own where it keeps one, else one that rank 0 opens."""
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    tcp = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        place.size,
+        is_master=place.rank == 0 and not kept,
+        timeout=timedelta(seconds=timeout),
+    )
+    return dist.PrefixStore(f"mit_semseg/{place.restarts}", tcp)
+
+
+def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Processes) -> UserScatteredDataParallel:
+    """A module that takes a list with one batch per device of this process, and runs in step with the other processes.
+
+    Args:
+        module: on the first of the devices, equal in all processes or not: that of rank 0 counts.
+        devices: of this process; one only, where there are several processes.
+
+    Raises:
+        ValueError: several devices in several processes.
+    """
+    if processes.size == 1:
+        return UserScatteredDataParallel(module, devices, timeout=processes.timeout)
+    if len(devices) > 1:
+        raise ValueError(f"with {processes.size} processes each drives one device, not {len(devices)}")
+    # Buffers need no broadcast: synchronized statistics are the same everywhere. The option has had two names.
+    new, old = "forward_sync_buffers", "broadcast_buffers"
+    name = new if new in signature(DistributedDataParallel).parameters else old
+    module = DistributedDataParallel(module, **{name: False})
+    return UserScatteredDataParallel(module, devices)
+
+
+def gradient_exchange(runner: UserScatteredDataParallel, wanted: bool):
+    """Context in which the gradients of a backward pass are exchanged between processes, or only gathered here."""
+    module = runner.module
+    return nullcontext() if wanted or not isinstance(module, DistributedDataParallel) else module.no_sync()
+
+
+class Watchdog:
+    """Prints where this process is when it has made no progress for a time: the stack of who waits.
+
+    Args:
+        processes: of the job; a process on its own is not watched.
+    """
+
+    def __init__(self, processes: Processes):
+        self.processes, self.doing = processes, ""
+        self._beat, self._ended = time.monotonic(), threading.Event()
+        self._thread, self._watched = None, threading.get_ident()
+        # A little earlier than the exchange gives up, so that the stack comes before the end.
+        self._patience = 0.9 * processes.timeout
+
+    def __enter__(self) -> "Watchdog":
+        if self.processes.size > 1:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._ended.set()
+
+    def progress(self, doing: str) -> None:
+        """Something has been done; `doing` comes next."""
+        self.doing, self._beat = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(max(0.1, self._beat + self._patience - time.monotonic())):
+            if time.monotonic() - self._beat >= self._patience:
+                stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
+                logger.warning(
+                    "no progress for %.0f s in %s; this process is at\n%s", self._patience, self.doing, stack
+                )
+                self._beat = time.monotonic()

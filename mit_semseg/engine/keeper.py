@@ -1,0 +1,198 @@
+"""What happens between the steps of a run: log, history, checkpoints, validation."""
+
+import logging
+import time
+from datetime import timedelta
+from typing import Protocol
+
+from ..dataset import ValDataset
+from ..evaluation import AverageMeter, evaluate
+from ..evaluation.evaluator import Evaluation
+from .checkpoint import RunFiles, read_resume, save_atomic
+from .distributed import Processes, Watchdog
+from .optim import learning_rates
+from .run import Run, Settings
+
+logger = logging.getLogger(__name__)
+
+
+class Recorder(Protocol):
+    """Where figures and pictures of a run go, beside log and history."""
+
+    def step(self, step: int, values: dict[str, float]) -> None: ...
+    def picture(self, item: dict, prediction) -> None: ...
+    def epoch(self, epoch: int, history: dict, evaluation: Evaluation | None) -> None: ...
+
+
+class Keeper:
+    """Keeps what a run has reached. All processes call it alike, the main one writes.
+
+    Args:
+        run: kept.
+        files: where.
+        settings: how often.
+        processes: of the job.
+        val_dataset: to validate on, shared out over the processes.
+        recorder: of the main process.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        files: RunFiles,
+        settings: Settings,
+        processes: Processes,
+        val_dataset: ValDataset | None = None,
+        recorder: Recorder | None = None,
+    ):
+        self.run, self.files, self.settings, self.processes = run, files, settings, processes
+        self.val_dataset, self.recorder = val_dataset, recorder
+
+    def start(self, resume: str) -> None:
+        """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`."""
+        run, files, settings = self.run, self.files, self.settings
+        path = files.find_resume(resume, settings.start_epoch)
+        if self.processes.main:
+            files.folder.mkdir(parents=True, exist_ok=True)
+            files.remove_partial()
+        if settings.start_epoch:
+            run.history = files.load_epoch(run.module, settings.start_epoch)
+            run.best = max(run.history["val"]["mean_iou"], default=run.best)
+            run.step = settings.start_epoch * settings.epoch_iters
+            logger.info("continuing after epoch %d: weights and history, fresh optimizer", settings.start_epoch)
+        elif path:
+            run.restore(read_resume(path))
+            logger.info("continuing %s at step %d of %d", path, run.step, settings.total)
+            if run.step >= settings.total:
+                logger.info("the run in %s is complete: nothing to train", files.folder)
+        elif resume == "restart" and self.processes.main:
+            files.remove_run()
+
+    def after_step(self, clock: "Clock", watchdog: Watchdog) -> None:
+        """Whatever is due after the step that was just done."""
+        step, settings = self.run.step, self.settings
+        epoch_ends = step % settings.epoch_iters == 0
+        if step % settings.disp_iter == 0 or epoch_ends:
+            self._report(clock)
+        if epoch_ends:
+            self.end_epoch(watchdog)
+        elif settings.checkpoint_iters and step % settings.checkpoint_iters == 0:
+            self._save_state()
+
+    def _report(self, clock: "Clock") -> None:
+        """Log line and history point of the steps since the last one."""
+        run, settings = self.run, self.settings
+        epoch = (run.step - 1) // settings.epoch_iters + 1
+        rates = learning_rates(run.optimizer)
+        loss, accuracy = run.loss.average(), run.accuracy.average()
+        logger.info(
+            "Epoch: [%d][%d/%d], Time: %.2f s/step, Data: %.2f, %s, Accuracy: %4.2f %%, Loss: %.6f, remaining %s",
+            epoch,
+            run.step - (epoch - 1) * settings.epoch_iters,
+            settings.epoch_iters,
+            clock.step_time.average(),
+            clock.data_time.average(),
+            ", ".join(f"lr_{part}: {lr:.6f}" for part, lr in rates.items()),
+            accuracy * 100,
+            loss,
+            timedelta(seconds=round(clock.step_time.average() * (settings.total - run.step))),
+        )
+        for key, value in (("epoch", run.step / settings.epoch_iters), ("loss", loss), ("acc", accuracy)):
+            run.history["train"][key].append(value)
+        run.loss, run.accuracy = AverageMeter(), AverageMeter()
+        if self.recorder:
+            values = {"loss": loss, "accuracy": accuracy, **{f"lr_{k}": v for k, v in rates.items()}}
+            self.recorder.step(run.step, values)
+
+    def end_epoch(self, watchdog: Watchdog) -> None:
+        """Save weights, history and state; then validate if it is time, and save the figures.
+
+        The weights are safe before the validation starts. A run that is killed while it validates does so again when it
+        is continued: see `validation_due`.
+        """
+        epoch = self.run.step // self.settings.epoch_iters
+        self._save_weights(f"epoch_{epoch}.pth")
+        self._save_figures(epoch)
+        evaluation = None
+        if self.validation_due():
+            evaluation = self._validate(epoch, watchdog)
+            self._save_figures(epoch)
+        if self.recorder:
+            self.recorder.epoch(epoch, self.run.history, evaluation)
+
+    def validation_due(self) -> bool:
+        """Whether an epoch has just ended whose validation is wanted and not yet in the history."""
+        epoch, rest = divmod(self.run.step, self.settings.epoch_iters)
+        every = self.settings.eval_epoch if self.val_dataset is not None else 0
+        return bool(every and epoch and rest == epoch % every == 0 and epoch not in self.run.history["val"]["epoch"])
+
+    def _validate(self, epoch: int, watchdog: Watchdog) -> Evaluation:
+        """Score the model, add the figures to the history, and keep the weights if they are the best so far.
+
+        Every process scores its share of the pictures, without exchanging anything before its end.
+        """
+        run, processes = self.run, self.processes
+
+        def seen(item, prediction):
+            watchdog.progress("validation")
+            if self.recorder:
+                self.recorder.picture(item, prediction)
+
+        share = evaluate(
+            run.module,
+            self.val_dataset.part(processes.rank, processes.size),
+            device=run.device,
+            processes=processes.place.local_size,
+            progress=processes.main,
+            on_result=seen,
+        )
+        evaluation = Evaluation.merged(processes.collect(share, "validation"))
+        iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
+        logger.info("Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%", epoch, iou, accuracy * 100)
+        for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
+            run.history["val"][key].append(value)
+        if iou > run.best:
+            run.best = iou
+            self._save_weights("best.pth")
+        return evaluation
+
+    def _save_weights(self, suffix: str) -> None:
+        if self.processes.main:
+            self.files.save_weights(self.run.module, suffix)
+
+    def _save_figures(self, epoch: int) -> None:
+        if self.processes.main:
+            save_atomic(self.run.history, self.files.part("history", f"epoch_{epoch}.pth"))
+        self._save_state()
+
+    def _save_state(self) -> None:
+        if self.processes.main:
+            save_atomic(self.run.state(), self.files.resume)
+
+
+class Clock:
+    """Time per step and the part of it spent waiting for data, over the last steps.
+
+    Args:
+        window: number of those steps.
+    """
+
+    def __init__(self, window: int):
+        self.window = window
+        self.last = time.perf_counter()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.step_time, self.data_time = AverageMeter(), AverageMeter()
+
+    def data_arrived(self) -> None:
+        if (self.step_time.count or 0) >= self.window:
+            self._reset()
+        self.data_time.update(time.perf_counter() - self.last)
+
+    def step_done(self) -> None:
+        self.step_time.update(time.perf_counter() - self.last)
+
+    def resume(self) -> None:
+        """The next step begins now: saving and validation do not count."""
+        self.last = time.perf_counter()

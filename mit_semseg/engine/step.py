@@ -1,0 +1,90 @@
+"""One step of training, over the batches of all devices and processes."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..lib.nn import UserScatteredDataParallel
+from ..lib.nn.scatter import copy_to_device
+from ..lib.utils import UserError
+from .distributed import Processes, gradient_exchange
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLoss(UserError, RuntimeError):
+    """The loss became infinite or NaN; holds what the message of the run needs."""
+
+    def __init__(self, loss: float, files: Sequence[str]):
+        super().__init__(f"the loss is {loss} for the batch {', '.join(files) or '(files unknown)'}")
+
+
+def train_step(
+    runner: UserScatteredDataParallel,
+    chunks: Sequence[Sequence[dict]],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    *,
+    devices: Sequence[torch.device],
+    processes: Processes,
+    amp: str = "off",
+    channels_last: bool = False,
+    clip_grad: float = 0.0,
+) -> tuple[float, float]:
+    """One update from several batches, in which every labelled pixel of all devices and processes counts the same.
+
+    Args:
+        runner: see `distributed.parallel`; returns losses averaged over labelled pixels, and accuracies.
+        chunks: batches worked on one after the other, gradients added up; each holds one batch per device.
+        devices: of this process.
+        amp: 'off', 'bf16' or 'fp16'.
+        channels_last: memory order of the pictures.
+        clip_grad: largest norm of the gradient, 0 for any.
+
+    Returns:
+        Loss and pixel accuracy over all labelled pixels.
+
+    Raises:
+        NonFiniteLoss: in all processes, before the weights were updated.
+        ProcessStopped: another process ended or did not answer in time.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    counts = [[int((batch["seg_label"] >= 0).sum()) for batch in chunk] for chunk in chunks]
+    (total,) = processes.sum([sum(map(sum, counts))], "counting labelled pixels")
+    loss = accuracy = 0.0
+    for number, (chunk, labelled) in enumerate(zip(chunks, counts, strict=True)):
+        weights = torch.tensor(labelled, device=devices[0]) / max(total, 1.0)
+        feeds = [_feed(batch, device, channels_last) for batch, device in zip(chunk, devices, strict=False)]
+        with processes.waiting("forward and backward pass"), gradient_exchange(runner, number == len(chunks) - 1):
+            with torch.autocast(devices[0].type, dtype=AMP_TYPES.get(amp), enabled=amp != "off"):
+                losses, accuracies = (values.reshape(-1) for values in runner(feeds))
+            share = (losses.float() * weights).sum()
+            own = [share.item(), (accuracies * weights).sum().item()]
+            part_loss, part_accuracy = processes.sum(own, "adding up losses")
+            if not math.isfinite(part_loss):
+                raise _non_finite(losses.tolist(), chunk, processes)
+            # Gradients are averaged over the processes, while the shares are to be added up.
+            scaler.scale(share * processes.size).backward()
+        loss, accuracy = loss + part_loss, accuracy + part_accuracy
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    return loss, accuracy
+
+
+def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
+    feed = copy_to_device({key: batch[key] for key in ("img_data", "seg_label")}, device)
+    if channels_last:
+        feed["img_data"] = feed["img_data"].contiguous(memory_format=torch.channels_last)
+    return feed
+
+
+def _non_finite(losses: Sequence[float], chunk: Sequence[dict], processes: Processes) -> NonFiniteLoss:
+    """The error, the same in all processes, with the files of the batches whose loss it is."""
+    own = [(loss, batch.get("info", [])) for loss, batch in zip(losses, chunk, strict=True) if not math.isfinite(loss)]
+    everywhere = [entry for entries in processes.collect(own, "naming the batch") for entry in entries]
+    loss = everywhere[0][0] if everywhere else math.inf  # every share was finite, their sum was not
+    return NonFiniteLoss(loss, [name for _, files in everywhere for name in files])
