@@ -336,8 +336,12 @@ def test_batches_depend_on_seed_and_number_alone():
     assert [plan[i] for i in reversed(range(40))][::-1] == forward
     assert [OrientationBatches(upright, 2, 6)[i] for i in range(40)] != forward
     assert list(BatchNumbers(3, 6)) == [3, 4, 5]
-    shares = [list(BatchNumbers(0, 4, rank, 2)) for rank in (0, 1)]
+    shares = [list(BatchNumbers(0, 4, first, 1, 2)) for first in (0, 1)]
     assert shares == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    # Two processes with two devices each, continued after the first round.
+    shares = [list(BatchNumbers(1, 3, first, 2, 4)) for first in (0, 2)]
+    assert shares == [[4, 5, 8, 9], [6, 7, 10, 11]]
+    assert len(BatchNumbers(1, 3, 2, 2, 4)) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -186,15 +186,25 @@ def effect_of_start_epoch(runs, baseline):
 
 
 def effect_of_workers(runs, baseline):
-    values = [workers_used(runs, n) for n in (0, 1, 10_000)]
+    values = [loader_of(runs, TRAIN__workers=n).num_workers for n in (0, 1, 10_000)]
     assert values[:2] == [0, 1]
     assert 1 <= values[2] < 10_000  # never more than there are cores
     assert same(weights(runs.train(TRAIN__workers=1)), weights(baseline))
 
 
-def workers_used(runs, workers):
-    cfg = load_config(None, words(runs.options({"TRAIN.workers": workers})))
-    return cli.build_training(cfg, cli.build_module(cfg, torch.device("cpu")))[1].workers
+def effect_of_timeout(runs, baseline):
+    assert [loader_of(runs, TRAIN__workers=1, TRAIN__timeout=n).timeout for n in (7.5, 60)] == [7.5, 60]
+
+
+def loader_of(runs, **changes):
+    """The loader of a training run."""
+    from mit_semseg.engine import loop
+
+    made, make = [], loop.make_loader
+    runs.monkeypatch.setattr(loop, "make_loader", lambda *a, **kw: made.append(make(*a, **kw)) or made[-1])
+    runs.train(TRAIN__num_epoch=1, TRAIN__epoch_iters=1, **changes)
+    runs.monkeypatch.setattr(loop, "make_loader", make)
+    return made[0]
 
 
 def effect_of_disp_iter(runs, baseline):
@@ -225,17 +235,17 @@ def effect_of_eval_epoch(runs, baseline):
 
 
 def effect_of_checkpoint_iters(runs, baseline):
-    from mit_semseg.engine import loop
+    from mit_semseg.engine import keeper
 
     saves = {}
     for every in (0, 1):
         written = []
-        original = loop.save_atomic
+        original = keeper.save_atomic
         runs.monkeypatch.setattr(
-            loop, "save_atomic", lambda obj, path, w=written, f=original: (w.append(path), f(obj, path))
+            keeper, "save_atomic", lambda obj, path, w=written, f=original: (w.append(path), f(obj, path))
         )
         runs.train(TRAIN__checkpoint_iters=every)
-        runs.monkeypatch.setattr(loop, "save_atomic", original)
+        runs.monkeypatch.setattr(keeper, "save_atomic", original)
         saves[every] = sum(path.name == "resume.pth" for path in written)
     assert saves == {0: 2, 1: 6}
 
@@ -269,16 +279,21 @@ def evaluated(runs, baseline, **changes):
     return json.loads((baseline / "result" / "results.json").read_text())
 
 
+def sizes_of_batches(runs, module, work):
+    """What `work` returns for batches of one and of two, and the sizes that `module` asks for."""
+    seen, read = [], module.read_items
+    runs.monkeypatch.setattr(module, "read_items", lambda d, n, p: seen.append(n) or read(d, n, p))
+    results = [work(size) for size in (1, 2)]
+    runs.monkeypatch.setattr(module, "read_items", read)
+    assert seen == [1, 2]
+    return results
+
+
 def effect_of_val_batch_size(runs, baseline):
     from mit_semseg.evaluation import evaluator
 
-    seen, results, loader = [], [], evaluator.item_loader
-    runs.monkeypatch.setattr(evaluator, "item_loader", lambda d, n, w: seen.append(n) or loader(d, n, w))
-    for size in (1, 2):
-        result = evaluated(runs, baseline, **{"VAL.batch_size": size})
-        results.append({key: value for key, value in result.items() if "second" not in key})
-    runs.monkeypatch.setattr(evaluator, "item_loader", loader)
-    assert seen == [1, 2]
+    results = sizes_of_batches(runs, evaluator, lambda size: evaluated(runs, baseline, **{"VAL.batch_size": size}))
+    results = [{key: value for key, value in result.items() if "second" not in key} for result in results]
     assert results[0] == results[1]
 
 
@@ -319,12 +334,7 @@ def effect_of_test_result(runs, baseline):
 def effect_of_test_batch_size(runs, baseline):
     from mit_semseg.apps import predictor
 
-    seen, results, loader = [], [], predictor.item_loader
-    runs.monkeypatch.setattr(predictor, "item_loader", lambda d, n: seen.append(n) or loader(d, n))
-    for size in (1, 2):
-        results.append(segmented(runs, baseline, **{"TEST.batch_size": size}))
-    runs.monkeypatch.setattr(predictor, "item_loader", loader)
-    assert seen == [1, 2]
+    results = sizes_of_batches(runs, predictor, lambda size: segmented(runs, baseline, **{"TEST.batch_size": size}))
     assert results[0] == results[1]
 
 
@@ -339,6 +349,7 @@ OTHER_EFFECTS = {
     "MODEL.new_head": effect_of_new_head,
     "TRAIN.start_epoch": effect_of_start_epoch,
     "TRAIN.workers": effect_of_workers,
+    "TRAIN.timeout": effect_of_timeout,
     "TRAIN.disp_iter": effect_of_disp_iter,
     "TRAIN.channels_last": effect_of_channels_last,
     "TRAIN.eval_epoch": effect_of_eval_epoch,

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -34,14 +35,15 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, processes
     )
 
 
-def iterate(loader: DataLoader) -> Iterator:
-    """Items of a loader.
+@contextmanager
+def explained(loader: DataLoader) -> Iterator[None]:
+    """Turn what PyTorch raises about a loader's worker processes, at any moment, into one sentence.
 
     Raises:
         LoaderError: a worker process died, hangs, or ran out of shared memory.
     """
     try:
-        yield from loader
+        yield
     except (RuntimeError, OSError) as error:
         reason = _reason(str(error), loader)
         if reason is None:

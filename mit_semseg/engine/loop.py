@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..dataset import TrainDataset, ValDataset
-from ..dataset.loading import iterate, make_loader
+from ..dataset.loading import explained, make_loader
 from ..dataset.samplers import BatchNumbers
 from ..lib.utils import UserError
 from .checkpoint import RunFiles
@@ -71,9 +71,9 @@ def fit(
         sampler=BatchNumbers(rounds.start, rounds.stop, first, len(devices), slots),
         pin_memory=devices[0].type == "cuda",
     )
-    batches, clock, runner = iterate(loader), Clock(settings.disp_iter), parallel(module, devices, processes)
+    batches, clock, runner = iter(loader), Clock(settings.disp_iter), parallel(module, devices, processes)
     module.train()
-    with Watchdog(processes) as watchdog:
+    with explained(loader), Watchdog(processes) as watchdog:
         if keeper.validation_due():  # the run was stopped while it validated
             keeper.end_epoch(watchdog)
         while run.step < settings.total:

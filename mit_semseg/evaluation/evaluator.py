@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..dataset import ClassTable, ValDataset
-from ..dataset.loading import iterate, make_loader
+from ..dataset.loading import explained, make_loader
 from ..lib.nn import user_scattered_collate
 from .inference import label_map
 from .metrics import SegmentationMetric, Summary
@@ -104,7 +104,8 @@ def read_items(dataset, batch_size: int = 1, processes: int = 1) -> Iterator[dic
         batch_size=batch_size,
         collate_fn=user_scattered_collate,
     )
-    return chain.from_iterable(iterate(loader))
+    with explained(loader):
+        yield from chain.from_iterable(loader)
 
 
 def evaluate(

@@ -1,0 +1,463 @@
+"""Several devices and processes: the same figures as one, and what happens when one of them dies."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import in_processes
+from runs import ROOT, SMALL, here, same, script, weights, words
+from scenes import options, tiny_module, write_pairs
+
+from mit_semseg.apps import cli
+from mit_semseg.apps.sharing import share_out
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.dataset.loading import make_loader
+from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit, freeze_batch_norm
+from mit_semseg.engine.distributed import Place
+from mit_semseg.engine.loop import TrainingStopped
+from mit_semseg.lib.utils import UserError
+
+CPU = torch.device("cpu")
+# One thread each: rounding does not depend on how the work is split.
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Pictures of one size, with unlabelled pixels: any two batches of two are one batch of four."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
+    write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
+    return folder
+
+
+# The same training
+
+
+def trained(root, folder, batch_size, *, devices=1, processes=None, frozen=False, dataset=None, **settings):
+    """Loss trace and all entries of a network after 20 steps in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        module = tiny_module(crit=MaskedNLLLoss())
+        if frozen:
+            freeze_batch_norm(module)
+        data = dataset or TrainDataset(
+            root, "train", options(imgSizes=(40,), random_flip=False), batch_per_gpu=batch_size
+        )
+        optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.05, lr_decoder=0.05)
+        done = fit(
+            module,
+            optimizer,
+            _Doubles(data),
+            RunFiles(folder),
+            Settings(**{"num_epoch": 1, "epoch_iters": 20, "disp_iter": 1, **settings}),
+            devices=[CPU] * devices,
+            processes=processes,
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return done.history["train"], {k: v.numpy() for k, v in module.state_dict().items()}
+
+
+class _Doubles(torch.utils.data.Dataset):
+    """A training set whose pictures are float64."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        batch = self.dataset[index]
+        return {**batch, "img_data": batch["img_data"].double()}
+
+
+def _trained_process(rank, root, folder, batch_size, options):
+    return trained(root, folder, batch_size, processes=Processes(Place(rank, 2, rank, 2)), **options)
+
+
+def in_two_processes(root, folder, batch_size, **options):
+    first, second = in_processes(2, folder, _trained_process, root, folder / "run", batch_size, options)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    assert first[0] == second[0]
+    assert all((first[1][key] == second[1][key]).all() for key in first[1])  # bit for bit
+    return first
+
+
+@pytest.mark.parametrize(
+    ("frozen", "variants"),
+    [
+        (False, {"one": (4, {}), "replicas": (2, {"devices": 2}), "processes": (2, {})}),
+        (
+            False,
+            {
+                "one": (4, {"accumulate": 2}),
+                "replicas": (2, {"devices": 2, "accumulate": 2}),
+                "processes": (2, {"accumulate": 2}),
+            },
+        ),
+        # Statistics are those of the batch in hand: what is accumulated equals a larger batch where norms are frozen.
+        (
+            True,
+            {
+                "one": (4, {}),
+                "accumulated": (2, {"accumulate": 2}),
+                "replicas": (2, {"devices": 2}),
+                "processes": (1, {"accumulate": 2}),
+            },
+        ),
+    ],
+    ids=["step", "accumulated", "frozen"],
+)
+def test_the_same_global_batch_gives_the_same_losses(root, tmp_path, frozen, variants):
+    """Twenty steps: losses, accuracies, weights and the buffers of the norms."""
+    results = {}
+    for name, (batch_size, changes) in variants.items():
+        (tmp_path / name).mkdir()
+        train = in_two_processes if name == "processes" else trained
+        results[name] = train(root, tmp_path / name, batch_size, frozen=frozen, **changes)
+    history, state = results.pop("one")
+    assert len(history["loss"]) == 20
+    assert history["loss"][-1] < history["loss"][0]
+    for name, (other_history, other_state) in results.items():
+        assert other_history["loss"] == pytest.approx(history["loss"], rel=1e-7), name
+        assert other_history["acc"] == pytest.approx(history["acc"], rel=1e-7), name
+        for key, value in state.items():
+            torch.testing.assert_close(
+                torch.from_numpy(other_state[key]), torch.from_numpy(value), rtol=1e-6, atol=1e-7, msg=f"{name}: {key}"
+            )
+
+
+def _poisoned_process(rank, root, folder):
+    class Poisoned(TrainDataset):
+        def __getitem__(self, index):
+            batch = super().__getitem__(index)
+            if index == 5:  # the second process's third batch
+                batch["img_data"][0, 0, 0, 0] = float("nan")
+            return batch
+
+    data = Poisoned(root, "train", options(), batch_per_gpu=2)
+    try:
+        trained(root, folder, 2, dataset=data, processes=Processes(Place(rank, 2, rank, 2)))
+    except TrainingStopped as error:
+        return f"{error} !{','.join(data[5]['info'])}"
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_with_the_files(root, tmp_path):
+    for text in in_processes(2, tmp_path, _poisoned_process, root, tmp_path / "run"):
+        message, files = text.split(" !")
+        assert "step 3 (epoch 1, iteration 3): the loss is nan for the batch" in message
+        assert all(name in message for name in files.split(","))
+
+
+# The scripts
+
+
+def changes_for(root, folder, **changes):
+    return {
+        **SMALL,
+        "DATASET.root_dataset": root,
+        "DIR": folder,
+        "DATASET.imgSizes": 40,
+        "DATASET.random_flip": False,
+        "TRAIN.batch_size_per_gpu": 2,
+        "TRAIN.disp_iter": 1,
+        "TRAIN.workers": 1,
+        "TRAIN.eval_epoch": 1,
+        "TRAIN.timeout": 60,
+        **changes,
+    }
+
+
+def on_one_thread(*arguments):
+    torch.set_num_threads(1)
+    try:
+        return here(*arguments)
+    finally:
+        torch.set_num_threads(2)
+
+
+def torchrun(name, *arguments, flags=()):
+    command = [*TORCHRUN, *flags, str(ROOT / name), "--gpus", "cpu", *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def jobs(root, tmp_path_factory):
+    """The same run on two replicas of one process and on two processes; returns its options for both folders."""
+    folder = tmp_path_factory.mktemp("jobs")
+    done = script("train.py", "--gpus", "cpu,cpu", *words(changes_for(root, folder / "replicas")), env=ENV)
+    assert done.returncode == 0, done.stderr
+    done = torchrun("train.py", *words(changes_for(root, folder / "processes")))
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_torchrun_trains_as_one_process_with_replicas(jobs):
+    folder, output = jobs
+    a, b = (torch.load(folder / name / "history_epoch_2.pth", weights_only=True) for name in ("replicas", "processes"))
+    assert len(a["train"]["loss"]) == 6
+    assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-5)
+    assert b["val"]["acc"] == pytest.approx(a["val"]["acc"], abs=0.02)
+    log = (folder / "processes" / "log.txt").read_text()
+    assert "devices: cpu (1 threads) in each of 2 processes" in log
+    assert log.count("Epoch: [1][1/3]") == 1  # one log
+    assert output.count("training is complete") == 1
+
+
+def test_shared_out_evaluation_and_segmentation_give_the_same_results(jobs, root, tmp_path):
+    folder, _ = jobs
+    changes = words(changes_for(root, folder / "processes", **{"TEST.result": tmp_path / "alone"}))
+    path = folder / "processes" / "result" / "results.json"
+    assert here("eval.py", "--gpu", "cpu", *changes).returncode == 0
+    alone = json.loads(path.read_text())
+    done = torchrun("eval.py", *changes)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(path.read_text())
+    assert {k: v for k, v in figures.items() if "second" not in k} == {
+        k: v for k, v in alone.items() if "second" not in k
+    }
+    assert done.stdout.count("Mean IoU (over all") == 1
+
+    pictures = root / "val" / "images"
+    assert here("test.py", "--gpu", "cpu", "--imgs", pictures, "--index", *changes).returncode == 0
+    expected = {p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()}
+    assert len(expected) == 6
+    for name, run in (("job", torchrun), ("workers", lambda n, *a: script(n, "--gpus", "cpu,cpu", *a))):
+        arguments = words(changes_for(root, folder / "processes", **{"TEST.result": tmp_path / name}))
+        done = run("test.py", "--imgs", pictures, "--index", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("3 of 3 pictures segmented") == 1
+        assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == expected
+
+
+def test_a_picture_that_cannot_be_read_is_counted_wherever_it_is(jobs, root, tmp_path):
+    folder, _ = jobs
+    write_pairs(tmp_path / "p", [(40, 40)] * 3)
+    (tmp_path / "p" / "images" / "02.png").write_bytes(b"no picture")
+    arguments = words(changes_for(root, folder / "processes", **{"TEST.result": tmp_path / "out"}))
+    done = script("test.py", "--gpus", "cpu,cpu", "--imgs", tmp_path / "p" / "images", *arguments)
+    assert done.returncode == 1
+    assert "2 of 3 pictures segmented" in done.stdout
+    assert re.search(r"not segmented: .*02\.png: no readable image", done.stdout)
+
+
+# Processes that die
+
+
+def children(pid):
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+
+
+def workers_of(pid):
+    """Processes that torchrun or a script has started, by command line."""
+    found = []
+    for child in children(pid):
+        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+        if any("train.py" in word or "multiprocessing-fork" in word for word in command):
+            found.append(child)
+    return found
+
+
+def start(command):
+    command = list(map(str, command))
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def until(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"the process ended before it said {text!r}: {process.stderr.read()}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = torchrun("train.py", *words(changes_for(root, folder, **{"TRAIN.epoch_iters": 12})))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, tmp_path, request, restarts):
+    changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
+    arguments = ["--gpus", "cpu", *words(changes)]
+    job = start([*TORCHRUN, f"--max-restarts={restarts}", ROOT / "train.py", *arguments])
+    until(job, "Epoch: [1][5/12]")
+    victim = workers_of(job.pid)[-1]
+    killed = time.perf_counter()
+    os.kill(victim, signal.SIGKILL)
+    output, errors = job.communicate(timeout=120)
+    if restarts:
+        assert job.returncode == 0, errors
+        assert re.search(r"continuing .*resume\.pth at step [46] of 24", output)
+        assert same(weights(tmp_path / "run"), weights(request.getfixturevalue("undisturbed")))
+    else:
+        assert job.returncode != 0
+        assert time.perf_counter() - killed < 60
+        assert re.search(rf"(?s)exitcode *: -9 \(pid: {victim}\).*SIGKILL", errors)
+
+
+def test_a_restart_does_not_continue_what_another_job_has_left(root, undisturbed, tmp_path):
+    """The first attempt refuses to write over the run in the folder; so does the second."""
+    before = (undisturbed / "resume.pth").read_bytes()
+    changes = changes_for(root, undisturbed, **{"TRAIN.num_epoch": 3})
+    done = torchrun("train.py", *words(changes), flags=["--max-restarts=1"])
+    assert done.returncode != 0
+    assert done.stderr.count("already holds a run: add TRAIN.resume auto") >= 2
+    assert (undisturbed / "resume.pth").read_bytes() == before
+
+
+def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path):
+    changes = changes_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "TRAIN.timeout": 4, "TRAIN.eval_epoch": 0})
+    job = start([*TORCHRUN, ROOT / "train.py", "--gpus", "cpu", *words(changes)])
+    until(job, "Epoch: [1][3/50]")
+    waits, hangs = workers_of(job.pid)
+    os.kill(hangs, signal.SIGSTOP)
+    report = []
+    while not report or "work.wait()" not in report[-1]:  # where the other one waits
+        report.append(job.stdout.readline())
+        assert report[-1], "".join(report) + job.stderr.read()
+    while Path(f"/proc/{waits}/stat").exists() and Path(f"/proc/{waits}/stat").read_text().split()[2] != "Z":
+        time.sleep(0.05)
+    os.kill(hangs, signal.SIGCONT)  # torchrun's SIGTERM reaches it
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode != 0
+    assert re.search(r"error: \[rank \d\] process \d of 2 ended or did not answer within 4 s", errors)
+    assert re.search(r"no progress for 4 s in step \d+; this process is at\n.*train\.py", "".join(report))
+
+
+def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path):
+    changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
+    whole = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "DIR": tmp_path / "whole"}))
+    assert whole.returncode == 0, whole.stderr
+    job = start([sys.executable, ROOT / "train.py", "--gpus", "cpu", *words(changes)])
+    until(job, "Epoch: [1][5/12]")
+    os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert "error: reading data: a loader process was killed" in errors
+    assert "Traceback" not in errors
+    done = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "TRAIN.resume": "auto"}))
+    assert done.returncode == 0, done.stderr
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
+    folder, _ = jobs
+    write_pairs(tmp_path / "many", [(60, 40)] * 30, seed=5)
+    result = folder / "processes" / "result"
+    changes = changes_for(root, folder / "processes", **{"DATASET.list_val": tmp_path / "many", "VAL.visualize": True})
+    changes |= {"DATASET.imgSizes": "(40,80,120)", "DATASET.imgMaxSize": 400}
+    job = start([sys.executable, ROOT / "eval_multipro.py", "--gpus", "cpu,cpu", *words(changes)])
+    while not any("many" in str(p) for p in result.rglob("*.png")):
+        assert job.poll() is None, job.stderr.read()
+        time.sleep(0.02)
+    os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 2
+    assert re.search(
+        r"error: worker process \d on cpu, which had images \d+ to \d+ of 30 and had done \d+ of them, was killed by "
+        r"SIGKILL",
+        errors,
+    )
+    done = script("eval_multipro.py", "--gpus", "cpu,cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    assert "30 images in" in done.stdout
+
+
+# Sharing out
+
+
+def _square(device, number, parts, send, base):
+    send(f"{number} of {parts} on {device}")
+    if base < 0 and number == 1:
+        raise (UserError("a negative base") if base == -1 else KeyError("no key"))
+    return base + number
+
+
+def test_work_is_shared_out_over_worker_processes():
+    messages = []
+    assert share_out(_square, [CPU, CPU], Processes(), 5, [10], messages.append) == [10, 11]
+    assert sorted(messages) == ["0 of 2 on cpu", "1 of 2 on cpu"]
+    assert share_out(_square, [CPU, CPU], Processes(), 1, [10], messages.append) == [10]
+    assert messages[-1] == "0 of 1 on cpu"
+    with pytest.raises(UserError, match=r"^a negative base$"):
+        share_out(_square, [CPU, CPU], Processes(), 5, [-1])
+    with pytest.raises(UserError, match=r"(?s)images 3 to 5 of 5 and had done 1 of them, failed:.*in _square.*no key"):
+        share_out(_square, [CPU, CPU], Processes(), 5, [-2])
+
+
+# Devices and data of a process
+
+
+def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
+    for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2), ("MASTER_PORT", 1)):
+        monkeypatch.setenv(name, str(value))
+    assert cli.pick_devices("cpu,cpu") == [CPU] or Place.of_this_process().size == 1
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    assert Place.of_this_process() == Place(3, 4, 1, 2, 0)
+    assert cli.pick_devices("cpu,cpu") == [CPU]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert cli.pick_devices(None) == [torch.device("cuda", 1)]
+    assert cli.pick_devices("4-7") == [torch.device("cuda", 5)]
+    with pytest.raises(UserError, match=r"started 2 processes on this machine, .* there are gpu4: start fewer"):
+        cli.pick_devices("4")
+    with pytest.raises(UserError, match="under torchrun use eval"):
+        cli.refuse_torchrun("under torchrun use eval.py")
+
+
+DYING = """
+import os, sys, time, torch
+from mit_semseg.dataset.loading import explained, make_loader
+
+class Dies(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+    def __getitem__(self, index):
+        if index == 2:
+            time.sleep(8) if sys.argv[1] == "hangs" else os.kill(os.getpid(), int(sys.argv[1]))
+        return torch.zeros(1)
+
+loader = make_loader(Dies(), workers=1, timeout=2, batch_size=None)
+try:
+    with explained(loader):
+        list(loader)
+except Exception as error:
+    print(type(error).__name__, error, flush=True)
+    os._exit(0)  # PyTorch raises what it hears of its workers at any later moment, too
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (int(signal.SIGBUS), r"shared memory \(/dev/shm\) is too small for 1 loader processes: use a larger one"),
+        (int(signal.SIGKILL), "a loader process was killed .*Killed.* out of memory"),
+        ("hangs", r"no batch came within 2 s: a loader process hangs"),
+    ],
+)
+def test_a_loader_process_in_trouble_is_explained(how, message):
+    command = [sys.executable, "-c", DYING, str(how)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
+    assert re.search(f"^LoaderError reading data: {message}", done.stdout), done.stdout + done.stderr
+
+
+def test_processes_share_the_cores(monkeypatch):
+    monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 8)
+    dataset = ValDataset.__new__(ValDataset)
+    dataset.records = list(range(7))
+    assert [make_loader(dataset, workers=16, processes=n).num_workers for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
+    assert make_loader(dataset, workers=0).num_workers == 0
+    assert [dataset.part(i, 3).records for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
