@@ -31,8 +31,8 @@ def main() -> int:
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)
         logger.info("devices: %s", cli.describe_all(devices, processes))
-        plan = find_pictures(args.imgs, Path(cfg.TEST.result), endings)
-        processes.collect(None, "looking for pictures")  # nobody writes results while another still looks
+        found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None
+        plan = processes.collect(found, "looking for pictures")[0]  # one list for all
 
         with tqdm(total=len(plan), desc="segmenting", unit="img", disable=None if processes.main else True) as bar:
             arguments = args.cfg, args.opts, plan, endings

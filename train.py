@@ -32,7 +32,8 @@ def main() -> None:
         logger.info("devices: %s", cli.describe_all(devices, processes))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
         torch.manual_seed(train.seed)
-        module = cli.build_module(cfg, devices[0], continued=continued)
+        with distributed.first_on_machine(processes):
+            module = cli.build_module(cfg, devices[0], continued=continued)
         optimizer, settings = cli.build_training(cfg, module)
         recorder = RunRecorder(cfg.DIR, dataset.table, tensorboard=train.tensorboard) if processes.main else None
         fit(

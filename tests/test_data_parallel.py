@@ -12,6 +12,7 @@ from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.lib.nn import (
     DataParallelWithCallback,
     DictGatherDataParallel,
+    SynchronizedBatchNorm2d,
     UserScatteredDataParallel,
     patch_replication_callback,
 )
@@ -158,23 +159,59 @@ def test_mixed_devices_and_a_module_elsewhere_are_refused():
 
 
 def test_a_plain_data_parallel_can_be_patched():
-    plain = nn.DataParallel(nn.Identity())
+    """Its replicas share statistics, and a failing one ends the others with its own error."""
+    norm = SynchronizedBatchNorm2d(3, clamp_variance=False)
+    plain = nn.DataParallel(norm)
+    assert torch.equal(plain(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
+    plain.device_ids = ["cpu", "cpu"]
+    plain.replicate = lambda module, ids: DataParallelWithCallback(module, ids).replicate(module, ids)
     patch_replication_callback(plain)
-    assert torch.equal(plain(torch.ones(3)), torch.ones(3))
+    x = torch.randn(4, 3, 5, 5)
+    replicas = plain.replicate(norm, plain.device_ids)
+    outputs = plain.parallel_apply(replicas, [(x[:1],), (x[1:],)], [{}, {}])
+    torch.testing.assert_close(torch.cat(outputs), nn.BatchNorm2d(3)(x))
+    replicas = plain.replicate(norm, plain.device_ids)
+    with pytest.raises(ValueError, match="takes 3 channels"):
+        plain.parallel_apply(replicas, [(x[:1],), (x[1:, :2],)], [{}, {}])
+    own = DataParallelWithCallback(norm, ["cpu", "cpu"])
+    patch_replication_callback(own)  # has it already
+    torch.testing.assert_close(own(x), nn.BatchNorm2d(3)(x))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_to_a_gpu_wait_for_the_right_stream():
     """A side stream copies while the main stream is busy; what is computed from the copies must still be right."""
-    from mit_semseg.lib.nn.scatter import copy_to_device
+    from mit_semseg.lib.nn.scatter import _copy_streams, copy_to_device
 
     device = torch.device("cuda", 0)
+    copy_to_device({"x": torch.ones(1)}, device)  # makes the side stream
     busy = torch.randn(4096, 4096, device=device)
     for n in range(20):
-        for _ in range(20):
-            busy = (busy @ busy).clamp(-1, 1)
+        with torch.cuda.stream(_copy_streams[device]):  # the copies come late
+            for _ in range(20):
+                busy = (busy @ busy).clamp(-1, 1)
         host = {"x": torch.full((1000, 1000), float(n)).pin_memory(), "y": [torch.ones(3).pin_memory()]}
         copied = copy_to_device(host, device)
         assert copied["x"].sum().item() == n * 1e6
         assert torch.equal(copy_to_device(copied, device)["y"][0].cpu(), torch.ones(3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_replicas_on_gpus_equal_the_whole_batch():
+    module = tiny_module(crit=MaskedNLLLoss()).double().cuda(0)
+    images, labels = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.randint(0, 3, (4, 4, 5))
+    feeds = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
+    results = []
+    for call in (
+        lambda: UserScatteredDataParallel(module, [0, 1])(feeds)[0].mean(),
+        lambda: module({"img_data": images.cuda(0), "seg_label": labels.cuda(0)})[0],
+    ):
+        module.zero_grad()
+        loss = call()
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in module.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)

@@ -282,7 +282,7 @@ def evaluated(runs, baseline, **changes):
 def sizes_of_batches(runs, module, work):
     """What `work` returns for batches of one and of two, and the sizes that `module` asks for."""
     seen, read = [], module.read_items
-    runs.monkeypatch.setattr(module, "read_items", lambda d, n, p: seen.append(n) or read(d, n, p))
+    runs.monkeypatch.setattr(module, "read_items", lambda d, **kw: seen.append(kw["batch_size"]) or read(d, **kw))
     results = [work(size) for size in (1, 2)]
     runs.monkeypatch.setattr(module, "read_items", read)
     assert seen == [1, 2]

@@ -1,11 +1,13 @@
 """Several devices and processes: the same figures as one, and what happens when one of them dies."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -269,9 +271,26 @@ def workers_of(pid):
     return found
 
 
-def start(command):
-    command = list(map(str, command))
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start():
+    """Starts a command whose output is read while it runs; it does not outlive the test, nor two minutes."""
+    jobs = []
+
+    def run(command):
+        command = list(map(str, command))
+        job = subprocess.Popen(
+            command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        jobs.append((job, threading.Timer(120, os.killpg, (job.pid, signal.SIGKILL))))
+        jobs[-1][1].start()
+        return job
+
+    yield run
+    for job, timer in jobs:
+        timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
 
 
 def until(process, text):
@@ -290,7 +309,7 @@ def undisturbed(root, tmp_path_factory):
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, tmp_path, request, restarts):
+def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, tmp_path, request, start, restarts):
     changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
     arguments = ["--gpus", "cpu", *words(changes)]
     job = start([*TORCHRUN, f"--max-restarts={restarts}", ROOT / "train.py", *arguments])
@@ -319,7 +338,7 @@ def test_a_restart_does_not_continue_what_another_job_has_left(root, undisturbed
     assert (undisturbed / "resume.pth").read_bytes() == before
 
 
-def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path):
+def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path, start):
     changes = changes_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "TRAIN.timeout": 4, "TRAIN.eval_epoch": 0})
     job = start([*TORCHRUN, ROOT / "train.py", "--gpus", "cpu", *words(changes)])
     until(job, "Epoch: [1][3/50]")
@@ -334,11 +353,13 @@ def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path):
     os.kill(hangs, signal.SIGCONT)  # torchrun's SIGTERM reaches it
     _, errors = job.communicate(timeout=60)
     assert job.returncode != 0
-    assert re.search(r"error: \[rank \d\] process \d of 2 ended or did not answer within 4 s", errors)
+    assert re.search(
+        r"error: \[rank \d\] process \d of 2 ended or does not answer, so this one \(rank \d\) cannot go on: ", errors
+    )
     assert re.search(r"no progress for 4 s in step \d+; this process is at\n.*train\.py", "".join(report))
 
 
-def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path):
+def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path, start):
     changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
     whole = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "DIR": tmp_path / "whole"}))
     assert whole.returncode == 0, whole.stderr
@@ -354,7 +375,7 @@ def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_pa
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
+def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path, start):
     folder, _ = jobs
     write_pairs(tmp_path / "many", [(60, 40)] * 30, seed=5)
     result = folder / "processes" / "result"
@@ -405,7 +426,7 @@ def test_work_is_shared_out_over_worker_processes():
 def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
     for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2), ("MASTER_PORT", 1)):
         monkeypatch.setenv(name, str(value))
-    assert cli.pick_devices("cpu,cpu") == [CPU] or Place.of_this_process().size == 1
+    assert Place.of_this_process() == Place()  # some of it is missing: not torchrun
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert Place.of_this_process() == Place(3, 4, 1, 2, 0)
     assert cli.pick_devices("cpu,cpu") == [CPU]
@@ -420,7 +441,7 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
 
 DYING = """
 import os, sys, time, torch
-from mit_semseg.dataset.loading import explained, make_loader
+from mit_semseg.dataset.loading import explained, items, make_loader
 
 class Dies(torch.utils.data.Dataset):
     def __len__(self):
@@ -432,8 +453,12 @@ class Dies(torch.utils.data.Dataset):
 
 loader = make_loader(Dies(), workers=1, timeout=2, batch_size=None)
 try:
-    with explained(loader):
-        list(loader)
+    with explained():
+        for item in items(loader):
+            if sys.argv[2] == "busy":  # the worker dies while its items are worked on
+                for _ in range(100):
+                    time.sleep(0.05)
+        list(items(loader))
 except Exception as error:
     print(type(error).__name__, error, flush=True)
     os._exit(0)  # PyTorch raises what it hears of its workers at any later moment, too
@@ -441,15 +466,16 @@ except Exception as error:
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("how", "when", "message"),
     [
-        (int(signal.SIGBUS), r"shared memory \(/dev/shm\) is too small for 1 loader processes: use a larger one"),
-        (int(signal.SIGKILL), "a loader process was killed .*Killed.* out of memory"),
-        ("hangs", r"no batch came within 2 s: a loader process hangs"),
+        (int(signal.SIGBUS), "", r"shared memory \(/dev/shm\) is too small for the loader processes: use a larger one"),
+        (int(signal.SIGKILL), "", "a loader process was killed .*Killed.* out of memory"),
+        (int(signal.SIGKILL), "busy", "a loader process was killed .*Killed.* out of memory"),
+        ("hangs", "", r"a loader process hangs .*timed out after 2 seconds"),
     ],
 )
-def test_a_loader_process_in_trouble_is_explained(how, message):
-    command = [sys.executable, "-c", DYING, str(how)]
+def test_a_loader_process_in_trouble_is_explained(how, when, message):
+    command = [sys.executable, "-c", DYING, str(how), when]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
     assert re.search(f"^LoaderError reading data: {message}", done.stdout), done.stdout + done.stderr
 

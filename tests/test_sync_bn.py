@@ -207,6 +207,41 @@ def test_golden_vectors(case):
             torch.testing.assert_close(deviation, torch.tensor(step["std_out_bn"]).double(), rtol=0.1, atol=0)
 
 
+def test_means_and_squares_survive_a_mean_that_float32_cannot_hold():
+    x = torch.randn(8, 2, 16, 16, dtype=torch.float64) + 7e4
+    norm = SynchronizedBatchNorm2d(2, clamp_variance=False)
+    out = DataParallelWithCallback(norm, ["cpu", "cpu"])(x.float()).detach().double()
+    assert out.mean((0, 2, 3)).abs().max() < 2e-4
+    torch.testing.assert_close(
+        norm.running_var.double(), 0.9 + 0.1 * x.float().double().var((0, 2, 3)), rtol=1e-5, atol=0
+    )
+
+
+def test_an_empty_batch_leaves_the_estimates_alone():
+    """One replica without pictures counts for nothing; none at all divides by nothing."""
+    ours, plain = both()
+    x = torch.randn(3, 3, 4, 4, dtype=torch.float64)
+    out = UserScatteredDataParallel(ours, ["cpu", "cpu"])([x, x[:0]])
+    torch.testing.assert_close(out, plain(x))
+    torch.testing.assert_close(ours.running_var, plain.running_var)
+    assert UserScatteredDataParallel(ours, ["cpu", "cpu"])([x[:0], x[:0]]).shape == (0, 3, 4, 4)
+    assert torch.isfinite(ours.running_var).all()
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    from mit_semseg.lib.nn import normalize
+
+    ours, plain = both(channels=7)
+    monkeypatch.setattr(normalize, "BLOCK", 40)
+    assert_same(ours, plain, (2, 3), lambda n: torch.randn(n, 7, 5, 4, dtype=torch.float64))
+
+
+def test_a_wrong_number_of_channels_names_the_layer():
+    net = nn.Sequential(nn.Identity(), SynchronizedBatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"1 takes 4 channels, not \(2, 3, 5, 5\)"):
+        DataParallelWithCallback(net, ["cpu", "cpu"])(torch.randn(4, 3, 5, 5))
+
+
 def test_nothing_to_synchronize_is_pytorchs_kernel():
     norm, plain = SynchronizedBatchNorm2d(3), nn.BatchNorm2d(3)
     x = torch.randn(4, 3, 6, 5)
@@ -258,7 +293,10 @@ class Late(nn.Module):
             raise KeyError("no such thing")
         if self.rank == 1 and self.how == "hangs":
             time.sleep(3)
-        return self.norm(x) if self.rank == 1 and self.how == "strays" else self.other(x)
+        x = self.norm(x) if self.rank == 1 and self.how == "strays" else self.other(x)
+        if self.rank == 1 and self.how == "dawdles":
+            time.sleep(3)
+        return x
 
 
 @pytest.mark.parametrize(
@@ -270,6 +308,7 @@ class Late(nn.Module):
             ReplicaStopped,
             r"other: replica [02] of 3 waited for the others, but replica 1 did not arrive within 0\.5 s",
         ),
+        ("dawdles", ReplicaStopped, r"replica 1 did not finish within 0\.5 s of the others"),
         ("strays", RuntimeError, "different ways .* replica 0 at other, replica 1 at norm"),
     ],
 )

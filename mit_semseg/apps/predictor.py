@@ -16,6 +16,7 @@ from ..config import load_config
 from ..dataset import ClassTable, TestDataset
 from ..dataset.datasets import table_of
 from ..dataset.files import ImageFileError
+from ..dataset.loading import explained
 from ..dataset.records import find_images
 from ..dataset.samplers import shards
 from ..evaluation import label_map
@@ -108,8 +109,7 @@ def segment(
     table: ClassTable,
     *,
     device: torch.device,
-    batch_size: int = 1,
-    processes: int = 1,
+    **reading,
 ) -> Iterator[Result | tuple[str, str]]:
     """Segment pictures one after the other; reading goes on in the background.
 
@@ -119,14 +119,13 @@ def segment(
         opt: object with imgSizes, imgMaxSize, padding_constant.
         table: class names and colours.
         device: where the module is.
-        batch_size: pictures loaded per step.
-        processes: on this machine that segment at the same time and share its cores.
+        reading: options of `read_items`.
 
     Yields:
         A `Result` for every picture, or (path, reason) for one that cannot be read.
     """
     module.eval()
-    for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), batch_size, processes):
+    for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading):
         if "error" in item:
             yield item["info"], item["error"]
         else:
@@ -157,20 +156,22 @@ def segment_share(
     share = shards(len(plan), parts)[number]
     pictures, table = list(plan)[share.start : share.stop], table_of(cfg.DATASET)
     module = build_module(cfg, device, checkpoint=cfg.TEST.checkpoint)
-    options = {"device": device, "batch_size": cfg.TEST.batch_size, "processes": parts}
-    for result in segment(module, pictures, cfg.DATASET, table, **options):
-        if isinstance(result, tuple):
-            failed.append(result[1])
-            send(f"{result[0]}: not segmented")
-            continue
-        stem = plan[result.path]
-        result.save(stem, endings)
-        shares = [
-            f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
-            for entry in result.classes
-            if entry["share"] > SMALLEST_SHARE
-        ]
-        send(f"{result.path} -> {stem}.png{''.join(shares)}")
+    reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": parts}
+    reading["batch_size"] = cfg.TEST.batch_size
+    with explained():
+        for result in segment(module, pictures, cfg.DATASET, table, device=device, **reading):
+            if isinstance(result, tuple):
+                failed.append(result[1])
+                send(f"{result[0]}: not segmented")
+                continue
+            stem = plan[result.path]
+            result.save(stem, endings)
+            shares = [
+                f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
+                for entry in result.classes
+                if entry["share"] > SMALLEST_SHARE
+            ]
+            send(f"{result.path} -> {stem}.png{''.join(shares)}")
     return failed
 
 

@@ -47,6 +47,8 @@ def _score_share(
         dataset.part(number, parts),
         device=device,
         batch_size=cfg.VAL.batch_size,
+        workers=cfg.TRAIN.workers,
+        timeout=cfg.TRAIN.timeout,
         processes=parts,
         progress=False,
         on_result=seen,

@@ -1,6 +1,7 @@
 """Work on a list shared out over devices: in this process, in worker processes, or over the processes of a job."""
 
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing import get_context
@@ -13,6 +14,8 @@ from ..dataset.samplers import shards
 from ..engine import Processes
 from ..lib.utils import UserError, available_cores
 from .cli import setup_logger
+
+LAST_WORDS = 10.0  # seconds for a worker to end by itself
 
 # work(device, number, parts, send, *arguments) does share `number` of `parts` and may send messages on the way.
 Work = Callable[..., Any]
@@ -51,7 +54,7 @@ def share_out(
     """
     if processes.size > 1:
         own = work(devices[0], processes.rank, processes.size, on_message, *arguments)
-        return processes.collect(own, "waiting for the shares of the others")
+        return processes.collect(own, "waiting for the shares of the others", patient=True)
     devices = devices[: max(count, 1)]
     if len(devices) == 1:
         return [work(devices[0], 0, 1, on_message, *arguments)]
@@ -60,6 +63,7 @@ def share_out(
 
 def _worker(connection: Connection, work: Work, device: str, number: int, parts: int, arguments: Sequence) -> None:
     """Main function of a worker process."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its loader processes, too
     try:
         setup_logger(distributed_rank=number, filename=None)
         torch.set_num_threads(max(1, available_cores() // parts))
@@ -67,7 +71,7 @@ def _worker(connection: Connection, work: Work, device: str, number: int, parts:
         connection.send(("result", result))
     except UserError as error:
         connection.send(("mistake", str(error)))
-    except BaseException:
+    except Exception:
         connection.send(("failed", traceback.format_exc()))
 
 
@@ -78,7 +82,8 @@ class _Workers:
         context = get_context("spawn")  # a fork cannot use CUDA
         self.devices, self.count, self.parts = devices, count, shards(count, len(devices))
         self.done = [0] * len(devices)
-        self.connections, self.processes = [], []
+        self.unfinished: dict[Connection, int] = {}
+        self.processes = []
         for number, device in enumerate(devices):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
@@ -86,37 +91,47 @@ class _Workers:
                 args=(sender, work, str(device), number, len(devices), arguments),
                 name=f"worker {number}",
             )
-            process.start()
+            try:
+                process.start()
+            except OSError:
+                self._stop()
+                raise
             sender.close()  # so that the worker holds the only end: it closes when the worker dies
-            self.connections.append(receiver)
+            self.unfinished[receiver] = number
             self.processes.append(process)
 
     def results(self, on_message: Callable[[Any], None]) -> list:
         """Pass messages on until all results are there."""
         results: list = [None] * len(self.devices)
-        waiting = dict(zip(self.connections, range(len(self.devices)), strict=True))
         try:
-            while waiting:
-                for connection in wait(list(waiting)):
-                    number = waiting[connection]
+            while self.unfinished:
+                for connection in wait(list(self.unfinished)):
+                    number = self.unfinished[connection]
                     kind, value = self._receive(connection, number)
                     if kind == "message":
                         self.done[number] += 1
                         on_message(value)
                     else:
                         results[number] = value
-                        del waiting[connection]
+                        del self.unfinished[connection]
         finally:
-            for process in self.processes:
-                if waiting:
-                    process.terminate()
-                process.join()
+            self._stop()
         return results
+
+    def _stop(self) -> None:
+        """End the workers that are still at it, kindly at first."""
+        for process in self.processes:
+            if process.is_alive() and self.unfinished:
+                process.terminate()
+        for process in self.processes:
+            process.join(LAST_WORDS)
+            process.kill()
+            process.join()
 
     def _receive(self, connection: Connection, number: int) -> tuple[str, Any]:
         try:
             kind, value = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):  # the worker died, perhaps in the middle of a message
             self.processes[number].join()
             raise WorkerFailed(f"{self._whose(number)} {_how(self.processes[number].exitcode)}") from None
         if kind == "mistake":

@@ -1,5 +1,7 @@
 """Reading ahead in worker processes, and what is said when one of them dies."""
 
+import errno
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,32 +37,62 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, processes
     )
 
 
-@contextmanager
-def explained(loader: DataLoader) -> Iterator[None]:
-    """Turn what PyTorch raises about a loader's worker processes, at any moment, into one sentence.
+def items(loader: DataLoader) -> Iterator:
+    """Items of a loader.
 
     Raises:
-        LoaderError: a worker process died, hangs, or ran out of shared memory.
+        LoaderError: what loading needs is used up: shared memory, files that may be open, processes.
     """
     try:
-        yield
+        yield from loader
     except (RuntimeError, OSError) as error:
-        reason = _reason(str(error), loader)
+        reason = _used_up(str(error)) or _worker_trouble(str(error))
         if reason is None:
             raise
         raise LoaderError(f"reading data: {reason}") from error
 
 
-def _reason(text: str, loader: DataLoader) -> str | None:
-    if any(word in text for word in ("shared memory", "No space left on device", signal.strsignal(signal.SIGBUS))):
-        return (
-            f"shared memory (/dev/shm) is too small for {loader.num_workers} loader processes: use a larger one "
-            f"(docker run --shm-size 8g), fewer workers, or TRAIN.workers 0"
-        )
-    if "Too many open files" in text:
-        return "too many open files: raise the limit (ulimit -n 4096), or use fewer workers"
-    if "DataLoader timed out" in text:
-        return f"no batch came within {loader.timeout:g} s: a loader process hangs (a network disk?)"
-    if "DataLoader worker" in text:
-        return f"a loader process was killed ({text.splitlines()[0]}); out of memory? Use fewer workers"
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what PyTorch raises about a loader's processes into one sentence. It does so at any moment, in the middle of
+    whatever is done with the items, so that this goes around all of it.
+
+    Raises:
+        LoaderError: a loader process died or hangs.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        reason = None if isinstance(error, LoaderError) else _worker_trouble(str(error))
+        if reason is None:
+            raise
+        raise LoaderError(f"reading data: {reason}") from error
+
+
+SHARED_MEMORY = (
+    "shared memory (/dev/shm) is too small for the loader processes: use a larger one (docker run --shm-size 8g), or "
+    "fewer processes (TRAIN.workers, 0 needs none)"
+)
+
+
+def _used_up(text: str) -> str | None:
+    if "shared memory" in text or os.strerror(errno.ENOSPC) in text:
+        return SHARED_MEMORY
+    if os.strerror(errno.EMFILE) in text:
+        return "too many open files: raise the limit (ulimit -n 4096), or use fewer loader processes (TRAIN.workers)"
+    if os.strerror(errno.ENOMEM) in text or os.strerror(errno.EAGAIN) in text:
+        return f"no loader process can be started ({text}): use fewer (TRAIN.workers)"
     return None
+
+
+def _worker_trouble(text: str) -> str | None:
+    if "DataLoader timed out" in text:
+        return f"a loader process hangs (a network disk?): {text}"
+    if "DataLoader worker" not in text:
+        return None
+    if signal.strsignal(signal.SIGBUS) in text:
+        return SHARED_MEMORY
+    return (
+        f"a loader process was killed ({text.splitlines()[0]}); out of memory, or of shared memory (docker run --shm-size "
+        f"8g)? Use fewer (TRAIN.workers)"
+    )

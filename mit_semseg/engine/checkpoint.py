@@ -13,6 +13,10 @@ from ..models.weights import WeightsError, load_weights, read_checkpoint
 logger = logging.getLogger(__name__)
 
 
+# Entries of a state to continue from.
+STATE = ("step", "best", "history", "meters", "encoder", "decoder", "optimizer", "optimizer_name", "scaler")
+
+
 class CheckpointError(UserError, RuntimeError):
     """A run that cannot be started or continued; the message says what to do."""
 
@@ -147,6 +151,6 @@ def read_resume(path: Path) -> dict:
         state = read_checkpoint(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
-    if not isinstance(state, dict) or not {"step", "encoder", "decoder", "optimizer"} <= set(state):
+    if not isinstance(state, dict) or not set(STATE) <= set(state):
         raise CheckpointError(f"{path} is no state to continue from (resume.pth), but some other checkpoint")
     return state

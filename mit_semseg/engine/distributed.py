@@ -22,10 +22,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..lib.nn import ProcessStopped, UserScatteredDataParallel
+from ..lib.nn.batchnorm import SynchronizedBatchNorm
+from ..lib.nn.sync import first_sentence
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0  # seconds, the default of gloo
+PATIENCE = 6 * 3600.0  # seconds that shares of work may differ by; a process that dies is noticed at once
 LAST_WORDS = 2.0  # seconds for the processes of a broken job to say that they are still there
 
 
@@ -62,8 +65,9 @@ class Place:
 
     @property
     def job(self) -> str:
-        """What tells this job, with its restarts, from others: the torchrun that started this process."""
-        return f"{os.environ.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
+        """What tells this job, with its restarts, from others: its --rdzv_id, else the torchrun above this process."""
+        name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        return f"{socket.gethostname()}:{os.getppid()}" if name in ("", "none") else name
 
 
 class Processes:
@@ -79,9 +83,10 @@ class Processes:
         self.place, self.store, self.timeout = place or Place(), store, timeout
         self.rank, self.size = self.place.rank, self.place.size
         # Plain values travel over gloo, also where the gradients go over NCCL.
-        self._group = None
+        self._group = self._patient = None
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
 
     @property
     def main(self) -> bool:
@@ -104,13 +109,17 @@ class Processes:
             dist.all_reduce(total, group=self._group)
         return total.tolist()
 
-    def collect(self, value, doing: str) -> list:
-        """A value of every process, any that can be pickled, in the order of the ranks; errors as of `sum`."""
+    def collect(self, value, doing: str, *, patient: bool = False) -> list:
+        """A value of every process, any that can be pickled, in the order of the ranks; errors as of `sum`.
+
+        Args:
+            patient: the others may need much longer than this process.
+        """
         if self.size == 1:
             return [value]
         values = [None] * self.size
         with self.waiting(doing):
-            dist.all_gather_object(values, value, group=self._group)
+            dist.all_gather_object(values, value, group=self._patient if patient else self._group)
         return values
 
     @contextmanager
@@ -123,15 +132,18 @@ class Processes:
         except RuntimeError as error:
             if self.size == 1 or not _of_a_collective(error):
                 raise
-            raise ProcessStopped(f"{doing}: {str(error).splitlines()[0]}") from error
+            raise ProcessStopped(f"{doing}: {first_sentence(error)}") from error
 
     def missing(self) -> list[int]:
         """Ranks that do not answer any more; called by those that have noticed that the job is broken."""
-        self.store.set(f"here/{self.rank}", str(os.getpid()))
         limit, missing = time.monotonic() + LAST_WORDS, list(range(self.size))
-        while missing and time.monotonic() < limit:
-            missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
-            time.sleep(0.05)
+        try:
+            self.store.set(f"here/{self.rank}", str(os.getpid()))
+            while missing and time.monotonic() < limit:
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                time.sleep(0.05)
+        except RuntimeError:  # the store has gone with the machine that kept it
+            return []
         return missing
 
 
@@ -157,45 +169,53 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
     if place.size == 1:
         yield Processes(place)
         return
-    store = _store(place, timeout)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.size,
-        timeout=timedelta(seconds=timeout),
-    )
-    processes = Processes(place, store, timeout)
+    processes = _meet(place, device, timeout)
     try:
         yield processes
     except ProcessStopped as error:
         missing = processes.missing()
         who = f"process {', '.join(map(str, missing))}" if missing else "a process"
         raise ProcessStopped(
-            f"{who} of {place.size} ended or did not answer within {timeout:g} s, so this one (rank {place.rank}) "
-            f"cannot go on ({error}); look for its own message. TRAIN.resume auto continues from the last checkpoint"
+            f"{who} of {place.size} ended or does not answer, so this one (rank {place.rank}) cannot go on: {error}. "
+            f"Look for the other's own message"
         ) from error
     dist.destroy_process_group()
 
 
-def _store(place: Place, timeout: float) -> dist.Store:
-    """The store of the job: torchrun's own where it keeps one, else one that rank 0 opens."""
+def _meet(place: Place, device: torch.device, timeout: float) -> Processes:
+    """Find the other processes, through torchrun's store where it keeps one, else through one that rank 0 opens."""
+    host, port, limit = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timedelta(seconds=timeout)
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    tcp = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        place.size,
-        is_master=place.rank == 0 and not kept,
-        timeout=timedelta(seconds=timeout),
-    )
-    return dist.PrefixStore(f"mit_semseg/{place.restarts}", tcp)
+    try:
+        tcp = dist.TCPStore(host, int(port), place.size, is_master=place.rank == 0 and not kept, timeout=limit)
+        store = dist.PrefixStore(f"mit_semseg/{place.restarts}", tcp)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
+        return Processes(place, store, timeout)
+    except RuntimeError as error:
+        raise ProcessStopped(
+            f"rank {place.rank} could not meet the other {place.size - 1} processes at {host}:{port} "
+            f"({first_sentence(error)}); on several machines GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
+            f"network interface"
+        ) from error
+
+
+@contextmanager
+def first_on_machine(processes: Processes) -> Iterator[None]:
+    """Let the first process of every machine do something (a download) before the others do."""
+    doing = "waiting for the first process of the machine"
+    if processes.place.local_rank:
+        processes.collect(None, doing, patient=True)
+    yield
+    if not processes.place.local_rank:
+        processes.collect(None, doing, patient=True)
 
 
 def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Processes) -> UserScatteredDataParallel:
     """A module that takes a list with one batch per device of this process, and runs in step with the other processes.
 
     Args:
-        module: on the first of the devices, equal in all processes or not: that of rank 0 counts.
+        module: on the first of the devices; the parameters of rank 0 count.
         devices: of this process; one only, where there are several processes.
 
     Raises:
@@ -206,9 +226,13 @@ def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Proc
     if len(devices) > 1:
         raise ValueError(f"with {processes.size} processes each drives one device, not {len(devices)}")
     # Buffers need no broadcast: synchronized statistics are the same everywhere. The option has had two names.
+    for name, part in module.named_modules():
+        if isinstance(part, SynchronizedBatchNorm):
+            part.join(None, name=name)
     new, old = "forward_sync_buffers", "broadcast_buffers"
-    name = new if new in signature(DistributedDataParallel).parameters else old
-    module = DistributedDataParallel(module, **{name: False})
+    option = new if new in signature(DistributedDataParallel).parameters else old
+    with processes.waiting("comparing the networks"):
+        module = DistributedDataParallel(module, **{option: False})
     return UserScatteredDataParallel(module, devices)
 
 

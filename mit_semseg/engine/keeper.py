@@ -8,7 +8,7 @@ from typing import Protocol
 from ..dataset import ValDataset
 from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
-from .checkpoint import RunFiles, read_resume, save_atomic
+from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
 from .distributed import Processes, Watchdog
 from .optim import learning_rates
 from .run import Run, Settings
@@ -67,6 +67,10 @@ class Keeper:
                 logger.info("the run in %s is complete: nothing to train", files.folder)
         elif resume == "restart" and self.processes.main:
             files.remove_run()
+        places = self.processes.collect((str(files.folder.absolute()), run.step), "comparing where to start")
+        if len({step for _, step in places}) > 1:
+            seen = "; ".join(f"rank {rank} is at step {step} of {folder}" for rank, (folder, step) in enumerate(places))
+            raise CheckpointError(f"the processes do not agree where to start ({seen}): DIR must be one folder for all")
 
     def after_step(self, clock: "Clock", watchdog: Watchdog) -> None:
         """Whatever is due after the step that was just done."""
@@ -107,21 +111,30 @@ class Keeper:
     def end_epoch(self, watchdog: Watchdog) -> None:
         """Save weights, history and state; then validate if it is time, and save the figures.
 
-        The weights are safe before the validation starts. A run that is killed while it validates does so again when it
-        is continued: see `validation_due`.
+        The weights are safe before the validation starts. A run that is killed in the middle of all this does it again
+        when it is continued: see `epoch_unfinished`.
         """
         epoch = self.run.step // self.settings.epoch_iters
+        self._save_state()
         self._save_weights(f"epoch_{epoch}.pth")
         self._save_figures(epoch)
         evaluation = None
-        if self.validation_due():
+        if self._validation_due():
             evaluation = self._validate(epoch, watchdog)
             self._save_figures(epoch)
         if self.recorder:
             self.recorder.epoch(epoch, self.run.history, evaluation)
 
-    def validation_due(self) -> bool:
-        """Whether an epoch has just ended whose validation is wanted and not yet in the history."""
+    def epoch_unfinished(self) -> bool:
+        """Whether an epoch has just ended of which a file or the validation is missing."""
+        epoch, rest = divmod(self.run.step, self.settings.epoch_iters)
+        if rest or not epoch:
+            return False
+        paths = [self.files.part(name, f"epoch_{epoch}.pth") for name in ("encoder", "decoder", "history")]
+        missing = self._validation_due() or not all(path.is_file() for path in paths)
+        return self.processes.collect(missing, "looking for files")[0]
+
+    def _validation_due(self) -> bool:
         epoch, rest = divmod(self.run.step, self.settings.epoch_iters)
         every = self.settings.eval_epoch if self.val_dataset is not None else 0
         return bool(every and epoch and rest == epoch % every == 0 and epoch not in self.run.history["val"]["epoch"])
@@ -142,11 +155,13 @@ class Keeper:
             run.module,
             self.val_dataset.part(processes.rank, processes.size),
             device=run.device,
+            workers=self.settings.workers,
+            timeout=self.settings.timeout,
             processes=processes.place.local_size,
             progress=processes.main,
             on_result=seen,
         )
-        evaluation = Evaluation.merged(processes.collect(share, "validation"))
+        evaluation = Evaluation.merged(processes.collect(share, "validation", patient=True))
         iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
         logger.info("Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%", epoch, iou, accuracy * 100)
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):

@@ -1,5 +1,6 @@
 """The training loop: from a network and a data set to the files of a run."""
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from ..dataset import TrainDataset, ValDataset
-from ..dataset.loading import explained, make_loader
+from ..dataset.loading import explained, items, make_loader
 from ..dataset.samplers import BatchNumbers
 from ..lib.utils import UserError
 from .checkpoint import RunFiles
@@ -16,6 +17,8 @@ from .keeper import Clock, Keeper, Recorder
 from .optim import schedule, set_learning_rates
 from .run import Run, Settings, seed_step
 from .step import NonFiniteLoss, train_step
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(UserError, RuntimeError):
@@ -71,10 +74,12 @@ def fit(
         sampler=BatchNumbers(rounds.start, rounds.stop, first, len(devices), slots),
         pin_memory=devices[0].type == "cuda",
     )
-    batches, clock, runner = iter(loader), Clock(settings.disp_iter), parallel(module, devices, processes)
-    module.train()
-    with explained(loader), Watchdog(processes) as watchdog:
-        if keeper.validation_due():  # the run was stopped while it validated
+    logger.info("%d loader processes", loader.num_workers)
+    batches, clock = items(loader), Clock(settings.disp_iter)
+    with explained(), Watchdog(processes) as watchdog:
+        runner = parallel(module, devices, processes)
+        module.train()
+        if keeper.epoch_unfinished():  # the run was stopped while it saved or validated
             keeper.end_epoch(watchdog)
         while run.step < settings.total:
             watchdog.progress(f"step {run.step + 1}")

@@ -52,7 +52,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     counts = [[int((batch["seg_label"] >= 0).sum()) for batch in chunk] for chunk in chunks]
     (total,) = processes.sum([sum(map(sum, counts))], "counting labelled pixels")
-    loss = accuracy = 0.0
+    shares, losses_seen = [], []
     for number, (chunk, labelled) in enumerate(zip(chunks, counts, strict=True)):
         weights = torch.tensor(labelled, device=devices[0]) / max(total, 1.0)
         feeds = [_feed(batch, device, channels_last) for batch, device in zip(chunk, devices, strict=False)]
@@ -60,13 +60,14 @@ def train_step(
             with torch.autocast(devices[0].type, dtype=AMP_TYPES.get(amp), enabled=amp != "off"):
                 losses, accuracies = (values.reshape(-1) for values in runner(feeds))
             share = (losses.float() * weights).sum()
-            own = [share.item(), (accuracies * weights).sum().item()]
-            part_loss, part_accuracy = processes.sum(own, "adding up losses")
-            if not math.isfinite(part_loss):
-                raise _non_finite(losses.tolist(), chunk, processes)
             # Gradients are averaged over the processes, while the shares are to be added up.
             scaler.scale(share * processes.size).backward()
-        loss, accuracy = loss + part_loss, accuracy + part_accuracy
+        shares.append(torch.stack([share.detach(), (accuracies * weights).sum()]))
+        losses_seen.append(losses.detach())
+    # The device has had all of its work before anybody waits for a figure.
+    loss, accuracy = processes.sum(torch.stack(shares).sum(0).tolist(), "adding up losses")
+    if not math.isfinite(loss):
+        raise _non_finite(torch.cat(losses_seen).tolist(), [batch for chunk in chunks for batch in chunk], processes)
     if clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), clip_grad)
@@ -82,9 +83,11 @@ def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
     return feed
 
 
-def _non_finite(losses: Sequence[float], chunk: Sequence[dict], processes: Processes) -> NonFiniteLoss:
+def _non_finite(losses: Sequence[float], batches: Sequence[dict], processes: Processes) -> NonFiniteLoss:
     """The error, the same in all processes, with the files of the batches whose loss it is."""
-    own = [(loss, batch.get("info", [])) for loss, batch in zip(losses, chunk, strict=True) if not math.isfinite(loss)]
+    own = [
+        (loss, batch.get("info", [])) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)
+    ]
     everywhere = [entry for entries in processes.collect(own, "naming the batch") for entry in entries]
     loss = everywhere[0][0] if everywhere else math.inf  # every share was finite, their sum was not
     return NonFiniteLoss(loss, [name for _, files in everywhere for name in files])

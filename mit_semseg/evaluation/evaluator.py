@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..dataset import ClassTable, ValDataset
-from ..dataset.loading import explained, make_loader
+from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
 from .inference import label_map
 from .metrics import SegmentationMetric, Summary
@@ -88,24 +88,36 @@ class Evaluation:
         )
 
 
-def read_items(dataset, batch_size: int = 1, processes: int = 1) -> Iterator[dict]:
+def read_items(
+    dataset,
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    workers: int = MOST_WORKERS,
+    timeout: float = 0,
+    processes: int = 1,
+) -> Iterator[dict]:
     """Items of a data set in order, each with pictures of its own size, read ahead in batches.
 
     Args:
+        device: where the pictures will go.
+        workers: loader processes; more than `MOST_WORKERS` are of no use.
+        timeout: seconds to wait for one, 0 for ever.
         processes: on this machine that read at the same time.
 
     Raises:
-        LoaderError: a loader process died.
+        LoaderError: what loading needs is used up. Around what is done with the items belongs `loading.explained`.
     """
     loader = make_loader(
         dataset,
-        workers=min(MOST_WORKERS, len(dataset)),
+        workers=min(workers, MOST_WORKERS, len(dataset)),
+        timeout=timeout,
         processes=processes,
         batch_size=batch_size,
         collate_fn=user_scattered_collate,
+        pin_memory=torch.device(device).type == "cuda",
     )
-    with explained(loader):
-        yield from chain.from_iterable(loader)
+    return chain.from_iterable(items(loader))
 
 
 def evaluate(
@@ -114,6 +126,8 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 1,
+    workers: int = MOST_WORKERS,
+    timeout: float = 0,
     processes: int = 1,
     progress: bool = True,
     on_result: Callable[[dict, np.ndarray], None] | None = None,
@@ -128,6 +142,7 @@ def evaluate(
         dataset: the pictures and labels.
         device: where the model is.
         batch_size: pictures loaded per step.
+        workers, timeout: of `read_items`.
         processes: on this machine that evaluate at the same time and share its cores.
         progress: show a progress bar (on a terminal).
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
@@ -136,9 +151,11 @@ def evaluate(
     was_training = model.training
     model.eval()
     start = time.perf_counter()
+    reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
+    bar = tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True)
     try:
-        with tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True) as bar:
-            for item in read_items(dataset, batch_size, processes):
+        with explained(), bar:
+            for item in read_items(dataset, device=device, **reading):
                 prediction = label_map(model, item, device)
                 metric.add(prediction, item["seg_label"][0].numpy())
                 if on_result:

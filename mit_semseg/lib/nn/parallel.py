@@ -14,9 +14,10 @@ from itertools import chain
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from .batchnorm import _SynchronizedBatchNorm
+from .batchnorm import SynchronizedBatchNorm
 from .scatter import copy_to_device, gather, scatter
 from .sync import ReplicaGroup, ReplicaStopped
 
@@ -28,9 +29,9 @@ def join_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: flo
         timeout: seconds that a replica waits for the others.
     """
     group = ReplicaGroup(len(replicas), timeout)
-    names = [name for name, part in module.named_modules() if isinstance(part, _SynchronizedBatchNorm)]
+    names = [name for name, part in module.named_modules() if isinstance(part, SynchronizedBatchNorm)]
     for rank, replica in enumerate(replicas):
-        layers = (part for part in replica.modules() if isinstance(part, _SynchronizedBatchNorm))
+        layers = (part for part in replica.modules() if isinstance(part, SynchronizedBatchNorm))
         for name, layer in zip(names, layers, strict=True):
             layer.join(group, rank, name)
     return group
@@ -50,13 +51,20 @@ def _execute_callbacks(module: nn.Module, replicas: Sequence[nn.Module]) -> None
 
 def _share(module: nn.Module, count: int) -> list[nn.Module]:
     """Copies of a module that share its parameters; the first shares its buffers too, the others have copies."""
-    tensors = {id(value): value for part in module.modules() for value in vars(part).values() if torch.is_tensor(value)}
-    tensors |= {id(parameter): parameter for parameter in module.parameters()}
+    attributes = [value for part in module.modules() for value in vars(part).values()]
+    kept = [value for value in attributes if isinstance(value, (torch.Tensor, dist.ProcessGroup))]
+    kept += module.parameters()
     buffers = list(module.buffers())
+    copies = [buffers, *([buffer.detach().clone() for buffer in buffers] for _ in range(count - 1))]
     return [
-        copy.deepcopy(module, {**tensors, **{id(b): b if rank == 0 else b.detach().clone() for b in buffers}})
-        for rank in range(count)
+        copy.deepcopy(module, {id(old): new for old, new in zip([*kept, *buffers], [*kept, *own], strict=True)})
+        for own in copies
     ]
+
+
+def as_devices(ids: Sequence) -> list[torch.device]:
+    """Devices from GPU numbers, names or devices."""
+    return [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in ids]
 
 
 def run_replicas(
@@ -85,8 +93,9 @@ def run_replicas(
         device = devices[rank]
         try:
             with ExitStack() as stack:
-                if streams[rank] is not None:
-                    stack.enter_context(torch.cuda.stream(streams[rank]))
+                # Replica 0 works for all in a meeting and needs all streams; its own, and with it its device, last.
+                for stream in filter(None, (*streams, streams[rank])):
+                    stack.enter_context(torch.cuda.stream(stream))
                 stack.enter_context(torch.inference_mode(modes[1]))
                 stack.enter_context(torch.set_grad_enabled(modes[0]))
                 enabled, dtype = casts[device.type]
@@ -99,8 +108,16 @@ def run_replicas(
     for rank in range(len(replicas)):
         threading.Thread(target=work, args=(rank,), name=f"replica {rank}", daemon=True).start()
     outputs, stopped = [None] * len(replicas), None
-    for _ in replicas:
-        rank, outputs[rank], error = finished.get()
+    running = set(range(len(replicas)))
+    while running:
+        try:
+            rank, output, error = finished.get(timeout=None if len(running) == len(replicas) else group.timeout)
+        except queue.Empty:
+            group.stop()
+            names = ", ".join(map(str, sorted(running)))
+            raise ReplicaStopped(f"replica {names} did not finish within {group.timeout:g} s of the others") from None
+        running.discard(rank)
+        outputs[rank] = output
         if isinstance(error, ReplicaStopped) and group.stopped:
             stopped = error  # the one that failed will come, too
         elif error is not None:
@@ -115,7 +132,8 @@ class DataParallelWithCallback(nn.DataParallel):
     """`nn.DataParallel` for inputs of any structure, on GPUs or on the CPU several times.
 
     After replicating it joins synchronized batch norms, and calls `__data_parallel_replicate__(context, copy_id)` on
-    every sub-module that has it. An exception in a replica ends the others, and is raised with its own traceback.
+    every sub-module that has it. An exception in a replica ends the others, and is raised with its own traceback. The
+    backward pass runs on the devices' default streams, and cannot recompute a replica's norms (activation checkpoints).
 
     Args:
         module: on the first of the devices.
@@ -130,7 +148,7 @@ class DataParallelWithCallback(nn.DataParallel):
     """
 
     def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = 120.0):
-        devices = [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in device_ids or ()]
+        devices = as_devices(device_ids or ())
         kinds = {device.type for device in devices}
         if len(kinds) > 1:
             raise ValueError(f"replicas are all on GPUs or all on the CPU, not on {', '.join(map(str, devices))}")
@@ -144,7 +162,7 @@ class DataParallelWithCallback(nn.DataParallel):
         self._group: ReplicaGroup | None = None
 
     def _devices(self, count: int) -> list[torch.device]:
-        return [torch.device("cuda", d) if isinstance(d, int) else d for d in self.device_ids[:count]]
+        return as_devices(self.device_ids[:count])
 
     def forward(self, *inputs, **kwargs):
         """Scatter the inputs, run the replicas, gather their outputs.
@@ -198,15 +216,21 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
     """
     if not isinstance(data_parallel, nn.DataParallel):
         raise TypeError(f"patch_replication_callback takes an nn.DataParallel, not {type(data_parallel).__name__}")
-    replicate = data_parallel.replicate
+    if isinstance(data_parallel, DataParallelWithCallback):
+        return  # has it
+    replicate, groups = data_parallel.replicate, {}
 
     def with_callback(self, module, device_ids):
         replicas = replicate(module, device_ids)
-        join_replicas(module, replicas)
+        groups["latest"] = join_replicas(module, replicas)
         _execute_callbacks(module, replicas)
         return replicas
 
+    def in_threads(self, replicas, inputs, kwargs):
+        return run_replicas(replicas, inputs, kwargs, as_devices(self.device_ids[: len(replicas)]), groups["latest"])
+
     data_parallel.replicate = MethodType(with_callback, data_parallel)
+    data_parallel.parallel_apply = MethodType(in_threads, data_parallel)
 
 
 class DictGatherDataParallel(DataParallelWithCallback):

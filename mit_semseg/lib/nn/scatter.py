@@ -36,8 +36,11 @@ def async_copy_to(obj, device, main_stream=None):
         The same structure with tensors on `device`.
     """
 
+    # Only towards a GPU: a copy to the host that nobody waits for would be read before it is there.
+    to_gpu = isinstance(device, int) or torch.device(device).type == "cuda"
+
     def copied(tensor: Tensor) -> Tensor:
-        result = tensor.to(device, non_blocking=True)
+        result = tensor.to(device, non_blocking=to_gpu)
         if main_stream is not None and result.is_cuda:
             result.record_stream(main_stream)
         return result

@@ -103,7 +103,8 @@ def gather_over_processes(vector: Tensor, group: dist.ProcessGroup | None, name:
         (processes, n), in the order of the ranks, the same on all processes.
 
     Raises:
-        ProcessStopped: a process ended or did not answer within the group's time-out.
+        ProcessStopped: a process ended or did not answer within the group's time-out (gloo; NCCL works in the
+            background, and ends the process itself).
     """
     if process_count(group) == 1:
         return vector.unsqueeze(0)
@@ -119,11 +120,16 @@ def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None, name: st
     return tensor
 
 
+def first_sentence(error: BaseException) -> str:
+    """What an error says, without the rest of its report."""
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
+
+
 def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
     try:
         call()
     except RuntimeError as error:
         raise ProcessStopped(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
-            f"ended or did not answer in time ({str(error).splitlines()[0]})"
+            f"ended or did not answer in time ({first_sentence(error)})"
         ) from error

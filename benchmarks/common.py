@@ -1,0 +1,58 @@
+"""Timing two or more ways of doing the same thing, interleaved, and writing down what came out."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def hardware(device: torch.device) -> str:
+    """The machine in a few words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median milliseconds of every way, after one call to warm up; the ways take turns."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, call in ways.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if turn:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(title: str, rows: list[dict]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    head = list(rows[0])
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    lines = [head, ["---"] * len(head), *cells]
+    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def write(path: str | None, name: str, device: torch.device, rows: list[dict]) -> None:
+    """Print the table and write the same as JSON."""
+    print(table(f"{name}: {hardware(device)}, PyTorch {torch.__version__}", rows))
+    if path:
+        content = {"benchmark": name, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

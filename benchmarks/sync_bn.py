@@ -1,0 +1,96 @@
+"""What does synchronizing batch norm cost, against plain batch norm on the same shares?
+
+    python benchmarks/sync_bn.py [--device cuda] [--json FILE]
+
+Two processes (gloo on the CPU, NCCL on GPUs; one GPU is used by one process) each work on their half, forward and
+backward: one layer at several map sizes, and a whole ResNet-50 training step. Plain batch norm in the same processes
+keeps its statistics to itself. The ratio is synchronized over plain.
+"""
+
+import argparse
+import os
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from common import interleaved, write
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mit_semseg.engine import MaskedNLLLoss
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d, convert_sync_batchnorm, to_batchnorm
+from mit_semseg.models import ModelBuilder, SegmentationModule
+
+SHAPES = [(2, 64, 120, 160), (2, 256, 57, 75), (2, 512, 30, 40), (2, 2048, 15, 20), (2, 512, 6, 6), (2, 512, 1, 1)]
+
+
+def _layer(kind: type[nn.Module], shape: tuple[int, ...], device: torch.device):
+    norm = kind(shape[1]).to(device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    gradient = torch.randn(shape, device=device)
+    return lambda: torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), gradient)
+
+
+def _network(synchronized: bool, size: tuple[int, int], device: torch.device):
+    torch.manual_seed(0)
+    encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
+    decoder = ModelBuilder.build_decoder("c1", num_class=150, in_channels=encoder.out_channels)
+    module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).to(device)
+    module = convert_sync_batchnorm(to_batchnorm(module)) if synchronized else to_batchnorm(module)
+    runner = DistributedDataParallel(module)
+    optimizer = torch.optim.SGD(runner.parameters(), lr=0.001)
+    label = torch.randint(0, 150, (2, size[0] // 8, size[1] // 8), device=device)
+    feed = {"img_data": torch.randn(2, 3, *size, device=device), "seg_label": label}
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        runner(feed)[0].backward()
+        optimizer.step()
+
+    return step
+
+
+def work(rank: int, count: int, args: argparse.Namespace) -> None:
+    """One of the processes; the first one reports."""
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
+    ways = [
+        (f"layer {'x'.join(map(str, shape))}", {
+            "plain": _layer(nn.BatchNorm2d, shape, device),
+            "synchronized": _layer(SynchronizedBatchNorm2d, shape, device),
+        })
+        for shape in SHAPES
+    ]  # fmt: skip
+    ways.append(
+        (f"ResNet-50 step, 2x3x{args.size}x{args.size}", {
+            "plain": _network(False, (args.size, args.size), device),
+            "synchronized": _network(True, (args.size, args.size), device),
+        })
+    )  # fmt: skip
+    rows = []
+    for name, pair in ways:
+        ms = interleaved(pair, device, args.repeats)
+        ratio = ms["synchronized"] / ms["plain"]
+        rows.append({"what": name, "plain ms": ms["plain"], "synchronized ms": ms["synchronized"], "ratio": ratio})
+    if rank == 0:
+        write(args.json, f"sync_bn, {count} processes", device, rows)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="per process")
+    parser.add_argument("--size", type=int, default=320, help="side of the pictures of the training step")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--port", type=int, default=29511)
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args()
+    mp.spawn(work, (args.processes, args), nprocs=args.processes)
+
+
+if __name__ == "__main__":
+    main()
