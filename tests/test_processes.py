@@ -354,7 +354,7 @@ def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path, start):
     _, errors = job.communicate(timeout=60)
     assert job.returncode != 0
     assert re.search(
-        r"error: \[rank \d\] process \d of 2 ended or does not answer, so this one \(rank \d\) cannot go on: ", errors
+        r"error: \[rank \d\] process \d of 2 ended or does not answer, so this one .* cannot go on", errors
     )
     assert re.search(r"no progress for 4 s in step \d+; this process is at\n.*train\.py", "".join(report))
 
@@ -468,9 +468,10 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("how", "when", "message"),
     [
-        (int(signal.SIGBUS), "", r"shared memory \(/dev/shm\) is too small for the loader processes: use a larger one"),
-        (int(signal.SIGKILL), "", "a loader process was killed .*Killed.* out of memory"),
-        (int(signal.SIGKILL), "busy", "a loader process was killed .*Killed.* out of memory"),
+        # PyTorch does not always say which signal it was.
+        (int(signal.SIGBUS), "", r".*shared memory.*docker run --shm-size 8g"),
+        (int(signal.SIGKILL), "", r"a loader process was killed .*out of memory"),
+        (int(signal.SIGKILL), "busy", r"a loader process was killed .*out of memory"),
         ("hangs", "", r"a loader process hangs .*timed out after 2 seconds"),
     ],
 )

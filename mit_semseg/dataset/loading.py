@@ -93,6 +93,6 @@ def _worker_trouble(text: str) -> str | None:
     if signal.strsignal(signal.SIGBUS) in text:
         return SHARED_MEMORY
     return (
-        f"a loader process was killed ({text.splitlines()[0]}); out of memory, or of shared memory (docker run --shm-size "
-        f"8g)? Use fewer (TRAIN.workers)"
+        f"a loader process was killed ({text.splitlines()[0]}); out of memory, or of shared memory (docker run "
+        f"--shm-size 8g)? Use fewer (TRAIN.workers)"
     )
