@@ -221,6 +221,17 @@ def test_a_run_stopped_while_validating_has_its_weights_and_validates_again(root
     assert continued.best == whole.best
 
 
+@pytest.mark.parametrize("lost", ["encoder", "decoder", "history"])
+def test_a_run_stopped_while_saving_an_epoch_saves_it_again(root, tmp_path, lost):
+    whole, expected = run(root, tmp_path / "whole")
+    run(root, tmp_path / "cut")
+    (tmp_path / "cut" / f"{lost}_epoch_2.pth").unlink()
+    again, got = run(root, tmp_path / "cut", resume="auto")
+    assert same(got, expected)
+    history = torch.load(tmp_path / "cut" / "history_epoch_2.pth", weights_only=True)
+    assert history == again.history == whole.history
+
+
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_resuming_at_any_step_is_bit_identical(root, tmp_path, stop):
     """The run breaks down when the batch after `stop` steps is read, and is started again."""

@@ -41,8 +41,26 @@ ENCODER_NAMES = (
     "resnet101dilated",
     "resnext101",
     "hrnetv2",
+    "vgg16_dilated8",
+    "vgg19_dilated8",
+    "resnet34_v1",
+    "resnet34_dilated16",
+    "resnet34_dilated8",
+    "resnet50_v1",
+    "resnet50_dilated16",
+    "resnet50_dilated8",
 )
-DECODER_NAMES = ("c1", "c1_deepsup", "ppm", "ppm_deepsup", "upernet", "upernet_lite")
+DECODER_NAMES = (
+    "c1",
+    "c1_deepsup",
+    "ppm",
+    "ppm_deepsup",
+    "upernet",
+    "upernet_lite",
+    "c1_bilinear",
+    "c5_bilinear",
+    "psp_bilinear",
+)
 
 OPTIONS: dict[str, Option] = {
     "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "folder of checkpoints, log, curves and results"),

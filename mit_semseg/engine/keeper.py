@@ -47,6 +47,7 @@ class Keeper:
     ):
         self.run, self.files, self.settings, self.processes = run, files, settings, processes
         self.val_dataset, self.recorder = val_dataset, recorder
+        self._continues_here = False
 
     def start(self, resume: str) -> None:
         """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`."""
@@ -62,6 +63,7 @@ class Keeper:
             logger.info("continuing after epoch %d: weights and history, fresh optimizer", settings.start_epoch)
         elif path:
             run.restore(read_resume(path))
+            self._continues_here = path.resolve() == files.resume.resolve()
             logger.info("continuing %s at step %d of %d", path, run.step, settings.total)
             if run.step >= settings.total:
                 logger.info("the run in %s is complete: nothing to train", files.folder)
@@ -117,11 +119,12 @@ class Keeper:
         epoch = self.run.step // self.settings.epoch_iters
         self._save_state()
         self._save_weights(f"epoch_{epoch}.pth")
-        self._save_figures(epoch)
+        self._save_history(epoch)
         evaluation = None
         if self._validation_due():
             evaluation = self._validate(epoch, watchdog)
-            self._save_figures(epoch)
+            self._save_history(epoch)
+            self._save_state()
         if self.recorder:
             self.recorder.epoch(epoch, self.run.history, evaluation)
 
@@ -131,8 +134,8 @@ class Keeper:
         if rest or not epoch:
             return False
         paths = [self.files.part(name, f"epoch_{epoch}.pth") for name in ("encoder", "decoder", "history")]
-        missing = self._validation_due() or not all(path.is_file() for path in paths)
-        return self.processes.collect(missing, "looking for files")[0]
+        missing = self._continues_here and not all(path.is_file() for path in paths)
+        return self.processes.collect(missing or self._validation_due(), "looking for files")[0]
 
     def _validation_due(self) -> bool:
         epoch, rest = divmod(self.run.step, self.settings.epoch_iters)
@@ -175,10 +178,9 @@ class Keeper:
         if self.processes.main:
             self.files.save_weights(self.run.module, suffix)
 
-    def _save_figures(self, epoch: int) -> None:
+    def _save_history(self, epoch: int) -> None:
         if self.processes.main:
             save_atomic(self.run.history, self.files.part("history", f"epoch_{epoch}.pth"))
-        self._save_state()
 
     def _save_state(self) -> None:
         if self.processes.main:

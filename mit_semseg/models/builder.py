@@ -7,8 +7,18 @@ from functools import partial
 from torch import nn
 
 from . import weights as weight_files
-from .decoders import C1, PPM, Decoder, UPerNet
-from .encoders import hrnetv2, mobilenetv2, resnet18, resnet34, resnet50, resnet101, resnext101
+from .decoders import C1, PPM, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
+from .encoders import (
+    hrnetv2,
+    mobilenetv2,
+    resnet18,
+    resnet34,
+    resnet50,
+    resnet101,
+    resnext101,
+    vgg16,
+    vgg19,
+)
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2dilated": partial(mobilenetv2, output_stride=8),
@@ -22,6 +32,15 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet101dilated": partial(resnet101, output_stride=8),
     "resnext101": resnext101,
     "hrnetv2": hrnetv2,
+    # Version 1.0; its resnet34 and resnet50 are told from the later ones by their weights, or by the ending.
+    "vgg16_dilated8": vgg16,
+    "vgg19_dilated8": vgg19,
+    "resnet34_v1": partial(resnet34, stem=64),
+    "resnet34_dilated16": partial(resnet34, stem=64, output_stride=16),
+    "resnet34_dilated8": partial(resnet34, stem=64, output_stride=8),
+    "resnet50_v1": partial(resnet50, stem=64),
+    "resnet50_dilated16": partial(resnet50, stem=64, output_stride=16),
+    "resnet50_dilated8": partial(resnet50, stem=64, output_stride=8),
 }
 
 DECODERS: dict[str, Callable[..., Decoder]] = {
@@ -31,6 +50,10 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
     "upernet_lite": partial(UPerNet, fpn_dim=256),
+    # Version 1.0.
+    "c1_bilinear": C1Bilinear,
+    "c5_bilinear": C5Bilinear,
+    "psp_bilinear": PSPBilinear,
 }
 
 
@@ -58,7 +81,7 @@ class ModelBuilder:
         """Build an encoder.
 
         Args:
-            arch: a name in `ENCODERS`, any case.
+            arch: a name in `ENCODERS`, any case. With weights of version 1.0, `resnet34` and `resnet50` are its models.
             fc_dim: not needed (an encoder knows its channels); accepted for old callers.
             weights: file with the encoder's state dict; '' means the ImageNet base of `arch`, downloaded when needed.
             pretrained: False starts from random weights instead of the ImageNet base.
@@ -70,9 +93,11 @@ class ModelBuilder:
             mit_semseg.models.weights.WeightsError: the weights cannot be had or do not fit.
         """
         arch = arch.lower()
+        if weights and f"{arch}_v1" in ENCODERS and weight_files.is_of_version_1(weights):
+            arch = f"{arch}_v1"
         build = _lookup(ENCODERS, arch, "encoder")
         if output_stride:
-            allowed = (4, 8, 16, 32) if arch == "hrnetv2" else (8, 16, 32)
+            allowed = {"hrnetv2": (4, 8, 16, 32), "vgg16_dilated8": (8,), "vgg19_dilated8": (8,)}.get(arch, (8, 16, 32))
             if output_stride not in allowed:
                 raise ValueError(
                     f"output stride {output_stride} of {arch}: choose one of {', '.join(map(str, allowed))}"

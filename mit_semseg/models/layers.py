@@ -26,11 +26,16 @@ def conv_bn_relu(
     )
 
 
-def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize of (N, C, H, W) to (N, C, *size), corners not aligned."""
+def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear resize of (N, C, H, W) to (N, C, *size).
+
+    Args:
+        align_corners: the centres of the corner pixels keep their places, as in PyTorch before 0.4; else their outer
+            corners do.
+    """
     if x.shape[-2:] == torch.Size(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def dilation_of_stage(stride: int, current_stride: int, output_stride: int) -> tuple[int, int, int]:

@@ -190,6 +190,11 @@ def load_weights(
     return report
 
 
+def is_of_version_1(path: str | os.PathLike) -> bool:
+    """Whether a file holds a ResNet of version 1.0, whose stem ends in 64 channels (later: 128)."""
+    return read_state_dict(path).get("conv3.weight", torch.empty(0)).shape[:1] == (64,)
+
+
 def _named(key: str, lines: list[str]) -> bool:
     return any(line.startswith(f"{key} is ") for line in lines)
 

@@ -18,7 +18,12 @@ class Decoder(nn.Module, ABC):
         in_channels: channels of every feature map the encoder returns.
         num_class: number of classes.
         use_softmax: a call without `segSize` returns probabilities instead of log-probabilities (kept for old callers).
+
+    Attributes:
+        align_corners: how the decoder resizes, see `layers.resize`; its weights were trained with it.
     """
+
+    align_corners = False
 
     def __init__(self, in_channels: Sequence[int], num_class: int, use_softmax: bool = False):
         super().__init__()
@@ -40,7 +45,7 @@ class Decoder(nn.Module, ABC):
 
     def log_probs(self, features: list[Tensor], size: tuple[int, int] | None = None) -> list[Tensor]:
         """Log-probabilities of `logits`, resized (bilinear) to `size` first if it is given."""
-        scores = (logits if size is None else resize(logits, size) for logits in self.logits(features))
+        scores = (logits if size is None else self.resize(logits, size) for logits in self.logits(features))
         return [F.log_softmax(logits, dim=1) for logits in scores]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
@@ -56,9 +61,13 @@ class Decoder(nn.Module, ABC):
         """
         if segSize is not None or self.use_softmax:
             scores = self.head(features)
-            return (scores if segSize is None else resize(scores, segSize)).softmax(dim=1)
+            return (scores if segSize is None else self.resize(scores, segSize)).softmax(dim=1)
         outputs = tuple(self.log_probs(features))
         return outputs if len(outputs) > 1 else outputs[0]
+
+    def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bilinear resize to (height, width), the way this decoder does it."""
+        return resize(x, size, align_corners=self.align_corners)
 
     def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0) -> None:
         """Add the first layer of the deep supervision branch on the last but one feature map."""

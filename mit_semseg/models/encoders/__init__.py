@@ -7,8 +7,10 @@ Every encoder has `out_channels` (channels of each map it returns) and `output_s
 from .hrnet import HRNetV2, hrnetv2
 from .mobilenet import MobileNetV2, mobilenetv2
 from .resnet import ResNet, resnet18, resnet34, resnet50, resnet101, resnext101
+from .vgg import VGG, vgg16, vgg19
 
 __all__ = [
+    "VGG",
     "HRNetV2",
     "MobileNetV2",
     "ResNet",
@@ -19,4 +21,6 @@ __all__ = [
     "resnet50",
     "resnet101",
     "resnext101",
+    "vgg16",
+    "vgg19",
 ]

@@ -87,19 +87,27 @@ class ResNet(nn.Module):
         depths: blocks in each of the four stages.
         groups: groups of the 3x3 convolutions (32 for ResNeXt).
         output_stride: 8, 16 or 32.
+        stem: channels of the third convolution, 128, or 64 in version 1.0.
         norm_layer: makes a normalization layer from a number of channels.
     """
 
     def __init__(
-        self, block, depths, *, groups: int = 1, output_stride: int = 32, norm_layer: NormLayer = DEFAULT_NORM
+        self,
+        block,
+        depths,
+        *,
+        groups: int = 1,
+        output_stride: int = 32,
+        stem: int = 128,
+        norm_layer: NormLayer = DEFAULT_NORM,
     ):
         super().__init__()
         self.output_stride = output_stride
         self.conv1, self.bn1, self.relu1 = conv_bn_relu(3, 64, stride=2, norm_layer=norm_layer)
         self.conv2, self.bn2, self.relu2 = conv_bn_relu(64, 64, norm_layer=norm_layer)
-        self.conv3, self.bn3, self.relu3 = conv_bn_relu(64, 128, norm_layer=norm_layer)
+        self.conv3, self.bn3, self.relu3 = conv_bn_relu(64, stem, norm_layer=norm_layer)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        channels, reached = 128, 4
+        channels, reached = stem, 4
         for i, depth in enumerate(depths):
             planes, nominal = 64 * 2**i, 1 if i == 0 else 2
             stride, first_dilation, dilation = dilation_of_stage(nominal, reached, output_stride)

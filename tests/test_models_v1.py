@@ -1,0 +1,78 @@
+"""The models of version 1.0: same keys, same numbers, and told from later ones by their weights."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from golden import fill, golden, golden_input, sample
+from test_models_golden import own_keys, published_keys
+
+from mit_semseg.models import ModelBuilder
+
+MODELS, KEYS = golden("golden_v1"), golden("state_dict_keys_v1")
+DTYPES = ((torch.float32, 1e-5), (torch.float64, 1e-8))
+
+
+def encoder_of(name):
+    old = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}
+    return ModelBuilder.build_encoder(old.get(name, name), pretrained=False)
+
+
+@cache
+def features_of(name):
+    """Keys and number of parameters of an encoder, and its feature maps in both precisions."""
+    encoder = fill(encoder_of(name), MODELS["encoders"][name]["gains"][0]).eval()
+    with torch.no_grad():
+        maps = [encoder.to(d)(golden_input(72, 104).to(d), return_feature_maps=True) for d, _ in DTYPES]
+    return own_keys(encoder), sum(p.numel() for p in encoder.parameters()), maps
+
+
+@pytest.mark.parametrize("name", MODELS["encoders"])
+def test_encoder(name):
+    gold = MODELS["encoders"][name]
+    keys, count, maps = features_of(name)
+    assert keys == published_keys(KEYS["encoders"][name])
+    assert count == gold["params"]
+    expected = gold["features"]["soft"]
+    for (_, relative), (*_, last) in zip(DTYPES, maps, strict=True):
+        assert list(last.shape) == expected["shape"]
+        np.testing.assert_allclose(sample(last, 32), expected["values"], rtol=0, atol=relative * expected["absmax"])
+
+
+@pytest.mark.parametrize("name", KEYS["decoders"])
+def test_decoder_keys(name):
+    arch, dim = name.split("/fc")
+    decoder = ModelBuilder.build_decoder(arch, fc_dim=int(dim))
+    assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
+    assert sum(p.numel() for p in decoder.parameters()) == MODELS["decoders"][name]["params"]
+
+
+@pytest.mark.parametrize("name", MODELS["pairs"])
+def test_pair(name):
+    """With aligned corners, as the published results were obtained, and without, as the same code does today."""
+    pair, (encoder_name, decoder_name) = MODELS["pairs"][name], name.split("+")
+    gain = MODELS["encoders"][encoder_name]["gains"][1]
+    decoder = fill(ModelBuilder.build_decoder(decoder_name, fc_dim=pair["fc_dim"]), gain).eval()
+    assert decoder.align_corners
+    for (dtype, _), maps in zip(DTYPES, features_of(encoder_name)[2], strict=True):
+        for aligned in (True, False):
+            decoder.align_corners = aligned
+            with torch.no_grad():
+                softmax = decoder.to(dtype)(maps, segSize=(72, 104))
+                log_softmax = decoder.log_probs(maps, (72, 104))[0]
+            for tensor, kind, tolerance in ((softmax, "softmax", 2e-5), (log_softmax, "log_softmax", 1e-4)):
+                gold = pair["soft"][f"{kind}_ac_{str(aligned).lower()}"]
+                atol = 1e-8 * gold["absmax"] if dtype == torch.float64 else tolerance
+                np.testing.assert_allclose(sample(tensor, 64), gold["values"], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50"])
+def test_old_names_are_told_by_their_weights(name, tmp_path):
+    path = tmp_path / "encoder.pth"
+    old = encoder_of(name)
+    torch.save(old.state_dict(), path)
+    loaded = ModelBuilder.build_encoder(name, weights=str(path))
+    assert all(torch.equal(value, old.state_dict()[key]) for key, value in loaded.state_dict().items())
+    torch.save(ModelBuilder.build_encoder(name, pretrained=False).state_dict(), path)
+    assert ModelBuilder.build_encoder(name, weights=str(path)).conv3.out_channels == 128
