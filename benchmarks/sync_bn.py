@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="per process")
-    parser.add_argument("--size", type=int, default=320, help="side of the pictures of the training step")
+    parser.add_argument("--size", type=int, default=224, help="side of the pictures of the training step")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--json", help="file for the results")

@@ -22,7 +22,7 @@ def build(encoder, decoder, num_class=NUM_CLASS, output_stride=None):
 
 # Networks of version 1.0: the same as another one but for a stride or the stem, or very large. Some decoders will do.
 FEW = {name: ("psp_bilinear", "upernet_lite") for name in ENCODERS if "_v1" in name or "_dilated" in name}
-FEW["vgg16_dilated8"] = ("c1_bilinear", "c1_deepsup", "psp_bilinear", "upernet_lite")
+FEW |= {"vgg16_dilated8": ("c1_deepsup", "upernet_lite"), "vgg19_dilated8": ("c1_bilinear",)}
 PAIRS = [(encoder, decoder) for encoder in ENCODERS for decoder in FEW.get(encoder, DECODERS)]
 
 

@@ -2,9 +2,11 @@
 
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -61,8 +63,24 @@ def share_out(
     return _Workers(work, devices, count, arguments).results(on_message)
 
 
-def _worker(connection: Connection, work: Work, device: str, number: int, parts: int, arguments: Sequence) -> None:
+@contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Processes started in here ignore Ctrl-C from their first moment on: it is for the parent, which ends them."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _worker(
+    connection: Connection, start_method: str, work: Work, device: str, number: int, parts: int, arguments: Sequence
+) -> None:
     """Main function of a worker process."""
+    set_start_method(start_method, force=True)  # its loader processes start as those of a process on its own do
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its loader processes, too
     try:
         setup_logger(distributed_rank=number, filename=None)
@@ -88,17 +106,18 @@ class _Workers:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_worker,
-                args=(sender, work, str(device), number, len(devices), arguments),
+                args=(sender, get_start_method(), work, str(device), number, len(devices), arguments),
                 name=f"worker {number}",
             )
+            self.unfinished[receiver] = number
             try:
-                process.start()
-            except OSError:
+                with _without_interrupt():
+                    process.start()
+                self.processes.append(process)
+            except BaseException:
                 self._stop()
                 raise
             sender.close()  # so that the worker holds the only end: it closes when the worker dies
-            self.unfinished[receiver] = number
-            self.processes.append(process)
 
     def results(self, on_message: Callable[[Any], None]) -> list:
         """Pass messages on until all results are there."""
