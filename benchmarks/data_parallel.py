@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from common import interleaved, write
 
-from mit_semseg.engine import MaskedNLLLoss, Processes, build_optimizer, train_step
+from mit_semseg.engine import MaskedNLLLoss, Processes, Settings, build_optimizer, train_step
 from mit_semseg.engine.distributed import Place, parallel
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d
 from mit_semseg.models import ModelBuilder, SegmentationModule
@@ -41,7 +41,8 @@ def step_on(devices: int, processes: Processes, size: int, group: dist.ProcessGr
         "seg_label": torch.randint(0, 150, (count, size // 8, size // 8)),
     }
     chunks = [[batch] * devices]
-    return lambda: train_step(runner, chunks, optimizer, scaler, devices=[CPU] * devices, processes=processes)
+    where = {"devices": [CPU] * devices, "processes": processes, "settings": Settings()}
+    return lambda: train_step(runner, chunks, optimizer, scaler, **where)
 
 
 def with_threads(count: int, call: Callable[[], object]) -> Callable[[], object]:

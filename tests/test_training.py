@@ -125,7 +125,8 @@ def test_accumulated_batches_equal_one_large_batch(root):
         optimizer = build_optimizer(module.encoder, module.decoder)
         scaler, alone = torch.amp.GradScaler("cpu", enabled=False), Processes()
         runner = parallel(module, [CPU], alone)
-        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, devices=[CPU], processes=alone)
+        where = {"devices": [CPU], "processes": alone}
+        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, **where, settings=Settings())
         results.append((torch.tensor(figures), *module.state_dict().values()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

@@ -6,6 +6,7 @@ from itertools import islice
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from ..dataset import TrainDataset, ValDataset
 from ..dataset.loading import explained, items, make_loader
@@ -53,29 +54,13 @@ def fit(
         LoaderError, ProcessStopped: a loader process or another process of the job ended or hangs.
     """
     processes = processes or Processes(timeout=settings.timeout)
-    slots, first = len(devices) * processes.size, len(devices) * processes.rank
+    batches = len(devices) * processes.size * settings.accumulate
     run = Run(
-        module,
-        optimizer,
-        devices[0],
-        scale_loss=settings.amp == "fp16",
-        batches=slots * settings.accumulate,
-        job=processes.place.job,
+        module, optimizer, devices[0], scale_loss=settings.amp == "fp16", batches=batches, job=processes.place.job
     )
-    keeper = Keeper(run, files, settings, processes, val_dataset, recorder)
+    keeper, clock = Keeper(run, files, settings, processes, val_dataset, recorder), Clock(settings.disp_iter)
     keeper.start(resume)
-    rounds = range(run.step * settings.accumulate, settings.total * settings.accumulate)
-    loader = make_loader(
-        dataset,
-        workers=settings.workers,
-        timeout=settings.timeout,
-        processes=processes.place.local_size,
-        batch_size=None,
-        sampler=BatchNumbers(rounds.start, rounds.stop, first, len(devices), slots),
-        pin_memory=devices[0].type == "cuda",
-    )
-    logger.info("%d loader processes", loader.num_workers)
-    batches, clock = items(loader), Clock(settings.disp_iter)
+    batches = items(_loader(dataset, run.step, settings, devices, processes))
     with explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
         module.train()
@@ -84,21 +69,12 @@ def fit(
         while run.step < settings.total:
             watchdog.progress(f"step {run.step + 1}")
             set_learning_rates(optimizer, schedule(run.step, settings.total, settings.lr_pow, settings.warmup_iters))
-            seed_step(settings.seed, run.step, devices, first)
+            seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
             chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
             clock.data_arrived()
             try:
-                loss, accuracy = train_step(
-                    runner,
-                    chunks,
-                    optimizer,
-                    run.scaler,
-                    devices=devices,
-                    processes=processes,
-                    amp=settings.amp,
-                    channels_last=settings.channels_last,
-                    clip_grad=settings.clip_grad,
-                )
+                where = {"devices": devices, "processes": processes}
+                loss, accuracy = train_step(runner, chunks, optimizer, run.scaler, **where, settings=settings)
             except NonFiniteLoss as error:
                 raise TrainingStopped(_diverged(error, run, settings, files)) from None
             run.step += 1
@@ -109,6 +85,25 @@ def fit(
             clock.resume()
         processes.collect(None, "waiting for the last files")
     return run
+
+
+def _loader(
+    dataset: TrainDataset, step: int, settings: Settings, devices: Sequence[torch.device], processes: Processes
+) -> DataLoader:
+    """Batches of this process's devices from a step on, read ahead."""
+    rounds = range(step * settings.accumulate, settings.total * settings.accumulate)
+    first, total = len(devices) * processes.rank, len(devices) * processes.size
+    loader = make_loader(
+        dataset,
+        workers=settings.workers,
+        timeout=settings.timeout,
+        processes=processes.place.local_size,
+        batch_size=None,
+        sampler=BatchNumbers(rounds.start, rounds.stop, first, len(devices), total),
+        pin_memory=devices[0].type == "cuda",
+    )
+    logger.info("%d loader processes", loader.num_workers)
+    return loader
 
 
 def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFiles) -> str:

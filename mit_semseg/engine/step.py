@@ -9,6 +9,7 @@ from ..lib.nn import UserScatteredDataParallel
 from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import UserError
 from .distributed import Processes, gradient_exchange
+from .run import Settings
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,9 +29,7 @@ def train_step(
     *,
     devices: Sequence[torch.device],
     processes: Processes,
-    amp: str = "off",
-    channels_last: bool = False,
-    clip_grad: float = 0.0,
+    settings: Settings,
 ) -> tuple[float, float]:
     """One update from several batches, in which every labelled pixel of all devices and processes counts the same.
 
@@ -38,9 +37,7 @@ def train_step(
         runner: see `distributed.parallel`; returns losses averaged over labelled pixels, and accuracies.
         chunks: batches worked on one after the other, gradients added up; each holds one batch per device.
         devices: of this process.
-        amp: 'off', 'bf16' or 'fp16'.
-        channels_last: memory order of the pictures.
-        clip_grad: largest norm of the gradient, 0 for any.
+        settings: of the run; its amp, channels_last and clip_grad are used.
 
     Returns:
         Loss and pixel accuracy over all labelled pixels.
@@ -55,9 +52,9 @@ def train_step(
     shares, losses_seen = [], []
     for number, (chunk, labelled) in enumerate(zip(chunks, counts, strict=True)):
         weights = torch.tensor(labelled, device=devices[0]) / max(total, 1.0)
-        feeds = [_feed(batch, device, channels_last) for batch, device in zip(chunk, devices, strict=False)]
+        feeds = [_feed(batch, device, settings.channels_last) for batch, device in zip(chunk, devices, strict=False)]
         with processes.waiting("forward and backward pass"), gradient_exchange(runner, number == len(chunks) - 1):
-            with torch.autocast(devices[0].type, dtype=AMP_TYPES.get(amp), enabled=amp != "off"):
+            with torch.autocast(devices[0].type, dtype=AMP_TYPES.get(settings.amp), enabled=settings.amp != "off"):
                 losses, accuracies = (values.reshape(-1) for values in runner(feeds))
             share = (losses.float() * weights).sum()
             # Gradients are averaged over the processes, while the shares are to be added up.
@@ -68,9 +65,9 @@ def train_step(
     loss, accuracy = processes.sum(torch.stack(shares).sum(0).tolist(), "adding up losses")
     if not math.isfinite(loss):
         raise _non_finite(torch.cat(losses_seen).tolist(), [batch for chunk in chunks for batch in chunk], processes)
-    if clip_grad:
+    if settings.clip_grad:
         scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), clip_grad)
+        torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), settings.clip_grad)
     scaler.step(optimizer)
     scaler.update()
     return loss, accuracy
