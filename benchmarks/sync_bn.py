@@ -4,7 +4,8 @@
 
 Two processes (gloo on the CPU, NCCL on GPUs; one GPU is used by one process) each work on their half, forward and
 backward: one layer at several map sizes, and a whole ResNet-50 training step. Plain batch norm in the same processes
-keeps its statistics to itself. The ratio is synchronized over plain.
+keeps its statistics to itself. The ratio is synchronized over plain. Then the same step on two replicas of one process
+(on the CPU, or on two GPUs).
 """
 
 import argparse
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mit_semseg.engine import MaskedNLLLoss
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d, convert_sync_batchnorm, to_batchnorm
+from mit_semseg.lib.nn import SynchronizedBatchNorm2d, UserScatteredDataParallel, convert_sync_batchnorm, to_batchnorm
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
 SHAPES = [(2, 64, 120, 160), (2, 256, 57, 75), (2, 512, 30, 40), (2, 2048, 15, 20), (2, 512, 6, 6), (2, 512, 1, 1)]
@@ -31,20 +32,23 @@ def _layer(kind: type[nn.Module], shape: tuple[int, ...], device: torch.device):
     return lambda: torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), gradient)
 
 
-def _network(synchronized: bool, size: tuple[int, int], device: torch.device):
+def _network(synchronized: bool, size: int, devices: list[torch.device]):
+    """A training step: of this process among others on one device, or of one process on several."""
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
     decoder = ModelBuilder.build_decoder("c1", num_class=150, in_channels=encoder.out_channels)
-    module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).to(device)
+    module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).to(devices[0])
     module = convert_sync_batchnorm(to_batchnorm(module)) if synchronized else to_batchnorm(module)
-    runner = DistributedDataParallel(module)
+    runner = UserScatteredDataParallel(DistributedDataParallel(module) if len(devices) == 1 else module, devices)
     optimizer = torch.optim.SGD(runner.parameters(), lr=0.001)
-    label = torch.randint(0, 150, (2, size[0] // 8, size[1] // 8), device=device)
-    feed = {"img_data": torch.randn(2, 3, *size, device=device), "seg_label": label}
+    feeds = [
+        {"img_data": torch.randn(2, 3, size, size), "seg_label": torch.randint(0, 150, (2, size // 8, size // 8))}
+        for _ in devices
+    ]
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        runner(feed)[0].backward()
+        runner(feeds)[0].mean().backward()
         optimizer.step()
 
     return step
@@ -65,18 +69,29 @@ def work(rank: int, count: int, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     ways.append(
         (f"ResNet-50 step, 2x3x{args.size}x{args.size}", {
-            "plain": _network(False, (args.size, args.size), device),
-            "synchronized": _network(True, (args.size, args.size), device),
+            "plain": _network(False, args.size, [device]),
+            "synchronized": _network(True, args.size, [device]),
         })
     )  # fmt: skip
-    rows = []
-    for name, pair in ways:
-        ms = interleaved(pair, device, args.repeats)
-        ratio = ms["synchronized"] / ms["plain"]
-        rows.append({"what": name, "plain ms": ms["plain"], "synchronized ms": ms["synchronized"], "ratio": ratio})
+    rows = [_row(name, pair, device, args.repeats) for name, pair in ways]
     if rank == 0:
         write(args.json, f"sync_bn, {count} processes", device, rows)
     dist.destroy_process_group()
+
+
+def _row(name: str, pair: dict, device: torch.device, repeats: int) -> dict:
+    ms = interleaved(pair, device, repeats)
+    ratio = ms["synchronized"] / ms["plain"]
+    return {"what": name, "plain ms": ms["plain"], "synchronized ms": ms["synchronized"], "ratio": ratio}
+
+
+def replicas(args: argparse.Namespace) -> None:
+    """The training step on two replicas of this process."""
+    torch.set_num_threads(args.threads)
+    devices = [torch.device("cuda", i) if args.device == "cuda" else torch.device("cpu") for i in range(2)]
+    pair = {"plain": _network(False, args.size, devices), "synchronized": _network(True, args.size, devices)}
+    row = _row(f"ResNet-50 step, 2 x 2x3x{args.size}x{args.size}", pair, devices[0], args.repeats)
+    write(args.json and f"{args.json}.replicas", "sync_bn, 2 replicas of one process", devices[0], [row])
 
 
 def main() -> None:
@@ -88,8 +103,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--port", type=int, default=29511)
     parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--only", choices=("processes", "replicas"), help="one of the two parts")
     args = parser.parse_args()
-    mp.spawn(work, (args.processes, args), nprocs=args.processes)
+    if args.only != "replicas":
+        mp.spawn(work, (args.processes, args), nprocs=args.processes)
+    if args.only != "processes" and (args.device == "cpu" or torch.cuda.device_count() > 1):
+        replicas(args)
 
 
 if __name__ == "__main__":
