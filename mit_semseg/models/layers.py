@@ -26,6 +26,14 @@ def conv_bn_relu(
     )
 
 
+def pooling_branches(channels: int, width: int, norm_layer: NormLayer = DEFAULT_NORM) -> nn.ModuleList:
+    """The branches of pyramid pooling: averages over 1, 4, 9 and 36 regions, each through a 1x1 convolution."""
+    return nn.ModuleList(
+        nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv_bn_relu(channels, width, 1, norm_layer=norm_layer))
+        for bins in POOL_SCALES
+    )
+
+
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Bilinear resize of (N, C, H, W) to (N, C, *size).
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights
+from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -92,10 +92,7 @@ class PSPBilinear(_Bilinear):
     ):
         super().__init__(in_channels, num_class, use_softmax)
         channels = in_channels[-1]
-        self.psp = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv_bn_relu(channels, WIDTH, 1, norm_layer=norm_layer))
-            for bins in POOL_SCALES
-        )
+        self.psp = pooling_branches(channels, WIDTH, norm_layer)
         self.conv_last = nn.Sequential(
             *conv_bn_relu(channels + len(POOL_SCALES) * WIDTH, WIDTH, norm_layer=norm_layer),
             nn.Dropout2d(0.1),

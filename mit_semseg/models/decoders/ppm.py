@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, resize
+from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches, resize
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -33,10 +33,7 @@ class PPM(Decoder):
     ):
         super().__init__(in_channels, num_class, use_softmax)
         channels = in_channels[-1]
-        self.ppm = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv_bn_relu(channels, WIDTH, 1, norm_layer=norm_layer))
-            for bins in POOL_SCALES
-        )
+        self.ppm = pooling_branches(channels, WIDTH, norm_layer)
         if deepsup:
             self.make_deepsup(channels // 4, norm_layer, dropout=0.1)
         self.conv_last = nn.Sequential(
