@@ -4,8 +4,10 @@
 
 Two processes (gloo on the CPU, NCCL on GPUs; one GPU is used by one process) each work on their half, forward and
 backward: one layer at several map sizes, and a whole ResNet-50 training step. Plain batch norm in the same processes
-keeps its statistics to itself. The ratio is synchronized over plain. Then the same step on two replicas of one process
-(on the CPU, or on two GPUs).
+keeps its statistics to itself. The ratio is synchronized over plain. For the step there is a third way: plain norms
+beside which the processes meet as often as the synchronized one lets them, with messages of the same size and nothing
+done with them. What that costs is the machine's. Then the same step on two replicas of one process (on the CPU, or on
+two GPUs).
 """
 
 import argparse
@@ -32,13 +34,34 @@ def _layer(kind: type[nn.Module], shape: tuple[int, ...], device: torch.device):
     return lambda: torch.autograd.grad(norm(x), (x, norm.weight, norm.bias), gradient)
 
 
-def _network(synchronized: bool, size: int, devices: list[torch.device]):
+class _Meet(torch.autograd.Function):
+    """Exchanges a message forward and one backward; the values pass unchanged."""
+
+    @staticmethod
+    def forward(ctx, x, count):
+        ctx.count = count
+        dist.all_reduce(x.new_zeros(count))
+        ctx.mark_dirty(x)  # no copy is made for it
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        dist.all_reduce(gradient.new_zeros(ctx.count))
+        return gradient, None
+
+
+def _network(kind: str, size: int, devices: list[torch.device]):
     """A training step: of this process among others on one device, or of one process on several."""
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
     decoder = ModelBuilder.build_decoder("c1", num_class=150, in_channels=encoder.out_channels)
     module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).to(devices[0])
-    module = convert_sync_batchnorm(to_batchnorm(module)) if synchronized else to_batchnorm(module)
+    module = to_batchnorm(module)
+    if kind == "synchronized":
+        module = convert_sync_batchnorm(module)
+    elif kind == "meeting only":
+        for norm in (part for part in module.modules() if isinstance(part, nn.BatchNorm2d)):
+            norm.register_forward_hook(lambda norm, _, output: _Meet.apply(output, 2 * norm.num_features + 1))
     runner = UserScatteredDataParallel(DistributedDataParallel(module) if len(devices) == 1 else module, devices)
     optimizer = torch.optim.SGD(runner.parameters(), lr=0.001)
     feeds = [
@@ -69,8 +92,7 @@ def work(rank: int, count: int, args: argparse.Namespace) -> None:
     ]  # fmt: skip
     ways.append(
         (f"ResNet-50 step, 2x3x{args.size}x{args.size}", {
-            "plain": _network(False, args.size, [device]),
-            "synchronized": _network(True, args.size, [device]),
+            kind: _network(kind, args.size, [device]) for kind in ("plain", "meeting only", "synchronized")
         })
     )  # fmt: skip
     rows = [_row(name, pair, device, args.repeats) for name, pair in ways]
@@ -82,14 +104,20 @@ def work(rank: int, count: int, args: argparse.Namespace) -> None:
 def _row(name: str, pair: dict, device: torch.device, repeats: int) -> dict:
     ms = interleaved(pair, device, repeats)
     ratio = ms["synchronized"] / ms["plain"]
-    return {"what": name, "plain ms": ms["plain"], "synchronized ms": ms["synchronized"], "ratio": ratio}
+    return {
+        "what": name,
+        "plain ms": ms["plain"],
+        "synchronized ms": ms["synchronized"],
+        "ratio": ratio,
+        "meeting only": ms["meeting only"] / ms["plain"] if "meeting only" in ms else "",
+    }
 
 
 def replicas(args: argparse.Namespace) -> None:
     """The training step on two replicas of this process."""
     torch.set_num_threads(args.threads)
     devices = [torch.device("cuda", i) if args.device == "cuda" else torch.device("cpu") for i in range(2)]
-    pair = {"plain": _network(False, args.size, devices), "synchronized": _network(True, args.size, devices)}
+    pair = {kind: _network(kind, args.size, devices) for kind in ("plain", "synchronized")}
     row = _row(f"ResNet-50 step, 2 x 2x3x{args.size}x{args.size}", pair, devices[0], args.repeats)
     write(args.json and f"{args.json}.replicas", "sync_bn, 2 replicas of one process", devices[0], [row])
 
