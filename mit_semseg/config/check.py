@@ -116,8 +116,9 @@ def _check_range(key: str, option: Option, value: object) -> None:
     if isinstance(value, tuple) and not value and option.default:
         raise ValueError(f"{key}: the list is empty; give at least one number")
     for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int if isinstance(value, tuple) else (int, float)):
-            raise ValueError(f"{key}: {number!r} in {value!r} is no whole number")
+        whole = isinstance(value, tuple) and not option.fractions
+        if isinstance(number, bool) or not isinstance(number, int if whole else (int, float)):
+            raise ValueError(f"{key}: {number!r} in {value!r} is no {'whole ' if whole else ''}number")
         if not option.low <= number <= option.high:
             bounds = f"at least {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
             raise ValueError(f"{key}: {number!r} is out of range; allowed: {bounds}")
@@ -131,6 +132,13 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
     """
     v, problems = values, []
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
+    crop, scale = v["DATASET.crop_size"], v["DATASET.random_scale"]
+    if isinstance(crop, tuple) and (len(crop) != 2 or not all(crop)):
+        problems.append(f"DATASET.crop_size {crop}: give one side, or height and width")
+    if scale and (len(scale) != 2 or scale[0] > scale[1]):
+        problems.append(f"DATASET.random_scale {scale}: give the smallest and the largest factor, e.g. (0.5, 2.0)")
+    if v["DATASET.cat_max_ratio"] < 1 and not crop:
+        problems.append("DATASET.cat_max_ratio is about crops: set DATASET.crop_size, or leave it out")
     if pad % rate:
         problems.append(
             f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}: set "

@@ -12,6 +12,7 @@ class Option:
         default: the value without a YAML file; its type is the option's type.
         help: meaning, in a line.
         low, high: bounds of a number (inclusive), also of the numbers in a list.
+        fractions: the numbers in a list need not be whole.
         choices: allowed values.
         kinds: types allowed, where the default's type is not the only one.
     """
@@ -22,6 +23,7 @@ class Option:
     high: float = inf
     choices: tuple = ()
     kinds: tuple[type, ...] = ()
+    fractions: bool = False
 
     @property
     def types(self) -> tuple[type, ...]:
@@ -68,14 +70,16 @@ OPTIONS: dict[str, Option] = {
     "DATASET.root_dataset": Option("./data/", "folder that the paths in the lists are relative to"),
     "DATASET.list_train": Option(
         "./data/training.odgt",
-        "training list: an .odgt file, or a folder with images/ and annotations/ (or one whose path has a part images)",
+        "training list: an .odgt file, a folder with images/ and annotations/ (or one whose path has a part images), a "
+        "folder of Cityscapes such as leftImg8bit/train, or a list of PASCAL VOC such as "
+        "ImageSets/Segmentation/train.txt",
     ),
     "DATASET.list_val": Option("./data/validation.odgt", "validation list, as list_train"),
     "DATASET.num_class": Option(150, "number of classes", low=1, high=32767),
     "DATASET.classes": Option(
         "",
-        "class table: 'ade20k', a CSV file (raw, name, color), or a list of names; '' is ADE20K for 150 classes and "
-        "numbered classes otherwise, raw value 0 unlabelled",
+        "class table: 'ade20k', 'cityscapes', 'pascal_voc', a CSV file (raw, name, color), or a list of names; '' is "
+        "ADE20K for 150 classes and numbered classes otherwise, raw value 0 unlabelled",
         kinds=(str, tuple),
     ),
     "DATASET.ignore_values": Option(
@@ -96,6 +100,42 @@ OPTIONS: dict[str, Option] = {
     "DATASET.padding_constant": Option(8, "sides of a batch are rounded up to a multiple of this", low=1, high=4096),
     "DATASET.segm_downsampling_rate": Option(8, "training labels are sampled down by this", low=1, high=4096),
     "DATASET.random_flip": Option(True, "mirror training images left to right, half of the time"),
+    "DATASET.random_scale": Option(
+        (),
+        "smallest and largest factor of a training image's own size, e.g. (0.5, 2.0); () scales to imgSizes instead",
+        low=0.01,
+        high=100,
+        fractions=True,
+    ),
+    "DATASET.crop_size": Option(
+        0,
+        "side (or height and width) of the region that is cut out of a training image, padded where the image is "
+        "smaller; 0 does not cut",
+        low=0,
+        high=100000,
+        kinds=(int, tuple),
+    ),
+    "DATASET.cat_max_ratio": Option(
+        1.0,
+        "largest share of a crop that one class may have before another place is tried; 1 takes any",
+        low=0.01,
+        high=1,
+    ),
+    "DATASET.color_jitter": Option(
+        0.0,
+        "largest relative change of brightness, contrast and saturation in training (and of hue, a fifth of it)",
+        low=0,
+        high=1,
+    ),
+    "DATASET.blur": Option(
+        0.0, "largest standard deviation (pixels) of the blur that half of the training images get", low=0, high=100
+    ),
+    "DATASET.normalization": Option(
+        "imagenet",
+        "of pictures: imagenet (RGB in 0..1, mean and standard deviation), or caffe (BGR minus the mean, as the "
+        "Cityscapes toolbox has it)",
+        choices=("imagenet", "caffe"),
+    ),
     # Model
     "MODEL.arch_encoder": Option("resnet50dilated", "encoder", choices=ENCODER_NAMES),
     "MODEL.arch_decoder": Option("ppm_deepsup", "decoder", choices=DECODER_NAMES),

@@ -2,8 +2,9 @@
 
 import colorsys
 import csv
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from ..lib.utils import UserError
 
 TABLES = Path(__file__).parent / "tables"
+NAMED = ("ade20k", "cityscapes", "pascal_voc")  # tables that come with the package
 IGNORE = -1  # label of a pixel that takes no part in losses and metrics
 UNKNOWN = -2  # marks raw values that a table does not have
 RAW_VALUES = 65536
@@ -28,11 +30,15 @@ class ClassTable:
         names: one per class; index in this tuple = class index.
         colors: (num_class, 3) uint8, RGB.
         index: (65536,) int32, class index of every raw label value; -1 ignored, -2 not in the table.
+        raw: (num_class,) int32, a raw label value of every class: the first that stands in the table.
+        variants: endings of label files whose raw values are others, each with its table of the same classes.
     """
 
     names: tuple[str, ...]
     colors: np.ndarray
     index: np.ndarray
+    raw: np.ndarray
+    variants: Mapping[str, "ClassTable"] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -42,6 +48,15 @@ class ClassTable:
         """Names short enough to show, without the synonyms ADE20K lists after a semicolon, but never two alike."""
         short = [name.split(";")[0] for name in self.names]
         return tuple(name if short.count(s) > 1 else s for name, s in zip(self.names, short, strict=True))
+
+    def of_file(self, path: str | os.PathLike) -> "ClassTable":
+        """The table for a label file: this one, or the variant that goes by the file's ending."""
+        name = Path(path).name
+        return next((table for ending, table in self.variants.items() if name.endswith(ending)), self)
+
+    def decode(self, indices: np.ndarray) -> np.ndarray:
+        """Raw label values of class indices (H, W) >= 0, uint8 where they fit, else uint16."""
+        return self.raw.astype(np.uint8 if self.raw.max() < 256 else np.uint16)[indices]
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Class indices (H, W) int64 of raw label values, -1 where ignored, -2 where the table has no such value."""
@@ -65,8 +80,9 @@ def class_table(
     """The class table that the options name.
 
     Args:
-        classes: 'ade20k'; a CSV file; a list of names; or '' for ADE20K if `num_class` is 150, else numbered classes
-            with raw value 0 unlabelled and raw value v class v - 1.
+        classes: one of `NAMED`; a CSV file; a list of names; or '' for ADE20K if `num_class` is 150, else numbered
+            classes with raw value 0 unlabelled and raw value v class v - 1. 'cityscapes' understands labelIds, and
+            train ids in files *labelTrainIds.png.
         num_class: number of classes expected.
         ignore_values: with a list of names, raw values to ignore; the names go to the other values from 0 upwards.
 
@@ -75,8 +91,10 @@ def class_table(
     """
     if not isinstance(classes, str):
         table = _from_names([str(name) for name in classes], ignore_values)
-    elif classes == "ade20k" or (classes == "" and num_class == 150):
-        table = read_csv(TABLES / "ade20k.csv")
+    elif classes in NAMED or (classes == "" and num_class == 150):
+        table = read_csv(TABLES / f"{classes or 'ade20k'}.csv")
+        if classes == "cityscapes":
+            table = replace(table, variants={"labelTrainIds.png": read_csv(TABLES / "cityscapes_train_ids.csv")})
     elif classes == "":
         table = _from_names([f"class {i + 1}" for i in range(num_class)], (0,))
     else:
@@ -149,13 +167,15 @@ def _from_names(names: Sequence[str], ignore_values: Sequence[int]) -> ClassTabl
     return _make(names, raw_of, [None] * len(names))
 
 
-def _make(names: Sequence[str], raw_of: Mapping[int, str], colors: Sequence[tuple | None]) -> ClassTable:
-    index = np.full(RAW_VALUES, UNKNOWN, np.int32)
+def _make(names: Sequence[str], raw_of: dict[int, str], colors: Sequence[tuple | None]) -> ClassTable:
+    index, first = np.full(RAW_VALUES, UNKNOWN, np.int32), np.zeros(len(names), np.int32)
     position = {name: i for i, name in enumerate(names)} | {"": IGNORE}
-    for raw, name in raw_of.items():
+    for raw, name in reversed(raw_of.items()):
         index[raw] = position[name]
+        if name:
+            first[position[name]] = raw
     filled = [color or distinct_color(i) for i, color in enumerate(colors)]
-    return ClassTable(tuple(names), np.array(filled, np.uint8), index)
+    return ClassTable(tuple(names), np.array(filled, np.uint8), index, first)
 
 
 def distinct_color(i: int) -> tuple[int, int, int]:

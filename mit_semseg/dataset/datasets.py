@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from .augment import Augmentation
 from .classes import UNKNOWN, ClassTable, class_table
 from .files import ImageFileError, image_size, read_image, read_label
 from .records import ListError, load_records
 from .samplers import OrientationBatches, shards
-from .transforms import normalize, pad_batch, scale_pyramid, train_pair
+from .transforms import normalize, pad_batch, scale_for, scale_pyramid, train_pair
 
 ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
 
@@ -22,6 +23,19 @@ ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it ne
 def table_of(opt) -> ClassTable:
     """Class table that the options name; objects without `num_class` mean ADE20K."""
     return class_table(getattr(opt, "classes", ""), getattr(opt, "num_class", 150), getattr(opt, "ignore_values", ()))
+
+
+def augmentation_of(opt) -> Augmentation:
+    """What the options vary; objects without them vary nothing."""
+    crop, scale = getattr(opt, "crop_size", 0), getattr(opt, "random_scale", ())
+    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+    return Augmentation(
+        scale=tuple(scale) or None,
+        crop=crop if all(crop) else None,
+        max_ratio=getattr(opt, "cat_max_ratio", 1.0),
+        jitter=getattr(opt, "color_jitter", 0.0),
+        blur=getattr(opt, "blur", 0.0),
+    )
 
 
 class _Records(Dataset):
@@ -34,6 +48,7 @@ class _Records(Dataset):
         self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
         self.img_max_size = opt.imgMaxSize
         self.padding_constant = opt.padding_constant
+        self.normalization = getattr(opt, "normalization", "imagenet")
 
     @property
     def num_sample(self) -> int:
@@ -48,6 +63,11 @@ class _Records(Dataset):
         if key not in record:
             raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
         return Path(self.root_dataset, record[key])
+
+    def pyramid(self, image: Image.Image) -> list[torch.Tensor]:
+        """The picture at every size of evaluation, normalized (1, 3, h, w)."""
+        sizes = self.img_sizes, self.img_max_size, self.padding_constant
+        return scale_pyramid(image, *sizes, self.normalization)
 
 
 class _LabelledRecords(_Records):
@@ -64,8 +84,12 @@ class _LabelledRecords(_Records):
         """
         path = self.path(record, "fpath_segm")
         image, label = read_image(self.path(record, "fpath_img")), read_label(path, palette=self.palette)
-        check_label(image.size, label, path, self.table)
+        check_label(image.size, label, path, self.table.of_file(path))
         return image, label
+
+    def encode(self, label: Image.Image, record: dict) -> np.ndarray:
+        """Class indices (H, W) int64 of a record's raw label, -1 where ignored."""
+        return self.table.of_file(record["fpath_segm"]).encode(np.asarray(label))
 
 
 def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
@@ -96,7 +120,8 @@ class TrainDataset(_LabelledRecords):
         root_dataset: folder that the paths in the list are relative to.
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize, padding_constant, segm_downsampling_rate, and optionally random_flip,
-            classes, num_class, ignore_values, palette_labels (as the options of the same name).
+            random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, classes, num_class,
+            ignore_values, palette_labels (as the options of the same name).
         batch_per_gpu: images per batch.
         seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
 
@@ -114,8 +139,11 @@ class TrainDataset(_LabelledRecords):
                 f"{self.segm_downsampling_rate}"
             )
         self.random_flip = getattr(opt, "random_flip", True)
+        self.augmentation = augmentation_of(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
-        self.order = OrientationBatches([self._is_upright(r) for r in self.records], batch_per_gpu, seed)
+        # Crops are of one size, so any picture goes with any other.
+        upright = [not self.augmentation.crop and self._is_upright(record) for record in self.records]
+        self.order = OrientationBatches(upright, batch_per_gpu, seed)
 
     def _is_upright(self, record: dict) -> bool:
         if record.get("width") and record.get("height"):
@@ -131,22 +159,34 @@ class TrainDataset(_LabelledRecords):
         rng = np.random.default_rng((self.seed, 1, index))
         short_side = int(rng.choice(self.img_sizes))
         flips = rng.random(self.batch_per_gpu) < 0.5 if self.random_flip else [False] * self.batch_per_gpu
-        return self.load_batch([self.records[i] for i in self.order[index]], short_side, flips)
+        return self.load_batch([self.records[i] for i in self.order[index]], short_side, flips, rng)
 
-    def load_batch(self, records: Sequence[dict], short_side: int, flips: Sequence[bool]) -> dict:
+    def load_batch(
+        self,
+        records: Sequence[dict],
+        short_side: int,
+        flips: Sequence[bool],
+        rng: np.random.Generator | None = None,
+    ) -> dict:
         """A batch of given records, scale and flips.
+
+        Args:
+            short_side: of the pictures, unless their scale is drawn.
+            rng: of all other draws; seeded with the data set's seed by default.
 
         Returns:
             `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths.
         """
-        images, labels = [], []
+        rng, images, labels = rng or np.random.default_rng(self.seed), [], []
+        vary = self.augmentation
         for record, flip in zip(records, flips, strict=True):
-            image, label = train_pair(
-                *self.pair(record), short_side=short_side, max_size=self.img_max_size, flip=bool(flip)
-            )
-            images.append(normalize(image))
-            labels.append(self.table.encode(np.asarray(label)))
-        batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate)
+            image, label = self.pair(record)
+            scale = rng.uniform(*vary.scale) if vary.scale else scale_for(*image.size, short_side, self.img_max_size)
+            image, label = train_pair(image, label, scale=scale, flip=bool(flip))
+            image, indices = vary(image, self.encode(label, record), rng)
+            images.append(normalize(image, self.normalization))
+            labels.append(indices)
+        batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate, vary.crop)
         return {**batch, "info": [record["fpath_img"] for record in records]}
 
 
@@ -183,8 +223,8 @@ class ValDataset(_Divisible, _LabelledRecords):
         image, label = self.pair(record)
         return {
             "img_ori": np.array(image),
-            "img_data": scale_pyramid(image, self.img_sizes, self.img_max_size, self.padding_constant),
-            "seg_label": torch.from_numpy(self.table.encode(np.asarray(label))).unsqueeze(0),
+            "img_data": self.pyramid(image),
+            "seg_label": torch.from_numpy(self.encode(label, record)).unsqueeze(0),
             "info": record["fpath_img"],
         }
 
@@ -211,6 +251,6 @@ class TestDataset(_Divisible):
         image = read_image(record["fpath_img"])
         return {
             "img_ori": np.array(image),
-            "img_data": scale_pyramid(image, self.img_sizes, self.img_max_size, self.padding_constant),
+            "img_data": self.pyramid(image),
             "info": record["fpath_img"],
         }

@@ -85,7 +85,7 @@ def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.nda
         return (
             f"{record['fpath_img']}: the list says {listed[0]}x{listed[1]}, the image is {image.width}x{image.height}"
         )
-    classes = dataset.table.encode(np.asarray(label))
+    classes = dataset.encode(label, record)
     counts = np.bincount(
         np.where(classes == IGNORE, len(dataset.table), classes).ravel(), minlength=len(dataset.table) + 1
     )

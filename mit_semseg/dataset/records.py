@@ -1,9 +1,10 @@
-"""Lists of images: odgt files and folder pairs become records {fpath_img, fpath_segm, width, height}."""
+"""Lists of images: odgt files, split lists and folder pairs become records {fpath_img, fpath_segm, width, height}."""
 
 import fnmatch
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,29 @@ from ..lib.utils import UserError, some, whole_file
 from .files import ImageFileError, image_size
 
 Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the files of a data set lie: twin folders, and what the stems of a pair end with.
+
+    Attributes:
+        images, annotations: names of the twin folders.
+        image_ending: of an image's stem.
+        label_endings: of a label's stem, preferred first; labels that end with none of them belong to something else.
+    """
+
+    images: str
+    annotations: str
+    image_ending: str = ""
+    label_endings: tuple[str, ...] = ("",)
+
+
+LAYOUTS = (
+    Layout("images", "annotations"),
+    Layout("leftImg8bit", "gtFine", "_leftImg8bit", ("_gtFine_labelIds", "_gtFine_labelTrainIds")),  # Cityscapes
+)
+VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # PASCAL VOC
 
 
 class ListError(UserError, ValueError):
@@ -25,9 +49,10 @@ def load_records(
     """Records of a list.
 
     Args:
-        source: an odgt file (one JSON object a line); a folder (below `root` if there is one of that name, else as it
-            stands) that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
-            `annotations`; or records themselves.
+        source: an odgt file (one JSON object a line); a split list of PASCAL VOC (`ImageSets/.../NAME.txt`, one stem a
+            line); a folder that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
+            `annotations`, or the same with `leftImg8bit` and `gtFine` as Cityscapes has them; or records themselves.
+            Files and folders are looked for below `root`, then as they stand.
         root: folder that the paths in records are relative to.
         problems: gets a sentence for every file of a folder that has no partner, instead of an error.
 
@@ -40,15 +65,19 @@ def load_records(
             _require(record, f"record {i}")
         return records
     path = Path(source)
-    if path.is_file():
+    if path.is_file() and path.suffix != ".txt":
         return _read_odgt(path)
-    for folder in (Path(root) / path, path):
-        if folder.is_dir():
-            return scan_pairs(folder, root, problems)
+    for place in (Path(root) / path, path):
+        if place.is_dir():
+            return scan_pairs(place, root, problems)
+        if place.is_file() and place.suffix == ".txt":
+            return _read_split(place, root)
     folder = (Path(root) / path).absolute()
     raise ListError(
         f"there is no list {path.absolute()} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your "
-        f"own images name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val"
+        f"own images name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val; for "
+        f"Cityscapes a folder such as leftImg8bit/train, for PASCAL VOC a list such as "
+        f"ImageSets/Segmentation/train.txt"
     )
 
 
@@ -57,12 +86,34 @@ def _require(record: Mapping, where: str) -> None:
         raise ListError(f"{where}: no fpath_img")
 
 
-def _read_odgt(path: Path) -> list[Record]:
-    records = []
+def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ListError(f"list {path} cannot be read: {error}") from None
+
+
+def _read_split(path: Path, root: str | os.PathLike) -> list[Record]:
+    """Records of a split list of PASCAL VOC: the first word of every line is a stem."""
+    base = next((p.parent for p in path.absolute().parents if p.name == VOC_LISTS), None)
+    if base is None:
+        raise ListError(
+            f"{path}: a list .txt is one of PASCAL VOC, in a folder {VOC_LISTS} beside {VOC_IMAGES} and {VOC_LABELS}; "
+            f"other lists are .odgt, a JSON object a line"
+        )
+    stems = [line.split()[0] for line in _lines(path) if line.strip()]
+    pairs = [(base / VOC_IMAGES / f"{stem}.jpg", base / VOC_LABELS / f"{stem}.png") for stem in stems]
+    missing = [str(p) for pair in pairs for p in pair if not p.is_file()]
+    if missing:
+        raise ListError(f"{path}: {len(missing)} files are missing: {some(missing, 3)}")
+    if not pairs:
+        raise ListError(f"list {path} is empty")
+    return _records(pairs, root, str(path))
+
+
+def _read_odgt(path: Path) -> list[Record]:
+    records = []
+    lines = _lines(path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -87,16 +138,19 @@ def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
 
 
 def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
-    """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem.
+    """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem, without
+    the endings of the layout.
 
     A picture with an unreadable header is listed without its size.
 
     Raises:
         ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
     """
-    images, annotations = _pair_of_folders(folder)
+    images, annotations, layout = _pair_of_folders(folder)
     found = [] if problems is None else problems
-    by_stem, labels = _by_stem(images, found), _by_stem(annotations, found)
+    by_stem, labels = _by_stem(images, layout.image_ending, found), {}
+    for ending in reversed(layout.label_endings):
+        labels |= _by_stem(annotations, ending, found)
     lonely = [by_stem[s] for s in by_stem if s not in labels] + [labels[s] for s in labels if s not in by_stem]
     found += [f"{path} has no partner of the same stem" for path in lonely]
     if problems is None and found:
@@ -104,13 +158,13 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] |
     if not by_stem:
         raise ListError(f"{images}: no images")
     stems = sorted(by_stem.keys() & labels.keys())
+    return _records([(by_stem[stem], labels[stem]) for stem in stems], root, str(folder))
+
+
+def _records(pairs: list[tuple[Path, Path]], root: str | os.PathLike, where: str) -> list[Record]:
     return [
-        {
-            "fpath_img": _relative(by_stem[stem], root),
-            "fpath_segm": _relative(labels[stem], root),
-            **_size(by_stem[stem]),
-        }
-        for stem in tqdm(stems, desc=f"reading sizes in {folder}", unit="img", disable=None, leave=False)
+        {"fpath_img": _relative(image, root), "fpath_segm": _relative(label, root), **_size(image)}
+        for image, label in tqdm(pairs, desc=f"reading sizes in {where}", unit="img", disable=None, leave=False)
     ]
 
 
@@ -123,25 +177,28 @@ def _size(path: Path) -> dict[str, int]:
     return {"width": width, "height": height}
 
 
-def _pair_of_folders(folder: Path) -> tuple[Path, Path]:
-    candidates = [(folder / "images", folder / "annotations")]
+def _pair_of_folders(folder: Path) -> tuple[Path, Path, Layout]:
     parts = folder.parts
-    for i in reversed(range(len(parts))):
-        if parts[i] == "images":
-            candidates.append((folder, Path(*parts[:i], "annotations", *parts[i + 1 :])))
-    for images, annotations in candidates:
-        if images.is_dir() and annotations.is_dir():
-            return images, annotations
-    raise ListError(
-        f"{folder}: expected folders images/ and annotations/ in it, or a path with a part images that has a twin "
-        f"annotations"
-    )
+    for layout in LAYOUTS:
+        candidates = [(folder / layout.images, folder / layout.annotations)]
+        for i in reversed(range(len(parts))):
+            if parts[i] == layout.images:
+                candidates.append((folder, Path(*parts[:i], layout.annotations, *parts[i + 1 :])))
+        for images, annotations in candidates:
+            if images.is_dir() and annotations.is_dir():
+                return images, annotations, layout
+    twins = " or ".join(f"{layout.images}/ and {layout.annotations}/" for layout in LAYOUTS)
+    raise ListError(f"{folder}: expected folders {twins} in it, or a path with the first as a part that has its twin")
 
 
-def _by_stem(folder: Path, problems: list[str]) -> dict[str, Path]:
+def _by_stem(folder: Path, ending: str, problems: list[str]) -> dict[str, Path]:
+    """Images below a folder whose stems have the ending, by the rest of their stems."""
     found: dict[str, Path] = {}
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
+        if not stem.endswith(ending):
+            continue
+        stem = stem.removesuffix(ending)
         if stem in found:
             problems.append(f"{found[stem]} and {path} have the same stem, by which image and annotation pair up")
         else:

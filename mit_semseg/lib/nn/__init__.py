@@ -1,4 +1,4 @@
-"""Synchronized batch normalization and data parallelism over dicts."""
+"""Synchronized batch normalization, also in place with its activation, and data parallelism over dicts."""
 
 from .batchnorm import (
     SynchronizedBatchNorm1d,
@@ -7,6 +7,7 @@ from .batchnorm import (
     convert_sync_batchnorm,
     to_batchnorm,
 )
+from .inplace_abn import InPlaceABN, InPlaceABNSync
 from .parallel import (
     DataParallelWithCallback,
     DictGatherDataParallel,
@@ -19,6 +20,8 @@ from .sync import ProcessStopped, ReplicaGroup, ReplicaStopped
 __all__ = [
     "DataParallelWithCallback",
     "DictGatherDataParallel",
+    "InPlaceABN",
+    "InPlaceABNSync",
     "ProcessStopped",
     "ReplicaGroup",
     "ReplicaStopped",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalize import Meeting, Normalize, along_channels
@@ -21,20 +22,23 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as of `nn.BatchNorm2d`.
         clamp_variance: where statistics are shared, divide by sqrt(max(var, eps)), as the published models were
             trained, and not by PyTorch's sqrt(var + eps).
+        synchronized: False takes the statistics of every replica and process by itself; the running estimates are then
+            the first one's.
 
     Attributes:
         process_group: processes to synchronize with; None means all of them, where `torch.distributed` is in use.
     """
 
     clamp_variance = True
+    synchronized = True
     process_group: dist.ProcessGroup | None = None
     _name = ""
     _replicas: ReplicaGroup | None = None  # set on replicas only
     _rank = 0
 
-    def __init__(self, *args, clamp_variance: bool = True, **kwargs):
+    def __init__(self, *args, clamp_variance: bool = True, synchronized: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
-        self.clamp_variance = clamp_variance
+        self.clamp_variance, self.synchronized = clamp_variance, synchronized
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize per channel.
@@ -48,17 +52,31 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         Raises:
             ReplicaStopped, ProcessStopped: another replica or process failed or did not arrive in time.
         """
+        self._check_channels(x)
+        if self._meets_replicas():
+            given = x, self.weight, self.bias
+            return self._replicas.together(self._rank, self._called(), given, self._normalize_together)
+        if self._meets_processes():
+            return self._normalize_together([(x, self.weight, self.bias)])[0]
+        if self._is_single_value(x):
+            return self._single_value(x)
+        if self.training and self._rank:  # an unsynchronized replica leaves the running estimates to the first
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        return super().forward(x)
+
+    def _check_channels(self, x: Tensor) -> None:
         self._check_input_dim(x)
         if x.size(1) != self.num_features:
             raise ValueError(f"{self._called()} takes {self.num_features} channels, not {tuple(x.shape)}")
-        if self.training and self._replicas is not None and self._replicas.size > 1:
-            given = x, self.weight, self.bias
-            return self._replicas.together(self._rank, self._called(), given, self._normalize_together)
-        if self.training and process_count(self.process_group) > 1:
-            return self._normalize_together([(x, self.weight, self.bias)])[0]
-        if self.training and self.track_running_stats and x.numel() == x.size(1):
-            return self._single_value(x)
-        return super().forward(x)
+
+    def _meets_replicas(self) -> bool:
+        return self.training and self.synchronized and self._replicas is not None and self._replicas.size > 1
+
+    def _meets_processes(self) -> bool:
+        return self.training and self.synchronized and process_count(self.process_group) > 1
+
+    def _is_single_value(self, x: Tensor) -> bool:
+        return self.training and self.track_running_stats and x.numel() == x.size(1)
 
     def join(self, replicas: ReplicaGroup | None, rank: int = 0, name: str = "") -> None:
         """Take part in a group of replicas from the next forward pass on.
@@ -86,14 +104,18 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _single_value(self, x: Tensor) -> Tensor:
         # One value per channel has no variance (a 1x1 pooled map of a batch of one): a batch estimate would erase the
         # input. Learn the running estimates from the deviation to the running mean and normalize with those.
-        with torch.no_grad():
-            value = x.detach().flatten().to(self.running_mean.dtype)
-            self._update_running(value, (value - self.running_mean).square())
+        if not self._rank:
+            with torch.no_grad():
+                value = x.detach().flatten().to(self.running_mean.dtype)
+                self._update_running(value, (value - self.running_mean).square())
         shape = along_channels(x)
         y = (x - self.running_mean.view(shape)) * torch.rsqrt(self.running_var + self.eps).view(shape)
         if self.affine:
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            y = y * self._scale().view(shape) + self.bias.view(shape)
         return y.to(x.dtype)
+
+    def _scale(self) -> Tensor:
+        return self.weight
 
     def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
         self.num_batches_tracked.add_(1)
@@ -155,6 +177,6 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part) in plain:
             part.__class__ = plain[type(part)]
-            for name in ("clamp_variance", "process_group", "_replicas", "_rank", "_name"):
+            for name in ("clamp_variance", "synchronized", "process_group", "_replicas", "_rank", "_name"):
                 vars(part).pop(name, None)
     return module

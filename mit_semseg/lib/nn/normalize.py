@@ -30,21 +30,35 @@ class Meeting:
     mean: Tensor
     squares: Tensor
 
-    def __init__(self, eps: float, clamp: bool, group: dist.ProcessGroup | None, name: str):
-        self.eps, self.clamp, self.group, self.name = eps, clamp, group, name
+    def __init__(
+        self,
+        eps: float,
+        clamp: bool = False,
+        group: dist.ProcessGroup | None = None,
+        name: str = "",
+        *,
+        alone: bool = False,
+    ):
+        self.eps, self.clamp, self.group, self.name, self.alone = eps, clamp, group, name, alone
 
     def inverse_deviation(self, variance: Tensor) -> Tensor:
         """One over what the centred values are divided by."""
         return (variance.clamp(min=self.eps) if self.clamp else variance + self.eps).rsqrt()
 
     def merge(self, moments: Sequence[Tensor]) -> None:
-        """Merge `_moments` of the inputs, on the first one's device, with those of the other processes."""
+        """Merge `moments` of the inputs, on the first one's device, with those of the other processes."""
         rows = torch.stack([row.to(moments[0].device) for row in moments])
-        rows = gather_over_processes(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
+        if not self.alone:
+            rows = gather_over_processes(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
         counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
         self.count = counts.sum().clamp(min=1)  # nobody has any: nothing divides by zero
         self.mean = (counts * means).sum(0) / self.count
         self.squares = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
+
+    def add_up(self, sums: Sequence[Tensor]) -> Tensor:
+        """Sum of what the replicas give, on the first one's device, and of the other processes' sums."""
+        total = torch.stack([own.to(sums[0].device) for own in sums]).sum(0)
+        return total if self.alone else sum_over_processes(total, self.group, self.name)
 
 
 class Normalize(torch.autograd.Function):
@@ -58,7 +72,7 @@ class Normalize(torch.autograd.Function):
         affine = tensors[-1].dim() == 1
         replicas = len(tensors) // 3 if affine else len(tensors)
         inputs, weights, biases = tensors[:replicas], tensors[replicas : 2 * replicas], tensors[2 * replicas :]
-        meeting.merge([_moments(x) for x in inputs])
+        meeting.merge([moments(x) for x in inputs])
         variance = meeting.squares / meeting.count
         ctx.meeting, ctx.replicas = meeting, replicas
         ctx.save_for_backward(meeting.mean, variance, *inputs, *weights)
@@ -66,9 +80,9 @@ class Normalize(torch.autograd.Function):
         for i, x in enumerate(inputs):
             factor = inverse * weights[i].to(inverse) if affine else inverse
             # What the mean loses when it is rounded to the type of x goes into the shift.
-            shift = factor * (meeting.mean.to(_statistics_type(x)).double() - meeting.mean)
+            shift = factor * (meeting.mean.to(statistics_type(x)).double() - meeting.mean)
             shift = shift + biases[i].to(shift) if affine else shift
-            outputs.append(_blockwise(_scaled, (x,), (meeting.mean, factor, shift)))
+            outputs.append(blockwise(scaled, (x,), (meeting.mean, factor, shift)))
         return tuple(outputs)
 
     @staticmethod
@@ -78,8 +92,7 @@ class Normalize(torch.autograd.Function):
         meeting, replicas = ctx.meeting, ctx.replicas
         inputs, weights = tensors[:replicas], tensors[replicas:]
         own = [_gradient_sums(x, g, mean) for x, g in zip(inputs, gradients, strict=True)]
-        total = torch.stack([sums.to(mean.device) for sums in own]).sum(0)
-        sum_g, sum_gx = sum_over_processes(total, meeting.group, meeting.name)
+        sum_g, sum_gx = meeting.add_up(own)
         inverse = meeting.inverse_deviation(variance)
         slope = -sum_gx * inverse.square() / meeting.count
         if meeting.clamp:  # below eps the divisor is a constant, and no gradient goes through the variance
@@ -88,7 +101,7 @@ class Normalize(torch.autograd.Function):
         for i, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
             factor = inverse * weights[i].to(inverse) if weights else inverse
             vectors = mean, factor, factor * slope, -factor * sum_g / meeting.count
-            input_gradients.append(_blockwise(_input_gradient, (x, g), vectors))
+            input_gradients.append(blockwise(_input_gradient, (x, g), vectors))
         if not weights:
             return None, *input_gradients
         weight_gradients = [(s[1] * inverse.to(s)).to(w) for s, w in zip(own, weights, strict=True)]
@@ -96,17 +109,17 @@ class Normalize(torch.autograd.Function):
         return None, *input_gradients, *weight_gradients, *bias_gradients
 
 
-def _moments(x: Tensor) -> Tensor:
+def moments(x: Tensor) -> Tensor:
     """Count, means and sums of squared deviations from them: (1 + 2 C,) float64.
 
     Two passes of simple kernels: `torch.var_mean` takes many times longer on a CPU.
     """
-    axes, kind = _but_channels(x), _statistics_type(x)
+    axes, kind = but_channels(x), statistics_type(x)
     count = x.numel() // x.size(1)
     columns = []
-    for (block,) in _blocks((x,)):
+    for (block,) in blocks((x,)):
         mean = block.mean(axes, dtype=kind) if count else block.new_zeros(block.size(1), dtype=kind)
-        centred = block - _spread(mean, block)
+        centred = block - spread(mean, block)
         # Both are corrected by what rounding has left of the mean.
         rest = centred.sum(axes).double() / max(count, 1)
         squares = centred.mul_(centred).sum(axes).double() - count * rest.square()
@@ -117,37 +130,37 @@ def _moments(x: Tensor) -> Tensor:
 
 def _gradient_sums(x: Tensor, gradient: Tensor, mean: Tensor) -> Tensor:
     """Per channel the sums of the output's gradient and of its product with x - mean: (2, C) float64."""
-    axes, kind = _but_channels(x), _statistics_type(x)
+    axes, kind = but_channels(x), statistics_type(x)
     columns = []
-    for block, part, center in _blocks((x, gradient), (mean,)):
-        product = (block - _spread(center, block)).mul_(part)
+    for block, part, center in blocks((x, gradient), (mean,)):
+        product = (block - spread(center, block)).mul_(part)
         columns.append(torch.stack([part.sum(axes, dtype=kind), product.sum(axes)]).double())
     return torch.cat(columns, dim=1)
 
 
-def _scaled(x: Tensor, mean: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
+def scaled(x: Tensor, mean: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * factor + shift."""
-    return (x - _spread(mean, x)).mul_(_spread(factor, x)).add_(_spread(shift, x))
+    return (x - spread(mean, x)).mul_(spread(factor, x)).add_(spread(shift, x))
 
 
 def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, factor: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
     """g * factor + (x - mean) * slope + shift."""
-    result = (x - _spread(mean, x)).mul_(_spread(slope, x)).add_(_spread(shift, x))
-    return result.addcmul_(g.to(result.dtype), _spread(factor, x))
+    result = (x - spread(mean, x)).mul_(spread(slope, x)).add_(spread(shift, x))
+    return result.addcmul_(g.to(result.dtype), spread(factor, x))
 
 
-def _blockwise(function: Callable[..., Tensor], tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
+def blockwise(function: Callable[..., Tensor], tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
     """The result, of the first tensor's type, of an elementwise function of tensors (N, C, ...) and vectors (C,)."""
-    blocks = list(_blocks(tensors, vectors))
-    if len(blocks) == 1:
-        return function(*blocks[0]).to(tensors[0].dtype)
+    pieces = list(blocks(tensors, vectors))
+    if len(pieces) == 1:
+        return function(*pieces[0]).to(tensors[0].dtype)
     result = torch.empty_like(tensors[0])
-    for (part,), block in zip(_blocks((result,)), blocks, strict=True):
-        part.copy_(function(*block))
+    for (part,), piece in zip(blocks((result,)), pieces, strict=True):
+        part.copy_(function(*piece))
     return result
 
 
-def _blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, ...]]:
+def blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, ...]]:
     """Tensors (N, C, ...) and vectors (C,) in blocks of channels.
 
     Fresh memory for large intermediate results costs a CPU more than the arithmetic, so it works in blocks. Elsewhere,
@@ -160,11 +173,11 @@ def _blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterat
     return zip(*(t.split(channels, 1) for t in tensors), *(v.split(channels) for v in vectors), strict=True)
 
 
-def _statistics_type(x: Tensor) -> torch.dtype:
+def statistics_type(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _but_channels(x: Tensor) -> list[int]:
+def but_channels(x: Tensor) -> list[int]:
     return [0, *range(2, x.dim())]
 
 
@@ -172,6 +185,6 @@ def along_channels(x: Tensor) -> tuple[int, ...]:
     return (1, -1) + (1,) * (x.dim() - 2)
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
+def spread(values: Tensor, x: Tensor) -> Tensor:
     """Values per channel, ready to be combined with (N, C, ...) `x` in the type of statistics."""
-    return values.to(x.device, _statistics_type(x)).view(along_channels(x))
+    return values.to(x.device, statistics_type(x)).view(along_channels(x))
