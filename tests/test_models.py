@@ -1,15 +1,15 @@
 """Every pair builds, trains and infers at any size; layers do what they say."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 
 from mit_semseg.engine import MaskedNLLLoss
-from mit_semseg.lib.nn import SynchronizedBatchNorm2d
+from mit_semseg.lib.nn import InPlaceABNSync, SynchronizedBatchNorm2d
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, SegmentationModule
-from mit_semseg.models.layers import dilation_of_stage
+from mit_semseg.models.layers import NORMS, dilation_of_stage
 
 NUM_CLASS = 5
 
@@ -22,8 +22,19 @@ def build(encoder, decoder, num_class=NUM_CLASS, output_stride=None):
 
 # Networks of version 1.0: the same as another one but for a stride or the stem, or very large. Some decoders will do.
 FEW = {name: ("psp_bilinear", "upernet_lite") for name in ENCODERS if "_v1" in name or "_dilated" in name}
-FEW |= {"vgg16_dilated8": ("c1_deepsup", "upernet_lite"), "vgg19_dilated8": ("c1_bilinear",)}
-PAIRS = [(encoder, decoder) for encoder in ENCODERS for decoder in FEW.get(encoder, DECODERS)]
+FEW |= {
+    "resnet101_cityscapes": ("psp_deepsup", "aspp"),
+    "vgg16_dilated8": ("c1_deepsup", "upernet_lite"),
+    "vgg19_dilated8": ("c1_bilinear",),
+}
+# The toolbox's heads are built from the channels alone, as PPM is: some encoders will do.
+TOOLBOX = dict.fromkeys(("psp", "psp_deepsup", "aspp", "aspp_deepsup"), ("mobilenetv2dilated", "resnet18", "hrnetv2"))
+PAIRS = [
+    (encoder, decoder)
+    for encoder in ENCODERS
+    for decoder in FEW.get(encoder, DECODERS)
+    if encoder in FEW or encoder in TOOLBOX.get(decoder, ENCODERS)
+]
 
 
 @lru_cache(maxsize=1)
@@ -167,3 +178,47 @@ def test_several_values_use_pytorchs_own_batch_norm():
     torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=0)
     assert ours.momentum == 0.1
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("encoder", ["mobilenetv2dilated", "resnet18dilated", "resnet50dilated", "hrnetv2"])
+def test_every_norm_trains(encoder, norm):
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False, norm_layer=NORMS[norm])
+    for decoder in DECODERS if encoder == "resnet18dilated" else ["psp_deepsup"]:
+        options = {"in_channels": enc.out_channels, "norm_layer": NORMS[norm]}
+        dec = ModelBuilder.build_decoder(decoder, num_class=NUM_CLASS, **options)
+        module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).train()
+        label = torch.randint(0, NUM_CLASS, (2, 5, 5))
+        loss, _ = module({"img_data": torch.randn(2, 3, 40, 40), "seg_label": label})
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+        kinds = {
+            type(part).__name__ for part in module.modules() if "Norm" in type(part).__name__ or "ABN" in str(part)
+        }
+        assert ("InPlaceABNSync" in kinds) == (norm == "inplace")
+        enc.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18", "resnet50dilated", "hrnetv2"])
+def test_inplace_norms_without_activation_change_nothing(name):
+    """Output and gradients of a network with in-place norms of positive scales, next to ordinary ones."""
+    options = ({}, {"norm_layer": partial(InPlaceABNSync, activation="none", eps=1e-12)})
+    encoders = [ModelBuilder.build_encoder(name, pretrained=False, **kwargs).double() for kwargs in options]
+    for part in encoders[0].modules():
+        if isinstance(part, SynchronizedBatchNorm2d):
+            part.eps = 1e-12
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    results = []
+    for encoder in encoders:
+        maps = encoder(x, return_feature_maps=True)
+        sum(m.square().mean() for m in maps).backward()
+        results.append([maps[-1], *(p.grad for p in encoder.parameters())])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-8)
+
+
+def test_aspp_dilates_as_the_output_stride_says():
+    for stride, rates in ((8, (12, 24, 36)), (16, (6, 12, 18)), (32, (3, 6, 9))):
+        aspp = ModelBuilder.build_decoder("aspp", fc_dim=8, num_class=2, output_stride=stride)
+        assert tuple(getattr(aspp, f"conv{i}")[0].dilation[0] for i in (3, 4, 5)) == rates

@@ -13,8 +13,9 @@ from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 from torch import nn
 
-from mit_semseg.models import ModelBuilder, weights
-from mit_semseg.models.weights import WeightsError, download, fetch_published, load_weights, read_checkpoint
+from mit_semseg.models import ModelBuilder, published
+from mit_semseg.models.published import download, fetch_published
+from mit_semseg.models.weights import WeightsError, load_weights, read_checkpoint
 
 
 @pytest.fixture
@@ -204,8 +205,24 @@ def test_imagenet_base_from_the_mirror_then_from_the_cache(site, tmp_path):
     assert cached.is_file()
     (folder / "model" / "pretrained_resnet" / "resnet18-imagenet.pth").unlink()
     ModelBuilder.build_encoder("resnet18")  # from the cache
-    report = weights.load_imagenet_base(encoder, "resnet18dilated")
+    report = published.load_imagenet_base(encoder, "resnet18dilated")
     assert report.surplus == ["fc.weight", "fc.bias"]
+
+
+def test_vgg_base_is_the_convolutional_form_of_torchvisions():
+    """A fully connected layer over 7x7 maps is a 7x7 convolution; convolutions keep their order."""
+    theirs = {f"features.{i}.weight": torch.full((1,), float(i)) for i in (0, 2, 5, 24)}
+    theirs |= {"classifier.0.weight": torch.randn(2, 512 * 49), "classifier.0.bias": torch.randn(2)}
+    theirs |= {"classifier.3.weight": torch.randn(3, 4096), "classifier.3.bias": torch.randn(3)}
+    theirs |= {"classifier.6.weight": torch.randn(1, 1), "classifier.6.bias": torch.randn(1)}
+    own = ["features.0.weight", "features.2.weight", "features.5.weight", "features.23.weight", "conv6.weight"]
+    ours = published.convolutional_vgg(theirs, own)
+    assert [ours[key].item() for key in own[:4]] == [0, 2, 5, 24]
+    x = torch.randn(1, 512, 7, 7)
+    convolved = nn.functional.conv2d(x, ours["conv6.weight"], ours["conv6.bias"]).flatten()
+    connected = nn.functional.linear(x.flatten(), theirs["classifier.0.weight"], theirs["classifier.0.bias"])
+    torch.testing.assert_close(convolved, connected, rtol=1e-4, atol=1e-4)
+    assert ours["conv7.weight"].shape == (3, 4096, 1, 1)
 
 
 def test_offline_names_the_ways_out(monkeypatch, tmp_path):

@@ -15,8 +15,12 @@ from ..config import Config, add_config_arguments
 from ..engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, freeze_batch_norm
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
+from ..lib.nn.inplace_abn import count_negative_scales
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
+from ..models.layers import NORMS
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
@@ -182,6 +186,7 @@ def build_module(
         weights=encoder_file,
         pretrained=model.pretrained and not continued,
         output_stride=model.output_stride or None,
+        norm_layer=NORMS[model.norm],
     )
     _check_fc_dim(model, encoder)
     decoder = ModelBuilder.build_decoder(
@@ -189,9 +194,17 @@ def build_module(
         num_class=cfg.DATASET.num_class,
         weights=decoder_file,
         in_channels=encoder.out_channels,
+        output_stride=encoder.output_stride,
         new_head=model.new_head and not checkpoint,
+        norm_layer=NORMS[model.norm],
     )
     module = SegmentationModule(encoder, decoder, MaskedNLLLoss(), cfg.TRAIN.deep_sup_scale)
+    if negative := count_negative_scales(module):
+        logger.warning(
+            "%d scales of the norms are negative and lose their sign in in-place norms: with weights that were trained "
+            "with other norms take MODEL.norm sync",
+            negative,
+        )
     return module.to(device)
 
 

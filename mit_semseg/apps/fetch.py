@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 from ..dataset.records import load_records, write_odgt
-from ..models.weights import PUBLISHED, download, fetch_published, server
+from ..models.published import PUBLISHED, download, fetch_published, server
 from .cli import run
 
 

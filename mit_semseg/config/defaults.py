@@ -51,6 +51,7 @@ ENCODER_NAMES = (
     "resnet50_v1",
     "resnet50_dilated16",
     "resnet50_dilated8",
+    "resnet101_cityscapes",
 )
 DECODER_NAMES = (
     "c1",
@@ -59,6 +60,10 @@ DECODER_NAMES = (
     "ppm_deepsup",
     "upernet",
     "upernet_lite",
+    "aspp",
+    "aspp_deepsup",
+    "psp",
+    "psp_deepsup",
     "c1_bilinear",
     "c5_bilinear",
     "psp_bilinear",
@@ -146,6 +151,12 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.output_stride": Option(
         0, "8, 16 or 32 (hrnetv2 also 4); 0 is what the encoder's name says", choices=(0, 4, 8, 16, 32)
+    ),
+    "MODEL.norm": Option(
+        "sync",
+        "batch norm: batch (statistics of each device), sync (of all devices), or inplace (of all devices, joined with "
+        "the activation, which becomes leaky ReLU: half the memory of both)",
+        choices=("batch", "sync", "inplace"),
     ),
     "MODEL.pretrained": Option(True, "start the encoder from its ImageNet base when weights_encoder is ''"),
     "MODEL.new_head": Option(False, "start the classifier anew where weights_decoder has another number of classes"),

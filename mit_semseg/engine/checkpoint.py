@@ -68,11 +68,13 @@ class RunFiles:
         return sorted(int(match[1]) for match in names if match)
 
     def pair(self, suffix: str) -> tuple[Path, Path]:
-        """Encoder and decoder files of a suffix.
+        """Encoder and decoder files of a suffix; twice the same file if `suffix` is a path, which holds both.
 
         Raises:
             CheckpointError: one of them is not there; lists what is.
         """
+        if Path(suffix).is_file():
+            return Path(suffix), Path(suffix)
         paths = self.part("encoder", suffix), self.part("decoder", suffix)
         for path in paths:
             if not path.is_file():

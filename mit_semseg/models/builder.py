@@ -1,13 +1,13 @@
 """Names of encoders and decoders, and how to build them."""
 
 import difflib
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
-from . import weights as weight_files
-from .decoders import C1, PPM, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
+from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
 from .encoders import (
     hrnetv2,
     mobilenetv2,
@@ -19,6 +19,8 @@ from .encoders import (
     vgg16,
     vgg19,
 )
+from .published import load_imagenet_base
+from .weights import is_of_version_1, load_weights
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2dilated": partial(mobilenetv2, output_stride=8),
@@ -41,6 +43,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet50_v1": partial(resnet50, stem=64),
     "resnet50_dilated16": partial(resnet50, stem=64, output_stride=16),
     "resnet50_dilated8": partial(resnet50, stem=64, output_stride=8),
+    # The Cityscapes toolbox.
+    "resnet101_cityscapes": partial(resnet101, output_stride=8, full_dilation=True),
 }
 
 DECODERS: dict[str, Callable[..., Decoder]] = {
@@ -50,6 +54,11 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
     "upernet_lite": partial(UPerNet, fpn_dim=256),
+    # DeepLabV3 and PSPNet as the Cityscapes toolbox has them.
+    "aspp": ASPP,
+    "aspp_deepsup": partial(ASPP, deepsup=True),
+    "psp": PSP,
+    "psp_deepsup": partial(PSP, deepsup=True),
     # Version 1.0.
     "c1_bilinear": C1Bilinear,
     "c5_bilinear": C5Bilinear,
@@ -93,7 +102,7 @@ class ModelBuilder:
             mit_semseg.models.weights.WeightsError: the weights cannot be had or do not fit.
         """
         arch = arch.lower()
-        if weights and f"{arch}_v1" in ENCODERS and weight_files.is_of_version_1(weights):
+        if weights and f"{arch}_v1" in ENCODERS and is_of_version_1(weights):
             arch = f"{arch}_v1"
         build = _lookup(ENCODERS, arch, "encoder")
         if output_stride:
@@ -105,9 +114,9 @@ class ModelBuilder:
             kwargs["output_stride"] = output_stride
         encoder = build(**kwargs)
         if weights:
-            weight_files.load_weights(encoder, weights, what=f"encoder {arch}")
+            load_weights(encoder, weights, what=f"encoder {arch}", part="encoder")
         elif pretrained:
-            weight_files.load_imagenet_base(encoder, arch)
+            load_imagenet_base(encoder, arch)
         return encoder
 
     @staticmethod
@@ -119,6 +128,7 @@ class ModelBuilder:
         use_softmax: bool = False,
         *,
         in_channels: Sequence[int] | None = None,
+        output_stride: int = 8,
         new_head: bool = False,
         **kwargs,
     ) -> Decoder:
@@ -132,6 +142,7 @@ class ModelBuilder:
             use_softmax: a call without `segSize` returns probabilities instead of log-probabilities.
             in_channels: channels of every feature map, the encoder's `out_channels`; needed for UPerNet on anything but
                 ResNet-50/101 and ResNeXt-101.
+            output_stride: of the last feature map, the encoder's `output_stride`; ASPP dilates accordingly.
             new_head: start the classifier anew where `weights` has another number of classes.
             kwargs: passed to the decoder, e.g. `norm_layer`.
 
@@ -143,7 +154,10 @@ class ModelBuilder:
         if in_channels is None:
             # Old callers name the last map only: the others were those of a ResNet-50, or half for deep supervision.
             in_channels = (256, 512, 1024 if "upernet" in arch.lower() else fc_dim // 2, fc_dim)
+        if "output_stride" in inspect.signature(build).parameters:
+            kwargs["output_stride"] = output_stride
         decoder = build(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
-            weight_files.load_weights(decoder, weights, what=f"decoder {arch.lower()}", new_head=new_head)
+            what = f"decoder {arch.lower()}"
+            load_weights(decoder, weights, what=what, new_head=new_head, part="decoder")
         return decoder

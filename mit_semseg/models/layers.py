@@ -7,30 +7,78 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..lib.nn import SynchronizedBatchNorm2d
+from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
 
 NormLayer = Callable[[int], nn.Module]
 # The divisor sqrt(var + eps) everywhere: on one device, on many, and in evaluation.
 DEFAULT_NORM: NormLayer = partial(SynchronizedBatchNorm2d, clamp_variance=False)
+NORMS: dict[str, NormLayer] = {
+    "batch": partial(SynchronizedBatchNorm2d, clamp_variance=False, synchronized=False),
+    "sync": DEFAULT_NORM,
+    "inplace": InPlaceABNSync,
+}
+LEAKY_SLOPE = 0.01  # of leaky ReLU, in the Cityscapes toolbox's heads and in place of ReLU in in-place norms
 POOL_SCALES = (1, 2, 3, 6)  # bins per side of the pyramid, Zhao et al., "Pyramid Scene Parsing Network", 2017
 
 
 def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int = 3, *, stride: int = 1, norm_layer: NormLayer = DEFAULT_NORM
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int = 3,
+    *,
+    stride: int = 1,
+    bias: bool = False,
+    activation: str = "relu",
+    norm_layer: NormLayer = DEFAULT_NORM,
 ) -> nn.Sequential:
-    """Convolution without bias ("same" padding), normalization and ReLU; state-dict keys `0`, `1`."""
+    """Convolution ("same" padding), normalization and ReLU or another activation; state-dict keys `0`, `1`."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
-        norm_layer(out_channels),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=bias),
+        *norm_act(norm_layer, out_channels, activation),
     )
 
 
-def pooling_branches(channels: int, width: int, norm_layer: NormLayer = DEFAULT_NORM) -> nn.ModuleList:
+def norm_act(norm_layer: NormLayer, channels: int, activation: str = "relu") -> tuple[nn.Module, nn.Module]:
+    """Normalization and the activation after it.
+
+    An in-place norm with an activation of its own takes the place of both (leaky ReLU instead of ReLU: see
+    `InPlaceABN`); the second is then the identity.
+
+    Args:
+        activation: 'relu', 'leaky_relu', or 'relu6', which no norm takes the place of.
+    """
+    norm = norm_layer(channels) if activation != "relu6" else plain_norm(norm_layer, channels)
+    if is_activated(norm):
+        return norm, nn.Identity()
+    inplace = not isinstance(norm, InPlaceABN)  # whose output is kept and must not be written over
+    if activation == "leaky_relu":
+        return norm, nn.LeakyReLU(LEAKY_SLOPE, inplace=inplace)
+    return norm, (nn.ReLU6 if activation == "relu6" else nn.ReLU)(inplace=inplace)
+
+
+def plain_norm(norm_layer: NormLayer, channels: int) -> nn.Module:
+    """Normalization that no activation follows."""
+    norm = norm_layer(channels)
+    return norm_layer(channels, activation="none") if is_activated(norm) else norm
+
+
+def is_activated(norm: nn.Module) -> bool:
+    """Whether a norm has its activation in it."""
+    return isinstance(norm, InPlaceABN) and norm.activation != "none"
+
+
+def norm_add_relu(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
+    """ReLU of the normalized `x` plus a shortcut; a norm that is activated does it all."""
+    return norm(x, shortcut) if is_activated(norm) else F.relu(norm(x) + shortcut, inplace=True)
+
+
+def pooling_branches(
+    channels: int, width: int, norm_layer: NormLayer = DEFAULT_NORM, *, activation: str = "relu"
+) -> nn.ModuleList:
     """The branches of pyramid pooling: averages over 1, 4, 9 and 36 regions, each through a 1x1 convolution."""
+    convs = (conv_bn_relu(channels, width, 1, activation=activation, norm_layer=norm_layer) for _ in POOL_SCALES)
     return nn.ModuleList(
-        nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv_bn_relu(channels, width, 1, norm_layer=norm_layer))
-        for bins in POOL_SCALES
+        nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv) for bins, conv in zip(POOL_SCALES, convs, strict=True)
     )
 
 

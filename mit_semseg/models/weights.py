@@ -1,66 +1,33 @@
-"""Published weights: where they are, how they are downloaded, and how any file of weights is read and loaded."""
+"""How any file of weights is read and loaded. Where the published ones are: `published.py`."""
 
-import hashlib
 import logging
 import os
 import pickle
-import urllib.error
-import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.client import HTTPException
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..lib.utils import UserError, some, whole_file
+from ..lib.nn import InPlaceABN
+from ..lib.nn.inplace_abn import scale_of
+from ..lib.utils import UserError, some
 
 logger = logging.getLogger(__name__)
-
-SERVER = "http://sceneparsing.csail.mit.edu/model"
-MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
-CACHE_VARIABLE = "MIT_SEMSEG_HOME"
-TIMEOUT = 15  # seconds without a byte after which a server counts as not answering
 
 # Buffers that the batch norms of the published files carry and ours need not have.
 LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
-IMAGENET_BASES = {
-    "resnet18": "resnet18-imagenet.pth",
-    "resnet50": "resnet50-imagenet.pth",
-    "resnet101": "resnet101-imagenet.pth",
-    "resnext101": "resnext101-imagenet.pth",
-    "mobilenetv2": "mobilenet_v2.pth.tar",
-    "hrnetv2": "hrnetv2_w48-imagenet.pth",
-}
-
-# Published pairs and their last epoch.
-PUBLISHED = {
-    "ade20k-mobilenetv2dilated-c1_deepsup": 20,
-    "ade20k-resnet18dilated-c1_deepsup": 20,
-    "ade20k-resnet18dilated-ppm_deepsup": 20,
-    "ade20k-resnet50dilated-ppm_deepsup": 20,
-    "ade20k-resnet101dilated-ppm_deepsup": 25,
-    "ade20k-resnet50-upernet": 30,
-    "ade20k-resnet101-upernet": 50,
-    "ade20k-hrnetv2-c1": 30,
-}
-
-# SHA-256 (or as much of its beginning as is known) of published files.
-SHA256 = {
-    "ade20k-resnet18dilated-ppm_deepsup/encoder_epoch_20.pth": (
-        "adcdcbf7530eaf358f2bdeee13186c0d09e7a039bff842715b84395c841738b9"
-    ),
-    "ade20k-resnet18dilated-ppm_deepsup/decoder_epoch_20.pth": (
-        "b9def740d73cb425ae5e17a13949400c044159099cadc957c0743b721be2289e"
-    ),
-    "ade20k-mobilenetv2dilated-c1_deepsup/encoder_epoch_20.pth": "f9271676",
-    "ade20k-mobilenetv2dilated-c1_deepsup/decoder_epoch_20.pth": (
-        "23acb59ae788d6987927013167e3253068dfcc4505dfee379e77304a0f985c29"
-    ),
-}
+# Beginnings of the decoder's keys in a network of the Cityscapes toolbox, and ours; the rest is the encoder's.
+TOOLBOX_DECODER = (
+    ("head.0.", ""),
+    ("head.1.", "conv_last."),
+    ("dsn.0.", "cbr_deepsup.0."),
+    ("dsn.1.", "cbr_deepsup.1."),
+    ("dsn.3.", "conv_last_deepsup."),
+)
 
 
 class WeightsError(UserError, RuntimeError):
@@ -136,8 +103,42 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def part_of_network(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Encoder or decoder of a whole network of the Cityscapes toolbox, by our keys; any other state dict as it is.
+
+    Args:
+        state: of a file.
+        part: 'encoder' or 'decoder'.
+    """
+    if "head.1.weight" not in state or part not in ("encoder", "decoder"):
+        return state
+    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    for key, value in state.items():
+        old, new = next((pair for pair in TOOLBOX_DECODER if key.startswith(pair[0])), ("", None))
+        parts["encoder" if new is None else "decoder"][key if new is None else new + key.removeprefix(old)] = value
+    return parts[part]
+
+
+def _without_inplace_norms(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Norms of in-place networks, which multiply with |weight| + eps, for ordinary ones."""
+    own, changed = dict(module.named_modules()), dict(state)
+    for key in state:
+        name, _, leaf = key.rpartition(".")
+        norm = own.get(name)
+        if leaf == "running_mean" and norm is not None and not isinstance(norm, InPlaceABN):
+            changed[f"{name}.weight"] = scale_of(state[f"{name}.weight"], norm.eps)
+    return changed
+
+
 def load_weights(
-    module: nn.Module, path: str | os.PathLike, *, what: str = "model", new_head: bool = False, base: bool = False
+    module: nn.Module,
+    path: str | os.PathLike,
+    *,
+    what: str = "model",
+    new_head: bool = False,
+    base: bool = False,
+    part: str = "",
+    convert: Callable | None = None,
 ) -> LoadReport:
     """Load a state dict strictly and say what was loaded.
 
@@ -149,12 +150,20 @@ def load_weights(
         what: how to call the module in messages.
         new_head: classifier entries of another number of classes keep their fresh values, and are listed.
         base: the file is the ImageNet base of an encoder: its classifier is not used, and listed.
+        part: 'encoder' or 'decoder' of a file that holds a whole network (the Cityscapes toolbox's).
+        convert: makes our entries from the file's and our keys.
 
     Raises:
         WeightsError: the file cannot be read or does not fit; `module` is then unchanged.
     """
     own, report, fitting, wrong = module.state_dict(), LoadReport(what, str(path)), {}, []
-    for key, value in read_state_dict(path).items():
+    state = read_state_dict(path)
+    if "head.1.weight" in state:
+        # These networks were trained with in-place norms, which count no batches.
+        inplace = not any(key.endswith(OPTIONAL_SUFFIX) for key in state)
+        state = part_of_network(state, part)
+        state = _without_inplace_norms(state, module) if inplace else state
+    for key, value in (convert(state, own) if convert else state).items():
         if key not in own:
             (report.legacy if key.endswith(LEGACY_SUFFIXES) else report.surplus).append(key)
         elif value.shape == own[key].shape:
@@ -197,99 +206,3 @@ def is_of_version_1(path: str | os.PathLike) -> bool:
 
 def _named(key: str, lines: list[str]) -> bool:
     return any(line.startswith(f"{key} is ") for line in lines)
-
-
-def cache_dir() -> Path:
-    """Folder of downloaded weights: `MIT_SEMSEG_HOME`, else `mit_semseg` in the user's cache directory."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mit_semseg"
-
-
-def server() -> str:
-    """Address of the published files: `MIT_SEMSEG_MIRROR` if set, else the authors' server."""
-    return (os.environ.get(MIRROR_VARIABLE) or SERVER).rstrip("/")
-
-
-def download(url: str, path: Path, *, sha256: str = "") -> Path:
-    """Download a file; under its final name there is the whole file or nothing.
-
-    `torch.hub.download_url_to_file` does the same but waits for ever on a server that stops answering.
-
-    Args:
-        url: http, https or file address.
-        path: final name; its folder is made.
-        sha256: hexadecimal digest, or its beginning; '' is not checked.
-
-    Raises:
-        WeightsError: the server does not answer, or what came is not the file.
-    """
-    digest, received = hashlib.sha256(), 0
-    try:
-        with (
-            whole_file(path) as partial,
-            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-            open(partial, "wb") as out,
-        ):
-            expected = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
-                while chunk := response.read(1 << 20):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
-                    bar.update(len(chunk))
-            if expected and received != expected:
-                raise WeightsError(f"{url}: the connection ended after {received} of {expected} bytes")
-            if not digest.hexdigest().startswith(sha256.lower()):
-                raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
-    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-        status = isinstance(error, urllib.error.HTTPError)
-        raise WeightsError(f"{url}: {error if status else getattr(error, 'reason', error)}") from None
-    return path
-
-
-def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
-    """Fill an encoder with its ImageNet base, from the cache or the server.
-
-    Raises:
-        WeightsError: there is no base for `arch`, or it cannot be had; names the ways out.
-    """
-    file = IMAGENET_BASES.get(arch.removesuffix("dilated"))
-    ways = (
-        "give a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights "
-        "(MODEL.pretrained False, or pretrained=False)"
-    )
-    if file is None:
-        raise WeightsError(f"no ImageNet base was published for {arch}: {ways}")
-    path = cache_dir() / file
-    if not path.is_file():
-        try:
-            download(f"{server()}/pretrained_resnet/{file}", path)
-        except WeightsError as error:
-            raise WeightsError(
-                f"the ImageNet base of {arch} cannot be downloaded ({error}): {ways}, or name a mirror in "
-                f"{MIRROR_VARIABLE}"
-            ) from None
-    return load_weights(encoder, path, what=f"ImageNet base of {arch}", base=True)
-
-
-def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
-    """Encoder and decoder files of a published model, downloaded unless they are there.
-
-    Args:
-        name: a key of `PUBLISHED`.
-        folder: where to keep them; the cache by default.
-
-    Raises:
-        WeightsError: unknown name, or the server does not answer.
-    """
-    if name not in PUBLISHED:
-        raise WeightsError(f"there is no published model {name!r}; there are {', '.join(PUBLISHED)}")
-    folder = Path(folder) if folder else cache_dir() / name
-    paths = []
-    for part in ("encoder", "decoder"):
-        file = f"{part}_epoch_{PUBLISHED[name]}.pth"
-        paths.append(folder / file)
-        if not paths[-1].is_file():
-            download(f"{server()}/pytorch/{name}/{file}", paths[-1], sha256=SHA256.get(f"{name}/{file}", ""))
-    return paths[0], paths[1]

@@ -69,9 +69,13 @@ class Decoder(nn.Module, ABC):
         """Bilinear resize to (height, width), the way this decoder does it."""
         return resize(x, size, align_corners=self.align_corners)
 
-    def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0) -> None:
-        """Add the first layer of the deep supervision branch on the last but one feature map."""
-        self.cbr_deepsup = conv_bn_relu(_last_but_one(self.in_channels), channels, norm_layer=norm_layer)
+    def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **layer) -> None:
+        """Add the first layer of the deep supervision branch on the last but one feature map.
+
+        Args:
+            layer: options of `layers.conv_bn_relu`.
+        """
+        self.cbr_deepsup = conv_bn_relu(_last_but_one(self.in_channels), channels, norm_layer=norm_layer, **layer)
         self.dropout_deepsup = nn.Dropout2d(dropout)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches
+from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, norm_act, pooling_branches
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -63,10 +63,10 @@ class C5Bilinear(_Bilinear):
         channels = in_channels[-1]
         for i, dilation in enumerate((2, 2, 1, 1), start=1):
             conv = nn.Conv2d(channels, WIDTH, 3, padding=dilation, dilation=dilation, bias=False)
+            norm, self.relu = norm_act(norm_layer, WIDTH)
             self.add_module(f"conv{i}", conv)
-            self.add_module(f"bn{i}", norm_layer(WIDTH))
+            self.add_module(f"bn{i}", norm)
             channels = WIDTH
-        self.relu = nn.ReLU(inplace=True)
         self.conv_last = nn.Conv2d(WIDTH, num_class, 1, bias=False)
         init_weights(self, norm_bias=NORM_BIAS)
 

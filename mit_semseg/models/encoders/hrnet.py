@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, resize
+from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, plain_norm, resize
 from .resnet import BasicBlock, Bottleneck, make_layer
 
 WIDTHS = (48, 96, 192, 384)  # channels of the branches at strides 4, 8, 16, 32
@@ -11,7 +11,8 @@ MODULES = (1, 4, 3)  # high-resolution modules in stages 2, 3, 4
 
 
 def _conv_bn(in_channels, out_channels, kernel_size, stride, norm_layer) -> nn.Sequential:
-    return conv_bn_relu(in_channels, out_channels, kernel_size, stride=stride, norm_layer=norm_layer)[:2]
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, plain_norm(norm_layer, out_channels))
 
 
 class HighResolutionModule(nn.Module):

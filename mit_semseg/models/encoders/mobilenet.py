@@ -2,17 +2,17 @@
 
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, dilation_of_stage, init_weights
+from ..layers import DEFAULT_NORM, NormLayer, dilation_of_stage, init_weights, norm_act, plain_norm
 
 # expansion, channels, blocks, stride: table 2 of the paper
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 TAPS = (2, 4, 7, 14)  # blocks whose output is returned as a feature map: the first block of every strided stage
 
 
-def _conv_bn(in_channels, out_channels, kernel_size, norm_layer, *, stride=1, dilation=1, groups=1) -> list[nn.Module]:
+def _conv_bn_relu6(in_channels, out_channels, kernel_size, norm_layer, *, stride=1, dilation=1, groups=1):
     padding = dilation * (kernel_size // 2)
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias=False)
-    return [conv, norm_layer(out_channels)]
+    return [conv, *norm_act(norm_layer, out_channels, "relu6")]
 
 
 class InvertedResidual(nn.Module):
@@ -21,9 +21,9 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels, out_channels, expansion, *, stride, dilation, norm_layer, shortcut: bool):
         super().__init__()
         hidden = in_channels * expansion
-        layers = [] if expansion == 1 else [*_conv_bn(in_channels, hidden, 1, norm_layer), nn.ReLU6(inplace=True)]
-        layers += _conv_bn(hidden, hidden, 3, norm_layer, stride=stride, dilation=dilation, groups=hidden)
-        layers += [nn.ReLU6(inplace=True), *_conv_bn(hidden, out_channels, 1, norm_layer)]
+        layers = [] if expansion == 1 else _conv_bn_relu6(in_channels, hidden, 1, norm_layer)
+        layers += _conv_bn_relu6(hidden, hidden, 3, norm_layer, stride=stride, dilation=dilation, groups=hidden)
+        layers += [nn.Conv2d(hidden, out_channels, 1, bias=False), plain_norm(norm_layer, out_channels)]
         self.conv = nn.Sequential(*layers)
         self.shortcut = shortcut
 
@@ -45,7 +45,7 @@ class MobileNetV2(nn.Module):
     def __init__(self, *, output_stride: int = 32, norm_layer: NormLayer = DEFAULT_NORM):
         super().__init__()
         self.output_stride = output_stride
-        blocks = [nn.Sequential(*_conv_bn(3, 32, 3, norm_layer, stride=2), nn.ReLU6(inplace=True))]
+        blocks = [nn.Sequential(*_conv_bn_relu6(3, 32, 3, norm_layer, stride=2))]
         channels, reached = 32, 2
         for expansion, planes, depth, nominal in STAGES:
             stride, first_dilation, dilation = dilation_of_stage(nominal, reached, output_stride)

@@ -4,7 +4,16 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, dilation_of_stage, init_weights
+from ..layers import (
+    DEFAULT_NORM,
+    NormLayer,
+    conv_bn_relu,
+    dilation_of_stage,
+    init_weights,
+    norm_act,
+    norm_add_relu,
+    plain_norm,
+)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride=1, dilation=1, groups=1) -> nn.Conv2d:
@@ -22,18 +31,16 @@ class BasicBlock(nn.Module):
         if groups != 1:
             raise ValueError(f"BasicBlock has no grouped convolutions, got groups={groups}")
         self.conv1 = _conv(in_channels, planes, 3, stride=stride, dilation=first_dilation)
-        self.bn1 = norm_layer(planes)
+        self.bn1, self.relu = norm_act(norm_layer, planes)
         self.conv2 = _conv(planes, planes, 3, dilation=dilation)
         self.bn2 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, planes, H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + shortcut)
+        return norm_add_relu(self.bn2, self.conv2(y), shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -46,12 +53,11 @@ class Bottleneck(nn.Module):
         # ResNeXt-101 32x4d: 32 groups of planes / 16 channels, twice the width of the plain bottleneck.
         width = planes if groups == 1 else groups * planes * 4 // 64
         self.conv1 = _conv(in_channels, width, 1)
-        self.bn1 = norm_layer(width)
+        self.bn1, self.relu = norm_act(norm_layer, width)
         self.conv2 = _conv(width, width, 3, stride=stride, dilation=first_dilation, groups=groups)
-        self.bn2 = norm_layer(width)
+        self.bn2, _ = norm_act(norm_layer, width)
         self.conv3 = _conv(width, planes * self.expansion, 1)
         self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,8 +65,7 @@ class Bottleneck(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + shortcut)
+        return norm_add_relu(self.bn3, self.conv3(y), shortcut)
 
 
 def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1, dilation=1, groups=1, norm_layer):
@@ -68,7 +73,8 @@ def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1,
     downsample = None
     if stride != 1 or in_channels != planes * block.expansion:
         downsample = nn.Sequential(
-            _conv(in_channels, planes * block.expansion, 1, stride=stride), norm_layer(planes * block.expansion)
+            _conv(in_channels, planes * block.expansion, 1, stride=stride),
+            plain_norm(norm_layer, planes * block.expansion),
         )
     shared = {"dilation": dilation, "groups": groups, "norm_layer": norm_layer}
     blocks = [block(in_channels, planes, stride=stride, first_dilation=first_dilation, downsample=downsample, **shared)]
@@ -88,6 +94,8 @@ class ResNet(nn.Module):
         groups: groups of the 3x3 convolutions (32 for ResNeXt).
         output_stride: 8, 16 or 32.
         stem: channels of the third convolution, 128, or 64 in version 1.0.
+        full_dilation: the first block of a dilated stage is dilated as the others are, not half as much; and the
+            pooling rounds sizes up. So has it the Cityscapes toolbox.
         norm_layer: makes a normalization layer from a number of channels.
     """
 
@@ -99,6 +107,7 @@ class ResNet(nn.Module):
         groups: int = 1,
         output_stride: int = 32,
         stem: int = 128,
+        full_dilation: bool = False,
         norm_layer: NormLayer = DEFAULT_NORM,
     ):
         super().__init__()
@@ -106,7 +115,7 @@ class ResNet(nn.Module):
         self.conv1, self.bn1, self.relu1 = conv_bn_relu(3, 64, stride=2, norm_layer=norm_layer)
         self.conv2, self.bn2, self.relu2 = conv_bn_relu(64, 64, norm_layer=norm_layer)
         self.conv3, self.bn3, self.relu3 = conv_bn_relu(64, stem, norm_layer=norm_layer)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1, ceil_mode=full_dilation)
         channels, reached = stem, 4
         for i, depth in enumerate(depths):
             planes, nominal = 64 * 2**i, 1 if i == 0 else 2
@@ -117,7 +126,7 @@ class ResNet(nn.Module):
                 planes,
                 depth,
                 stride=stride,
-                first_dilation=first_dilation,
+                first_dilation=dilation if full_dilation else first_dilation,
                 dilation=dilation,
                 groups=groups,
                 norm_layer=norm_layer,

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..layers import init_weights
+from ..layers import DEFAULT_NORM, NormLayer, init_weights
 
 WIDTHS = (64, 128, 256, 512, 512)
 DILATION = 2  # of the fifth block, whose input is not pooled
@@ -21,6 +21,7 @@ class VGG(nn.Module):
     Args:
         depths: convolutions in each of the five blocks.
         output_stride: 8, the only one there is.
+        norm_layer: not used; every encoder takes it.
 
     Raises:
         ValueError: another output stride.
@@ -28,7 +29,7 @@ class VGG(nn.Module):
 
     out_channels = (256, 512, 512, FC)
 
-    def __init__(self, depths: Sequence[int], *, output_stride: int = 8):
+    def __init__(self, depths: Sequence[int], *, output_stride: int = 8, norm_layer: NormLayer = DEFAULT_NORM):
         super().__init__()
         if output_stride != 8:
             raise ValueError(f"output stride {output_stride} of VGG: it has 8 only")

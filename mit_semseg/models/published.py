@@ -1,0 +1,182 @@
+"""Published weights: where they are, and how they are downloaded."""
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+from http.client import HTTPException
+from pathlib import Path
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..lib.utils import whole_file
+from .weights import LoadReport, WeightsError, load_weights
+
+SERVER = "http://sceneparsing.csail.mit.edu/model"
+MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
+CACHE_VARIABLE = "MIT_SEMSEG_HOME"
+TIMEOUT = 15  # seconds without a byte after which a server counts as not answering
+
+IMAGENET_BASES = {
+    "resnet18": "resnet18-imagenet.pth",
+    "resnet50": "resnet50-imagenet.pth",
+    "resnet101": "resnet101-imagenet.pth",
+    "resnext101": "resnext101-imagenet.pth",
+    "mobilenetv2": "mobilenet_v2.pth.tar",
+    "hrnetv2": "hrnetv2_w48-imagenet.pth",
+}
+
+# torchvision's files: address, and their converter below.
+TORCHVISION = "https://download.pytorch.org/models"
+VGG_BASES = {"vgg16_dilated8": "vgg16-397923af.pth", "vgg19_dilated8": "vgg19-dcbb9e9d.pth"}
+
+# Published pairs and their last epoch.
+PUBLISHED = {
+    "ade20k-mobilenetv2dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-c1_deepsup": 20,
+    "ade20k-resnet18dilated-ppm_deepsup": 20,
+    "ade20k-resnet50dilated-ppm_deepsup": 20,
+    "ade20k-resnet101dilated-ppm_deepsup": 25,
+    "ade20k-resnet50-upernet": 30,
+    "ade20k-resnet101-upernet": 50,
+    "ade20k-hrnetv2-c1": 30,
+}
+
+# SHA-256 (or as much of its beginning as is known) of published files.
+SHA256 = {
+    "ade20k-resnet18dilated-ppm_deepsup/encoder_epoch_20.pth": (
+        "adcdcbf7530eaf358f2bdeee13186c0d09e7a039bff842715b84395c841738b9"
+    ),
+    "ade20k-resnet18dilated-ppm_deepsup/decoder_epoch_20.pth": (
+        "b9def740d73cb425ae5e17a13949400c044159099cadc957c0743b721be2289e"
+    ),
+    "ade20k-mobilenetv2dilated-c1_deepsup/encoder_epoch_20.pth": "f9271676",
+    "ade20k-mobilenetv2dilated-c1_deepsup/decoder_epoch_20.pth": (
+        "23acb59ae788d6987927013167e3253068dfcc4505dfee379e77304a0f985c29"
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Folder of downloaded weights: `MIT_SEMSEG_HOME`, else `mit_semseg` in the user's cache directory."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mit_semseg"
+
+
+def server(folder: str = "", elsewhere: str = "") -> str:
+    """Address of the published files: `MIT_SEMSEG_MIRROR` if set, else the authors' server.
+
+    Args:
+        folder: of the server.
+        elsewhere: address of files that are not the authors'; a mirror has them in `folder` as well.
+    """
+    mirror = os.environ.get(MIRROR_VARIABLE)
+    if elsewhere and not mirror:
+        return elsewhere
+    return "/".join(part for part in ((mirror or SERVER).rstrip("/"), folder) if part)
+
+
+def download(url: str, path: Path, *, sha256: str = "") -> Path:
+    """Download a file; under its final name there is the whole file or nothing.
+
+    `torch.hub.download_url_to_file` does the same but waits for ever on a server that stops answering.
+
+    Args:
+        url: http, https or file address.
+        path: final name; its folder is made.
+        sha256: hexadecimal digest, or its beginning; '' is not checked.
+
+    Raises:
+        WeightsError: the server does not answer, or what came is not the file.
+    """
+    digest, received = hashlib.sha256(), 0
+    try:
+        with (
+            whole_file(path) as partial,
+            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
+            open(partial, "wb") as out,
+        ):
+            expected = int(response.headers.get("Content-Length") or 0)
+            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+                while chunk := response.read(1 << 20):
+                    out.write(chunk)
+                    digest.update(chunk)
+                    received += len(chunk)
+                    bar.update(len(chunk))
+            if expected and received != expected:
+                raise WeightsError(f"{url}: the connection ended after {received} of {expected} bytes")
+            if not digest.hexdigest().startswith(sha256.lower()):
+                raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
+    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
+        status = isinstance(error, urllib.error.HTTPError)
+        raise WeightsError(f"{url}: {error if status else getattr(error, 'reason', error)}") from None
+    return path
+
+
+def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
+    """Fill an encoder with its ImageNet base, from the cache or the server.
+
+    Raises:
+        WeightsError: there is no base for `arch`, or it cannot be had; names the ways out.
+    """
+    file = VGG_BASES.get(arch) or IMAGENET_BASES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
+    ways = (
+        "give a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights "
+        "(MODEL.pretrained False, or pretrained=False)"
+    )
+    if file is None:
+        raise WeightsError(f"no ImageNet base was published for {arch}: {ways}")
+    path = cache_dir() / file
+    if not path.is_file():
+        folder = server("pretrained_resnet", TORCHVISION) if arch in VGG_BASES else server("pretrained_resnet")
+        digest = Path(file).stem.rpartition("-")[2] if arch in VGG_BASES else ""
+        try:
+            download(f"{folder}/{file}", path, sha256=digest)
+        except WeightsError as error:
+            raise WeightsError(
+                f"the ImageNet base of {arch} cannot be downloaded ({error}): {ways}, or name a mirror in "
+                f"{MIRROR_VARIABLE}"
+            ) from None
+    convert = convolutional_vgg if arch in VGG_BASES else None
+    return load_weights(encoder, path, what=f"ImageNet base of {arch}", base=True, convert=convert)
+
+
+def convolutional_vgg(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """torchvision's VGG as ours: no pooling after blocks four and five, fully connected layers as convolutions.
+
+    Args:
+        state: torchvision's state dict.
+        own: our keys.
+    """
+    convs = [key for key in state if key.startswith("features.")]
+    renamed = dict(zip((key for key in own if key.startswith("features.")), (state[key] for key in convs), strict=True))
+    for number, (name, shape) in {0: ("conv6", (512, 7, 7)), 3: ("conv7", (4096, 1, 1))}.items():
+        weight = state[f"classifier.{number}.weight"]
+        renamed |= {f"{name}.weight": weight.view(-1, *shape), f"{name}.bias": state[f"classifier.{number}.bias"]}
+    classifier = {key: value for key, value in state.items() if key.startswith("classifier.6")}
+    return renamed | classifier
+
+
+def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
+    """Encoder and decoder files of a published model, downloaded unless they are there.
+
+    Args:
+        name: a key of `PUBLISHED`.
+        folder: where to keep them; the cache by default.
+
+    Raises:
+        WeightsError: unknown name, or the server does not answer.
+    """
+    if name not in PUBLISHED:
+        raise WeightsError(f"there is no published model {name!r}; there are {', '.join(PUBLISHED)}")
+    folder = Path(folder) if folder else cache_dir() / name
+    paths = []
+    for part in ("encoder", "decoder"):
+        file = f"{part}_epoch_{PUBLISHED[name]}.pth"
+        paths.append(folder / file)
+        if not paths[-1].is_file():
+            download(f"{server()}/pytorch/{name}/{file}", paths[-1], sha256=SHA256.get(f"{name}/{file}", ""))
+    return paths[0], paths[1]
