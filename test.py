@@ -22,10 +22,14 @@ def main() -> int:
     parser.add_argument("--imgs", required=True, metavar="PATH", help="a picture, a folder (recursive), or a glob")
     parser.add_argument("--overlay", action="store_true", help="also write the tinted picture with a legend")
     parser.add_argument("--index", action="store_true", help="also write the class indices as a grey PNG")
+    parser.add_argument(
+        "--labels", action="store_true", help="also write the data set's label values, e.g. Cityscapes' labelIds"
+    )
     parser.add_argument("--json", action="store_true", help="also write the classes and their shares as JSON")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    wanted = {".png": True, "_overlay.png": args.overlay, "_index.png": args.index, ".json": args.json}
+    wanted = {".png": True, "_overlay.png": args.overlay, "_index.png": args.index, "_label.png": args.labels}
+    wanted[".json"] = args.json
     endings = [ending for ending, yes in wanted.items() if yes]
     devices = cli.pick_devices(args.device)
     with distributed.join(devices[0]) as processes:

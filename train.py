@@ -2,7 +2,7 @@
 
 import torch
 
-from mit_semseg.apps import cli
+from mit_semseg.apps import building, cli
 from mit_semseg.apps.recorder import RunRecorder
 from mit_semseg.config import load_config
 from mit_semseg.dataset import TrainDataset, ValDataset
@@ -25,7 +25,8 @@ def main() -> None:
         # Refuses to write over a run before anything is loaded or logged.
         continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
         dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
-        validation = ValDataset(data.root_dataset, data.list_val, data) if train.eval_epoch else None
+        few = cfg.VAL.num_val or -1
+        validation = ValDataset(data.root_dataset, data.list_val, data, few) if train.eval_epoch else None
 
         logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt")
         logger.info("options:\n%s", cfg.dump())
@@ -33,9 +34,11 @@ def main() -> None:
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
         torch.manual_seed(train.seed)
         with distributed.first_on_machine(processes):
-            module = cli.build_module(cfg, devices[0], continued=continued)
-        optimizer, settings = cli.build_training(cfg, module)
-        recorder = RunRecorder(cfg.DIR, dataset.table, tensorboard=train.tensorboard) if processes.main else None
+            module = building.build_module(cfg, devices[0], continued=continued)
+        optimizer, settings = building.build_training(cfg, module)
+        pictures = [record["fpath_img"] for record in validation.records] if validation and train.visualize else []
+        show = {"tensorboard": train.tensorboard, "pictures": pictures, "main": processes.main}
+        recorder = RunRecorder(cfg.DIR, dataset.table, **show)
         fit(
             module,
             optimizer,
@@ -46,10 +49,10 @@ def main() -> None:
             processes=processes,
             resume=train.resume,
             val_dataset=validation,
+            view=building.view_of(cfg),
             recorder=recorder,
         )
-        if recorder:
-            recorder.close()
+        recorder.close()
         logger.info("training is complete: %s", cfg.DIR)
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from mit_semseg.dataset.transforms import NORMALIZATIONS
 from mit_semseg.engine import MaskedNLLLoss
+from mit_semseg.engine.losses import LOSSES
 from mit_semseg.lib.nn import InPlaceABNSync, SynchronizedBatchNorm2d
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import NORMS, dilation_of_stage
@@ -108,8 +110,11 @@ def test_unknown_names_list_the_known():
 
 
 def test_config_names_are_the_builder_names():
-    from mit_semseg.config.defaults import DECODER_NAMES, ENCODER_NAMES
+    from mit_semseg.config.defaults import DECODER_NAMES, ENCODER_NAMES, OPTIONS
 
+    assert OPTIONS["MODEL.norm"].choices == tuple(NORMS)
+    assert OPTIONS["TRAIN.loss"].choices == LOSSES
+    assert OPTIONS["DATASET.normalization"].choices == NORMALIZATIONS
     assert tuple(ENCODERS) == ENCODER_NAMES
     assert tuple(DECODERS) == DECODER_NAMES
 

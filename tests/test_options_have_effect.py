@@ -12,7 +12,7 @@ from runs import SMALL, in_process, same, weights, words
 from scenes import write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mit_semseg.apps import cli
+from mit_semseg.apps import building
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
 from mit_semseg.lib.utils import UserError
@@ -78,11 +78,17 @@ CHANGES_WEIGHTS = {
     "DATASET.padding_constant": 32,
     "DATASET.segm_downsampling_rate": 4,
     "DATASET.random_flip": False,
+    "DATASET.random_scale": (0.5, 1.5),
+    "DATASET.crop_size": (32, 40),
+    "DATASET.color_jitter": 0.5,
+    "DATASET.blur": 2.0,
+    "DATASET.normalization": "caffe",
     "MODEL.arch_encoder": "resnet18",
     "MODEL.arch_decoder": "c1",
     "MODEL.weights_encoder": lambda data: data / "start_encoder.pth",
     "MODEL.weights_decoder": lambda data: data / "start_decoder.pth",
     "MODEL.output_stride": 16,
+    "MODEL.norm": "inplace",
     "TRAIN.batch_size_per_gpu": 1,
     "TRAIN.num_epoch": 3,
     "TRAIN.epoch_iters": 2,
@@ -94,6 +100,9 @@ CHANGES_WEIGHTS = {
     "TRAIN.beta1": 0.5,
     "TRAIN.weight_decay": 0.1,
     "TRAIN.deep_sup_scale": 1.0,
+    "TRAIN.loss": "ce+lovasz",
+    "TRAIN.class_weights": (1, 2, 3),
+    "TRAIN.label_smoothing": 0.1,
     "TRAIN.fix_bn": True,
     "TRAIN.seed": 5,
     "TRAIN.accumulate": 2,
@@ -122,6 +131,64 @@ def test_equal_options_give_equal_weights(runs, baseline):
 
 
 # The others, each with what it must change.
+
+
+def effect_of_cat_max_ratio(runs, baseline):
+    folders = [runs.train(**{"DATASET.crop_size": 24, "DATASET.cat_max_ratio": ratio}) for ratio in (1, 0.5)]
+    assert not same(*map(weights, folders))
+
+
+def effect_of_ohem_threshold(runs, baseline):
+    kept = {"TRAIN.loss": "ohem", "TRAIN.ohem_min_kept": 1}
+    folders = [runs.train(**kept, **{"TRAIN.ohem_threshold": p}) for p in (0.2, 1)]
+    assert not same(*map(weights, folders))
+    assert same(weights(folders[1]), weights(baseline))  # every pixel is hard
+
+
+def effect_of_ohem_min_kept(runs, baseline):
+    few = {"TRAIN.loss": "ohem", "TRAIN.ohem_threshold": 0.1}
+    folders = [runs.train(**few, **{"TRAIN.ohem_min_kept": n}) for n in (1, 100_000)]
+    assert not same(*map(weights, folders))
+    assert same(weights(folders[1]), weights(baseline))
+
+
+def effect_of_train_visualize(runs, baseline):
+    folder = runs.train(TRAIN__eval_epoch=1, TRAIN__visualize=True)
+    panels = [p.relative_to(folder / "vis").as_posix() for p in sorted((folder / "vis").rglob("*.png"))]
+    assert panels == [f"epoch_{epoch}/val/images/{name}.png" for epoch in (1, 2) for name in ("00", "01")]
+    assert not (baseline / "vis").exists()
+    with pytest.raises(UserError, match=r"set TRAIN\.eval_epoch"):
+        runs.train(TRAIN__visualize=True)
+
+
+def effect_of_num_val(runs, baseline):
+    folder = runs.train(TRAIN__eval_epoch=2, TRAIN__visualize=True, VAL__num_val=1)
+    assert [p.name for p in (folder / "vis").rglob("*.png")] == ["00.png"]
+
+
+def looked_at(runs, baseline, **changes):
+    """Label maps that test.py writes for the validation pictures."""
+    files = segmented(runs, baseline, **changes)
+    return {name: content for name, content in files.items() if name.endswith("_index.png")}
+
+
+def effect_of_flip(runs, baseline):
+    plain = evaluated(runs, baseline), looked_at(runs, baseline)
+    mirrored = {"INFERENCE.flip": True}
+    assert evaluated(runs, baseline, **mirrored)["iou_per_class"] != plain[0]["iou_per_class"]
+    assert looked_at(runs, baseline, **mirrored) != plain[1]
+
+
+def effect_of_window(runs, baseline):
+    plain = evaluated(runs, baseline), looked_at(runs, baseline)
+    windows = {"INFERENCE.window": (32, 40)}
+    assert evaluated(runs, baseline, **windows)["iou_per_class"] != plain[0]["iou_per_class"]
+    assert looked_at(runs, baseline, **windows) != plain[1]
+
+
+def effect_of_overlap(runs, baseline):
+    maps = [looked_at(runs, baseline, **{"INFERENCE.window": 24, "INFERENCE.overlap": n}) for n in (0, 0.8)]
+    assert maps[0] != maps[1]
 
 
 def effect_of_dir(runs, baseline):
@@ -214,10 +281,10 @@ def effect_of_disp_iter(runs, baseline):
 
 def effect_of_channels_last(runs, baseline):
     cfg = load_config(None, words(runs.options({"TRAIN.channels_last": True})))
-    module = cli.build_module(cfg, torch.device("cpu"))
+    module = building.build_module(cfg, torch.device("cpu"))
     weight = module.decoder.cbr[0].weight
     assert not weight.is_contiguous(memory_format=torch.channels_last)
-    cli.build_training(cfg, module)
+    building.build_training(cfg, module)
     assert module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
     # The same sums in another order: the first steps agree, later ones drift apart as any rounding does.
     folders = (runs.train(TRAIN__channels_last=True), baseline)
@@ -339,6 +406,14 @@ def effect_of_test_batch_size(runs, baseline):
 
 
 OTHER_EFFECTS = {
+    "DATASET.cat_max_ratio": effect_of_cat_max_ratio,
+    "TRAIN.ohem_threshold": effect_of_ohem_threshold,
+    "TRAIN.ohem_min_kept": effect_of_ohem_min_kept,
+    "TRAIN.visualize": effect_of_train_visualize,
+    "VAL.num_val": effect_of_num_val,
+    "INFERENCE.flip": effect_of_flip,
+    "INFERENCE.window": effect_of_window,
+    "INFERENCE.overlap": effect_of_overlap,
     "DIR": effect_of_dir,
     "DATASET.list_val": effect_of_list_val,
     "DATASET.classes": effect_of_classes,

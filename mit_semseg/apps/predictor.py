@@ -21,8 +21,9 @@ from ..dataset.records import find_images
 from ..dataset.samplers import shards
 from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
+from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError, whole_file
-from .cli import build_module
+from .building import build_module, view_of
 from .visualize import (
     class_shares,
     colorEncode,
@@ -65,8 +66,9 @@ class Result:
         Args:
             stem: path without extension.
             endings: of `.png` (the panel [image | prediction]), `_overlay.png` (the tinted picture with a legend),
-                `_index.png` (class indices as grey values, 8 bits, 16 above 256 classes) and `.json` (the classes with
-                their shares).
+                `_index.png` (class indices as grey values, 8 bits, 16 above 256 classes), `_label.png` (the same with
+                the label values of the data set, as evaluation servers read them) and `.json` (the classes with their
+                shares).
         """
         for ending in endings:
             if ending == ".json":
@@ -79,6 +81,8 @@ class Result:
             return overlay(self.image, self.label_map, self.table)
         if ending == "_index.png":
             return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
+        if ending == "_label.png":
+            return Image.fromarray(self.table.decode(self.label_map))
         return panel([self.image, colorEncode(self.label_map, self.table.colors)])
 
     def _save_shares(self, path: Path) -> None:
@@ -109,6 +113,7 @@ def segment(
     table: ClassTable,
     *,
     device: torch.device,
+    view: View = WHOLE,
     **reading,
 ) -> Iterator[Result | tuple[str, str]]:
     """Segment pictures one after the other; reading goes on in the background.
@@ -119,6 +124,7 @@ def segment(
         opt: object with imgSizes, imgMaxSize, padding_constant.
         table: class names and colours.
         device: where the module is.
+        view: mirrored, windows.
         reading: options of `read_items`.
 
     Yields:
@@ -129,7 +135,7 @@ def segment(
         if "error" in item:
             yield item["info"], item["error"]
         else:
-            yield Result(item["info"], item["img_ori"], label_map(module, item, device), table)
+            yield Result(item["info"], item["img_ori"], label_map(module, item, device, view), table)
 
 
 def segment_share(
@@ -159,7 +165,7 @@ def segment_share(
     reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": parts}
     reading["batch_size"] = cfg.TEST.batch_size
     with explained():
-        for result in segment(module, pictures, cfg.DATASET, table, device=device, **reading):
+        for result in segment(module, pictures, cfg.DATASET, table, device=device, view=view_of(cfg), **reading):
             if isinstance(result, tuple):
                 failed.append(result[1])
                 send(f"{result[0]}: not segmented")

@@ -1,12 +1,13 @@
-"""Where the figures of a training run are shown: curves as a PNG, and TensorBoard."""
+"""Where the figures of a training run are shown: curves and panels as PNG, and TensorBoard."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from ..dataset import ClassTable
 from ..lib.utils import UserError
-from .visualize import result_panel, save_curves
+from .visualize import result_names, result_panel, save_curves, save_picture
 
 PICTURES = 4  # validation panels shown per validation
 
@@ -18,15 +19,27 @@ class RunRecorder:
         folder: DIR of the run.
         table: class names and colours.
         tensorboard: write events to `folder`/tensorboard.
+        pictures: of the validation, by their paths in the list: a panel of each is written to `folder`/vis/epoch_N at
+            every validation.
+        main: False leaves everything but the panels to another process.
 
     Raises:
         UserError: TensorBoard is asked for but not installed.
     """
 
-    def __init__(self, folder: str, table: ClassTable, *, tensorboard: bool = False):
-        self.folder, self.table = Path(folder), table
+    def __init__(
+        self,
+        folder: str,
+        table: ClassTable,
+        *,
+        tensorboard: bool = False,
+        pictures: Sequence[str] = (),
+        main: bool = True,
+    ):
+        self.folder, self.table, self.main = Path(folder), table, main
+        self._names = result_names(pictures)
         self.writer, self._pictures = None, []
-        if tensorboard:
+        if tensorboard and main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -41,13 +54,19 @@ class RunRecorder:
             for name, value in values.items():
                 self.writer.add_scalar(f"train/{name}", value, step)
 
-    def picture(self, item: dict, prediction: np.ndarray) -> None:
-        """A validation result; the first few are kept for the next `epoch`."""
-        if self.writer and len(self._pictures) < PICTURES:
-            self._pictures.append(result_panel(item, prediction, self.table))
+    def picture(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
+        """A validation result; TensorBoard gets the first few with the next `epoch`."""
+        shown = self.writer and len(self._pictures) < PICTURES
+        panel = result_panel(item, prediction, self.table) if shown or self._names else None
+        if shown:
+            self._pictures.append(panel)
+        if self._names:
+            save_picture(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._names[item['info']]}.png")
 
     def epoch(self, epoch: int, history: dict, evaluation) -> None:
         """End of an epoch: curves, validation scores and pictures."""
+        if not self.main:
+            return
         save_curves(history, self.folder / "curves.png")
         if self.writer and evaluation is not None:
             summary = evaluation.summary

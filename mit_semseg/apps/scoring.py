@@ -13,7 +13,7 @@ from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import whole_file
-from .cli import build_module
+from .building import build_module, view_of
 from .sharing import share_out
 from .visualize import result_names, result_panel, save_picture
 
@@ -46,6 +46,7 @@ def _score_share(
         module,
         dataset.part(number, parts),
         device=device,
+        view=view_of(cfg),
         batch_size=cfg.VAL.batch_size,
         workers=cfg.TRAIN.workers,
         timeout=cfg.TRAIN.timeout,

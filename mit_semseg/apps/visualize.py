@@ -12,7 +12,7 @@ from ..dataset import ClassTable
 from ..lib.utils import whole_file
 
 GAP = 6  # pixels between the parts of a panel
-ENDINGS = (".png", "_overlay.png", "_index.png", ".json")  # what may be written for a picture
+ENDINGS = (".png", "_overlay.png", "_index.png", "_label.png", ".json")  # what may be written for a picture
 SOFTWARE = "mit_semseg"
 
 

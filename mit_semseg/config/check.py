@@ -133,8 +133,18 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
     v, problems = values, []
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
     crop, scale = v["DATASET.crop_size"], v["DATASET.random_scale"]
-    if isinstance(crop, tuple) and (len(crop) != 2 or not all(crop)):
-        problems.append(f"DATASET.crop_size {crop}: give one side, or height and width")
+    for key in ("DATASET.crop_size", "INFERENCE.window"):
+        if isinstance(v[key], tuple) and (len(v[key]) != 2 or not all(v[key])):
+            problems.append(f"{key} {v[key]}: give one side, or height and width")
+    weights = v["TRAIN.class_weights"]
+    if weights and len(weights) != v["DATASET.num_class"]:
+        problems.append(
+            f"TRAIN.class_weights has {len(weights)} numbers, but DATASET.num_class is {v['DATASET.num_class']}"
+        )
+    if weights and not any(weights):
+        problems.append("TRAIN.class_weights are all 0: nothing would be learnt")
+    if weights and v["TRAIN.loss"] in ("dice", "lovasz"):
+        problems.append(f"TRAIN.class_weights are cross entropy's: TRAIN.loss {v['TRAIN.loss']} does not use them")
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
         problems.append(f"DATASET.random_scale {scale}: give the smallest and the largest factor, e.g. (0.5, 2.0)")
     if v["DATASET.cat_max_ratio"] < 1 and not crop:
@@ -163,6 +173,8 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         )
     if v["TRAIN.start_epoch"] and v["TRAIN.resume"] != "off":
         problems.append("TRAIN.start_epoch and TRAIN.resume both say where to continue: use one of them")
+    if v["TRAIN.visualize"] and not v["TRAIN.eval_epoch"]:
+        problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
     if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
         problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
     if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:

@@ -173,6 +173,23 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.beta1": Option(0.9, "momentum of SGD, first beta of AdamW", low=0, high=0.999999),
     "TRAIN.weight_decay": Option(1e-4, "weight decay, of convolution and linear weights only", low=0),
     "TRAIN.deep_sup_scale": Option(0.4, "weight of the deep supervision loss", low=0),
+    "TRAIN.loss": Option(
+        "ce",
+        "cross entropy (ce), the same of the hard pixels (ohem), Dice or Lovasz-softmax for rare classes, or a sum",
+        choices=("ce", "ohem", "dice", "lovasz", "ce+dice", "ce+lovasz"),
+    ),
+    "TRAIN.class_weights": Option(
+        (),
+        "weight of every class in cross entropy, a list of num_class numbers; () weighs all the same",
+        low=0,
+        high=1e6,
+        fractions=True,
+    ),
+    "TRAIN.label_smoothing": Option(0.0, "share of cross entropy's target that all classes get", low=0, high=0.999),
+    "TRAIN.ohem_threshold": Option(
+        0.7, "ohem: probability of the true class up to which a pixel is hard", low=0, high=1
+    ),
+    "TRAIN.ohem_min_kept": Option(100000, "ohem: pixels of a device's batch that are kept at least", low=1),
     "TRAIN.fix_bn": Option(False, "freeze the statistics and parameters of every batch norm"),
     "TRAIN.workers": Option(16, "data loading processes, at most one per core; 0 loads in the main process", low=0),
     "TRAIN.disp_iter": Option(20, "steps between two lines of the log", low=1),
@@ -182,6 +199,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.amp": Option("off", "mixed precision", choices=("off", "bf16", "fp16")),
     "TRAIN.channels_last": Option(False, "keep images and feature maps in channels-last memory order"),
     "TRAIN.eval_epoch": Option(0, "epochs between two validations; 0 never validates", low=0),
+    "TRAIN.visualize": Option(False, "write panels of every validation during training to DIR/vis"),
     "TRAIN.checkpoint_iters": Option(1000, "steps between two saves inside an epoch; 0 saves at its end only", low=0),
     "TRAIN.resume": Option(
         "off", "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file"
@@ -192,8 +210,20 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.tensorboard": Option(False, "write scalars and pictures for TensorBoard to DIR/tensorboard"),
     # Validation
     "VAL.batch_size": Option(1, "images loaded per step; the figures do not depend on it", low=1),
+    "VAL.num_val": Option(0, "validate on the first so many images during training; 0 takes all", low=0),
     "VAL.visualize": Option(False, "write panels [image | annotation | prediction] to DIR/result"),
     "VAL.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to evaluate"),
+    # How the network looks at a picture in validation, evaluation and segmenting
+    "INFERENCE.flip": Option(False, "average with the mirrored picture"),
+    "INFERENCE.window": Option(
+        0,
+        "side (or height and width) of the overlapping windows that go through the network one by one; 0 takes the "
+        "whole picture",
+        low=0,
+        high=100000,
+        kinds=(int, tuple),
+    ),
+    "INFERENCE.overlap": Option(1 / 3, "share of a window that the next one covers again, at least", low=0, high=0.95),
     # Segmenting pictures
     "TEST.batch_size": Option(1, "pictures loaded per step; the results do not depend on it", low=1),
     "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),

@@ -1,9 +1,9 @@
-"""Training: the loop, the loss, the optimizer, checkpoints."""
+"""Training: the loop, the losses, the optimizer, checkpoints."""
 
 from .checkpoint import CheckpointError, RunFiles
 from .distributed import Processes
 from .loop import fit
-from .losses import MaskedNLLLoss
+from .losses import MaskedNLLLoss, build_loss
 from .optim import build_optimizer, freeze_batch_norm, learning_rates
 from .run import Settings
 from .step import train_step
@@ -14,6 +14,7 @@ __all__ = [
     "Processes",
     "RunFiles",
     "Settings",
+    "build_loss",
     "build_optimizer",
     "fit",
     "freeze_batch_norm",

@@ -8,6 +8,7 @@ from typing import Protocol
 from ..dataset import ValDataset
 from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
+from ..evaluation.inference import WHOLE, View
 from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
 from .distributed import Processes, Watchdog
 from .optim import learning_rates
@@ -20,7 +21,7 @@ class Recorder(Protocol):
     """Where figures and pictures of a run go, beside log and history."""
 
     def step(self, step: int, values: dict[str, float]) -> None: ...
-    def picture(self, item: dict, prediction) -> None: ...
+    def picture(self, epoch: int, item: dict, prediction) -> None: ...
     def epoch(self, epoch: int, history: dict, evaluation: Evaluation | None) -> None: ...
 
 
@@ -33,7 +34,8 @@ class Keeper:
         settings: how often.
         processes: of the job.
         val_dataset: to validate on, shared out over the processes.
-        recorder: of the main process.
+        recorder: of this process; steps and epochs are the main one's.
+        view: of validation.
     """
 
     def __init__(
@@ -44,9 +46,10 @@ class Keeper:
         processes: Processes,
         val_dataset: ValDataset | None = None,
         recorder: Recorder | None = None,
+        view: View = WHOLE,
     ):
         self.run, self.files, self.settings, self.processes = run, files, settings, processes
-        self.val_dataset, self.recorder = val_dataset, recorder
+        self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
         self._continues_here = False
 
     def start(self, resume: str) -> None:
@@ -152,12 +155,13 @@ class Keeper:
         def seen(item, prediction):
             watchdog.progress("validation")
             if self.recorder:
-                self.recorder.picture(item, prediction)
+                self.recorder.picture(epoch, item, prediction)
 
         share = evaluate(
             run.module,
             self.val_dataset.part(processes.rank, processes.size),
             device=run.device,
+            view=self.view,
             workers=self.settings.workers,
             timeout=self.settings.timeout,
             processes=processes.place.local_size,

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from ..dataset import TrainDataset, ValDataset
 from ..dataset.loading import explained, items, make_loader
 from ..dataset.samplers import BatchNumbers
+from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError
 from .checkpoint import RunFiles
 from .distributed import Processes, Watchdog, parallel
@@ -37,6 +38,7 @@ def fit(
     processes: Processes | None = None,
     resume: str = "off",
     val_dataset: ValDataset | None = None,
+    view: View = WHOLE,
     recorder: Recorder | None = None,
 ) -> Run:
     """Train to the end, saving after every epoch.
@@ -47,6 +49,7 @@ def fit(
         processes: of the job, see `distributed.join`; None for this one alone. The first one writes the files.
         resume: 'auto', 'off', 'restart' or a file, see `RunFiles.find_resume`.
         val_dataset: validated every `settings.eval_epoch` epochs, shared out over the processes.
+        view: of validation, see `evaluation.inference.View`.
 
     Raises:
         CheckpointError: the folder holds a run that would be written over, or the state cannot be read.
@@ -58,7 +61,8 @@ def fit(
     run = Run(
         module, optimizer, devices[0], scale_loss=settings.amp == "fp16", batches=batches, job=processes.place.job
     )
-    keeper, clock = Keeper(run, files, settings, processes, val_dataset, recorder), Clock(settings.disp_iter)
+    keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view)
+    clock = Clock(settings.disp_iter)
     keeper.start(resume)
     batches = items(_loader(dataset, run.step, settings, devices, processes))
     with explained(), Watchdog(processes) as watchdog:

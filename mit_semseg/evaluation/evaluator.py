@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..dataset import ClassTable, ValDataset
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
-from .inference import label_map
+from .inference import WHOLE, View, label_map
 from .metrics import SegmentationMetric, Summary
 
 MOST_WORKERS = 4  # loader processes; the network is the slower part
@@ -125,6 +125,7 @@ def evaluate(
     dataset: ValDataset,
     *,
     device: torch.device | str = "cpu",
+    view: View = WHOLE,
     batch_size: int = 1,
     workers: int = MOST_WORKERS,
     timeout: float = 0,
@@ -141,6 +142,7 @@ def evaluate(
         model: a `SegmentationModule`; put in eval mode, and back afterwards.
         dataset: the pictures and labels.
         device: where the model is.
+        view: mirrored, windows.
         batch_size: pictures loaded per step.
         workers, timeout: of `read_items`.
         processes: on this machine that evaluate at the same time and share its cores.
@@ -156,7 +158,7 @@ def evaluate(
     try:
         with explained(), bar:
             for item in read_items(dataset, device=device, **reading):
-                prediction = label_map(model, item, device)
+                prediction = label_map(model, item, device, view)
                 metric.add(prediction, item["seg_label"][0].numpy())
                 if on_result:
                     on_result(item, prediction)

@@ -1,0 +1,108 @@
+"""From options to objects: the network, its loss, the optimizer, and how inference looks at a picture."""
+
+import logging
+from dataclasses import fields
+
+import torch
+
+from ..config import Config
+from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
+from ..evaluation import View
+from ..lib.nn.inplace_abn import count_negative_scales
+from ..lib.utils import UserError
+from ..models import ModelBuilder, SegmentationModule
+from ..models.layers import NORMS
+
+logger = logging.getLogger(__name__)
+
+
+def build_module(
+    cfg: Config, device: torch.device, *, checkpoint: str | None = None, continued: bool = False
+) -> SegmentationModule:
+    """The network that the options describe, on a device.
+
+    Args:
+        cfg: configuration.
+        device: where to put it.
+        checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`; None starts training, from the MODEL
+            options.
+        continued: the weights will come from the run in DIR, so no ImageNet base is fetched.
+
+    Raises:
+        UserError: weights are missing or do not fit, or MODEL.fc_dim contradicts the encoder.
+    """
+    model = cfg.MODEL
+    encoder_file, decoder_file = model.weights_encoder, model.weights_decoder
+    if checkpoint:
+        encoder_file, decoder_file = map(str, RunFiles(cfg.DIR).pair(checkpoint))
+    encoder = ModelBuilder.build_encoder(
+        model.arch_encoder,
+        weights=encoder_file,
+        pretrained=model.pretrained and not continued,
+        output_stride=model.output_stride or None,
+        norm_layer=NORMS[model.norm],
+    )
+    _check_fc_dim(model, encoder)
+    decoder = ModelBuilder.build_decoder(
+        model.arch_decoder,
+        num_class=cfg.DATASET.num_class,
+        weights=decoder_file,
+        in_channels=encoder.out_channels,
+        output_stride=encoder.output_stride,
+        new_head=model.new_head and not checkpoint,
+        norm_layer=NORMS[model.norm],
+    )
+    module = SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale)
+    if negative := count_negative_scales(module):
+        logger.warning(
+            "%d scales of the norms are negative and lose their sign in in-place norms: with weights that were trained "
+            "with other norms take MODEL.norm sync",
+            negative,
+        )
+    return module.to(device)
+
+
+def _loss_of(cfg: Config) -> torch.nn.Module:
+    train = cfg.TRAIN
+    return build_loss(
+        train.loss,
+        class_weights=train.class_weights,
+        label_smoothing=train.label_smoothing,
+        ohem_threshold=train.ohem_threshold,
+        ohem_min_kept=train.ohem_min_kept,
+    )
+
+
+def view_of(cfg: Config) -> View:
+    """How the options let the network look at a picture."""
+    window = cfg.INFERENCE.window
+    window = (window, window) if isinstance(window, int) else tuple(window)
+    return View(cfg.INFERENCE.flip, window if all(window) else None, cfg.INFERENCE.overlap)
+
+
+def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim.Optimizer, Settings]:
+    """Optimizer and settings of a training run; freezes batch norms and sets the memory order if asked to."""
+    train = cfg.TRAIN
+    if train.channels_last:
+        module.to(memory_format=torch.channels_last)
+    if train.fix_bn:
+        freeze_batch_norm(module)
+    optimizer = build_optimizer(
+        module.encoder,
+        module.decoder,
+        name=train.optim,
+        lr_encoder=train.lr_encoder,
+        lr_decoder=train.lr_decoder,
+        beta1=train.beta1,
+        weight_decay=train.weight_decay,
+    )
+    values = {field.name: train[field.name] for field in fields(Settings)}
+    return optimizer, Settings(**values)
+
+
+def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
+    default, own = 2048, encoder.out_channels[-1]
+    if model.fc_dim not in (default, own):
+        raise UserError(
+            f"MODEL.fc_dim is {model.fc_dim}, but {model.arch_encoder} gives {own} channels: set {own}, or leave it out"
+        )

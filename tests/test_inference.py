@@ -1,0 +1,133 @@
+"""Windows, mirroring and scales, against the plain computation over the whole picture."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scenes import tiny_module
+
+from mit_semseg.evaluation import inference
+from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores, score_strips, window_starts
+
+CLASSES = 4
+
+
+class Local:
+    """A network that sees `reach` pixels around each: a convolution of random weights, then softmax and resizing."""
+
+    def __init__(self, reach=0, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        side = 2 * reach + 1
+        self.weight = torch.randn(CLASSES, 3, side, side, generator=generator, dtype=torch.float64)
+        self.reach, self.sizes = reach, []
+
+    def __call__(self, feed, segSize):
+        x = feed["img_data"]
+        self.sizes.append(tuple(x.shape[-2:]))
+        logits = F.conv2d(x, self.weight, padding=self.reach)
+        return F.interpolate(logits, segSize, mode="bilinear", align_corners=False).softmax(1)
+
+
+def picture(height, width, seed=0):
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    window=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    overlap=st.floats(0, 0.9),
+    flip=st.booleans(),
+)
+def test_windows_of_a_pointwise_network_are_the_whole_picture(size, window, overlap, flip):
+    """What does not look around does not notice the windows, whatever their size and overlap."""
+    model, x = Local(), picture(*size)
+    expected = multi_scale_scores(model, [x], size, view=View(flip=flip))
+    scores = multi_scale_scores(model, [x], size, view=View(flip, window, overlap))
+    torch.testing.assert_close(scores, expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(length=st.integers(1, 300), window=st.integers(1, 300), overlap=st.floats(0, 0.95))
+def test_windows_cover_everything_with_their_overlap(length, window, overlap):
+    window = min(window, length)
+    starts = window_starts(length, window, overlap)
+    assert starts[0] == 0
+    assert starts[-1] == length - window
+    steps = np.diff(starts)
+    assert all(1 <= step <= max(1, window * (1 - overlap)) for step in steps)
+
+
+def test_interior_pixels_agree_with_the_whole_picture():
+    """A network that sees 3 pixels around each gives the same where no window's border is that near."""
+    model, x, reach = Local(reach=3), picture(60, 90), 3
+    expected = multi_scale_scores(model, [x], (60, 90))
+    scores = multi_scale_scores(model, [x], (60, 90), view=View(window=(24, 30), overlap=0.25))
+    untouched = torch.ones(60, 90, dtype=torch.bool)
+    for axis, window, length in ((0, 24, 60), (1, 30, 90)):
+        for start in window_starts(length, window, 0.25):
+            for border in (start, start + window):
+                if 0 < border < length:
+                    untouched.narrow(axis, border - reach, 2 * reach).fill_(False)
+    assert 0.3 < untouched.float().mean() < 0.9
+    torch.testing.assert_close(scores[:, untouched], expected[:, untouched])
+    assert (scores - expected).abs().max() > 1e-3  # elsewhere the windows do show
+
+
+def test_overlaps_are_averaged():
+    """Brute force: every window's scores and a count per pixel."""
+    model, x = Local(reach=2), picture(40, 33)
+    height, width, overlap = 16, 20, 0.5
+    total, count = torch.zeros(CLASSES, 40, 33, dtype=torch.float64), torch.zeros(40, 33)
+    for top in window_starts(40, height, overlap):
+        for left in window_starts(33, width, overlap):
+            region = np.s_[..., top : top + height, left : left + width]
+            total[region] += model({"img_data": x[region]}, segSize=(height, width))[0]
+            count[region] += 1
+    scores = multi_scale_scores(model, [x], (40, 33), view=View(window=(height, width), overlap=overlap))
+    torch.testing.assert_close(scores, total / count)
+    assert count.max() >= 4
+
+
+@pytest.mark.parametrize("strip", [1, 7, 64])
+def test_scales_and_mirroring_with_windows(strip, monkeypatch):
+    """Every scale through its windows, resized to the picture, averaged: the same by whole tensors."""
+    monkeypatch.setattr(inference, "STRIP", strip)
+    model, size = Local(reach=1), (37, 53)
+    scales = [picture(*s) for s in ((24, 40), (37, 53), (80, 112))]
+    view = View(flip=True, window=(20, 24), overlap=0.4)
+    expected = 0
+    for x in scales:
+        own = multi_scale_scores(model, [x], tuple(x.shape[-2:]), view=view)
+        expected = expected + F.interpolate(own[None], size, mode="bilinear", align_corners=False)[0] / len(scales)
+    strips = list(score_strips(model, scales, size, view=view))
+    assert all(s.shape[1] <= strip for s in strips)
+    torch.testing.assert_close(torch.cat(strips, 1), expected)
+    item = {"img_ori": np.zeros((*size, 3), np.uint8), "img_data": scales}
+    assert np.array_equal(label_map(model, item, view=view), expected.argmax(0).numpy())
+
+
+def test_mirroring_is_the_mean_of_both_views():
+    model, x = Local(reach=2), picture(20, 31)
+    flipped = multi_scale_scores(model, [x.flip(-1)], (20, 31)).flip(-1)
+    expected = (multi_scale_scores(model, [x], (20, 31)) + flipped) / 2
+    torch.testing.assert_close(multi_scale_scores(model, [x], (20, 31), view=View(flip=True)), expected)
+
+
+def test_windows_bound_what_the_network_sees():
+    model = Local(reach=1)
+    item = {"img_ori": np.zeros((50, 70, 3), np.uint8), "img_data": [picture(50, 70), picture(20, 28)]}
+    label_map(model, item, view=View(window=(32, 32)))
+    assert set(model.sizes) == {(32, 32), (20, 28)}
+
+
+def test_a_real_network_through_windows():
+    module = tiny_module().double().eval()
+    item = {"img_ori": np.zeros((45, 61, 3), np.uint8), "img_data": [picture(48, 64)]}
+    assert label_map(module, item, view=View(flip=True, window=(32, 32))).shape == (45, 61)
+    item["img_ori"] = np.zeros((48, 64, 3), np.uint8)  # a window as large as the picture changes nothing
+    assert np.array_equal(
+        label_map(module, item, view=View(flip=True, window=(48, 64))), label_map(module, item, view=View(flip=True))
+    )

@@ -1,0 +1,133 @@
+"""Losses against PyTorch, brute force, and what they promise at their edges."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mit_semseg.engine.losses import LOSSES, DiceLoss, LovaszLoss, MaskedNLLLoss, OhemLoss, build_loss
+
+CLASSES, SHAPE = 5, (2, 6, 7)
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    logits = torch.randn(SHAPE[0], CLASSES, *SHAPE[1:], dtype=torch.float64) * 2
+    return logits.requires_grad_(), torch.randint(-1, CLASSES - 1, SHAPE)  # the last class is absent
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
+def test_cross_entropy_is_pytorchs(batch, weights, smoothing):
+    logits, label = batch
+    ours = MaskedNLLLoss(weight=weights, label_smoothing=smoothing)(logits.log_softmax(1), label)
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    theirs = F.cross_entropy(logits, label, weight, ignore_index=-1, label_smoothing=smoothing)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
+def test_ohem_is_its_definition(batch, threshold, min_kept):
+    """Pixels up to the threshold; if these are too few, the hardest ones."""
+    logits, label = batch
+    log_probs = logits.log_softmax(1)
+    pixels = [(log_probs[n, label[n, i, j], i, j]) for n, i, j in np.ndindex(*SHAPE) if label[n, i, j] >= 0]
+    pixels.sort()
+    hard = sum(p.exp() <= threshold for p in pixels)
+    kept = pixels[: max(int(hard), min(min_kept, len(pixels)))]
+    expected = -torch.stack(kept).mean()
+    torch.testing.assert_close(OhemLoss(threshold, min_kept)(log_probs, label), expected)
+
+
+def test_dice_is_its_definition(batch):
+    logits, label = batch
+    probs, losses = logits.softmax(1).detach(), []
+    for number in range(CLASSES):
+        p, y = probs[:, number][label >= 0], (label[label >= 0] == number).double()
+        if y.sum():
+            losses.append(1 - 2 * (p * y).sum() / (p.sum() + y.sum()))
+    expected = torch.stack(losses).mean()
+    assert len(losses) == CLASSES - 1
+    torch.testing.assert_close(DiceLoss()(logits.log_softmax(1), label).detach(), expected)
+
+
+def jaccard_of(wrong, truth):
+    """One minus IoU of the class when the pixels of a set are predicted wrongly."""
+    union = truth | wrong
+    return len(wrong) / len(union) if union else 0.0
+
+
+def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
+    """The sum over the sorted errors of error times growth of the set function, from the set function itself."""
+    logits, label = batch
+    probs, losses = logits.softmax(1).detach(), []
+    for number in range(CLASSES):
+        p, y = probs[:, number][label >= 0].numpy(), (label[label >= 0] == number).numpy()
+        truth = {i for i in range(len(y)) if y[i]}
+        if not truth:
+            continue
+        errors, wrong, total, before = np.abs(y - p), set(), 0.0, 0.0
+        for i in np.argsort(-errors):
+            wrong.add(int(i))
+            total += errors[i] * (jaccard_of(wrong, truth) - before)
+            before = jaccard_of(wrong, truth)
+        losses.append(total)
+    assert LovaszLoss()(logits.log_softmax(1), label).item() == pytest.approx(np.mean(losses), rel=1e-12)
+
+
+@pytest.mark.parametrize("hard", [True, False])
+def test_lovasz_and_dice_of_certain_predictions(hard):
+    """Nearly one-hot predictions: Lovász is one minus the IoU, Dice one minus the Dice coefficient."""
+    label = torch.tensor([[[0, 0, 1, 1]]])
+    predicted = torch.tensor([0, 1, 1, 1] if hard else [0, 0, 1, 1])
+    log_probs = (F.one_hot(predicted, 2).double() * 100).T.reshape(1, 2, 1, 4).log_softmax(1)
+    iou = np.mean([1 / 2, 2 / 3]) if hard else 1
+    dice = np.mean([2 / 3, 4 / 5]) if hard else 1
+    assert LovaszLoss()(log_probs, label).item() == pytest.approx(1 - iou)
+    assert DiceLoss()(log_probs, label).item() == pytest.approx(1 - dice)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ignored_pixels_do_not_matter(name, batch):
+    logits, label = batch
+    loss = build_loss(name, ohem_min_kept=20)
+    value = loss(logits.log_softmax(1), label)
+    value.backward()
+    assert not logits.grad.movedim(1, -1)[label < 0].any()
+    changed = torch.where((label < 0).unsqueeze(1), torch.randn_like(logits), logits.detach())
+    torch.testing.assert_close(loss(changed.log_softmax(1), label), value.detach())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_labelled_is_zero_with_gradients(name, batch):
+    logits, label = batch
+    value = build_loss(name, class_weights=(1.0,) * CLASSES, label_smoothing=0.1)(
+        logits.log_softmax(1), torch.full_like(label, -1)
+    )
+    value.backward()
+    assert value.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients(name, batch):
+    logits, label = batch
+    loss = build_loss(name, ohem_min_kept=30, label_smoothing=0.1)
+    assert torch.autograd.gradcheck(lambda x: loss(x.log_softmax(1), label), logits)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_float32_agrees_with_float64(name, batch):
+    logits, label = batch
+    loss = build_loss(name, ohem_min_kept=20)
+    exact = loss(logits.detach().log_softmax(1), label).item()
+    assert loss(logits.detach().float().log_softmax(1), label).item() == pytest.approx(exact, rel=1e-5)
+
+
+def test_unknown_losses_list_the_known():
+    with pytest.raises(ValueError, match=r"no loss 'focal'; the losses are ce, ohem, dice"):
+        build_loss("focal")
