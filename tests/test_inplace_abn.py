@@ -5,10 +5,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import in_processes
 from torch import nn
 
 from mit_semseg.lib.nn import InPlaceABN, InPlaceABNSync, UserScatteredDataParallel, normalize
 from mit_semseg.lib.nn.inplace_abn import ACTIVATIONS, Activation
+from mit_semseg.models.layers import NORMS
 
 SHAPE = (3, 4, 5, 6)
 
@@ -96,6 +98,48 @@ def test_replicas_share_statistics(activation):
     ours = [y, torch.cat([c.grad for c in given]), norm.weight.grad, norm.bias.grad]
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-8)
+
+
+def _unsynchronized_process(rank, activation):
+    from mit_semseg.engine.distributed import Place, Processes, share_buffers
+
+    torch.manual_seed(rank)
+    norms = norm_of(activation), NORMS["batch"](4).double()
+    for norm in norms:
+        norm(torch.randn(SHAPE, dtype=torch.float64) + 10 * rank)
+    before = norms[1].running_mean.tolist()
+    share_buffers(nn.ModuleList(norms), Processes(Place(rank, 2)))
+    return before, [norm.running_mean.tolist() for norm in norms]
+
+
+def test_processes_without_sync_agree_when_asked_to(tmp_path):
+    (first, shared), (second, taken) = in_processes(2, tmp_path, _unsynchronized_process, "leaky_relu")
+    assert abs(first[0] - second[0]) > 0.5  # every process has learnt its own
+    assert shared == taken
+    assert shared[1] == first
+
+
+def _synchronized_process(rank, activation):
+    norm = norm_of(activation, InPlaceABNSync)
+    chunk, factor = (t.chunk(2)[rank] for t in _whole())
+    values = gradients(norm, [chunk], factor)
+    return [v.tolist() for v in (*values[:2], norm.running_var)]
+
+
+def _whole():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(4, *SHAPE[1:], dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def test_processes_share_statistics(tmp_path):
+    norm = norm_of("elu")
+    x, factor = _whole()
+    expected = gradients(Reference(norm), [x], factor)
+    halves = in_processes(2, tmp_path, _synchronized_process, "elu")
+    for i in range(2):
+        ours = torch.cat([torch.tensor(half[i], dtype=torch.float64) for half in halves])
+        torch.testing.assert_close(ours, expected[i], rtol=1e-8, atol=1e-8)
+    assert halves[0][2] == halves[1][2]
 
 
 def test_without_sync_replicas_have_their_own_statistics():

@@ -225,7 +225,8 @@ def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Proc
         return UserScatteredDataParallel(module, devices, timeout=processes.timeout)
     if len(devices) > 1:
         raise ValueError(f"with {processes.size} processes each drives one device, not {len(devices)}")
-    # Buffers need no broadcast: synchronized statistics are the same everywhere. The option has had two names.
+    # Synchronized statistics are the same everywhere; others are shared when they are needed, see `share_buffers`. The
+    # option has had two names.
     for name, part in module.named_modules():
         if isinstance(part, SynchronizedBatchNorm):
             part.join(None, name=name)
@@ -234,6 +235,14 @@ def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Proc
     with processes.waiting("comparing the networks"):
         module = DistributedDataParallel(module, **{option: False})
     return UserScatteredDataParallel(module, devices)
+
+
+def share_buffers(module: nn.Module, processes: Processes) -> None:
+    """Give all processes the first one's buffers: norms that are not synchronized have learnt others in each."""
+    if processes.size > 1:
+        with processes.waiting("sharing running estimates"):
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
 
 
 def gradient_exchange(runner: UserScatteredDataParallel, wanted: bool):

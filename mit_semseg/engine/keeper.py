@@ -10,7 +10,7 @@ from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
 from ..evaluation.inference import WHOLE, View
 from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
-from .distributed import Processes, Watchdog
+from .distributed import Processes, Watchdog, share_buffers
 from .optim import learning_rates
 from .run import Run, Settings
 
@@ -151,6 +151,7 @@ class Keeper:
         Every process scores its share of the pictures, without exchanging anything before its end.
         """
         run, processes = self.run, self.processes
+        share_buffers(run.module, processes)
 
         def seen(item, prediction):
             watchdog.progress("validation")
