@@ -128,6 +128,15 @@ def test_float32_agrees_with_float64(name, batch):
     assert loss(logits.detach().float().log_softmax(1), label).item() == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_copied_to_the_host(name):
+    """On the meta device there are no values: whoever asks for one fails."""
+    log_probs = torch.empty(1, CLASSES, *SHAPE[1:], device="meta", requires_grad=True)
+    label = torch.empty(1, *SHAPE[1:], device="meta", dtype=torch.int64)
+    loss = build_loss(name, class_weights=(1.0,) * CLASSES, label_smoothing=0.1).to("meta")
+    assert loss(log_probs, label).shape == ()
+
+
 def test_unknown_losses_list_the_known():
     with pytest.raises(ValueError, match=r"no loss 'focal'; the losses are ce, ohem, dice"):
         build_loss("focal")

@@ -116,13 +116,22 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
     return path
 
 
+def _base_file(arch: str) -> str | None:
+    return VGG_BASES.get(arch) or IMAGENET_BASES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
+
+
+def has_imagenet_base(arch: str) -> bool:
+    """Whether the address of an encoder's ImageNet base is known."""
+    return _base_file(arch) is not None
+
+
 def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
     """Fill an encoder with its ImageNet base, from the cache or the server.
 
     Raises:
         WeightsError: there is no base for `arch`, or it cannot be had; names the ways out.
     """
-    file = VGG_BASES.get(arch) or IMAGENET_BASES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
+    file = _base_file(arch)
     ways = (
         "give a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights "
         "(MODEL.pretrained False, or pretrained=False)"

@@ -1,0 +1,129 @@
+"""Every encoder, decoder and recipe with its size, cost and published score, as a Markdown page.
+
+    python -m mit_semseg.apps.catalog docs/models.md
+
+The networks are built without memory (on PyTorch's meta device), so this takes seconds.
+"""
+
+import argparse
+import re
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import load_config
+from ..lib.utils import whole_file
+from ..models import DECODERS, ENCODERS, ModelBuilder
+from ..models.published import has_imagenet_base
+
+CONFIGS = Path(__file__).resolve().parents[2] / "config"
+SIZE = (512, 688)  # a 512x683 picture as it reaches the network: sides are rounded up to multiples of 8
+REFERENCE = "resnet50dilated"  # the encoder under the decoders' figures
+HEAD = """\
+# Models
+
+Any encoder goes with any decoder. This page is made by `python -m mit_semseg.apps.catalog docs/models.md`.
+
+Parameters are millions, with the heads that only training uses. GFLOPs are 10⁹ floating point operations (an addition
+or a multiplication each) of convolutions and matrix products, for one 512x683 picture in inference, padded to 512x688.
+"""
+
+
+@cache
+def _encoder(name: str) -> tuple[nn.Module, float]:
+    with torch.device("meta"):
+        encoder = ModelBuilder.build_encoder(name, pretrained=False).eval()
+        return encoder, _gigaflops(encoder, torch.empty(1, 3, *SIZE), return_feature_maps=True)
+
+
+@cache
+def _decoder(name: str, encoder_name: str, num_class: int = 150) -> tuple[nn.Module, float]:
+    encoder = _encoder(encoder_name)[0]
+    with torch.device("meta"), torch.no_grad():
+        options = {"in_channels": encoder.out_channels, "output_stride": encoder.output_stride}
+        decoder = ModelBuilder.build_decoder(name, num_class=num_class, **options).eval()
+        features = encoder(torch.empty(1, 3, *SIZE), return_feature_maps=True)
+        return decoder, _gigaflops(decoder.head, features)
+
+
+def _gigaflops(call, *arguments, **options) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call(*arguments, **options)
+    return counter.get_total_flops() / 1e9
+
+
+def _millions(*modules: nn.Module) -> float:
+    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+
+
+def page() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *_encoders(), *_decoders(), *_recipes()])
+
+
+def _encoders() -> Iterator[str]:
+    yield "## Encoders\n"
+    rows = []
+    for name in ENCODERS:
+        encoder, cost = _encoder(name)
+        channels = ", ".join(map(str, encoder.out_channels))
+        base = "yes" if has_imagenet_base(name) else "no"
+        rows.append((f"`{name}`", f"{_millions(encoder):.2f}", f"{cost:.1f}", channels, encoder.output_stride, base))
+    yield from _table(("Encoder", "parameters", "GFLOPs", "channels", "output stride", "ImageNet base known"), rows)
+
+
+def _decoders() -> Iterator[str]:
+    yield f"\n## Decoders\n\nOn top of `{REFERENCE}`, 150 classes.\n"
+    rows = []
+    for name in DECODERS:
+        decoder, cost = _decoder(name, REFERENCE)
+        rows.append((f"`{name}`", f"{_millions(decoder):.2f}", f"{cost:.1f}"))
+    yield from _table(("Decoder", "parameters", "GFLOPs"), rows)
+
+
+def _recipes() -> Iterator[str]:
+    yield (
+        "\n## Recipes\n\nScores that the authors of the published models report, in %: mean IoU / pixel accuracy / "
+        "their mean, or\nwhat there is of them. They are not measured by this repository.\n"
+    )
+    rows = []
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        cfg = load_config(path)
+        encoder, cost = _encoder(cfg.MODEL.arch_encoder)
+        decoder, more = _decoder(cfg.MODEL.arch_decoder, cfg.MODEL.arch_encoder, cfg.DATASET.num_class)
+        score = published_score(path.read_text(encoding="utf-8"))
+        rows.append((f"`{path.stem}`", f"{_millions(encoder, decoder):.2f}", f"{cost + more:.1f}", score))
+    yield from _table(("Config", "parameters", "GFLOPs", "published"), rows)
+
+
+def published_score(recipe: str) -> str:
+    """The score that the comments at the head of a recipe name, or a dash."""
+    comments = " ".join(line.lstrip("# ") for line in recipe.splitlines() if line.startswith("#"))
+    pattern = r"(single scale|multi-scale) +(\d\d\.\d\d / \d\d\.\d\d / \d\d\.\d\d(?: \([^)]*\))?)"
+    if pairs := re.findall(pattern, comments):
+        return "; ".join(f"{how} {score}" for how, score in pairs)
+    single = re.search(r"validation images: (\d\d\.\d\d / \d\d\.\d\d)|published: mean IoU (\d\d\.\d)", comments)
+    return next(group for group in single.groups() if group) if single else "-"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence]) -> Iterator[str]:
+    for row in (head, ["---"] * len(head), *rows):
+        yield f"| {' | '.join(map(str, row))} |"
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description="Write the page of models.")
+    parser.add_argument("path", type=Path, help="of the page, e.g. docs/models.md")
+    path = parser.parse_args().path
+    with whole_file(path) as partial:
+        partial.write_text(page() + "\n", encoding="utf-8")
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
