@@ -49,7 +49,7 @@ class Activation:
     def inverse(self, y: Tensor) -> Tensor:
         """What was activated, from its result."""
         if self.name == "leaky_relu":
-            return torch.where(y < 0, y / self.slope, y)
+            return F.leaky_relu(y, 1 / self.slope)
         if self.name == "elu":  # where it has saturated the smallest value that does not is as good
             lowest = torch.finfo(y.dtype).eps - 1
             return torch.where(y < 0, (y / self.slope).clamp(min=lowest).log1p(), y)
@@ -57,9 +57,10 @@ class Activation:
 
     def gradient(self, y: Tensor, g: Tensor) -> Tensor:
         """Gradient before the activation, from its result and the gradient after it."""
+        # The operators behind autograd's formulas; `torch.where` takes many times longer on a CPU.
         if self.name == "leaky_relu":
-            return torch.where(y < 0, g * self.slope, g)
-        return torch.where(y < 0, g * (y + self.slope), g) if self.name == "elu" else g
+            return torch.ops.aten.leaky_relu_backward(g, y, self.slope, False)
+        return torch.ops.aten.elu_backward(g, self.slope, 1, 1, True, y) if self.name == "elu" else g
 
 
 class NormalizeInPlace(torch.autograd.Function):
