@@ -25,12 +25,20 @@ def main() -> int:
     parser.add_argument(
         "--labels", action="store_true", help="also write the data set's label values, e.g. Cityscapes' labelIds"
     )
+    parser.add_argument("--no-panel", action="store_true", help="do not write the panel [image | prediction]")
     parser.add_argument("--json", action="store_true", help="also write the classes and their shares as JSON")
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    wanted = {".png": True, "_overlay.png": args.overlay, "_index.png": args.index, "_label.png": args.labels}
+    wanted = {
+        ".png": not args.no_panel,
+        "_overlay.png": args.overlay,
+        "_index.png": args.index,
+        "_label.png": args.labels,
+    }
     wanted[".json"] = args.json
     endings = [ending for ending, yes in wanted.items() if yes]
+    if not endings:
+        parser.error("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
     devices = cli.pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)

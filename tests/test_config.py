@@ -228,6 +228,29 @@ def test_shipped_files_evaluate_what_they_train(path):
     assert node.VAL.checkpoint == node.TEST.checkpoint == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["DATASET.crop_size", "(1, 2, 3)"], "give one side, or height and width"),
+        (["INFERENCE.window", "(64, 0)"], "give one side, or height and width"),
+        (["DATASET.random_scale", "(2, 0.5)"], "the smallest and the largest factor"),
+        (["TRAIN.class_weights", "(1, 2)"], r"has 2 numbers, but DATASET\.num_class is 150"),
+        (
+            ["TRAIN.label_smoothing", "0.1", "TRAIN.loss", "dice"],
+            "label_smoothing 0.1 has no effect; it is cross entropy's",
+        ),
+        (["TRAIN.ohem_min_kept", "5"], "has no effect; it is of hard pixels: TRAIN.loss ohem"),
+        (["INFERENCE.overlap", "0.5"], r"has no effect; it is of windows: set INFERENCE\.window"),
+        (["DATASET.cat_max_ratio", "0.75"], "has no effect; it is of crops"),
+        (["MODEL.norm", "inplace", "TRAIN.amp", "bf16"], "set TRAIN.amp off, or MODEL.norm sync"),
+        (["MODEL.arch_encoder", "vgg16_dilated8", "MODEL.output_stride", "16"], "vgg16_dilated8 has 8 only"),
+    ],
+)
+def test_what_does_not_go_together_is_said(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, options)
+
+
 def test_attributes_that_a_caller_added_and_lists_can_be_merged():
     node = cfg.clone()
     node.MINE, node.DATASET.imgSizes = "x", [300]

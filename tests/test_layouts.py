@@ -75,6 +75,13 @@ def test_a_picture_without_label_is_named(cityscapes):
         load_records("leftImg8bit/train", cityscapes)
 
 
+def test_a_picture_of_another_name_is_named(cityscapes):
+    folder = cityscapes / "leftImg8bit/train/bonn"
+    Image.new("RGB", (96, 48)).save(folder / "extra.png")
+    with pytest.raises(ListError, match=r"extra\.png does not end with _leftImg8bit"):
+        load_records("leftImg8bit/train", cityscapes)
+
+
 def test_label_ids_and_train_ids_give_the_same_classes(cityscapes):
     opt = options(classes="cityscapes", num_class=19)
     by_label_ids = ValDataset(cityscapes, "leftImg8bit/train", opt)[0]["seg_label"]
@@ -125,9 +132,14 @@ def test_pascal_voc(tmp_path):
     (tmp_path / "JPEGImages/2007_000063.jpg").unlink()
     with pytest.raises(ListError, match=r"train\.txt: 1 files are missing: .*JPEGImages/2007_000063\.jpg"):
         load_records("ImageSets/Segmentation/train.txt", tmp_path)
-    (tmp_path / "names.txt").write_text("a\n")
-    with pytest.raises(ListError, match=r"a list \.txt is one of PASCAL VOC"):
-        load_records("names.txt", tmp_path)
+    problems = []
+    assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
+    assert len(problems) == 1
+
+
+def test_other_lists_may_end_with_txt_and_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "names.txt").write_text('{"fpath_img": "a.jpg"}\r\n', encoding="utf-8-sig")
+    assert load_records("names.txt", tmp_path) == load_records(tmp_path / "names.txt") == [{"fpath_img": "a.jpg"}]
 
 
 REDUCED = {
@@ -167,9 +179,9 @@ def test_recipe_from_training_to_the_server(recipe, cityscapes, tmp_path):
 
     pictures = cityscapes / "leftImg8bit/val"
     opts["TEST.result"] = tmp_path / "server"
-    segmented = here("test.py", "--imgs", pictures, "--labels", *given, *words(opts))
+    segmented = here("test.py", "--imgs", pictures, "--labels", "--no-panel", *given, *words(opts))
     assert segmented.returncode == 0, segmented.stderr
-    files = sorted((tmp_path / "server").rglob("*_label.png"))
+    files = sorted(p for p in (tmp_path / "server").rglob("*") if p.is_file())
     assert [f.name for f in files] == [f"ulm_00000{i}_000019_leftImg8bit_label.png" for i in (0, 1)]
     label = Image.open(files[0])
     assert (label.mode, label.size) == ("L", (96, 48))

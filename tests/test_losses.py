@@ -113,6 +113,16 @@ def test_nothing_labelled_is_zero_with_gradients(name, batch):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
+def test_classes_without_weight_do_not_explode():
+    """A batch all of whose pixels weigh nothing, with label smoothing: zero, not the smoothing over nothing."""
+    logits = torch.randn(2, 3, 30, 30, requires_grad=True)
+    label = torch.zeros(2, 30, 30, dtype=torch.int64)
+    loss = MaskedNLLLoss(weight=(0, 1, 1), label_smoothing=0.1)(logits.log_softmax(1), label)
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradients(name, batch):
     logits, label = batch

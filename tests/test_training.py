@@ -114,19 +114,22 @@ def test_frozen_batch_norm_stays_frozen_and_dropout_stays_on():
     assert module.decoder.cbr[-1].training
 
 
-def test_accumulated_batches_equal_one_large_batch(root):
-    """With frozen norms, two batches of two pictures of one size give the gradient of the batch of four."""
-    batches = [{"img_data": torch.randn(2, 3, 32, 32), "seg_label": torch.randint(0, 3, (2, 4, 4))} for _ in range(2)]
+@pytest.mark.parametrize("weight", [None, (1.0, 10.0, 0.5)])
+def test_accumulated_batches_equal_one_large_batch(root, weight):
+    """With frozen norms, two batches of two pictures of one size give the gradient of the batch of four, also where
+    classes weigh differently and the batches have different ones."""
+    labels = [torch.randint(-1, classes, (2, 4, 4)) for classes in (1, 3)]
+    batches = [{"img_data": torch.randn(2, 3, 32, 32), "seg_label": label} for label in labels]
     whole = [{key: torch.cat([b[key] for b in batches]) for key in batches[0]}]
     results = []
     for chunk in (batches, whole):
-        module = tiny_module(crit=MaskedNLLLoss())
+        module = tiny_module(crit=MaskedNLLLoss(weight=weight))
         freeze_batch_norm(module)
         optimizer = build_optimizer(module.encoder, module.decoder)
         scaler, alone = torch.amp.GradScaler("cpu", enabled=False), Processes()
         runner = parallel(module, [CPU], alone)
-        where = {"devices": [CPU], "processes": alone}
-        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, **where, settings=Settings())
+        where = {"devices": [CPU], "processes": alone, "settings": Settings(), "loss": module.crit}
+        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, **where)
         results.append((torch.tensor(figures), *module.state_dict().values()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)

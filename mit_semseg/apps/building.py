@@ -1,6 +1,5 @@
 """From options to objects: the network, its loss, the optimizer, and how inference looks at a picture."""
 
-import logging
 from dataclasses import fields
 
 import torch
@@ -8,12 +7,9 @@ import torch
 from ..config import Config
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
 from ..evaluation import View
-from ..lib.nn.inplace_abn import count_negative_scales
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
-
-logger = logging.getLogger(__name__)
 
 
 def build_module(
@@ -52,14 +48,7 @@ def build_module(
         new_head=model.new_head and not checkpoint,
         norm_layer=NORMS[model.norm],
     )
-    module = SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale)
-    if negative := count_negative_scales(module):
-        logger.warning(
-            "%d scales of the norms are negative and lose their sign in in-place norms: with weights that were trained "
-            "with other norms take MODEL.norm sync",
-            negative,
-        )
-    return module.to(device)
+    return SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale).to(device)
 
 
 def _loss_of(cfg: Config) -> torch.nn.Module:

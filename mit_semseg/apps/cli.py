@@ -191,8 +191,9 @@ def run(main: Callable[[], int | None]) -> None:
         _fail(f"{error.filename}: {error.strerror}")
     except torch.OutOfMemoryError as error:
         _fail(
-            f"the GPU is out of memory ({str(error).splitlines()[0]}); lower TRAIN.batch_size_per_gpu, "
-            f"DATASET.imgSizes or DATASET.imgMaxSize"
+            f"the GPU is out of memory ({str(error).splitlines()[0]}); in training lower "
+            f"TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize or DATASET.crop_size, elsewhere set "
+            f"INFERENCE.window"
         )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -177,7 +177,7 @@ def segment_share(
                 for entry in result.classes
                 if entry["share"] > SMALLEST_SHARE
             ]
-            send(f"{result.path} -> {stem}.png{''.join(shares)}")
+            send(f"{result.path} -> {_named(stem, endings[0])}{''.join(shares)}")
     return failed
 
 

@@ -132,7 +132,7 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
     """
     v, problems = values, []
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
-    crop, scale = v["DATASET.crop_size"], v["DATASET.random_scale"]
+    scale = v["DATASET.random_scale"]
     for key in ("DATASET.crop_size", "INFERENCE.window"):
         if isinstance(v[key], tuple) and (len(v[key]) != 2 or not all(v[key])):
             problems.append(f"{key} {v[key]}: give one side, or height and width")
@@ -143,12 +143,8 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         )
     if weights and not any(weights):
         problems.append("TRAIN.class_weights are all 0: nothing would be learnt")
-    if weights and v["TRAIN.loss"] in ("dice", "lovasz"):
-        problems.append(f"TRAIN.class_weights are cross entropy's: TRAIN.loss {v['TRAIN.loss']} does not use them")
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
         problems.append(f"DATASET.random_scale {scale}: give the smallest and the largest factor, e.g. (0.5, 2.0)")
-    if v["DATASET.cat_max_ratio"] < 1 and not crop:
-        problems.append("DATASET.cat_max_ratio is about crops: set DATASET.crop_size, or leave it out")
     if pad % rate:
         problems.append(
             f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}: set "
@@ -173,6 +169,14 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         )
     if v["TRAIN.start_epoch"] and v["TRAIN.resume"] != "off":
         problems.append("TRAIN.start_epoch and TRAIN.resume both say where to continue: use one of them")
+    problems += _without_effect(v)
+    if v["MODEL.norm"] == "inplace" and v["TRAIN.amp"] != "off":
+        problems.append(
+            f"MODEL.norm inplace recovers what it needs from its output, which {v['TRAIN.amp']} is too coarse for: set "
+            f"TRAIN.amp off, or MODEL.norm sync"
+        )
+    if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
+        problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
     if v["TRAIN.visualize"] and not v["TRAIN.eval_epoch"]:
         problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
     if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
@@ -182,3 +186,21 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
     if v["MODEL.output_stride"] == 4 and v["MODEL.arch_encoder"] != "hrnetv2":
         problems.append(f"MODEL.output_stride 4 is hrnetv2's only, not {v['MODEL.arch_encoder']}'s: choose 8, 16 or 32")
     return problems
+
+
+def _without_effect(v: Mapping[str, object]) -> list[str]:
+    """Sentences about options that were changed but are not read beside the others."""
+    entropy = v["TRAIN.loss"] not in ("dice", "lovasz")
+    read = {
+        "TRAIN.class_weights": (entropy, "cross entropy's: TRAIN.loss ce, ohem, ce+dice or ce+lovasz"),
+        "TRAIN.label_smoothing": (entropy, "cross entropy's: TRAIN.loss ce, ohem, ce+dice or ce+lovasz"),
+        "TRAIN.ohem_threshold": (v["TRAIN.loss"] == "ohem", "of hard pixels: TRAIN.loss ohem"),
+        "TRAIN.ohem_min_kept": (v["TRAIN.loss"] == "ohem", "of hard pixels: TRAIN.loss ohem"),
+        "INFERENCE.overlap": (v["INFERENCE.window"], "of windows: set INFERENCE.window"),
+        "DATASET.cat_max_ratio": (v["DATASET.crop_size"], "of crops: set DATASET.crop_size"),
+    }
+    return [
+        f"{key} {v[key]} has no effect; it is {whose}, or leave it out"
+        for key, (used, whose) in read.items()
+        if not used and v[key] != OPTIONS[key].default
+    ]

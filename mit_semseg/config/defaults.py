@@ -155,7 +155,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.norm": Option(
         "sync",
         "batch norm: batch (statistics of each device), sync (of all devices), or inplace (of all devices, joined with "
-        "the activation, which becomes leaky ReLU: half the memory of both)",
+        "the activation, which becomes leaky ReLU: in ResNets half the memory of both; not for mixed precision)",
         choices=("batch", "sync", "inplace"),
     ),
     "MODEL.pretrained": Option(True, "start the encoder from its ImageNet base when weights_encoder is ''"),
@@ -175,7 +175,8 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.deep_sup_scale": Option(0.4, "weight of the deep supervision loss", low=0),
     "TRAIN.loss": Option(
         "ce",
-        "cross entropy (ce), the same of the hard pixels (ohem), Dice or Lovasz-softmax for rare classes, or a sum",
+        "cross entropy (ce), the same of the hard pixels (ohem), Dice or Lovasz-softmax for rare classes, or a sum; "
+        "all but ce are of each device's batch",
         choices=("ce", "ohem", "dice", "lovasz", "ce+dice", "ce+lovasz"),
     ),
     "TRAIN.class_weights": Option(

@@ -52,7 +52,7 @@ def load_records(
         source: an odgt file (one JSON object a line); a split list of PASCAL VOC (`ImageSets/.../NAME.txt`, one stem a
             line); a folder that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
             `annotations`, or the same with `leftImg8bit` and `gtFine` as Cityscapes has them; or records themselves.
-            Files and folders are looked for below `root`, then as they stand.
+            A list is looked for as it stands, then below `root`; a folder or split list the other way round.
         root: folder that the paths in records are relative to.
         problems: gets a sentence for every file of a folder that has no partner, instead of an error.
 
@@ -65,13 +65,14 @@ def load_records(
             _require(record, f"record {i}")
         return records
     path = Path(source)
-    if path.is_file() and path.suffix != ".txt":
-        return _read_odgt(path)
     for place in (Path(root) / path, path):
         if place.is_dir():
             return scan_pairs(place, root, problems)
-        if place.is_file() and place.suffix == ".txt":
-            return _read_split(place, root)
+        if place.is_file() and VOC_LISTS in place.absolute().parts:
+            return _read_split(place, root, problems)
+    for place in (path, Path(root) / path):
+        if place.is_file():
+            return _read_odgt(place)
     folder = (Path(root) / path).absolute()
     raise ListError(
         f"there is no list {path.absolute()} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your "
@@ -88,26 +89,24 @@ def _require(record: Mapping, where: str) -> None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ListError(f"list {path} cannot be read: {error}") from None
 
 
-def _read_split(path: Path, root: str | os.PathLike) -> list[Record]:
+def _read_split(path: Path, root: str | os.PathLike, problems: list[str] | None) -> list[Record]:
     """Records of a split list of PASCAL VOC: the first word of every line is a stem."""
-    base = next((p.parent for p in path.absolute().parents if p.name == VOC_LISTS), None)
-    if base is None:
-        raise ListError(
-            f"{path}: a list .txt is one of PASCAL VOC, in a folder {VOC_LISTS} beside {VOC_IMAGES} and {VOC_LABELS}; "
-            f"other lists are .odgt, a JSON object a line"
-        )
+    base = next(p.parent for p in path.absolute().parents if p.name == VOC_LISTS)
     stems = [line.split()[0] for line in _lines(path) if line.strip()]
     pairs = [(base / VOC_IMAGES / f"{stem}.jpg", base / VOC_LABELS / f"{stem}.png") for stem in stems]
     missing = [str(p) for pair in pairs for p in pair if not p.is_file()]
-    if missing:
+    if missing and problems is None:
         raise ListError(f"{path}: {len(missing)} files are missing: {some(missing, 3)}")
     if not pairs:
         raise ListError(f"list {path} is empty")
+    if missing:
+        problems += [f"{file} of {path} is missing" for file in missing]
+        pairs = [pair for pair in pairs if all(p.is_file() for p in pair)]
     return _records(pairs, root, str(path))
 
 
@@ -148,7 +147,7 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] |
     """
     images, annotations, layout = _pair_of_folders(folder)
     found = [] if problems is None else problems
-    by_stem, labels = _by_stem(images, layout.image_ending, found), {}
+    by_stem, labels = _by_stem(images, layout.image_ending, found, all_of_them=True), {}
     for ending in reversed(layout.label_endings):
         labels |= _by_stem(annotations, ending, found)
     lonely = [by_stem[s] for s in by_stem if s not in labels] + [labels[s] for s in labels if s not in by_stem]
@@ -191,12 +190,14 @@ def _pair_of_folders(folder: Path) -> tuple[Path, Path, Layout]:
     raise ListError(f"{folder}: expected folders {twins} in it, or a path with the first as a part that has its twin")
 
 
-def _by_stem(folder: Path, ending: str, problems: list[str]) -> dict[str, Path]:
-    """Images below a folder whose stems have the ending, by the rest of their stems."""
+def _by_stem(folder: Path, ending: str, problems: list[str], *, all_of_them: bool = False) -> dict[str, Path]:
+    """Images below a folder whose stems have the ending, by the rest of their stems; all of them should have it."""
     found: dict[str, Path] = {}
     for path in find_images(folder):
         stem = path.relative_to(folder).with_suffix("").as_posix()
         if not stem.endswith(ending):
+            if all_of_them:
+                problems.append(f"{path} does not end with {ending}")
             continue
         stem = stem.removesuffix(ending)
         if stem in found:

@@ -64,7 +64,7 @@ def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:
         raise ValueError(f"normalization {kind!r}: choose one of {', '.join(NORMALIZATIONS)}")
     x = torch.from_numpy(np.array(image, np.float32).transpose(2, 0, 1))
     if kind == "caffe":
-        return x.flip(0).sub_(torch.tensor(CAFFE_MEAN).view(3, 1, 1))
+        return x.flip(0).sub_(torch.tensor(CAFFE_MEAN).view(3, 1, 1)).contiguous()
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return x.div_(255).sub_(mean).div_(std).contiguous()
 

@@ -68,14 +68,16 @@ class RunFiles:
         return sorted(int(match[1]) for match in names if match)
 
     def pair(self, suffix: str) -> tuple[Path, Path]:
-        """Encoder and decoder files of a suffix; twice the same file if `suffix` is a path, which holds both.
+        """Encoder and decoder files of a suffix.
+
+        Where the folder has none, `suffix` may be the path of a file that holds both: that file, twice.
 
         Raises:
             CheckpointError: one of them is not there; lists what is.
         """
-        if Path(suffix).is_file():
-            return Path(suffix), Path(suffix)
         paths = self.part("encoder", suffix), self.part("decoder", suffix)
+        if not any(path.is_file() for path in paths) and Path(suffix).is_file():
+            return Path(suffix), Path(suffix)
         for path in paths:
             if not path.is_file():
                 there = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
@@ -137,8 +139,9 @@ class RunFiles:
         return None if mode == "off" else Path(mode)
 
     def remove_run(self) -> None:
-        """Remove weights, histories and state of the run in the folder, so that none of it is taken for a new one's."""
-        for pattern in ("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", self.resume.name):
+        """Remove what the run in the folder has written, so that none of it is taken for a new one's; its log stays."""
+        written = ("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", self.resume.name, "curves.png")
+        for pattern in (*written, "vis/epoch_*/**/*.png", "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 

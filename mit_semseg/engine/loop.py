@@ -65,6 +65,7 @@ def fit(
     clock = Clock(settings.disp_iter)
     keeper.start(resume)
     batches = items(_loader(dataset, run.step, settings, devices, processes))
+    where = {"devices": devices, "processes": processes, "settings": settings, "loss": module.crit}
     with explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
         module.train()
@@ -77,8 +78,7 @@ def fit(
             chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
             clock.data_arrived()
             try:
-                where = {"devices": devices, "processes": processes}
-                loss, accuracy = train_step(runner, chunks, optimizer, run.scaler, **where, settings=settings)
+                loss, accuracy = train_step(runner, chunks, optimizer, run.scaler, **where)
             except NonFiniteLoss as error:
                 raise TrainingStopped(_diverged(error, run, settings, files)) from None
             run.step += 1

@@ -29,6 +29,7 @@ class MaskedNLLLoss(nn.Module):
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
+        self._weight = weight  # stays on the host, where labels are counted
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Scalar loss.
@@ -40,14 +41,27 @@ class MaskedNLLLoss(nn.Module):
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
         total = F.nll_loss(log_probs, label, weight, ignore_index=self.ignore_index, reduction="sum")
-        count = labelled.sum() if weight is None else (weight[label.clamp(min=0)] * labelled).sum()
+        count = self.normalizer(label)
         if self.label_smoothing:
             # Every class has its share of the target; a class's weight goes with its share, as in PyTorch.
             spread = (
                 log_probs.mean(1) if weight is None else torch.einsum("nchw,c->nhw", log_probs, weight / len(weight))
             )
             total = (1 - self.label_smoothing) * total - self.label_smoothing * (spread * labelled).sum()
+            total = total * (count > 0)  # all labelled pixels are of classes of weight 0: nothing to learn
         return total / _or_one(count)
+
+    def normalizer(self, label: Tensor) -> Tensor:
+        """What the sum over the pixels is divided by: how much a batch counts beside others. A scalar.
+
+        Args:
+            label: (N, H, W) int64.
+        """
+        labelled = label != self.ignore_index
+        if self.weight is None:
+            return labelled.sum()
+        weight = self.weight if self.weight.device == label.device else self._weight.to(label.device)
+        return (weight[label.clamp(min=0)] * labelled).sum()
 
 
 class OhemLoss(nn.Module):
@@ -150,6 +164,10 @@ class SumLoss(nn.Module):
         """Scalar loss; arguments as of `MaskedNLLLoss`."""
         return sum(loss(log_probs, label) for loss in self.losses)
 
+    def normalizer(self, label: Tensor) -> Tensor:
+        """How much a batch counts beside others, by the first loss; see `weight_of`."""
+        return weight_of(self.losses[0], label)
+
 
 def build_loss(
     name: str = "ce",
@@ -180,6 +198,20 @@ def build_loss(
     }
     losses = [parts[part]() for part in name.split("+")]
     return losses[0] if len(losses) == 1 else SumLoss(*losses)
+
+
+def weight_of(loss: nn.Module | None, label: Tensor) -> Tensor:
+    """How much a batch counts beside those of other devices: a scalar.
+
+    A loss with a `normalizer` is then the same however a batch is shared out. Others (hard pixels, Dice, Lovász) are of
+    each device's batch, and count by their labelled pixels.
+
+    Args:
+        loss: any loss over (log-probabilities, labels).
+        label: (N, H, W) int64, negative values ignored.
+    """
+    normalizer = getattr(loss, "normalizer", None)
+    return normalizer(label) if normalizer else (label >= 0).sum()
 
 
 def _or_one(count: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..evaluation import AverageMeter
+from ..lib.nn.inplace_abn import is_of_inplace_norms
 from .checkpoint import CheckpointError, new_history
 from .distributed import TIMEOUT
 
@@ -82,8 +83,12 @@ class Run:
             "optimizer_name": type(self.optimizer).__name__,
             "scaler": self.scaler.state_dict(),
             "batches": self.batches,
+            "norm": self._norm(),
             "job": self.job,
         }
+
+    def _norm(self) -> str:
+        return "inplace" if is_of_inplace_norms(self.module.state_dict()) else "plain"
 
     def restore(self, state: dict) -> None:
         """Continue from a `state`.
@@ -94,6 +99,11 @@ class Run:
         Raises:
             CheckpointError: the state is of another model or optimizer.
         """
+        norm = state.get("norm", "plain")
+        if norm != self._norm():
+            raise CheckpointError(
+                f"the saved run has {norm} norms, this one {self._norm()}: use its MODEL.norm, or TRAIN.resume restart"
+            )
         try:
             self.module.encoder.load_state_dict(state["encoder"])
             self.module.decoder.load_state_dict(state["decoder"])

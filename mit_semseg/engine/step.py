@@ -4,11 +4,13 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from ..lib.nn import UserScatteredDataParallel
 from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import UserError
 from .distributed import Processes, gradient_exchange
+from .losses import weight_of
 from .run import Settings
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,14 +32,17 @@ def train_step(
     devices: Sequence[torch.device],
     processes: Processes,
     settings: Settings,
+    loss: nn.Module | None = None,
 ) -> tuple[float, float]:
-    """One update from several batches, in which every labelled pixel of all devices and processes counts the same.
+    """One update from several batches, in which every labelled pixel of all devices and processes counts the same, or
+    as much as the loss says (see `losses.weight_of`).
 
     Args:
         runner: see `distributed.parallel`; returns losses averaged over labelled pixels, and accuracies.
         chunks: batches worked on one after the other, gradients added up; each holds one batch per device.
         devices: of this process.
         settings: of the run; its amp, channels_last and clip_grad are used.
+        loss: the runner's.
 
     Returns:
         Loss and pixel accuracy over all labelled pixels.
@@ -47,11 +52,14 @@ def train_step(
         ProcessStopped: another process ended or did not answer in time.
     """
     optimizer.zero_grad(set_to_none=True)
-    counts = [[int((batch["seg_label"] >= 0).sum()) for batch in chunk] for chunk in chunks]
-    (total,) = processes.sum([sum(map(sum, counts))], "counting labelled pixels")
+    counts = torch.tensor(
+        [[[float(weight_of(x, batch["seg_label"])) for x in (loss, None)] for batch in chunk] for chunk in chunks],
+        dtype=torch.float64,
+    )  # of the loss, and of the accuracy: (chunks, devices, 2)
+    totals = torch.tensor(processes.sum(counts.sum((0, 1)).tolist(), "counting labelled pixels"))
     shares, losses_seen = [], []
-    for number, (chunk, labelled) in enumerate(zip(chunks, counts, strict=True)):
-        weights = torch.tensor(labelled, device=devices[0]) / max(total, 1.0)
+    for number, (chunk, parts) in enumerate(zip(chunks, counts / totals.where(totals > 0, 1), strict=True)):
+        weights, parts = parts.float().to(devices[0]).unbind(1)
         feeds = [_feed(batch, device, settings.channels_last) for batch, device in zip(chunk, devices, strict=False)]
         with processes.waiting("forward and backward pass"), gradient_exchange(runner, number == len(chunks) - 1):
             with torch.autocast(devices[0].type, dtype=AMP_TYPES.get(settings.amp), enabled=settings.amp != "off"):
@@ -59,18 +67,18 @@ def train_step(
             share = (losses.float() * weights).sum()
             # Gradients are averaged over the processes, while the shares are to be added up.
             scaler.scale(share * processes.size).backward()
-        shares.append(torch.stack([share.detach(), (accuracies * weights).sum()]))
+        shares.append(torch.stack([share.detach(), (accuracies * parts).sum()]))
         losses_seen.append(losses.detach())
     # The device has had all of its work before anybody waits for a figure.
-    loss, accuracy = processes.sum(torch.stack(shares).sum(0).tolist(), "adding up losses")
-    if not math.isfinite(loss):
+    value, accuracy = processes.sum(torch.stack(shares).sum(0).tolist(), "adding up losses")
+    if not math.isfinite(value):
         raise _non_finite(torch.cat(losses_seen).tolist(), [batch for chunk in chunks for batch in chunk], processes)
     if settings.clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), settings.clip_grad)
     scaler.step(optimizer)
     scaler.update()
-    return loss, accuracy
+    return value, accuracy
 
 
 def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:

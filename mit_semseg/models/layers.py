@@ -12,12 +12,12 @@ from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
 NormLayer = Callable[[int], nn.Module]
 # The divisor sqrt(var + eps) everywhere: on one device, on many, and in evaluation.
 DEFAULT_NORM: NormLayer = partial(SynchronizedBatchNorm2d, clamp_variance=False)
+LEAKY_SLOPE = 0.01  # of leaky ReLU, in the Cityscapes toolbox's heads and in place of ReLU in in-place norms
 NORMS: dict[str, NormLayer] = {
     "batch": partial(SynchronizedBatchNorm2d, clamp_variance=False, synchronized=False),
     "sync": DEFAULT_NORM,
-    "inplace": InPlaceABNSync,
+    "inplace": partial(InPlaceABNSync, slope=LEAKY_SLOPE),
 }
-LEAKY_SLOPE = 0.01  # of leaky ReLU, in the Cityscapes toolbox's heads and in place of ReLU in in-place norms
 POOL_SCALES = (1, 2, 3, 6)  # bins per side of the pyramid, Zhao et al., "Pyramid Scene Parsing Network", 2017
 
 
@@ -59,7 +59,7 @@ def norm_act(norm_layer: NormLayer, channels: int, activation: str = "relu") -> 
 def plain_norm(norm_layer: NormLayer, channels: int) -> nn.Module:
     """Normalization that no activation follows."""
     norm = norm_layer(channels)
-    return norm_layer(channels, activation="none") if is_activated(norm) else norm
+    return norm.without_activation() if is_activated(norm) else norm
 
 
 def is_activated(norm: nn.Module) -> bool:

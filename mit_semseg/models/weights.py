@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN
-from ..lib.nn.inplace_abn import scale_of
+from ..lib.nn.inplace_abn import is_of_inplace_norms, scale_of
 from ..lib.utils import UserError, some
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
-    return {key.removeprefix("module."): value for key, value in state.items()}
+    plain = OrderedDict((key.removeprefix("module."), value) for key, value in state.items())
+    plain._metadata = getattr(state, "_metadata", {})  # tells in-place norms
+    return plain
 
 
 def part_of_network(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
@@ -117,6 +120,42 @@ def part_of_network(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         old, new = next((pair for pair in TOOLBOX_DECODER if key.startswith(pair[0])), ("", None))
         parts["encoder" if new is None else "decoder"][key if new is None else new + key.removeprefix(old)] = value
     return parts[part]
+
+
+def _for_norms_of(
+    module: nn.Module, state: dict[str, Tensor], path: str | os.PathLike, what: str, part: str
+) -> dict[str, Tensor]:
+    """Entries of a file for the norms of a module; says where the two do not compute the same.
+
+    Raises:
+        WeightsError: the file is of in-place norms with activation, the module has others.
+    """
+    norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
+    activated = any(norm.activation != "none" for norm in norms)
+    if is_of_inplace_norms(state):
+        if not norms:
+            raise WeightsError(
+                f"{path} was trained with in-place norms, {what} has others and would compute something else: set "
+                f"MODEL.norm inplace (norm_layer=InPlaceABNSync)"
+            )
+        return state
+    if "head.1.weight" in state:
+        # The toolbox's networks were trained with in-place norms, which count no batches.
+        inplace = not any(key.endswith(OPTIONAL_SUFFIX) for key in state)
+        state = part_of_network(state, part)
+        if inplace and not norms:
+            return _without_inplace_norms(state, module)
+        activated = activated and part == "encoder"  # its heads have leaky ReLUs as well
+    negative = sum(int((v < 0).sum()) for k, v in state.items() if v.dim() == 1 and k.endswith("weight"))
+    if activated or (norms and negative):
+        logger.warning(
+            "%s was trained with other norms than in-place ones, so %s computes something else%s: train on from there, "
+            "or take MODEL.norm sync",
+            path,
+            what,
+            f" (leaky ReLU for ReLU; {negative} scales lose their sign)" if activated else "",
+        )
+    return state
 
 
 def _without_inplace_norms(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -157,12 +196,7 @@ def load_weights(
         WeightsError: the file cannot be read or does not fit; `module` is then unchanged.
     """
     own, report, fitting, wrong = module.state_dict(), LoadReport(what, str(path)), {}, []
-    state = read_state_dict(path)
-    if "head.1.weight" in state:
-        # These networks were trained with in-place norms, which count no batches.
-        inplace = not any(key.endswith(OPTIONAL_SUFFIX) for key in state)
-        state = part_of_network(state, part)
-        state = _without_inplace_norms(state, module) if inplace else state
+    state = _for_norms_of(module, read_state_dict(path), path, what, part)
     for key, value in (convert(state, own) if convert else state).items():
         if key not in own:
             (report.legacy if key.endswith(LEGACY_SUFFIXES) else report.surplus).append(key)
@@ -177,26 +211,22 @@ def load_weights(
     lacking = [key for key in absent if not key.endswith(OPTIONAL_SUFFIX)]
     surplus = [] if base else report.surplus
     if wrong or lacking or surplus:
-        problems = [
-            f"{label}: {some(names)}"
-            for label, names in (
-                ("other shape", wrong),
-                ("missing in the file", lacking),
-                ("unknown to the model", surplus),
-            )
-            if names
-        ]
-        hint = ""
-        if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
-            hint = (
-                "; the file has another number of classes: give the model the same number, or, to train on from here, "
-                "start the classifier anew (MODEL.new_head True, new_head=True)"
-            )
-        raise WeightsError(f"{path} does not fit {what}: {'; '.join(problems)}{hint}")
+        raise WeightsError(f"{path} does not fit {what}: {_misfits(wrong, lacking, surplus)}")
     module.load_state_dict(fitting, strict=False)
     report.loaded = list(fitting)
     logger.info("%s", report)
     return report
+
+
+def _misfits(wrong: list[str], lacking: list[str], surplus: list[str]) -> str:
+    labels = {"other shape": wrong, "missing in the file": lacking, "unknown to the model": surplus}
+    text = "; ".join(f"{label}: {some(names)}" for label, names in labels.items() if names)
+    if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
+        text += (
+            "; the file has another number of classes: give the model the same number, or, to train on from here, "
+            "start the classifier anew (MODEL.new_head True, new_head=True)"
+        )
+    return text
 
 
 def is_of_version_1(path: str | os.PathLike) -> bool:

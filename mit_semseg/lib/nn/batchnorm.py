@@ -88,6 +88,12 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """
         self._replicas, self._rank, self._name = replicas, rank, name
 
+    def to_plain(self) -> None:
+        """Become an `nn.BatchNorm*` with the same parameters and buffers."""
+        self.__class__ = next(kind for kind, own in _PLAIN.items() if isinstance(self, own))
+        for name in ("clamp_variance", "synchronized", "process_group", "_replicas", "_rank", "_name"):
+            vars(self).pop(name, None)
+
     def _called(self) -> str:
         return self._name or f"{type(self).__name__}({self.num_features})"
 
@@ -147,7 +153,7 @@ _PLAIN = {
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
-    """Make every `nn.BatchNorm1d/2d/3d` in a module a synchronized one.
+    """Make every batch norm in a module a synchronized one: `nn.BatchNorm1d/2d/3d`, and ours with `synchronized` False.
 
     The layers are converted in place: parameters, buffers, hooks, and what was frozen stay as they are, and so does
     the divisor sqrt(var + eps).
@@ -163,6 +169,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
         if type(part) in _PLAIN:
             part.__class__ = _PLAIN[type(part)]
             part.process_group, part.clamp_variance = process_group, False
+        elif isinstance(part, SynchronizedBatchNorm):
+            part.process_group, part.synchronized = process_group, True
     return module
 
 
@@ -172,11 +180,11 @@ def to_batchnorm(module: nn.Module) -> nn.Module:
 
     Returns:
         `module`.
+
+    Raises:
+        ValueError: an in-place norm has an activation in it.
     """
-    plain = {synchronized: kind for kind, synchronized in _PLAIN.items()}
     for part in module.modules():
-        if type(part) in plain:
-            part.__class__ = plain[type(part)]
-            for name in ("clamp_variance", "synchronized", "process_group", "_replicas", "_rank", "_name"):
-                vars(part).pop(name, None)
+        if isinstance(part, SynchronizedBatchNorm):
+            part.to_plain()
     return module

@@ -6,16 +6,19 @@ The input is not kept (nothing else keeps a convolution's result), which halves 
 activation. A shortcut that is added before the activation needs not be kept twice either.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .batchnorm import SynchronizedBatchNorm2d
-from .normalize import Meeting, blocks, blockwise, but_channels, moments, scaled, spread, statistics_type
+from .normalize import Meeting, Normalize, blocks, blockwise, but_channels, moments, scaled, spread, statistics_type
 
+# Of the modules' entries in the metadata of a state dict, by which a file of in-place norms is told: its keys are those
+# of ordinary ones. (PyTorch's batch norm has version 2.)
+VERSION = 3
 ACTIVATIONS = ("leaky_relu", "elu", "none")
 _OTHER_NAMES = {"identity": "none"}
 
@@ -40,7 +43,7 @@ class Activation:
         self.name, self.slope = name, slope
 
     def __call__(self, z: Tensor) -> Tensor:
-        """Activated values, differentiable; written over `z` where no gradient is asked for."""
+        """Activated values, differentiable; written over `z` where no gradients are recorded."""
         inplace = not torch.is_grad_enabled()
         if self.name == "leaky_relu":
             return F.leaky_relu(z, self.slope, inplace=inplace)
@@ -71,7 +74,9 @@ class NormalizeInPlace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, meeting: Meeting, activation: Activation, replicas: int, has_shortcut: bool, *tensors: Tensor):
+    def forward(
+        ctx, meeting: Meeting, activation: Activation, replicas: int, has_shortcut: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         parts = [tensors[i : i + replicas] for i in range(0, len(tensors), replicas)]
         inputs, shortcuts = parts[0], parts[1] if has_shortcut else ()
         weights, biases = parts[-2:] if len(parts) > 1 + has_shortcut else ((), ())
@@ -97,7 +102,7 @@ class NormalizeInPlace(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients: Tensor):
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         inverse, *tensors = ctx.saved_tensors
         meeting, activation, n = ctx.meeting, ctx.activation, ctx.replicas
         parts = [tuple(tensors[i : i + n]) for i in range(0, len(tensors), n)]
@@ -112,12 +117,12 @@ class NormalizeInPlace(torch.autograd.Function):
         own = [_sums(activation, *args) for args in zip(given, scales, shifts, strict=True)]
         sum_g, sum_gx = meeting.add_up(own)
         input_gradients, shortcut_gradients = [], []
-        for tensors, scale, shift in zip(given, scales, shifts, strict=True):
-            factor = inverse * scale
+        for kept, scale, shift in zip(given, scales, shifts, strict=True):
+            factor = inverse * scale.to(inverse)
             vectors = shift, 1 / scale, factor, -factor * sum_gx / meeting.count, -factor * sum_g / meeting.count
-            input_gradients.append(blockwise(lambda *t: _input_gradient(activation, *t), tensors, vectors))
+            input_gradients.append(blockwise(lambda *t: _input_gradient(activation, *t), kept, vectors))
             if ctx.has_shortcut:
-                shortcut_gradients.append(activation.gradient(*tensors[:2]))
+                shortcut_gradients.append(activation.gradient(*kept[:2]))
         weight_gradients = [
             (s[1] * torch.where(w < 0, -1, 1)).to(w) for s, w in zip(own, weights, strict=False)
         ]  # of the absolute value
@@ -126,8 +131,8 @@ class NormalizeInPlace(torch.autograd.Function):
 
 
 def scale_of(weight: Tensor, eps: float) -> Tensor:
-    """What a layer multiplies with: |weight| + eps, which can be divided by."""
-    return weight.abs() + eps
+    """What a layer multiplies with: |weight| + eps, which can be divided by; its slope at zero is one, not none."""
+    return torch.where(weight < 0, -weight, weight) + eps
 
 
 def _recovered(activation: Activation, y: Tensor, g: Tensor, shortcut: Tensor | None, shift: Tensor, divisor: Tensor):
@@ -162,7 +167,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
     """Batch normalization with the statistics of this device, and the activation after it; keeps only its output.
 
     Multiplies with |weight| + eps, so that the scale is never zero. In eval mode it is ordinary normalization and
-    activation.
+    activation. So it is for 16-bit inputs: their outputs are too coarse to recover anything from, no memory is saved.
 
     Args:
         num_features, eps, momentum, affine, device, dtype: as of `nn.BatchNorm2d`.
@@ -174,6 +179,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
     """
 
     synchronized = False
+    _version = VERSION
 
     def __init__(
         self, num_features: int, *args, activation: str = "leaky_relu", slope: float = 0.01, synchronized=None, **kwargs
@@ -191,6 +197,21 @@ class InPlaceABN(SynchronizedBatchNorm2d):
     def slope(self) -> float:
         """Slope of the activation, see `Activation`."""
         return self._activation.slope
+
+    def without_activation(self) -> "InPlaceABN":
+        """This norm, from now on without activation."""
+        self._activation = Activation("none")
+        return self
+
+    def to_plain(self) -> None:
+        """See `to_batchnorm`; the scale becomes |weight| + eps."""
+        if self.activation != "none":
+            raise ValueError(f"{self} has its activation in it, which no nn.BatchNorm2d has")
+        if self.affine:
+            with torch.no_grad():
+                self.weight.copy_(self._scale())
+        vars(self).pop("_activation")
+        super().to_plain()
 
     def extra_repr(self) -> str:
         """For printing the module."""
@@ -232,9 +253,14 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         inputs, weights, biases, shortcuts = zip(*given, strict=True)
         alone = not self.synchronized or not self.training
         meeting = Meeting(self.eps, False, self.process_group, self._called(), alone=alone)
-        has_shortcut = shortcuts[0] is not None
-        tensors = (*inputs, *(shortcuts if has_shortcut else ()), *((*weights, *biases) if self.affine else ()))
-        outputs = NormalizeInPlace.apply(meeting, self._activation, len(given), has_shortcut, *tensors)
+        if inputs[0].dtype.itemsize < torch.float32.itemsize:
+            scales = [scale_of(weight, self.eps) for weight in weights] if self.affine else ()
+            normalized = Normalize.apply(meeting, *inputs, *scales, *(biases if self.affine else ()))
+            outputs = [self._finish(y, shortcut) for y, shortcut in zip(normalized, shortcuts, strict=True)]
+        else:
+            has_shortcut = shortcuts[0] is not None
+            tensors = (*inputs, *(shortcuts if has_shortcut else ()), *((*weights, *biases) if self.affine else ()))
+            outputs = NormalizeInPlace.apply(meeting, self._activation, len(given), has_shortcut, *tensors)
         if self.track_running_stats and not self._rank:
             with torch.no_grad():
                 self._update_running(meeting.mean, meeting.squares / (meeting.count - 1).clamp(min=1))
@@ -250,7 +276,6 @@ class InPlaceABNSync(InPlaceABN):
     synchronized = True
 
 
-def count_negative_scales(module: nn.Module) -> int:
-    """Scales in the in-place norms of a module that were learnt as negative by other norms: their sign is lost."""
-    norms = (part for part in module.modules() if isinstance(part, InPlaceABN) and part.affine)
-    return sum(int((norm.weight < 0).sum()) for norm in norms)
+def is_of_inplace_norms(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict, as `state_dict()` gave it and files keep it, is of a module with in-place norms."""
+    return any(entry.get("version") == VERSION for entry in getattr(state, "_metadata", {}).values())

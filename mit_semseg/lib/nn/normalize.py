@@ -174,14 +174,17 @@ def blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterato
 
 
 def statistics_type(x: Tensor) -> torch.dtype:
+    """Type in which an input is worked on: its own, float32 at least."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def but_channels(x: Tensor) -> list[int]:
+    """Axes of (N, C, ...) but the second."""
     return [0, *range(2, x.dim())]
 
 
 def along_channels(x: Tensor) -> tuple[int, ...]:
+    """Shape in which values per channel are combined with (N, C, ...)."""
     return (1, -1) + (1,) * (x.dim() - 2)
 
 
