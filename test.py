@@ -5,7 +5,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mit_semseg.apps import cli
-from mit_semseg.apps.predictor import find_pictures, segment_share
+from mit_semseg.apps.predictor import add_result_arguments, endings_of, find_pictures, segment_share
 from mit_semseg.apps.sharing import share_out
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
@@ -20,25 +20,9 @@ EXAMPLES = """\
 def main() -> int:
     parser = cli.make_parser(__doc__, EXAMPLES)
     parser.add_argument("--imgs", required=True, metavar="PATH", help="a picture, a folder (recursive), or a glob")
-    parser.add_argument("--overlay", action="store_true", help="also write the tinted picture with a legend")
-    parser.add_argument("--index", action="store_true", help="also write the class indices as a grey PNG")
-    parser.add_argument(
-        "--labels", action="store_true", help="also write the data set's label values, e.g. Cityscapes' labelIds"
-    )
-    parser.add_argument("--no-panel", action="store_true", help="do not write the panel [image | prediction]")
-    parser.add_argument("--json", action="store_true", help="also write the classes and their shares as JSON")
+    add_result_arguments(parser)
     args = parser.parse_intermixed_args()
-    cfg = load_config(args.cfg, args.opts)
-    wanted = {
-        ".png": not args.no_panel,
-        "_overlay.png": args.overlay,
-        "_index.png": args.index,
-        "_label.png": args.labels,
-    }
-    wanted[".json"] = args.json
-    endings = [ending for ending, yes in wanted.items() if yes]
-    if not endings:
-        parser.error("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
+    cfg, endings = load_config(args.cfg, args.opts), endings_of(args)
     devices = cli.pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)

@@ -2,7 +2,7 @@
 
 from .apps.cli import NotSupportedCliException, parse_devices, setup_logger
 from .apps.visualize import colorEncode
-from .dataset.records import find_recursive
+from .dataset.layouts import find_recursive
 from .evaluation.metrics import AverageMeter, accuracy, intersectionAndUnion
 
 __all__ = [

@@ -242,6 +242,8 @@ def test_shipped_files_evaluate_what_they_train(path):
         (["TRAIN.ohem_min_kept", "5"], "has no effect; it is of hard pixels: TRAIN.loss ohem"),
         (["INFERENCE.overlap", "0.5"], r"has no effect; it is of windows: set INFERENCE\.window"),
         (["DATASET.cat_max_ratio", "0.75"], "has no effect; it is of crops"),
+        (["INFERENCE.window", "8"], "sides are at least 32 pixels"),
+        (["TRAIN.eval_epoch", "30"], r"TRAIN\.eval_epoch 30 never comes: TRAIN\.num_epoch is 20"),
         (["MODEL.norm", "inplace", "TRAIN.amp", "bf16"], "set TRAIN.amp off, or MODEL.norm sync"),
         (["MODEL.arch_encoder", "vgg16_dilated8", "MODEL.output_stride", "16"], "vgg16_dilated8 has 8 only"),
     ],
@@ -262,6 +264,8 @@ def test_a_pattern_without_quotes_is_recognized(tmp_path):
     files = [write(tmp_path / name, "") for name in ("a.jpg", "b.jpg")]
     with pytest.raises(ConfigError, match="put a pattern in quotes"):
         load_config(None, [str(f) for f in files])
+    options = ["MODEL.weights_encoder", str(files[0]), "MODEL.weights_decoder", str(files[1])]
+    assert load_config(None, options).MODEL.weights_decoder == str(files[1])
 
 
 def test_own_folders_example_is_short():

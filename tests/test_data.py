@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_table, imresize
 from mit_semseg.dataset.classes import ClassTableError
 from mit_semseg.dataset.files import ImageFileError, image_size, read_image, read_label
-from mit_semseg.dataset.records import ListError, find_images, load_records, write_odgt
+from mit_semseg.dataset.layouts import ListError, find_images
+from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.dataset.samplers import BatchNumbers, OrientationBatches
 from mit_semseg.dataset.transforms import downsample_label, normalize, pad_batch, scale_for
 

@@ -13,7 +13,8 @@ from shared_data import shared
 
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.classes import IGNORE, class_table
-from mit_semseg.dataset.records import ListError, load_records
+from mit_semseg.dataset.layouts import ListError
+from mit_semseg.dataset.records import load_records
 
 # Cityscapes' train ids of its labelIds; every other one is ignored.
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
@@ -71,7 +72,9 @@ def test_official_folders_pair_up(cityscapes):
 
 def test_a_picture_without_label_is_named(cityscapes):
     (cityscapes / f"gtFine/train/bonn/{NAMES[2]}_gtFine_labelIds.png").unlink()
-    with pytest.raises(ListError, match=r"1 files do not pair up: .*bonn_000000_000019_leftImg8bit\.png"):
+    with pytest.raises(
+        ListError, match=r"1 files do not pair up: .*no partner .*bonn_000000_000019_gtFine_labelIds\.\*"
+    ):
         load_records("leftImg8bit/train", cityscapes)
 
 
@@ -134,7 +137,16 @@ def test_pascal_voc(tmp_path):
         load_records("ImageSets/Segmentation/train.txt", tmp_path)
     problems = []
     assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
-    assert len(problems) == 1
+    assert problems == [f"{tmp_path / 'JPEGImages/2007_000063.jpg'} is missing"]
+    # Other extensions, and the lists of the augmented set, which name both files.
+    (tmp_path / "JPEGImages/2007_000039.jpg").rename(tmp_path / "JPEGImages/2007_000039.JPG")
+    (tmp_path / "ImageSets/aug.txt").write_text(
+        "2007_000039 1\n/JPEGImages/2007_000032.jpg /SegmentationClass/2007_000039.png\n"
+    )
+    assert [(r["fpath_img"], r["fpath_segm"]) for r in load_records("ImageSets/aug.txt", tmp_path)] == [
+        ("JPEGImages/2007_000039.JPG", "SegmentationClass/2007_000039.png"),
+        ("JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000039.png"),
+    ]
 
 
 def test_other_lists_may_end_with_txt_and_begin_with_a_byte_order_mark(tmp_path):
@@ -164,7 +176,7 @@ def test_recipe_from_training_to_the_server(recipe, cityscapes, tmp_path):
     """Trains, resumes, evaluates through windows, and writes labelIds under names the server knows."""
     given = ["--cfg", f"config/{recipe}.yaml", "--gpu", "cpu"]
     opts = {**REDUCED, "DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run"}
-    first = here("train.py", *given, *words({**opts, "TRAIN.num_epoch": 1}))
+    first = here("train.py", *given, *words({**opts, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}))
     assert first.returncode == 0, first.stderr
     second = here("train.py", *given, *words({**opts, "TRAIN.resume": "auto"}))
     assert second.returncode == 0, second.stderr

@@ -187,7 +187,7 @@ def effect_of_window(runs, baseline):
 
 
 def effect_of_overlap(runs, baseline):
-    maps = [looked_at(runs, baseline, **{"INFERENCE.window": 24, "INFERENCE.overlap": n}) for n in (0, 0.8)]
+    maps = [looked_at(runs, baseline, **{"INFERENCE.window": 32, "INFERENCE.overlap": n}) for n in (0, 0.8)]
     assert maps[0] != maps[1]
 
 
@@ -443,6 +443,31 @@ OTHER_EFFECTS = {
 @pytest.mark.parametrize("key", OTHER_EFFECTS)
 def test_has_its_effect(key, runs, baseline):
     OTHER_EFFECTS[key](runs, baseline)
+
+
+def test_norms_of_a_checkpoint_are_not_mixed_up(runs, baseline):
+    inplace = runs.train(MODEL__norm="inplace")
+    assert evaluated(runs, inplace, **{"MODEL.norm": "inplace"})["images"] == 2
+    with pytest.raises(UserError, match=r"set MODEL\.norm inplace"):
+        evaluated(runs, inplace)
+    with pytest.raises(UserError, match=r"was not trained with MODEL\.norm inplace.* set MODEL\.norm sync"):
+        evaluated(runs, baseline, **{"MODEL.norm": "inplace"})
+    with pytest.raises(UserError, match=r"the saved run has inplace norms, this one plain: use its MODEL\.norm"):
+        runs.train(DIR=inplace, TRAIN__resume="auto", TRAIN__num_epoch=3)
+
+
+def test_checkpoints_by_path(runs, baseline):
+    with pytest.raises(UserError, match=r"there is no checkpoint file /nowhere/a\.pth"):
+        evaluated(runs, baseline, **{"VAL.checkpoint": "/nowhere/a.pth"})
+    with pytest.raises(UserError, match="does not hold a whole network"):
+        evaluated(runs, baseline, **{"VAL.checkpoint": baseline / "encoder_epoch_2.pth"})
+
+
+def test_results_say_how_they_came_about(runs, baseline):
+    options = evaluated(runs, baseline, **{"INFERENCE.flip": True, "DATASET.imgSizes": "(40,)"})["options"]
+    assert options["flip"] is True
+    assert options["imgSizes"] == [40]
+    assert options["list_val"] == "val"
 
 
 def test_no_option_is_left_out():

@@ -254,7 +254,7 @@ def test_doctor_names_every_fault(trained, tmp_path):
     assert done.returncode == 1, done.stderr
     for part in (
         "train: 6 images, 5 unusable",
-        "lonely.png has no partner of the same stem",
+        "lonely.png has no partner",
         "width 30 to 40, height 30 to 40",
         "1 upright (higher than wide), 1 lying",
         "classes that no label has (1): class 3",

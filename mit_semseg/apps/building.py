@@ -7,9 +7,11 @@ import torch
 from ..config import Config
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
 from ..evaluation import View
+from ..lib.nn.inplace_abn import is_of_inplace_norms
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
+from ..models.weights import read_state_dict
 
 
 def build_module(
@@ -31,6 +33,11 @@ def build_module(
     encoder_file, decoder_file = model.weights_encoder, model.weights_decoder
     if checkpoint:
         encoder_file, decoder_file = map(str, RunFiles(cfg.DIR).pair(checkpoint))
+        if model.norm == "inplace" and not is_of_inplace_norms(read_state_dict(encoder_file)):
+            raise UserError(
+                f"{encoder_file} was not trained with MODEL.norm inplace, which would compute something else from it: "
+                f"set MODEL.norm sync"
+            )
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
         weights=encoder_file,
@@ -52,13 +59,13 @@ def build_module(
 
 
 def _loss_of(cfg: Config) -> torch.nn.Module:
-    train = cfg.TRAIN
+    train, rate = cfg.TRAIN, cfg.DATASET.segm_downsampling_rate
     return build_loss(
         train.loss,
         class_weights=train.class_weights,
         label_smoothing=train.label_smoothing,
         ohem_threshold=train.ohem_threshold,
-        ohem_min_kept=train.ohem_min_kept,
+        ohem_min_kept=max(1, train.ohem_min_kept // rate**2),  # pixels of the label
     )
 
 

@@ -1,5 +1,6 @@
 """Segmenting picture files: reading, network, and what is written for each."""
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,8 @@ from ..config import load_config
 from ..dataset import ClassTable, TestDataset
 from ..dataset.datasets import table_of
 from ..dataset.files import ImageFileError
+from ..dataset.layouts import find_images
 from ..dataset.loading import explained
-from ..dataset.records import find_images
 from ..dataset.samplers import shards
 from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
@@ -179,6 +180,32 @@ def segment_share(
             ]
             send(f"{result.path} -> {_named(stem, endings[0])}{''.join(shares)}")
     return failed
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options that say what is written for a picture, to be handed to `endings_of`."""
+    for name, text in {
+        "overlay": "also write the tinted picture with a legend",
+        "index": "also write the class indices as a grey PNG",
+        "labels": "also write the data set's own label values as a grey PNG, e.g. Cityscapes' labelIds",
+        "json": "also write the classes and their shares as JSON",
+        "no-panel": "do not write the panel [image | prediction]",
+    }.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def endings_of(args: argparse.Namespace) -> list[str]:
+    """Endings of the results, see `Result.save`.
+
+    Raises:
+        UserError: nothing is to be written.
+    """
+    wanted = {".png": not args.no_panel, "_overlay.png": args.overlay, "_index.png": args.index}
+    wanted |= {"_label.png": args.labels, ".json": args.json}
+    endings = [ending for ending, yes in wanted.items() if yes]
+    if not endings:
+        raise UserError("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
+    return endings
 
 
 def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:

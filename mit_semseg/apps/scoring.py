@@ -88,6 +88,7 @@ def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None
     print(evaluation.report())
     results = result_folder(cfg)
     with whole_file(results / "results.json") as partial:
-        content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, **evaluation.as_dict()}
+        how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
+        content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     print(f"Written to {results}: results.json" + (" and a panel per image" if cfg.VAL.visualize else ""))

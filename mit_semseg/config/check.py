@@ -10,6 +10,8 @@ import yaml
 from ..lib.utils import UserError
 from .defaults import OPTIONS, Option
 
+SMALLEST_WINDOW = 32  # pixels: the largest output stride; smaller ones would also be thousands
+
 
 class ConfigError(UserError, ValueError):
     """Every problem of a configuration, a line each."""
@@ -130,12 +132,10 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
     Args:
         values: every option, by its dotted name.
     """
-    v, problems = values, []
-    pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
-    scale = v["DATASET.random_scale"]
-    for key in ("DATASET.crop_size", "INFERENCE.window"):
-        if isinstance(v[key], tuple) and (len(v[key]) != 2 or not all(v[key])):
-            problems.append(f"{key} {v[key]}: give one side, or height and width")
+    v, problems = values, _of_the_data(values)
+    window = v["INFERENCE.window"]
+    if any(0 < side < SMALLEST_WINDOW for side in (window if isinstance(window, tuple) else (window,))):
+        problems.append(f"INFERENCE.window {window}: sides are at least {SMALLEST_WINDOW} pixels")
     weights = v["TRAIN.class_weights"]
     if weights and len(weights) != v["DATASET.num_class"]:
         problems.append(
@@ -143,6 +143,44 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         )
     if weights and not any(weights):
         problems.append("TRAIN.class_weights are all 0: nothing would be learnt")
+    if v["TRAIN.start_epoch"] >= v["TRAIN.num_epoch"]:
+        problems.append(
+            f"TRAIN.start_epoch {v['TRAIN.start_epoch']} leaves nothing to train: TRAIN.num_epoch is "
+            f"{v['TRAIN.num_epoch']}"
+        )
+    if v["TRAIN.start_epoch"] and v["TRAIN.resume"] != "off":
+        problems.append("TRAIN.start_epoch and TRAIN.resume both say where to continue: use one of them")
+    problems += _without_effect(v)
+    if v["MODEL.norm"] == "inplace" and v["TRAIN.amp"] != "off":
+        problems.append(
+            f"MODEL.norm inplace recovers what it needs from its output, which {v['TRAIN.amp']} is too coarse for: set "
+            f"TRAIN.amp off, or MODEL.norm sync"
+        )
+    if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
+        problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
+    if v["TRAIN.eval_epoch"] > v["TRAIN.num_epoch"]:
+        problems.append(
+            f"TRAIN.eval_epoch {v['TRAIN.eval_epoch']} never comes: TRAIN.num_epoch is {v['TRAIN.num_epoch']}"
+        )
+    if v["TRAIN.visualize"] and not v["TRAIN.eval_epoch"]:
+        problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
+    if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
+        problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
+    if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:
+        problems.append("MODEL.new_head True needs a file in MODEL.weights_decoder to take the rest from")
+    if v["MODEL.output_stride"] == 4 and v["MODEL.arch_encoder"] != "hrnetv2":
+        problems.append(f"MODEL.output_stride 4 is hrnetv2's only, not {v['MODEL.arch_encoder']}'s: choose 8, 16 or 32")
+    return problems
+
+
+def _of_the_data(v: Mapping[str, object]) -> list[str]:
+    """Sentences about lists, classes, sizes and crops that do not go together."""
+    problems = []
+    pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
+    scale = v["DATASET.random_scale"]
+    for key in ("DATASET.crop_size", "INFERENCE.window"):
+        if isinstance(v[key], tuple) and (len(v[key]) != 2 or not all(v[key])):
+            problems.append(f"{key} {v[key]}: give one side, or height and width")
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
         problems.append(f"DATASET.random_scale {scale}: give the smallest and the largest factor, e.g. (0.5, 2.0)")
     if pad % rate:
@@ -162,29 +200,6 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         problems.append(f"DATASET.classes lists {len(names)} names, but DATASET.num_class is {v['DATASET.num_class']}")
     if v["DATASET.ignore_values"] and not listed:
         problems.append("DATASET.ignore_values goes with a list of names in DATASET.classes; a CSV file has its own")
-    if v["TRAIN.start_epoch"] >= v["TRAIN.num_epoch"]:
-        problems.append(
-            f"TRAIN.start_epoch {v['TRAIN.start_epoch']} leaves nothing to train: TRAIN.num_epoch is "
-            f"{v['TRAIN.num_epoch']}"
-        )
-    if v["TRAIN.start_epoch"] and v["TRAIN.resume"] != "off":
-        problems.append("TRAIN.start_epoch and TRAIN.resume both say where to continue: use one of them")
-    problems += _without_effect(v)
-    if v["MODEL.norm"] == "inplace" and v["TRAIN.amp"] != "off":
-        problems.append(
-            f"MODEL.norm inplace recovers what it needs from its output, which {v['TRAIN.amp']} is too coarse for: set "
-            f"TRAIN.amp off, or MODEL.norm sync"
-        )
-    if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
-        problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
-    if v["TRAIN.visualize"] and not v["TRAIN.eval_epoch"]:
-        problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
-    if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
-        problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
-    if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:
-        problems.append("MODEL.new_head True needs a file in MODEL.weights_decoder to take the rest from")
-    if v["MODEL.output_stride"] == 4 and v["MODEL.arch_encoder"] != "hrnetv2":
-        problems.append(f"MODEL.output_stride 4 is hrnetv2's only, not {v['MODEL.arch_encoder']}'s: choose 8, 16 or 32")
     return problems
 
 

@@ -77,7 +77,7 @@ OPTIONS: dict[str, Option] = {
         "./data/training.odgt",
         "training list: an .odgt file, a folder with images/ and annotations/ (or one whose path has a part images), a "
         "folder of Cityscapes such as leftImg8bit/train, or a list of PASCAL VOC such as "
-        "ImageSets/Segmentation/train.txt",
+        "ImageSets/Segmentation/train.txt; below root_dataset, or as it stands",
     ),
     "DATASET.list_val": Option("./data/validation.odgt", "validation list, as list_train"),
     "DATASET.num_class": Option(150, "number of classes", low=1, high=32767),
@@ -190,7 +190,12 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.ohem_threshold": Option(
         0.7, "ohem: probability of the true class up to which a pixel is hard", low=0, high=1
     ),
-    "TRAIN.ohem_min_kept": Option(100000, "ohem: pixels of a device's batch that are kept at least", low=1),
+    "TRAIN.ohem_min_kept": Option(
+        100000,
+        "ohem: pixels of a device's pictures that are kept at least; a pixel of a label that is sampled down by 8 "
+        "counts as 64",
+        low=1,
+    ),
     "TRAIN.fix_bn": Option(False, "freeze the statistics and parameters of every batch norm"),
     "TRAIN.workers": Option(16, "data loading processes, at most one per core; 0 loads in the main process", low=0),
     "TRAIN.disp_iter": Option(20, "steps between two lines of the log", low=1),

@@ -108,8 +108,9 @@ def _get(node: Config, key: str) -> object:
 
 
 def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
-    files = [opt for opt in opts if isinstance(opt, str) and opt not in OPTIONS and os.path.isfile(opt)]
-    if len(files) > 1:
+    keys = [opt for opt in opts[::2] if isinstance(opt, str) and opt not in OPTIONS]
+    files = [opt for opt in opts if isinstance(opt, str) and os.path.isfile(opt)]
+    if len(files) > 1 and any(key in files for key in keys):
         raise ConfigError([f"{files[0]}, {files[1]} ...: files where options belong; put a pattern in quotes, '*.jpg'"])
     if len(opts) % 2:
         raise ConfigError([f"{opts[-1]}: options come in pairs KEY VALUE, the last has no value [command line]"])

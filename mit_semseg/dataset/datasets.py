@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 from .augment import Augmentation
 from .classes import UNKNOWN, ClassTable, class_table
 from .files import ImageFileError, image_size, read_image, read_label
-from .records import ListError, load_records
+from .layouts import ListError
+from .records import load_records
 from .samplers import OrientationBatches, shards
 from .transforms import normalize, pad_batch, scale_for, scale_pyramid, train_pair
 

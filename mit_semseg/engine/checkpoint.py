@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..lib.utils import UserError, whole_file
-from ..models.weights import WeightsError, load_weights, read_checkpoint
+from ..models.weights import WeightsError, is_whole_network, load_weights, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -76,8 +76,16 @@ class RunFiles:
             CheckpointError: one of them is not there; lists what is.
         """
         paths = self.part("encoder", suffix), self.part("decoder", suffix)
-        if not any(path.is_file() for path in paths) and Path(suffix).is_file():
-            return Path(suffix), Path(suffix)
+        whole = Path(suffix)
+        if not any(path.is_file() for path in paths) and whole.is_file():
+            if not is_whole_network(whole):
+                raise CheckpointError(
+                    f"{whole} does not hold a whole network, as those of the Cityscapes toolbox do: name a checkpoint "
+                    f"of {self.folder}, e.g. epoch_20.pth"
+                )
+            return whole, whole
+        if len(whole.parts) > 1:
+            raise CheckpointError(f"there is no checkpoint file {whole.absolute()}")
         for path in paths:
             if not path.is_file():
                 there = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))

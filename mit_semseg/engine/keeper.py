@@ -171,7 +171,13 @@ class Keeper:
         )
         evaluation = Evaluation.merged(processes.collect(share, "validation", patient=True))
         iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
-        logger.info("Validation after epoch %d: mean IoU %.4f, pixel accuracy %.2f %%", epoch, iou, accuracy * 100)
+        logger.info(
+            "Validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%",
+            epoch,
+            iou,
+            evaluation.summary.mean_iou_present,
+            accuracy * 100,
+        )
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
             run.history["val"][key].append(value)
         if iou > run.best:

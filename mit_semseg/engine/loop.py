@@ -57,10 +57,8 @@ def fit(
         LoaderError, ProcessStopped: a loader process or another process of the job ended or hangs.
     """
     processes = processes or Processes(timeout=settings.timeout)
-    batches = len(devices) * processes.size * settings.accumulate
-    run = Run(
-        module, optimizer, devices[0], scale_loss=settings.amp == "fp16", batches=batches, job=processes.place.job
-    )
+    own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
+    run = Run(module, optimizer, devices[0], scale_loss=settings.amp == "fp16", **own)
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view)
     clock = Clock(settings.disp_iter)
     keeper.start(resume)

@@ -22,6 +22,7 @@ LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
 # Beginnings of the decoder's keys in a network of the Cityscapes toolbox, and ours; the rest is the encoder's.
+TOOLBOX_MARK = "head.1.weight"
 TOOLBOX_DECODER = (
     ("head.0.", ""),
     ("head.1.", "conv_last."),
@@ -106,6 +107,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     return plain
 
 
+def is_whole_network(path: str | os.PathLike) -> bool:
+    """Whether a file holds encoder and decoder together, as the Cityscapes toolbox's do."""
+    return TOOLBOX_MARK in read_state_dict(path)
+
+
 def part_of_network(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     """Encoder or decoder of a whole network of the Cityscapes toolbox, by our keys; any other state dict as it is.
 
@@ -113,7 +119,7 @@ def part_of_network(state: dict[str, Tensor], part: str) -> dict[str, Tensor]:
         state: of a file.
         part: 'encoder' or 'decoder'.
     """
-    if "head.1.weight" not in state or part not in ("encoder", "decoder"):
+    if TOOLBOX_MARK not in state or part not in ("encoder", "decoder"):
         return state
     parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
     for key, value in state.items():
@@ -139,7 +145,7 @@ def _for_norms_of(
                 f"MODEL.norm inplace (norm_layer=InPlaceABNSync)"
             )
         return state
-    if "head.1.weight" in state:
+    if TOOLBOX_MARK in state:
         # The toolbox's networks were trained with in-place norms, which count no batches.
         inplace = not any(key.endswith(OPTIONAL_SUFFIX) for key in state)
         state = part_of_network(state, part)
@@ -148,12 +154,13 @@ def _for_norms_of(
         activated = activated and part == "encoder"  # its heads have leaky ReLUs as well
     negative = sum(int((v < 0).sum()) for k, v in state.items() if v.dim() == 1 and k.endswith("weight"))
     if activated or (norms and negative):
+        changes = ["leaky ReLU for ReLU"] * activated + [f"{negative} scales lose their sign"] * bool(negative)
         logger.warning(
-            "%s was trained with other norms than in-place ones, so %s computes something else%s: train on from there, "
-            "or take MODEL.norm sync",
+            "%s was trained with other norms than in-place ones, from which %s computes something else (%s) until it "
+            "has been trained on; MODEL.norm sync computes the same",
             path,
             what,
-            f" (leaky ReLU for ReLU; {negative} scales lose their sign)" if activated else "",
+            ", ".join(changes),
         )
     return state
 
