@@ -10,6 +10,7 @@ from scenes import tiny_module
 
 from mit_semseg.evaluation import inference
 from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores, score_strips, window_starts
+from mit_semseg.models import ModelBuilder
 
 CLASSES = 4
 
@@ -107,6 +108,22 @@ def test_scales_and_mirroring_with_windows(strip, monkeypatch):
     torch.testing.assert_close(torch.cat(strips, 1), expected)
     item = {"img_ori": np.zeros((*size, 3), np.uint8), "img_data": scales}
     assert np.array_equal(label_map(model, item, view=view), expected.argmax(0).numpy())
+
+
+@pytest.mark.parametrize("decoder", ["c1", "psp_bilinear"])
+def test_label_maps_of_a_module_are_those_of_its_scores(decoder):
+    """Without the scores at the picture's size, with and without aligned corners, scales and mirroring."""
+    module = tiny_module().eval()
+    module.decoder = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=(8, 16)).eval()
+    torch.nn.init.normal_(module.decoder.conv_last.weight if decoder == "c1" else module.decoder.conv_last[-1].weight)
+    size = (45, 61)
+    for scales in ([(48, 64)], [(32, 40), (48, 64), (72, 96)]):
+        item = {"img_ori": np.zeros((*size, 3), np.uint8), "img_data": [picture(*s).float() for s in scales]}
+        for view in (View(), View(flip=True)):
+            labels = torch.from_numpy(label_map(module, item, view=view))
+            scores = multi_scale_scores(module, item["img_data"], size, view=view)
+            assert labels.unique().numel() > 1
+            assert (scores.amax(0) - scores.gather(0, labels[None])[0]).max() < 1e-5
 
 
 def test_mirroring_is_the_mean_of_both_views():

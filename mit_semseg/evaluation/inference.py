@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .upsampling import label_map_of
+
 Model = Callable[..., Tensor]  # module({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
 STRIP = 64  # rows of the result worked on at a time, where the picture goes through the network in windows
 
@@ -33,7 +35,8 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     """The most probable class of every pixel.
 
     Args:
-        model: a `SegmentationModule` in eval mode, or any callable of the same form.
+        model: a `SegmentationModule` in eval mode, whose class scores never have the picture's size; or any callable of
+            the same form.
         item: of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3) and `img_data`, one tensor per scale.
         device: where the model is.
         view: mirrored, windows.
@@ -42,10 +45,24 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
         (H, W) int64 class indices.
     """
     size = tuple(item["img_ori"].shape[:2])
+    if view.window is None and hasattr(model, "logits"):
+        logits = _all_logits(model, item["img_data"], device, view.flip)
+        return label_map_of(logits, size, align_corners=model.align_corners).cpu().numpy()
     if view.window is None:
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
     strips = score_strips(model, item["img_data"], size, device, view)
     return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in strips])
+
+
+@torch.inference_mode()
+def _all_logits(model: Model, scales: Sequence[Tensor], device: torch.device | str, flip: bool) -> list[Tensor]:
+    """Logits (C, h, w) of every scale, and of its mirrored picture, mirrored back."""
+    logits = []
+    for x in (scale.to(device, non_blocking=True) for scale in scales):
+        logits.append(model.logits({"img_data": x})[0])
+        if flip:
+            logits.append(model.logits({"img_data": x.flip(-1)})[0].flip(-1))
+    return logits
 
 
 @torch.inference_mode()

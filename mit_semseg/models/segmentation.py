@@ -43,6 +43,15 @@ class SegmentationModule(nn.Module):
             loss = loss + self.deep_sup_scale * self.crit(log_probs[1], label)
         return loss, pixel_accuracy(log_probs[0], label)
 
+    def logits(self, feed_dict: dict) -> Tensor:
+        """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""
+        return self.decoder.head(self.encoder(feed_dict["img_data"], return_feature_maps=True))
+
+    @property
+    def align_corners(self) -> bool:
+        """How the decoder resizes, see `Decoder`."""
+        return self.decoder.align_corners
+
 
 def pixel_accuracy(scores: Tensor, label: Tensor) -> Tensor:
     """Share of labelled pixels (label >= 0) whose highest score is the label's; 0 if no pixel is labelled.

@@ -1,0 +1,96 @@
+"""Label maps from logits are those of the straightforward way, but for ties within rounding."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mit_semseg.evaluation import upsampling
+from mit_semseg.evaluation.upsampling import label_map_of
+
+KINDS = ("noise", "trained", "nearly one-hot", "far apart")
+
+
+def straightforward(logits, size, align_corners=False):
+    """Mean of the softmax of the resized logits of all classes, (C, H, W)."""
+    resized = [F.interpolate(x[None], size, mode="bilinear", align_corners=align_corners)[0] for x in logits]
+    return sum(x.softmax(0) for x in resized) / len(resized) if len(logits) > 1 else resized[0]
+
+
+def logits_of(kind, classes, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "noise":
+        return torch.randn(classes, height, width, generator=generator)
+    coarse = torch.randn(1, classes, max(1, height // 4), max(1, width // 4), generator=generator)
+    scale = {"trained": 8, "nearly one-hot": 30, "far apart": 300}[kind]
+    return F.interpolate(coarse * scale, (height, width), mode="bicubic")[0]
+
+
+def assert_same(labels, scores):
+    """Equal to the arg-max, or to a class whose score is as good within rounding."""
+    best = scores.amax(0)
+    chosen = scores.gather(0, labels[None])[0]
+    assert labels.shape == best.shape
+    assert labels.dtype == torch.int64
+    assert ((best - chosen) <= 1e-5 * best.abs().clamp(min=1)).all()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_maps(kind, views, align_corners):
+    size = (61, 83)
+    logits = [logits_of(kind, 20, 8 + 3 * i, 11 + 2 * i, seed=i) for i in range(views)]
+    labels = label_map_of(logits, size, align_corners=align_corners)
+    assert_same(labels, straightforward(logits, size, align_corners))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    classes=st.integers(1, 12),
+    source=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    align_corners=st.booleans(),
+    double=st.booleans(),
+)
+def test_any_size_up_and_down(classes, source, size, align_corners, double):
+    logits = [logits_of("noise", classes, *s, seed=i) for i, s in enumerate(source)]
+    logits = [x.double() if double else x for x in logits]
+    labels = label_map_of(logits, size, align_corners=align_corners)
+    assert_same(labels, straightforward(logits, size, align_corners))
+
+
+@pytest.mark.parametrize("elements", [1, 500, 2**21])
+def test_strips_do_not_change_the_result(elements, monkeypatch):
+    logits = [logits_of("trained", 7, 9, 12, seed=i) for i in range(2)]
+    whole = label_map_of(logits, (40, 50))
+    monkeypatch.setattr(upsampling, "ELEMENTS", elements)
+    assert torch.equal(label_map_of(logits, (40, 50)), whole)
+
+
+@pytest.mark.parametrize("classes", [2, 255, 256, 257, 1000])
+def test_numbers_of_classes(classes):
+    """Above 256 classes a byte does not hold the label."""
+    logits = logits_of("noise", classes, 6, 7)
+    logits[-1] += 0.5
+    labels = label_map_of([logits], (20, 30))
+    assert_same(labels, straightforward([logits], (20, 30)))
+    assert (labels == classes - 1).any()
+
+
+def test_the_first_of_equal_classes_wins():
+    logits = torch.zeros(5, 3, 4)
+    for views in (1, 2):
+        assert (label_map_of([logits] * views, (9, 9)) == 0).all()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_low_precision(kind):
+    logits = logits_of("trained", 9, 8, 8).to(kind)
+    assert_same(label_map_of([logits], (30, 30)), straightforward([logits.float()], (30, 30)))
+
+
+def test_views_must_be_there():
+    with pytest.raises(ValueError, match="no logits"):
+        label_map_of([], (3, 3))
