@@ -30,16 +30,23 @@ class SegmentationMetric:
         """
         if prediction.shape != label.shape:
             raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
-        valid = label >= 0
-        label, prediction = label[valid].astype(np.int64), prediction[valid].astype(np.int64)
-        for name, values in (("label", label), ("prediction", prediction)):
-            if values.size and not 0 <= values.min() <= values.max() < self.num_class:
-                raise ValueError(
-                    f"{name} holds class {values.max() if values.min() >= 0 else values.min()}, but there are only "
-                    f"{self.num_class} classes (0 to {self.num_class - 1})"
-                )
-        pairs = np.bincount(label * self.num_class + prediction, minlength=self.num_class**2)
-        self.confusion += pairs.reshape(self.num_class, self.num_class)
+        if not label.size:
+            return
+        classes = self.num_class
+        lowest, highest = prediction.min(), max(prediction.max(), label.max())
+        if lowest < 0 or highest >= classes:
+            name = "prediction" if lowest < 0 or prediction.max() >= classes else "label"
+            raise ValueError(
+                f"{name} holds class {lowest if lowest < 0 else highest}, but there are only {classes} classes (0 to "
+                f"{classes - 1})"
+            )
+        # One pass over the pairs; the first row counts what is ignored.
+        pairs = np.maximum(label, -1, dtype=np.int64)
+        pairs += 1
+        pairs *= classes
+        pairs += prediction
+        counts = np.bincount(pairs.ravel(), minlength=(classes + 1) * classes)
+        self.confusion += counts.reshape(classes + 1, classes)[1:]
 
     def merge(self, other: "SegmentationMetric") -> None:
         """Add the counts of another metric of the same classes."""
