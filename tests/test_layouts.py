@@ -156,6 +156,7 @@ def test_other_lists_may_end_with_txt_and_begin_with_a_byte_order_mark(tmp_path)
 
 REDUCED = {
     "MODEL.pretrained": False,
+    "MODEL.arch_encoder": "mobilenetv2dilated",
     "DATASET.crop_size": 49,
     "DATASET.imgSizes": "[48]",
     "INFERENCE.window": (33, 64),

@@ -185,11 +185,11 @@ def test_several_values_use_pytorchs_own_batch_norm():
     torch.testing.assert_close(ours.running_var, theirs.running_var, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["batch", "inplace"])  # every other test is about the third
 @pytest.mark.parametrize("encoder", ["mobilenetv2dilated", "resnet18dilated", "resnet50dilated", "hrnetv2"])
 def test_every_norm_trains(encoder, norm):
     enc = ModelBuilder.build_encoder(encoder, pretrained=False, norm_layer=NORMS[norm])
-    for decoder in DECODERS if encoder == "resnet18dilated" else ["psp_deepsup"]:
+    for decoder in DECODERS if (encoder, norm) == ("resnet18dilated", "inplace") else ["psp_deepsup"]:
         options = {"in_channels": enc.out_channels, "norm_layer": NORMS[norm]}
         dec = ModelBuilder.build_decoder(decoder, num_class=NUM_CLASS, **options)
         module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).train()
@@ -204,7 +204,7 @@ def test_every_norm_trains(encoder, norm):
         enc.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18", "resnet50dilated", "hrnetv2"])
+@pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18", "hrnetv2"])
 def test_inplace_norms_without_activation_change_nothing(name):
     """Output and gradients of a network with in-place norms of positive scales, next to ordinary ones."""
     options = ({}, {"norm_layer": partial(InPlaceABNSync, activation="none", eps=1e-12)})

@@ -132,8 +132,8 @@ def test_the_same_global_batch_gives_the_same_losses(root, tmp_path, frozen, var
     assert len(history["loss"]) == 20
     assert history["loss"][-1] < history["loss"][0]
     for name, (other_history, other_state) in results.items():
-        assert other_history["loss"] == pytest.approx(history["loss"], rel=1e-7), name
-        assert other_history["acc"] == pytest.approx(history["acc"], rel=1e-7), name
+        assert other_history["loss"] == pytest.approx(history["loss"], rel=1e-6), name
+        assert other_history["acc"] == pytest.approx(history["acc"], rel=1e-6), name
         for key, value in state.items():
             torch.testing.assert_close(
                 torch.from_numpy(other_state[key]), torch.from_numpy(value), rtol=1e-6, atol=1e-7, msg=f"{name}: {key}"

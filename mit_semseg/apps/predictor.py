@@ -24,6 +24,7 @@ from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError, whole_file
+from ..models.folding import folded
 from .building import build_module, view_of
 from .visualize import (
     class_shares,
@@ -120,7 +121,7 @@ def segment(
     """Segment pictures one after the other; reading goes on in the background.
 
     Args:
-        module: a `SegmentationModule`; put in eval mode.
+        module: a `SegmentationModule`, of which a copy is made for inference (see `folded`).
         paths: of the pictures.
         opt: object with imgSizes, imgMaxSize, padding_constant.
         table: class names and colours.
@@ -131,12 +132,12 @@ def segment(
     Yields:
         A `Result` for every picture, or (path, reason) for one that cannot be read.
     """
-    module.eval()
+    network = folded(module)
     for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading):
         if "error" in item:
             yield item["info"], item["error"]
         else:
-            yield Result(item["info"], item["img_ori"], label_map(module, item, device, view), table)
+            yield Result(item["info"], item["img_ori"], label_map(network, item, device, view), table)
 
 
 def segment_share(

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..dataset import ClassTable, ValDataset
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
+from ..models.folding import folded
 from .inference import WHOLE, View, label_map
 from .metrics import SegmentationMetric, Summary
 
@@ -139,7 +140,7 @@ def evaluate(
     the figures are not to depend on it.
 
     Args:
-        model: a `SegmentationModule`; put in eval mode, and back afterwards.
+        model: a `SegmentationModule`, of which a copy is made for inference (see `folded`).
         dataset: the pictures and labels.
         device: where the model is.
         view: mirrored, windows.
@@ -150,20 +151,16 @@ def evaluate(
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
     metric, images = SegmentationMetric(len(dataset.table)), 0
-    was_training = model.training
-    model.eval()
+    network = folded(model)
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
     bar = tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True)
-    try:
-        with explained(), bar:
-            for item in read_items(dataset, device=device, **reading):
-                prediction = label_map(model, item, device, view)
-                metric.add(prediction, item["seg_label"][0].numpy())
-                if on_result:
-                    on_result(item, prediction)
-                images += 1
-                bar.update()
-    finally:
-        model.train(was_training)
+    with explained(), bar:
+        for item in read_items(dataset, device=device, **reading):
+            prediction = label_map(network, item, device, view)
+            metric.add(prediction, item["seg_label"][0].numpy())
+            if on_result:
+                on_result(item, prediction)
+            images += 1
+            bar.update()
     return Evaluation(metric, images, time.perf_counter() - start, dataset.table)

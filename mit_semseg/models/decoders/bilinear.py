@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, norm_act, pooling_branches
+from ..pyramid import conv_over_pyramid
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -102,6 +102,8 @@ class PSPBilinear(_Bilinear):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x = features[-1]
-        pooled = [self.resize(branch(x), x.shape[-2:]) for branch in self.psp]
-        return self.conv_last(torch.cat([x, *pooled], dim=1))
+        x, (conv, *rest) = features[-1], self.conv_last
+        x = conv_over_pyramid(conv, x, [branch(x) for branch in self.psp], align_corners=self.align_corners)
+        for layer in rest:
+            x = layer(x)
+        return x

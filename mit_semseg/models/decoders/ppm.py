@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches, resize
+from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches
+from ..pyramid import conv_over_pyramid
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -47,7 +47,9 @@ class PPM(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x = features[-1]
+        x, (conv, *rest) = features[-1], self.conv_last
         # Pooled maps go through conv + norm + ReLU at their own few positions and are resized after (UPerNet: before).
-        pooled = [resize(branch(x), x.shape[-2:]) for branch in self.ppm]
-        return self.conv_last(torch.cat([x, *pooled], dim=1))
+        x = conv_over_pyramid(conv, x, [branch(x) for branch in self.ppm])
+        for layer in rest:
+            x = layer(x)
+        return x

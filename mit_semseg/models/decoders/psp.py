@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, init_weights, norm_act, pooling_branches
+from ..pyramid import conv_over_pyramid
 from .base import Decoder
 
 WIDTH = 512
@@ -50,6 +50,9 @@ class PSP(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x = features[-1]
-        pooled = [self.resize(stage(x), x.shape[-2:]) for stage in self.stages]
-        return self.conv_last(self.bottleneck(torch.cat([*pooled, x], dim=1)))
+        x, (conv, *rest) = features[-1], self.bottleneck
+        pooled = [stage(x) for stage in self.stages]
+        x = conv_over_pyramid(conv, x, pooled, align_corners=self.align_corners, pooled_first=True)
+        for layer in rest:
+            x = layer(x)
+        return self.conv_last(x)

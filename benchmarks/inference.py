@@ -1,0 +1,77 @@
+"""What does a picture cost from the network's input to the label map?
+
+    python benchmarks/inference.py [--device cuda] [--json FILE]
+
+Networks of random weights, a 512x683 picture, one scale. Straightforward: the network as it was trained (float32,
+channels first, its pyramid resized and concatenated), scores of all classes resized to the picture, softmax, arg-max.
+Ours: batch norms folded, channels last, pyramid folded, label map from the logits. Network and label map are also
+measured by themselves. All ways take turns.
+"""
+
+import argparse
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, write
+
+from mit_semseg.evaluation.upsampling import label_map_of
+from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
+from mit_semseg.models.decoders import ppm
+from mit_semseg.models.folding import folded
+
+PAIRS = (
+    ("mobilenetv2dilated", "c1_deepsup"),
+    ("mobilenetv2dilated", "ppm_deepsup"),
+    ("resnet18dilated", "ppm_deepsup"),
+    ("resnet50dilated", "ppm_deepsup"),
+    ("hrnetv2", "c1"),
+)
+SIZE, INPUT = (512, 683), (512, 688)
+
+
+def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
+    """Calls of the network alone and of the whole way, plain and ours."""
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
+    plain = SegmentationModule(enc, dec, None).to(device).eval()
+    ours, feed = folded(plain), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
+
+    def plain_logits():
+        with mock.patch.object(ppm, "conv_over_pyramid", pyramid.conv_over_resized):
+            return plain.logits(feed)
+
+    return {
+        "plain network": plain_logits,
+        "our network": lambda: ours.logits(feed),
+        "plain whole": lambda: F.interpolate(plain_logits(), SIZE, mode="bilinear").softmax(1).argmax(1),
+        "our whole": lambda: label_map_of([ours.logits(feed)[0]], SIZE),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, rows = torch.device(args.device), []
+    for encoder, decoder in PAIRS:
+        with torch.inference_mode():
+            ms = interleaved(ways_of(encoder, decoder, device), device, args.repeats)
+        rows.append(
+            {
+                "network": f"{encoder} + {decoder}",
+                **{f"{name} ms": value for name, value in ms.items()},
+                "network, times faster": ms["plain network"] / ms["our network"],
+                "whole, times faster": ms["plain whole"] / ms["our whole"],
+            }
+        )
+    write(args.json, f"inference, {SIZE[0]}x{SIZE[1]}", device, rows)
+
+
+if __name__ == "__main__":
+    main()
