@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .upsampling import label_map_of
+from .upsampling import label_map_of, places
 
 Model = Callable[..., Tensor]  # module({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
 STRIP = 64  # rows of the result worked on at a time, where the picture goes through the network in windows
@@ -192,15 +193,14 @@ class _Rows:
 
     def resized(self, top: int, bottom: int) -> Tensor:
         """Rows `top` to `bottom` of the result, (C, bottom - top, width); they are to be asked for in order."""
-        low, high, share = _neighbours(top, bottom, self.source[0], self.target[0])
+        low, share = (values[top:bottom] for values in places(self.source[0], self.target[0]))
+        high = (low + 1).clamp(max=self.source[0] - 1)
         self._hold(int(low[0]), int(high[-1]))
-        device = self.held.device
-        low, high, share = (t.to(device) for t in (low - self.first, high - self.first, share))
+        low, high = ((rows - self.first).to(self.held.device) for rows in (low, high))
         rows = torch.lerp(self.held[:, low], self.held[:, high], share.to(self.held).view(-1, 1))
         if self.source[1] == self.target[1]:
             return rows
-        low, high, share = (t.to(device) for t in _neighbours(0, self.target[1], self.source[1], self.target[1]))
-        return torch.lerp(rows[..., low], rows[..., high], share.to(rows))
+        return F.interpolate(rows, self.target[1], mode="linear", align_corners=False)
 
     def _hold(self, first: int, last: int) -> None:
         """Take strips until the last row is there; forget the rows before the first."""
@@ -208,10 +208,3 @@ class _Rows:
         while self.first + sum(part.size(1) for part in parts) <= last:
             parts.append(next(self.strips))
         self.held, self.first = torch.cat(parts, dim=1)[:, first - self.first :], first
-
-
-def _neighbours(start: int, stop: int, source: int, target: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of positions start..stop of a bilinear resize from `source` to `target`: both neighbours, share of the second."""
-    place = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * source / target - 0.5).clamp(0, source - 1)
-    low = place.floor().long()
-    return low, (low + 1).clamp(max=source - 1), place - low

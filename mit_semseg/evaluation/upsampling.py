@@ -124,9 +124,9 @@ class _View:
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
         self.classes, self.height, _ = logits.shape
         self.width, self.align_corners = size[1], align_corners
-        low, share = _places(self.height, size[0], align_corners)
+        low, share = places(self.height, size[0], align_corners)
         self.low, self.share = low.tolist(), share.tolist()
-        low, share = _places(logits.shape[2], size[1], align_corners)
+        low, share = places(logits.shape[2], size[1], align_corners)
         self.left, self.right = low.numpy(), (low + 1).clamp(max=logits.shape[2] - 1).numpy()
         self.right_share = share.float().numpy()
 
@@ -174,7 +174,7 @@ def _by_strips(logits: Sequence[Tensor], size: tuple[int, int], align_corners: b
 
 def _resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
     """Rows top to bottom of (C, h, w) resized to (C, *size)."""
-    low, share = _places(x.size(1), size[0], align_corners)
+    low, share = places(x.size(1), size[0], align_corners)
     low, share = low[top:bottom].to(x.device), share[top:bottom].to(x).view(-1, 1)
     rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], share)
     if rows.size(-1) == size[1]:
@@ -182,8 +182,16 @@ def _resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align
     return F.interpolate(rows, size[1], mode="linear", align_corners=align_corners)
 
 
-def _places(source: int, target: int, align_corners: bool) -> tuple[Tensor, Tensor]:
-    """For every position of a bilinear resize: the neighbour before it, and the share of the one after it."""
+def places(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
+    """For every position of a bilinear resize: the neighbour before it, and the share of the one after it.
+
+    Args:
+        source, target: number of positions before and after.
+        align_corners: see `layers.resize`.
+
+    Returns:
+        (target,) int64 and (target,) float64.
+    """
     place = torch.arange(target, dtype=torch.float64)
     if align_corners:
         place = place * ((source - 1) / max(target - 1, 1))
