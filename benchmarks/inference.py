@@ -17,7 +17,6 @@ from common import interleaved, write
 
 from mit_semseg.evaluation.upsampling import label_map_of
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
-from mit_semseg.models.decoders import ppm
 from mit_semseg.models.folding import folded
 
 PAIRS = (
@@ -39,7 +38,7 @@ def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
     ours, feed = folded(plain), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
 
     def plain_logits():
-        with mock.patch.object(ppm, "conv_over_pyramid", pyramid.conv_over_resized):
+        with mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
             return plain.logits(feed)
 
     return {

@@ -16,7 +16,6 @@ from torch import nn
 
 from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
-from mit_semseg.models.decoders import ppm
 from mit_semseg.models.layers import POOL_SCALES
 
 WIDTH = 512
@@ -49,7 +48,7 @@ def network(way: str, encoder: str, size: tuple[int, int], training: bool, devic
     }
 
     def step():
-        with mock.patch.object(ppm, "conv_over_pyramid", WAYS[way]), torch.set_grad_enabled(training):
+        with mock.patch.object(pyramid, "conv_over_pyramid", WAYS[way]), torch.set_grad_enabled(training):
             if not training:
                 module.logits(feed)
                 return

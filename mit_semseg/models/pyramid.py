@@ -19,6 +19,15 @@ FEWEST_PIXELS = 64  # of a feature map for which folding pays: below, the 50 pos
 CACHED_SIZES = 8  # matrices that are kept: a few sizes of pictures come again and again
 
 
+def through_pyramid(layers: nn.Sequential, x: Tensor, pooled: Sequence[Tensor], **options) -> Tensor:
+    """`layers(cat([x, *resized pooled maps]))`, where the first layer is a convolution: see `conv_over_pyramid`."""
+    conv, *rest = layers
+    x = conv_over_pyramid(conv, x, pooled, **options)
+    for layer in rest:
+        x = layer(x)
+    return x
+
+
 def conv_over_pyramid(
     conv: nn.Conv2d, x: Tensor, pooled: Sequence[Tensor], *, align_corners: bool = False, pooled_first: bool = False
 ) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, norm_act, pooling_branches
-from ..pyramid import conv_over_pyramid
+from ..pyramid import through_pyramid
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -102,8 +102,6 @@ class PSPBilinear(_Bilinear):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x, (conv, *rest) = features[-1], self.conv_last
-        x = conv_over_pyramid(conv, x, [branch(x) for branch in self.psp], align_corners=self.align_corners)
-        for layer in rest:
-            x = layer(x)
-        return x
+        x = features[-1]
+        pooled = [branch(x) for branch in self.psp]
+        return through_pyramid(self.conv_last, x, pooled, align_corners=self.align_corners)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, pooling_branches
-from ..pyramid import conv_over_pyramid
+from ..pyramid import through_pyramid
 from .base import NORM_BIAS, Decoder
 
 WIDTH = 512
@@ -47,9 +47,6 @@ class PPM(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x, (conv, *rest) = features[-1], self.conv_last
+        x = features[-1]
         # Pooled maps go through conv + norm + ReLU at their own few positions and are resized after (UPerNet: before).
-        x = conv_over_pyramid(conv, x, [branch(x) for branch in self.ppm])
-        for layer in rest:
-            x = layer(x)
-        return x
+        return through_pyramid(self.conv_last, x, [branch(x) for branch in self.ppm])

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, init_weights, norm_act, pooling_branches
-from ..pyramid import conv_over_pyramid
+from ..pyramid import through_pyramid
 from .base import Decoder
 
 WIDTH = 512
@@ -50,9 +50,7 @@ class PSP(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        x, (conv, *rest) = features[-1], self.bottleneck
+        x = features[-1]
         pooled = [stage(x) for stage in self.stages]
-        x = conv_over_pyramid(conv, x, pooled, align_corners=self.align_corners, pooled_first=True)
-        for layer in rest:
-            x = layer(x)
-        return self.conv_last(x)
+        options = {"align_corners": self.align_corners, "pooled_first": True}
+        return self.conv_last(through_pyramid(self.bottleneck, x, pooled, **options))
