@@ -16,6 +16,7 @@ from mit_semseg.apps import building
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
 from mit_semseg.lib.utils import UserError
+from mit_semseg.models import SegmentationModule
 
 SIZES = [(60, 40), (40, 60), (52, 44), (44, 64)]
 
@@ -189,6 +190,33 @@ def effect_of_window(runs, baseline):
 def effect_of_overlap(runs, baseline):
     maps = [looked_at(runs, baseline, **{"INFERENCE.window": 32, "INFERENCE.overlap": n}) for n in (0, 0.8)]
     assert maps[0] != maps[1]
+
+
+def effect_of_precision(runs, baseline):
+    """What the network computes in; the scores are nearly the same, and exactly in strict float32 on a CPU."""
+    used, logits = [], SegmentationModule.logits
+
+    def seen(self, feed):
+        used.append(logits(self, feed).dtype)
+        return logits(self, feed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationModule, "logits", seen)
+        figures = [evaluated(runs, baseline, **{"INFERENCE.precision": p}) for p in ("auto", "fp32", "bf16")]
+    assert used == [torch.float32] * 8 + [torch.bfloat16] * 4
+    assert figures[0]["iou_per_class"] == figures[1]["iou_per_class"]
+    assert abs(figures[2]["pixel_accuracy"] - figures[0]["pixel_accuracy"]) < 0.05
+    with pytest.raises(UserError, match="fp16 needs a GPU; on the CPU set bf16"):
+        evaluated(runs, baseline, **{"INFERENCE.precision": "fp16"})
+
+
+def effect_of_inference_compile(runs, baseline):
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+        figures = evaluated(runs, baseline, **{"INFERENCE.compile": True})
+    assert len(compiled) == 1  # the real compiler takes half a minute, see test_network.py
+    assert figures["mean_iou"] == evaluated(runs, baseline)["mean_iou"]
 
 
 def effect_of_dir(runs, baseline):
@@ -414,6 +442,8 @@ OTHER_EFFECTS = {
     "INFERENCE.flip": effect_of_flip,
     "INFERENCE.window": effect_of_window,
     "INFERENCE.overlap": effect_of_overlap,
+    "INFERENCE.precision": effect_of_precision,
+    "INFERENCE.compile": effect_of_inference_compile,
     "DIR": effect_of_dir,
     "DATASET.list_val": effect_of_list_val,
     "DATASET.classes": effect_of_classes,

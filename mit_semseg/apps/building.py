@@ -73,7 +73,13 @@ def view_of(cfg: Config) -> View:
     """How the options let the network look at a picture."""
     window = cfg.INFERENCE.window
     window = (window, window) if isinstance(window, int) else tuple(window)
-    return View(cfg.INFERENCE.flip, window if all(window) else None, cfg.INFERENCE.overlap)
+    return View(
+        flip=cfg.INFERENCE.flip,
+        window=window if all(window) else None,
+        overlap=cfg.INFERENCE.overlap,
+        precision=cfg.INFERENCE.precision,
+        compiled=cfg.INFERENCE.compile,
+    )
 
 
 def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim.Optimizer, Settings]:

@@ -24,7 +24,6 @@ from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError, whole_file
-from ..models.folding import folded
 from .building import build_module, view_of
 from .visualize import (
     class_shares,
@@ -121,18 +120,18 @@ def segment(
     """Segment pictures one after the other; reading goes on in the background.
 
     Args:
-        module: a `SegmentationModule`, of which a copy is made for inference (see `folded`).
+        module: a `SegmentationModule`, of which a copy is made for inference (see `evaluation.network`).
         paths: of the pictures.
         opt: object with imgSizes, imgMaxSize, padding_constant.
         table: class names and colours.
         device: where the module is.
-        view: mirrored, windows.
+        view: mirrored, windows, precision.
         reading: options of `read_items`.
 
     Yields:
         A `Result` for every picture, or (path, reason) for one that cannot be read.
     """
-    network = folded(module)
+    network = view.network(module, device)
     for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading):
         if "error" in item:
             yield item["info"], item["error"]

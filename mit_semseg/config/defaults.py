@@ -230,6 +230,15 @@ OPTIONS: dict[str, Option] = {
         kinds=(int, tuple),
     ),
     "INFERENCE.overlap": Option(1 / 3, "share of a window that the next one covers again, at least", low=0, high=0.95),
+    "INFERENCE.precision": Option(
+        "auto",
+        "of the network: auto and fp32 are float32 (fp32 without the TF32 that GPUs may use); bf16 and fp16 are faster "
+        "and may change a pixel in a thousand",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    ),
+    "INFERENCE.compile": Option(
+        False, "compile the network (torch.compile) at the first picture of every size: up to a minute each"
+    ),
     # Segmenting pictures
     "TEST.batch_size": Option(1, "pictures loaded per step; the results do not depend on it", low=1),
     "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),

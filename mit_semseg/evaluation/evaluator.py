@@ -14,7 +14,6 @@ from tqdm import tqdm
 from ..dataset import ClassTable, ValDataset
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
-from ..models.folding import folded
 from .inference import WHOLE, View, label_map
 from .metrics import SegmentationMetric, Summary
 
@@ -140,10 +139,10 @@ def evaluate(
     the figures are not to depend on it.
 
     Args:
-        model: a `SegmentationModule`, of which a copy is made for inference (see `folded`).
+        model: a `SegmentationModule`, of which a copy is made for inference (see `network.prepared`).
         dataset: the pictures and labels.
         device: where the model is.
-        view: mirrored, windows.
+        view: mirrored, windows, precision.
         batch_size: pictures loaded per step.
         workers, timeout: of `read_items`.
         processes: on this machine that evaluate at the same time and share its cores.
@@ -151,7 +150,7 @@ def evaluate(
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
     metric, images = SegmentationMetric(len(dataset.table)), 0
-    network = folded(model)
+    network = view.network(model, device)
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
     bar = tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True)

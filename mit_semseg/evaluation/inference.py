@@ -1,13 +1,15 @@
 """From a network and a picture to a label map: several scales, mirrored, whole or window by window."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .network import prepared
 from .upsampling import label_map_of, places
 
 Model = Callable[..., Tensor]  # module({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
@@ -22,11 +24,26 @@ class View:
         flip: also mirrored left to right; both count the same.
         window: (height, width) of the regions that go through the network one by one; None takes the whole picture.
         overlap: share of a window that the next one covers again, at least, in 0..1 (below 1).
+        precision: of the network, see `network.PRECISIONS`. `fp32` is strict: on NVIDIA GPUs `auto` multiplies in
+            convolutions as PyTorch does by default, with inputs rounded to 10 bits (TF32).
+        compiled: the encoder, by `torch.compile`.
     """
 
     flip: bool = False
     window: tuple[int, int] | None = None
     overlap: float = 1 / 3
+    precision: str = "auto"
+    compiled: bool = False
+
+    def network(self, module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+        """A copy of a module that looks at pictures this way, see `network.prepared`."""
+        return prepared(module, device, precision=self.precision, compiled=self.compiled)
+
+    def arithmetic(self, device: torch.device | str) -> AbstractContextManager:
+        """Context in which the network is to run."""
+        if self.precision == "fp32" and torch.device(device).type == "cuda":
+            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        return nullcontext()
 
 
 WHOLE = View()
@@ -47,7 +64,7 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     """
     size = tuple(item["img_ori"].shape[:2])
     if view.window is None and hasattr(model, "logits"):
-        logits = _all_logits(model, item["img_data"], device, view.flip)
+        logits = _all_logits(model, item["img_data"], device, view)
         return label_map_of(logits, size, align_corners=model.align_corners).cpu().numpy()
     if view.window is None:
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
@@ -56,13 +73,14 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
 
 
 @torch.inference_mode()
-def _all_logits(model: Model, scales: Sequence[Tensor], device: torch.device | str, flip: bool) -> list[Tensor]:
+def _all_logits(model: Model, scales: Sequence[Tensor], device: torch.device | str, view: View) -> list[Tensor]:
     """Logits (C, h, w) of every scale, and of its mirrored picture, mirrored back."""
     logits = []
-    for x in (scale.to(device, non_blocking=True) for scale in scales):
-        logits.append(model.logits({"img_data": x})[0])
-        if flip:
-            logits.append(model.logits({"img_data": x.flip(-1)})[0].flip(-1))
+    with view.arithmetic(device):
+        for x in (scale.to(device, non_blocking=True) for scale in scales):
+            logits.append(model.logits({"img_data": x})[0])
+            if view.flip:
+                logits.append(model.logits({"img_data": x.flip(-1)})[0].flip(-1))
     return logits
 
 
@@ -88,18 +106,19 @@ def multi_scale_scores(
         return torch.cat(list(score_strips(model, scales, size, device, view)), dim=1)
     total: Tensor | None = None
     for x in scales:
-        scores = _scores(model, x.to(device, non_blocking=True), size, view.flip)
+        scores = _scores(model, x.to(device, non_blocking=True), size, view)
         total = scores if total is None else total.add_(scores)
     return total.div_(len(scales)) if len(scales) > 1 else total
 
 
-def _scores(model: Model, x: Tensor, size: tuple[int, int], flip: bool) -> Tensor:
+def _scores(model: Model, x: Tensor, size: tuple[int, int], view: View) -> Tensor:
     """Probabilities (C, *size) of a picture or region (1, 3, h, w)."""
-    scores = model({"img_data": x}, segSize=size)[0]
-    if not flip:
-        return scores
-    mirrored = model({"img_data": x.flip(-1)}, segSize=size)[0].flip(-1)
-    return scores.add_(mirrored).div_(2)
+    with view.arithmetic(x.device):
+        scores = model({"img_data": x}, segSize=size)[0]
+        if not view.flip:
+            return scores
+        mirrored = model({"img_data": x.flip(-1)}, segSize=size)[0].flip(-1)
+        return scores.add_(mirrored).div_(2)
 
 
 @torch.inference_mode()
@@ -150,7 +169,7 @@ def window_rows(model: Model, x: Tensor, view: View, device: torch.device | str 
     for number, top in enumerate(tops):
         for left in lefts:
             region = x[..., top : top + height, left : left + width].to(device, non_blocking=True)
-            scores = _scores(model, region, (height, width), view.flip)
+            scores = _scores(model, region, (height, width), view)
             if open_rows is None:
                 open_rows = scores.new_zeros(scores.size(0), height, x.size(-1))
                 counts = scores.new_zeros(height, x.size(-1))

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..models.layers import at_least_float32
+
 ELEMENTS = 2**21  # scores at the picture's size that are worked on at a time where OpenCV does not do it
 SAFE_RANGE = 100.0  # of logits, see `_View`
 CV_LIMIT = 2**15 - 1  # sides of pictures that OpenCV resizes
@@ -37,7 +39,7 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     """
     if not logits:
         raise ValueError("no logits to make a label map of")
-    logits = [x.detach().float() if x.dtype.itemsize < 4 else x.detach() for x in logits]
+    logits = [at_least_float32(x.detach()) for x in logits]
     first = logits[0]
     plain = first.device.type == "cpu" and first.dtype == torch.float32 and max(*size, *first.shape) <= CV_LIMIT
     if not plain:

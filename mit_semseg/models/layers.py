@@ -82,6 +82,11 @@ def pooling_branches(
     )
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """16-bit scores as float32: what comes after them (resizing, softmax, sums) would be too coarse."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Bilinear resize of (N, C, H, W) to (N, C, *size).
 

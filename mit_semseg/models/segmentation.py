@@ -1,5 +1,6 @@
 """The whole network: encoder, decoder and loss."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,7 +12,13 @@ class SegmentationModule(nn.Module):
         dec: decoder, see `mit_semseg.models.decoders`.
         crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`.
         deep_sup_scale: weight of the deep supervision branch; None leaves the branch out.
+
+    Attributes:
+        input_dtype: that pictures are brought to, where the weights have another precision than they; None takes them
+            as they are.
     """
+
+    input_dtype: torch.dtype | None = None
 
     def __init__(self, enc: nn.Module, dec: nn.Module, crit: nn.Module | None, deep_sup_scale: float | None = None):
         super().__init__()
@@ -31,7 +38,7 @@ class SegmentationModule(nn.Module):
         Returns:
             With `segSize` probabilities (N, C, *segSize), else (loss, pixel accuracy), both scalars.
         """
-        features = self.encoder(feed_dict["img_data"], return_feature_maps=True)
+        features = self._features(feed_dict)
         if segSize is not None:
             return self.decoder(features, segSize=segSize)
         label = feed_dict["seg_label"]
@@ -45,7 +52,11 @@ class SegmentationModule(nn.Module):
 
     def logits(self, feed_dict: dict) -> Tensor:
         """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""
-        return self.decoder.head(self.encoder(feed_dict["img_data"], return_feature_maps=True))
+        return self.decoder.head(self._features(feed_dict))
+
+    def _features(self, feed_dict: dict) -> list[Tensor]:
+        x = feed_dict["img_data"]
+        return self.encoder(x if self.input_dtype is None else x.to(self.input_dtype), return_feature_maps=True)
 
     @property
     def align_corners(self) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import NormLayer, conv_bn_relu, resize
+from ..layers import NormLayer, at_least_float32, conv_bn_relu, resize
 
 NORM_BIAS = 1e-4  # initial bias of a decoder's norms; the published models were trained from it
 
@@ -60,7 +60,7 @@ class Decoder(nn.Module, ABC):
             decoder's own resolution; with deep supervision a pair (main, branch).
         """
         if segSize is not None or self.use_softmax:
-            scores = self.head(features)
+            scores = at_least_float32(self.head(features))
             return (scores if segSize is None else self.resize(scores, segSize)).softmax(dim=1)
         outputs = tuple(self.log_probs(features))
         return outputs if len(outputs) > 1 else outputs[0]

@@ -1,0 +1,65 @@
+"""A network in another precision, or compiled, is the network up to what its numbers can hold."""
+
+import copy
+
+import pytest
+import torch
+from test_folding import lively
+
+from mit_semseg.evaluation import View, label_map, network
+from mit_semseg.lib.utils import UserError
+from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
+
+PICTURE = torch.randn(1, 3, 64, 72, generator=torch.Generator().manual_seed(0))
+
+
+def module_of(encoder, decoder):
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=5, in_channels=enc.out_channels)
+    return lively(SegmentationModule(enc, dec, None)).float()
+
+
+@torch.inference_mode()
+def logits_of(module, view, device="cpu"):
+    return view.network(module, device).logits({"img_data": PICTURE})
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_bfloat16_is_close(decoder):
+    module = module_of("resnet18", decoder)
+    exact, rounded = logits_of(module, View()), logits_of(module, View(precision="bf16"))
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("view", [View(precision="bf16"), View(precision="bf16", window=(40, 40), flip=True)])
+def test_probabilities_are_float32(view):
+    model = view.network(module_of("resnet18", "c1"))
+    scores = model({"img_data": PICTURE}, segSize=(64, 72))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.sum(1), torch.ones(1, 64, 72))
+    labels = label_map(model, {"img_ori": torch.empty(64, 72, 3), "img_data": [PICTURE]}, view=view)
+    assert labels.shape == (64, 72)
+
+
+def test_the_module_itself_stays_as_it_is():
+    module = module_of("resnet18", "c1")
+    before = copy.deepcopy(module.state_dict())
+    View(precision="bf16").network(module)
+    assert module.input_dtype is None
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_compiled_is_the_same():
+    module = module_of("resnet18", "c1")
+    torch.testing.assert_close(logits_of(module, View(compiled=True)), logits_of(module, View()), rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_processor_lacks_is_said(monkeypatch, caplog):
+    module = module_of("resnet18", "c1")
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        View(precision="fp16").network(module)
+    monkeypatch.setattr(network, "cpu_has_bfloat16", lambda: False)
+    View(precision="bf16").network(module)
+    assert "no bfloat16 instructions" in caplog.text
