@@ -5,7 +5,6 @@ import torch
 from mit_semseg.apps import building, cli
 from mit_semseg.apps.recorder import RunRecorder
 from mit_semseg.config import load_config
-from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.engine import RunFiles, distributed, fit
 
 EXAMPLES = """\
@@ -21,12 +20,10 @@ def main() -> None:
     devices, files = cli.pick_devices(args.device), RunFiles(cfg.DIR)
     with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
         cfg = cli.after_restart(cfg, files, processes)
-        train, data = cfg.TRAIN, cfg.DATASET
+        train = cfg.TRAIN
         # Refuses to write over a run before anything is loaded or logged.
         continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
-        dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
-        few = cfg.VAL.num_val or -1
-        validation = ValDataset(data.root_dataset, data.list_val, data, few) if train.eval_epoch else None
+        dataset, validation = building.build_data(cfg)
 
         logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt")
         logger.info("options:\n%s", cfg.dump())

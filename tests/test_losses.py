@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mit_semseg.engine import cross_entropy
 from mit_semseg.engine.losses import LOSSES, DiceLoss, LovaszLoss, MaskedNLLLoss, OhemLoss, build_loss
 
 CLASSES, SHAPE = 5, (2, 6, 7)
@@ -27,6 +28,37 @@ def test_cross_entropy_is_pytorchs(batch, weights, smoothing):
     torch.testing.assert_close(ours, theirs)
     gradients = [torch.autograd.grad(loss, logits, retain_graph=True)[0] for loss in (ours, theirs)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("block", [1, 40, 100, 10_000])
+@pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
+def test_cross_entropy_of_logits_is_pytorchs(batch, weights, block, layout, monkeypatch):
+    """Whatever is worked on at a time: less than a row, rows, pictures, everything."""
+    monkeypatch.setitem(cross_entropy.BLOCK, "cpu", block)
+    logits, label = batch[0].detach().contiguous(memory_format=layout).requires_grad_(), batch[1]
+    ours = MaskedNLLLoss(weight=weights).of_logits(logits, label)
+    weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    theirs = F.cross_entropy(logits, label, weight, ignore_index=-1)
+    torch.testing.assert_close(ours, theirs)
+    gradients = [torch.autograd.grad(3 * loss, logits)[0] for loss in (ours, theirs)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_cross_entropy_of_logits_in_other_cases(batch):
+    logits, label = batch[0].detach(), batch[1]
+    criterion = MaskedNLLLoss()
+    torch.testing.assert_close(criterion.of_logits(logits, label), criterion(logits.log_softmax(1), label))
+    coarse = logits.bfloat16().requires_grad_()
+    loss = criterion.of_logits(coarse, label)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, criterion(coarse.detach().float().log_softmax(1), label))
+    assert torch.autograd.grad(loss, coarse)[0].dtype == torch.bfloat16
+    nothing = criterion.of_logits(coarse, torch.full_like(label, -1))
+    assert nothing == 0
+    assert not torch.autograd.grad(nothing, coarse)[0].any()
+    smooth = MaskedNLLLoss(label_smoothing=0.1)
+    torch.testing.assert_close(smooth.of_logits(logits, label), smooth(logits.log_softmax(1), label))
 
 
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])

@@ -24,9 +24,11 @@ from mit_semseg.engine import (
     fit,
     freeze_batch_norm,
     learning_rates,
+    loop,
+    settle,
     train_step,
 )
-from mit_semseg.engine.checkpoint import save_atomic
+from mit_semseg.engine.checkpoint import read_resume, save_atomic
 from mit_semseg.engine.distributed import parallel
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
@@ -129,8 +131,8 @@ def test_accumulated_batches_equal_one_large_batch(root, weight):
         scaler, alone = torch.amp.GradScaler("cpu", enabled=False), Processes()
         runner = parallel(module, [CPU], alone)
         where = {"devices": [CPU], "processes": alone, "settings": Settings(), "loss": module.crit}
-        figures = train_step(runner, [[b] for b in chunk], optimizer, scaler, **where)
-        results.append((torch.tensor(figures), *module.state_dict().values()))
+        figures = settle([train_step(runner, [[b] for b in chunk], optimizer, scaler, **where)], alone)
+        results.append((torch.tensor(figures[0]), *module.state_dict().values()))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -304,22 +306,38 @@ def test_resume_of_something_else_is_named(root, tmp_path):
         run(root, tmp_path, resume="nowhere")
 
 
-def test_non_finite_loss_stops_with_files_and_last_checkpoint(root, tmp_path):
+@pytest.mark.parametrize("at_once", [("cpu",), ()])
+def test_non_finite_loss_stops_with_files_and_last_checkpoint(root, tmp_path, at_once, monkeypatch):
+    """Also where the figures of several steps are read together, as on a GPU."""
+    monkeypatch.setattr(loop, "READ_AT_ONCE", at_once)
+
     class Poisoned(TrainDataset):
         def __getitem__(self, index):
             batch = super().__getitem__(index)
-            if index == 5:
+            if index == 6:
                 batch["img_data"][0, 0, 0, 0] = float("nan")
             return batch
 
     dataset = Poisoned(root, "train", options(), batch_per_gpu=2)
-    files = dataset[5]["info"]
+    files = dataset[6]["info"]
     with pytest.raises(TrainingStopped) as error:
-        run(root, tmp_path, dataset=dataset)
+        run(root, tmp_path, dataset=dataset, settings={"epoch_iters": 5, "disp_iter": 3, "checkpoint_iters": 0})
     text = str(error.value)
-    for part in ("step 6 (epoch 2, iteration 2)", "the loss is nan", *files, "epoch_1.pth", "resume.pth"):
+    for part in ("step 7 (epoch 2, iteration 2)", "the loss is nan", *files, "epoch_1.pth", "resume.pth"):
         assert part in text
     assert all(torch.isfinite(v).all() for v in weights(tmp_path, "epoch_1.pth").values())
+    assert read_resume(tmp_path / "resume.pth")["step"] == 5
+
+
+@pytest.mark.parametrize("most", [2, 100])
+def test_figures_that_are_read_later_are_the_same(root, tmp_path, most, monkeypatch):
+    done, _ = run(root, tmp_path / "at once")
+    monkeypatch.setattr(loop, "READ_AT_ONCE", ())
+    monkeypatch.setattr(loop, "MOST_PENDING", most)
+    later, _ = run(root, tmp_path / "later")
+    assert later.history == done.history
+    assert not later.pending
+    assert same(weights(tmp_path / "later"), weights(tmp_path / "at once"))
 
 
 def test_unreadable_training_image_is_named_without_a_traceback(root, tmp_path):

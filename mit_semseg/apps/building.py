@@ -5,13 +5,17 @@ from dataclasses import fields
 import torch
 
 from ..config import Config
+from ..dataset import TrainDataset, ValDataset
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
 from ..evaluation import View
+from ..lib.nn import recompute
 from ..lib.nn.inplace_abn import is_of_inplace_norms
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
 from ..models.weights import read_state_dict
+
+COMPILED_SIZES = 64  # sides of batches are multiples of this where the network is compiled for every size
 
 
 def build_module(
@@ -82,13 +86,27 @@ def view_of(cfg: Config) -> View:
     )
 
 
+def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
+    """What a run trains on and, if it validates, what it is validated on."""
+    train, data = cfg.TRAIN, cfg.DATASET
+    how = {"seed": train.seed, "side_step": COMPILED_SIZES if train.compile else 1}
+    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how)
+    if not train.eval_epoch:
+        return training, None
+    return training, ValDataset(data.root_dataset, data.list_val, data, cfg.VAL.num_val or -1)
+
+
 def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim.Optimizer, Settings]:
-    """Optimizer and settings of a training run; freezes batch norms and sets the memory order if asked to."""
+    """Optimizer and settings of a training run; freezes, lays out and compiles the network as the options say."""
     train = cfg.TRAIN
     if train.channels_last:
         module.to(memory_format=torch.channels_last)
     if train.fix_bn:
         freeze_batch_norm(module)
+    if train.recompute:
+        recompute(module.encoder)
+    if train.compile:
+        module.encoder.compile()
     optimizer = build_optimizer(
         module.encoder,
         module.decoder,

@@ -156,6 +156,11 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
             f"MODEL.norm inplace recovers what it needs from its output, which {v['TRAIN.amp']} is too coarse for: set "
             f"TRAIN.amp off, or MODEL.norm sync"
         )
+    if v["TRAIN.recompute"] and (v["MODEL.norm"] == "inplace" or v["MODEL.arch_encoder"].startswith("vgg")):
+        problems.append(
+            "TRAIN.recompute True is for encoders of blocks (not VGG) with MODEL.norm sync or batch: leave it out, or "
+            "change these"
+        )
     if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
         problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
     if v["TRAIN.eval_epoch"] > v["TRAIN.num_epoch"]:

@@ -203,7 +203,17 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.accumulate": Option(1, "batches whose gradients are averaged before a step", low=1),
     "TRAIN.clip_grad": Option(0.0, "largest norm of the gradient; 0 does not clip", low=0),
     "TRAIN.amp": Option("off", "mixed precision", choices=("off", "bf16", "fp16")),
-    "TRAIN.channels_last": Option(False, "keep images and feature maps in channels-last memory order"),
+    "TRAIN.channels_last": Option(True, "keep images and feature maps in channels-last memory order: faster"),
+    "TRAIN.recompute": Option(
+        False,
+        "compute the insides of the encoder's blocks again in the backward pass instead of keeping them: half the "
+        "memory, a third more time; not for several devices of one process, nor VGG",
+    ),
+    "TRAIN.compile": Option(
+        False,
+        "compile the encoder (torch.compile), half a minute or more for every size of a batch; sizes are rounded up to "
+        "a multiple of 64, so that there are few",
+    ),
     "TRAIN.eval_epoch": Option(0, "epochs between two validations; 0 never validates", low=0),
     "TRAIN.visualize": Option(False, "write panels of every validation during training to DIR/vis"),
     "TRAIN.checkpoint_iters": Option(1000, "steps between two saves inside an epoch; 0 saves at its end only", low=0),

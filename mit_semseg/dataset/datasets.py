@@ -1,6 +1,7 @@
 """Data sets: from records to training batches, and to pictures at every scale of evaluation."""
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,6 +125,7 @@ class TrainDataset(_LabelledRecords):
             random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, classes, num_class,
             ignore_values, palette_labels (as the options of the same name).
         batch_per_gpu: images per batch.
+        side_step: the sides of a batch are rounded up to a multiple of this, beside padding_constant.
         seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
 
     Raises:
@@ -131,7 +133,7 @@ class TrainDataset(_LabelledRecords):
         ValueError: the downsampling rate does not divide the padding.
     """
 
-    def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
+    def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
         self.segm_downsampling_rate = opt.segm_downsampling_rate
         if self.padding_constant % self.segm_downsampling_rate:
@@ -139,6 +141,7 @@ class TrainDataset(_LabelledRecords):
                 f"padding_constant {self.padding_constant} is no multiple of segm_downsampling_rate "
                 f"{self.segm_downsampling_rate}"
             )
+        self.side_multiple = math.lcm(self.padding_constant, side_step)
         self.random_flip = getattr(opt, "random_flip", True)
         self.augmentation = augmentation_of(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
@@ -187,7 +190,7 @@ class TrainDataset(_LabelledRecords):
             image, indices = vary(image, self.encode(label, record), rng)
             images.append(normalize(image, self.normalization))
             labels.append(indices)
-        batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate, vary.crop)
+        batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, vary.crop)
         return {**batch, "info": [record["fpath_img"] for record in records]}
 
 

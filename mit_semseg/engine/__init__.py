@@ -6,7 +6,7 @@ from .loop import fit
 from .losses import MaskedNLLLoss, build_loss
 from .optim import build_optimizer, freeze_batch_norm, learning_rates
 from .run import Settings
-from .step import train_step
+from .step import settle, train_step
 
 __all__ = [
     "CheckpointError",
@@ -19,5 +19,6 @@ __all__ = [
     "fit",
     "freeze_batch_norm",
     "learning_rates",
+    "settle",
     "train_step",
 ]

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..lib.nn import ProcessStopped, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
 from ..lib.nn.sync import first_sentence
+from ..lib.utils import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -219,8 +220,14 @@ def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Proc
         devices: of this process; one only, where there are several processes.
 
     Raises:
+        UserError: several devices in this process, and blocks that are recomputed.
         ValueError: several devices in several processes.
     """
+    if len(devices) > 1 and any(getattr(part, "recomputed", False) for part in module.modules()):
+        raise UserError(
+            "TRAIN.recompute does not work with several devices of one process: start a process per device "
+            "(torchrun --nproc_per_node=...), or leave it out"
+        )
     if processes.size == 1:
         return UserScatteredDataParallel(module, devices, timeout=processes.timeout)
     if len(devices) > 1:

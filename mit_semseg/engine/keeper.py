@@ -79,14 +79,24 @@ class Keeper:
 
     def after_step(self, clock: "Clock", watchdog: Watchdog) -> None:
         """Whatever is due after the step that was just done."""
-        step, settings = self.run.step, self.settings
-        epoch_ends = step % settings.epoch_iters == 0
-        if step % settings.disp_iter == 0 or epoch_ends:
+        report, save, end = self._due()
+        if report:
             self._report(clock)
-        if epoch_ends:
+        if end:
             self.end_epoch(watchdog)
-        elif settings.checkpoint_iters and step % settings.checkpoint_iters == 0:
+        elif save:
             self._save_state()
+
+    def needs_figures(self) -> bool:
+        """Whether something is due after the last step that needs to know its loss."""
+        return any(self._due())
+
+    def _due(self) -> tuple[bool, bool, bool]:
+        """Whether a report, a save inside the epoch, or the end of the epoch is."""
+        step, settings = self.run.step, self.settings
+        end = step % settings.epoch_iters == 0
+        save = bool(settings.checkpoint_iters) and step % settings.checkpoint_iters == 0
+        return step % settings.disp_iter == 0 or end, save, end
 
     def _report(self, clock: "Clock") -> None:
         """Log line and history point of the steps since the last one."""

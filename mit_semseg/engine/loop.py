@@ -18,9 +18,12 @@ from .distributed import Processes, Watchdog, parallel
 from .keeper import Clock, Keeper, Recorder
 from .optim import schedule, set_learning_rates
 from .run import Run, Settings, seed_step
-from .step import NonFiniteLoss, train_step
+from .step import NonFiniteLoss, settle, train_step
 
 logger = logging.getLogger(__name__)
+
+READ_AT_ONCE = ("cpu",)  # devices whose figures are there when a step ends
+MOST_PENDING = 100  # steps whose figures may wait elsewhere
 
 
 class TrainingStopped(UserError, RuntimeError):
@@ -75,13 +78,11 @@ def fit(
             seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
             chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
             clock.data_arrived()
-            try:
-                loss, accuracy = train_step(runner, chunks, optimizer, run.scaler, **where)
-            except NonFiniteLoss as error:
-                raise TrainingStopped(_diverged(error, run, settings, files)) from None
+            run.pending.append(train_step(runner, chunks, optimizer, run.scaler, **where))
             run.step += 1
-            run.loss.update(loss)
-            run.accuracy.update(accuracy)
+            # A GPU goes on with the next step while this one's figures are not needed.
+            if devices[0].type in READ_AT_ONCE or len(run.pending) == MOST_PENDING or keeper.needs_figures():
+                _settle(run, settings, processes, files)
             clock.step_done()
             keeper.after_step(clock, watchdog)
             clock.resume()
@@ -108,15 +109,31 @@ def _loader(
     return loader
 
 
+def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles) -> None:
+    """Read the figures of the steps done since the last time.
+
+    Raises:
+        TrainingStopped: the loss of a step is not finite.
+    """
+    try:
+        figures = settle(run.pending, processes)
+    except NonFiniteLoss as error:
+        raise TrainingStopped(_diverged(error, run, settings, files)) from None
+    run.pending.clear()
+    for loss, accuracy in figures:
+        run.loss.update(loss)
+        run.accuracy.update(accuracy)
+
+
 def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFiles) -> str:
-    epochs = files.epochs()
+    step, epochs = run.step - error.steps, files.epochs()
     last = (
         f"the last good checkpoint is epoch_{epochs[-1]}.pth in {files.folder}" if epochs else "nothing was saved yet"
     )
     if files.resume.is_file():
         last += f", the last state to continue from {files.resume}"
     return (
-        f"step {run.step + 1} (epoch {run.step // settings.epoch_iters + 1}, iteration "
-        f"{run.step % settings.epoch_iters + 1}): {error}; {last}. The weights were not updated. A smaller "
+        f"step {step} (epoch {(step - 1) // settings.epoch_iters + 1}, iteration "
+        f"{(step - 1) % settings.epoch_iters + 1}): {error}; {last}. Nothing of this step was saved. A smaller "
         f"learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
     )

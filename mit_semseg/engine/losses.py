@@ -1,11 +1,13 @@
-"""Losses over log-probabilities; all leave ignored pixels out, work without a copy to the host, and are zero, with
-gradients, for a batch without a single labelled pixel."""
+"""Losses over log-probabilities, cross entropy also over raw class scores; all leave ignored pixels out, work without a
+copy to the host, and are zero, with gradients, for a batch without a single labelled pixel."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .cross_entropy import likelihood_sum
 
 LOSSES = ("ce", "ohem", "dice", "lovasz", "ce+dice", "ce+lovasz")
 
@@ -30,6 +32,17 @@ class MaskedNLLLoss(nn.Module):
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
         self._weight = weight  # stays on the host, where labels are counted
+
+    def of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
+        """Scalar loss, without the log-probabilities in memory.
+
+        Args:
+            logits: (N, C, H, W) raw class scores.
+            label: (N, H, W) int64.
+        """
+        if self.label_smoothing:
+            return self(F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)), label)
+        return likelihood_sum(logits, label, self.weight, self.ignore_index) / _or_one(self.normalizer(label))
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Scalar loss.

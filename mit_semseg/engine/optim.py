@@ -17,7 +17,7 @@ def build_optimizer(
     beta1: float = 0.9,
     weight_decay: float = 1e-4,
 ) -> torch.optim.Optimizer:
-    """One optimizer over encoder and decoder, with their own learning rates.
+    """One optimizer over encoder and decoder, with their own learning rates; one kernel updates many parameters.
 
     Weight decay acts on convolution and linear weights only, i.e. on parameters with two dimensions or more.
 
@@ -39,9 +39,9 @@ def build_optimizer(
     if not groups:
         raise ValueError("no parameter to train: everything is frozen")
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr_encoder, momentum=beta1)
+        return torch.optim.SGD(groups, lr=lr_encoder, momentum=beta1, fused=True)
     if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=lr_encoder, betas=(beta1, 0.999))
+        return torch.optim.AdamW(groups, lr=lr_encoder, betas=(beta1, 0.999), fused=True)
     raise ValueError(f"optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
 
 

@@ -68,10 +68,12 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
+        self.pending: list = []  # `StepFigures` that nobody has waited for yet
 
     def state(self) -> dict:
         """Plain values and tensors from which the run continues bit for bit (random numbers are a function of seed and
         step, see `seed_step`)."""
+        assert not self.pending, "no state is saved whose loss may be NaN"
         return {
             "step": self.step,
             "best": self.best,

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..lib.nn import UserScatteredDataParallel
 from ..lib.nn.scatter import copy_to_device
@@ -17,10 +18,30 @@ AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(UserError, RuntimeError):
-    """The loss became infinite or NaN; holds what the message of the run needs."""
+    """The loss became infinite or NaN; holds what the message of the run needs.
 
-    def __init__(self, loss: float, files: Sequence[str]):
+    Attributes:
+        steps: that came after, before anybody looked at the figures.
+    """
+
+    def __init__(self, loss: float, files: Sequence[str], steps: int = 0):
         super().__init__(f"the loss is {loss} for the batch {', '.join(files) or '(files unknown)'}")
+        self.steps = steps
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """What a step leaves behind on its device. Reading it waits for the device, see `settle`.
+
+    Attributes:
+        shares: (2,) of this process in loss and pixel accuracy over all labelled pixels.
+        losses: (B,) of every batch.
+        files: of every batch.
+    """
+
+    shares: Tensor
+    losses: Tensor
+    files: Sequence[Sequence[str]]
 
 
 def train_step(
@@ -33,9 +54,9 @@ def train_step(
     processes: Processes,
     settings: Settings,
     loss: nn.Module | None = None,
-) -> tuple[float, float]:
+) -> StepFigures:
     """One update from several batches, in which every labelled pixel of all devices and processes counts the same, or
-    as much as the loss says (see `losses.weight_of`).
+    as much as the loss says (see `losses.weight_of`). Does not wait for the device.
 
     Args:
         runner: see `distributed.parallel`; returns losses averaged over labelled pixels, and accuracies.
@@ -44,11 +65,7 @@ def train_step(
         settings: of the run; its amp, channels_last and clip_grad are used.
         loss: the runner's.
 
-    Returns:
-        Loss and pixel accuracy over all labelled pixels.
-
     Raises:
-        NonFiniteLoss: in all processes, before the weights were updated.
         ProcessStopped: another process ended or did not answer in time.
     """
     optimizer.zero_grad(set_to_none=True)
@@ -69,16 +86,27 @@ def train_step(
             scaler.scale(share * processes.size).backward()
         shares.append(torch.stack([share.detach(), (accuracies * parts).sum()]))
         losses_seen.append(losses.detach())
-    # The device has had all of its work before anybody waits for a figure.
-    value, accuracy = processes.sum(torch.stack(shares).sum(0).tolist(), "adding up losses")
-    if not math.isfinite(value):
-        raise _non_finite(torch.cat(losses_seen).tolist(), [batch for chunk in chunks for batch in chunk], processes)
     if settings.clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_((p for g in optimizer.param_groups for p in g["params"]), settings.clip_grad)
     scaler.step(optimizer)
     scaler.update()
-    return value, accuracy
+    files = [batch.get("info", []) for chunk in chunks for batch in chunk]
+    return StepFigures(torch.stack(shares).sum(0), torch.cat(losses_seen), files)
+
+
+def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[float, float]]:
+    """Loss and pixel accuracy of steps, over all labelled pixels of all processes, which settle the same steps.
+
+    Raises:
+        NonFiniteLoss: in all processes, of the first step whose loss is not finite.
+    """
+    own = torch.stack([step.shares for step in steps]).double().cpu()
+    values = torch.tensor(processes.sum(own.flatten().tolist(), "adding up losses")).view(-1, 2).tolist()
+    for number, (loss, _) in enumerate(values):
+        if not math.isfinite(loss):
+            raise _non_finite(steps[number], len(steps) - 1 - number, processes)
+    return [tuple(pair) for pair in values]
 
 
 def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
@@ -88,11 +116,9 @@ def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
     return feed
 
 
-def _non_finite(losses: Sequence[float], batches: Sequence[dict], processes: Processes) -> NonFiniteLoss:
+def _non_finite(step: StepFigures, later: int, processes: Processes) -> NonFiniteLoss:
     """The error, the same in all processes, with the files of the batches whose loss it is."""
-    own = [
-        (loss, batch.get("info", [])) for loss, batch in zip(losses, batches, strict=True) if not math.isfinite(loss)
-    ]
+    own = [pair for pair in zip(step.losses.tolist(), step.files, strict=True) if not math.isfinite(pair[0])]
     everywhere = [entry for entries in processes.collect(own, "naming the batch") for entry in entries]
     loss = everywhere[0][0] if everywhere else math.inf  # every share was finite, their sum was not
-    return NonFiniteLoss(loss, [name for _, files in everywhere for name in files])
+    return NonFiniteLoss(loss, [name for _, files in everywhere for name in files], later)

@@ -1,6 +1,7 @@
 """The whole network: encoder, decoder and loss."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -10,7 +11,8 @@ class SegmentationModule(nn.Module):
     Args:
         enc: encoder, see `mit_semseg.models.encoders`.
         dec: decoder, see `mit_semseg.models.decoders`.
-        crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`.
+        crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`; or with
+            a method `of_logits` over (logits, labels), which is then called instead.
         deep_sup_scale: weight of the deep supervision branch; None leaves the branch out.
 
     Attributes:
@@ -44,11 +46,15 @@ class SegmentationModule(nn.Module):
         label = feed_dict["seg_label"]
         # Where the decoder's resolution is not the label's, the scores are brought to the label: a label cannot be
         # interpolated. The published recipes choose the label's rate so that nothing is resized here.
-        log_probs = self.decoder.log_probs(features, label.shape[-2:])
-        loss = self.crit(log_probs[0], label)
-        if self.deep_sup_scale is not None and len(log_probs) > 1:
-            loss = loss + self.deep_sup_scale * self.crit(log_probs[1], label)
-        return loss, pixel_accuracy(log_probs[0], label)
+        logits = [self.decoder.resize(scores, label.shape[-2:]) for scores in self.decoder.logits(features)]
+        loss = self._loss(logits[0], label)
+        if self.deep_sup_scale is not None and len(logits) > 1:
+            loss = loss + self.deep_sup_scale * self._loss(logits[1], label)
+        return loss, pixel_accuracy(logits[0], label)
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        of_logits = getattr(self.crit, "of_logits", None)
+        return of_logits(logits, label) if of_logits else self.crit(F.log_softmax(logits, dim=1), label)
 
     def logits(self, feed_dict: dict) -> Tensor:
         """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""

@@ -14,10 +14,12 @@ from .parallel import (
     UserScatteredDataParallel,
     patch_replication_callback,
 )
+from .recompute import Blocks, recompute
 from .scatter import async_copy_to, user_scattered_collate
 from .sync import ProcessStopped, ReplicaGroup, ReplicaStopped
 
 __all__ = [
+    "Blocks",
     "DataParallelWithCallback",
     "DictGatherDataParallel",
     "InPlaceABN",
@@ -32,6 +34,7 @@ __all__ = [
     "async_copy_to",
     "convert_sync_batchnorm",
     "patch_replication_callback",
+    "recompute",
     "to_batchnorm",
     "user_scattered_collate",
 ]

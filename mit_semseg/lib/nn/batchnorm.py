@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .normalize import Meeting, Normalize, along_channels
+from .recompute import recomputing
 from .sync import ReplicaGroup, process_count
 
 
@@ -60,8 +61,9 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self._normalize_together([(x, self.weight, self.bias)])[0]
         if self._is_single_value(x):
             return self._single_value(x)
-        if self.training and self._rank:  # an unsynchronized replica leaves the running estimates to the first
-            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        if self.training and self.track_running_stats and not self._learns:
+            # The running estimates are given, as where they are learnt: recomputing wants the same tensors kept.
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
 
     def _check_channels(self, x: Tensor) -> None:
@@ -77,6 +79,11 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _is_single_value(self, x: Tensor) -> bool:
         return self.training and self.track_running_stats and x.numel() == x.size(1)
+
+    @property
+    def _learns(self) -> bool:
+        """Whether the running estimates are this replica's to learn, and this is the first pass."""
+        return not self._rank and not recomputing()
 
     def join(self, replicas: ReplicaGroup | None, rank: int = 0, name: str = "") -> None:
         """Take part in a group of replicas from the next forward pass on.
@@ -102,7 +109,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         inputs, weights, biases = zip(*given, strict=True)
         meeting = Meeting(self.eps, self.clamp_variance, self.process_group, self._called())
         outputs = Normalize.apply(meeting, *inputs, *(weights + biases if self.affine else ()))
-        if self.track_running_stats:
+        if self.track_running_stats and not recomputing():
             with torch.no_grad():
                 self._update_running(meeting.mean, meeting.squares / (meeting.count - 1).clamp(min=1))
         return outputs
@@ -110,7 +117,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _single_value(self, x: Tensor) -> Tensor:
         # One value per channel has no variance (a 1x1 pooled map of a batch of one): a batch estimate would erase the
         # input. Learn the running estimates from the deviation to the running mean and normalize with those.
-        if not self._rank:
+        if self._learns:
             with torch.no_grad():
                 value = x.detach().flatten().to(self.running_mean.dtype)
                 self._update_running(value, (value - self.running_mean).square())

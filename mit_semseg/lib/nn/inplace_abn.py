@@ -261,7 +261,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
             has_shortcut = shortcuts[0] is not None
             tensors = (*inputs, *(shortcuts if has_shortcut else ()), *((*weights, *biases) if self.affine else ()))
             outputs = NormalizeInPlace.apply(meeting, self._activation, len(given), has_shortcut, *tensors)
-        if self.track_running_stats and not self._rank:
+        if self.track_running_stats and self._learns:
             with torch.no_grad():
                 self._update_running(meeting.mean, meeting.squares / (meeting.count - 1).clamp(min=1))
         return outputs

@@ -43,11 +43,6 @@ class Decoder(nn.Module, ABC):
         branch = self.dropout_deepsup(self.cbr_deepsup(_last_but_one(features)))
         return [main, self.conv_last_deepsup(branch)]
 
-    def log_probs(self, features: list[Tensor], size: tuple[int, int] | None = None) -> list[Tensor]:
-        """Log-probabilities of `logits`, resized (bilinear) to `size` first if it is given."""
-        scores = (logits if size is None else self.resize(logits, size) for logits in self.logits(features))
-        return [F.log_softmax(logits, dim=1) for logits in scores]
-
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
         """Probabilities for inference, or log-probabilities for training.
 
@@ -62,7 +57,7 @@ class Decoder(nn.Module, ABC):
         if segSize is not None or self.use_softmax:
             scores = at_least_float32(self.head(features))
             return (scores if segSize is None else self.resize(scores, segSize)).softmax(dim=1)
-        outputs = tuple(self.log_probs(features))
+        outputs = tuple(F.log_softmax(logits, dim=1) for logits in self.logits(features))
         return outputs if len(outputs) > 1 else outputs[0]
 
     def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ...lib.nn import Blocks
 from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, plain_norm, resize
 from .resnet import BasicBlock, Bottleneck, make_layer
 
@@ -80,8 +81,8 @@ class HRNetV2(nn.Module):
         init_weights(self)
 
     @staticmethod
-    def _stage(branches: int, norm_layer: NormLayer) -> nn.Sequential:
-        return nn.Sequential(*(HighResolutionModule(branches, norm_layer) for _ in range(MODULES[branches - 2])))
+    def _stage(branches: int, norm_layer: NormLayer) -> Blocks:
+        return Blocks(*(HighResolutionModule(branches, norm_layer) for _ in range(MODULES[branches - 2])))
 
     @staticmethod
     def _new_branch(index: int, norm_layer: NormLayer) -> nn.ModuleDict:

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ...lib.nn import Blocks
 from ..layers import DEFAULT_NORM, NormLayer, dilation_of_stage, init_weights, norm_act, plain_norm
 
 # expansion, channels, blocks, stride: table 2 of the paper
@@ -64,14 +65,14 @@ class MobileNetV2(nn.Module):
                 )
                 channels = planes
             reached *= nominal
-        self.features = nn.Sequential(*blocks)
+        self.features = Blocks(*blocks)
         init_weights(self)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         """Feature maps of pictures (N, 3, H, W): all five, or a list with the last only."""
         maps = []
         for i, block in enumerate(self.features):
-            x = block(x)
+            x = self.features.through(block, x)
             if i in TAPS:
                 maps.append(x)
         return [*maps, x] if return_feature_maps else [x]

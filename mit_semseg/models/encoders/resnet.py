@@ -4,6 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from ...lib.nn import Blocks
 from ..layers import (
     DEFAULT_NORM,
     NormLayer,
@@ -82,7 +83,7 @@ def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1,
         blocks.append(
             block(planes * block.expansion, planes, stride=1, first_dilation=dilation, downsample=None, **shared)
         )
-    return nn.Sequential(*blocks)
+    return Blocks(*blocks)
 
 
 class ResNet(nn.Module):
