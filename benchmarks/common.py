@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.multiprocessing import get_context
 
 
 def hardware(device: torch.device) -> str:
@@ -35,6 +36,42 @@ def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, rep
             if turn:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def grown(call: Callable[[], object], device: torch.device) -> float:
+    """MiB that a call adds to what this process, or the GPU, has taken before."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts anew
+    before = _largest_resident()
+    call()
+    return _largest_resident() - before
+
+
+def _largest_resident() -> float:
+    """Largest resident size of this process so far, MiB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
+
+
+def elsewhere(function: Callable, *arguments):
+    """What a function returns in a fresh process, whose memory nobody has used before."""
+    context = get_context("spawn")
+    results = context.SimpleQueue()
+    process = context.Process(target=_answer, args=(results, torch.get_num_threads(), function, arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the process that was to measure {function.__name__} ended with {process.exitcode}")
+    return results.get()
+
+
+def _answer(results, threads: int, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(threads)
+    results.put(function(*arguments))
 
 
 def _wait(device: torch.device) -> None:

@@ -9,13 +9,11 @@ of the largest resident size in a fresh process (or, on a GPU, the largest alloc
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, write
+from common import elsewhere, grown, interleaved, write
 from torch import Tensor
-from torch.multiprocessing import get_context
 
 from mit_semseg.dataset.transforms import round_up, scale_for
 from mit_semseg.evaluation.upsampling import label_map_of
@@ -50,39 +48,12 @@ def make_logits(kind: str, classes: int, size: tuple[int, int], scales: int, dev
     return logits
 
 
-def memory(way: str, arguments: tuple, size: tuple[int, int], results) -> None:
+def memory(way: str, arguments: tuple, size: tuple[int, int]) -> float:
     """MiB that one call adds, in this process."""
-    torch.set_num_threads(2)
     logits = make_logits(*arguments)
     small = [x[:2, :4, :4].contiguous() for x in logits]
     WAYS[way](small, (8, 8))  # whatever is loaded at the first call
-    device = logits[0].device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        WAYS[way](logits, size)
-        results.put((torch.cuda.max_memory_allocated(device) - before) / 2**20)
-        return
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts anew
-    before = largest_resident()
-    WAYS[way](logits, size)
-    results.put(largest_resident() - before)
-
-
-def largest_resident() -> float:
-    """Largest resident size of this process so far, MiB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-
-
-def measured_memory(way: str, arguments: tuple, size: tuple[int, int]) -> float:
-    """`memory` in a fresh process."""
-    context = get_context("spawn")
-    results = context.SimpleQueue()
-    process = context.Process(target=memory, args=(way, arguments, size, results))
-    process.start()
-    process.join()
-    return results.get()
+    return grown(lambda: WAYS[way](logits, size), logits[0].device)
 
 
 def main() -> None:
@@ -102,7 +73,7 @@ def main() -> None:
             logits = make_logits(*arguments)
             ways = {name: partial(way, logits, size) for name, way in WAYS.items()}
             ms = interleaved(ways, device, args.repeats)
-            mib = {name: measured_memory(name, arguments, size) for name in WAYS}
+            mib = {name: elsewhere(memory, name, arguments, size) for name in WAYS}
             differ = (ways["ours"]() != ways["straightforward"]()).sum().item()
             rows.append(
                 {

@@ -1,12 +1,15 @@
 """The folded convolution over a pyramid is the plain one: values, gradients, in every mode it is used in."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from mit_semseg.models import ModelBuilder
-from mit_semseg.models.layers import POOL_SCALES
-from mit_semseg.models.pyramid import FEWEST_PIXELS, conv_over_pyramid, conv_over_resized
+from mit_semseg.models import ModelBuilder, pyramid
+from mit_semseg.models.layers import POOL_SCALES, average_pool
+from mit_semseg.models.pyramid import conv_over_pyramid, conv_over_resized
 
 
 def inputs(height, width, kernel=3, dtype=torch.float64, bias=True):
@@ -23,11 +26,14 @@ def results(function, conv, x, pooled, **options):
     return [y, *torch.autograd.grad((y * factor).sum(), [x, *pooled, *conv.parameters()])]
 
 
-@pytest.mark.parametrize("pooled_first", [False, True])
+@pytest.mark.parametrize("smaller_first", [False, True])
 @pytest.mark.parametrize("align_corners", [False, True])
-@pytest.mark.parametrize(("height", "width", "kernel"), [(8, 8, 3), (13, 7, 3), (21, 34, 3), (9, 30, 1), (12, 11, 5)])
-def test_values_and_gradients(height, width, kernel, align_corners, pooled_first):
-    options = {"align_corners": align_corners, "pooled_first": pooled_first}
+@pytest.mark.parametrize("gain", [0, pyramid.GAIN, math.inf])
+@pytest.mark.parametrize(("height", "width", "kernel"), [(4, 5, 3), (13, 7, 3), (21, 34, 3), (9, 30, 1), (12, 11, 5)])
+def test_values_and_gradients(height, width, kernel, align_corners, smaller_first, gain, monkeypatch):
+    """All maps without resizing, those for which it pays, none."""
+    monkeypatch.setattr(pyramid, "GAIN", gain)
+    options = {"align_corners": align_corners, "smaller_first": smaller_first}
     given = inputs(height, width, kernel)
     for folded, plain in zip(
         results(conv_over_pyramid, *given, **options), results(conv_over_resized, *given, **options), strict=True
@@ -42,10 +48,19 @@ def test_float32_is_as_near_as_rounding():
     assert (folded - exact).abs().max() / exact.abs().max() < 2e-6
 
 
-def test_small_maps_take_the_plain_way():
+def test_maps_that_are_not_much_smaller_are_resized():
     conv, x, pooled = inputs(4, 5)
-    assert x.size(-1) * x.size(-2) < FEWEST_PIXELS
-    assert torch.equal(conv_over_pyramid(conv, x, pooled), conv_over_resized(conv, x, pooled))
+    assert pyramid._gain(pooled[-1], x.shape[-2:], (3, 3)) < pyramid.GAIN < pyramid._gain(pooled[0], (9, 9), (3, 3))
+    torch.testing.assert_close(conv_over_pyramid(conv, x, pooled), conv_over_resized(conv, x, pooled))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_memory_order_is_kept(layout):
+    conv, x, pooled = inputs(20, 30, dtype=torch.float32)
+    conv, x = conv.to(memory_format=layout), x.contiguous(memory_format=layout)
+    y = conv_over_pyramid(conv, x, pooled)
+    assert y.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(y, conv_over_resized(conv, x, pooled), rtol=1e-4, atol=1e-5)
 
 
 def test_a_matrix_of_inference_serves_training():
@@ -56,10 +71,10 @@ def test_a_matrix_of_inference_serves_training():
     assert conv.weight.grad is not None
 
 
-@pytest.mark.parametrize("name", ["ppm_deepsup", "psp_bilinear", "psp_deepsup"])
+@pytest.mark.parametrize("name", ["ppm_deepsup", "psp_bilinear", "psp_deepsup", "upernet"])
 def test_decoders_in_channels_last_and_autocast(name):
     decoder = ModelBuilder.build_decoder(name, num_class=5, in_channels=(8, 16)).eval()
-    features = [torch.randn(2, c, 12, 16) for c in (8, 16)]
+    features = [torch.randn(2, c, 24 // stride, 32 // stride) for c, stride in ((8, 1), (16, 2))]
     expected = decoder.head(features)
     last = decoder.to(memory_format=torch.channels_last).head(
         [x.contiguous(memory_format=torch.channels_last) for x in features]
@@ -68,3 +83,14 @@ def test_decoders_in_channels_last_and_autocast(name):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = decoder.head(features)
     assert (low.float() - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("bins", POOL_SCALES)
+@pytest.mark.parametrize("size", [(4, 5), (6, 6), (13, 31)])
+def test_pooling_is_pytorchs(size, bins, layout):
+    x = torch.randn(2, 3, *size, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    ours, theirs = average_pool(x, bins), F.adaptive_avg_pool2d(x, bins)
+    torch.testing.assert_close(ours, theirs)
+    factor = torch.randn_like(ours)
+    torch.testing.assert_close(*(torch.autograd.grad((y * factor).sum(), x)[0] for y in (ours, theirs)))

@@ -5,8 +5,10 @@ and then the class with the largest mean: with 150 classes that is 600 bytes a p
 one class, are at the picture's size at a time; the label map is the same but for ties within rounding.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 
 import cv2
@@ -16,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.layers import at_least_float32
+
+logger = logging.getLogger(__name__)
 
 ELEMENTS = 2**21  # scores at the picture's size that are worked on at a time where OpenCV does not do it
 SAFE_RANGE = 100.0  # of logits, see `_View`
@@ -42,12 +46,26 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     logits = [at_least_float32(x.detach()) for x in logits]
     first = logits[0]
     plain = first.device.type == "cpu" and first.dtype == torch.float32 and max(*size, *first.shape) <= CV_LIMIT
+    if first.device.type == "cuda" and first.dtype == torch.float32 and (fused := _fused()):
+        sides = [[places(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
+        return fused(logits, size, sides)
     if not plain:
         return _by_strips(logits, size, align_corners)
     # The softmax does not change the order of the classes, so one view needs none.
     if len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
         return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
     return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
+
+
+@cache
+def _fused() -> Callable | None:
+    """The kernel for GPUs; None where Triton, which comes with PyTorch for Linux, is missing."""
+    try:
+        from .fused import fused_label_map
+    except ImportError:
+        logger.info("Triton is not installed: label maps are made strip by strip")
+        return None
+    return fused_label_map
 
 
 def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -86,8 +104,8 @@ def _band(views: Sequence["_View"], start: int, stop: int, labels: np.ndarray) -
     total, scores = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rows: list[dict[int, np.ndarray]] = [{} for _ in views]
     for number in range(start, stop):
-        for view, cache, out in zip(views, rows, [total] + [scores] * (len(views) - 1), strict=True):
-            view.row(number, out, cache)
+        for view, kept, out in zip(views, rows, [total] + [scores] * (len(views) - 1), strict=True):
+            view.row(number, out, kept)
             if len(views) > 1:
                 if not view.safe:
                     np.subtract(out, cv2.reduce(out, 0, cv2.REDUCE_MAX), out=out)

@@ -1,7 +1,7 @@
 """Building blocks that encoders and decoders share."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -78,8 +78,59 @@ def pooling_branches(
     """The branches of pyramid pooling: averages over 1, 4, 9 and 36 regions, each through a 1x1 convolution."""
     convs = (conv_bn_relu(channels, width, 1, activation=activation, norm_layer=norm_layer) for _ in POOL_SCALES)
     return nn.ModuleList(
-        nn.Sequential(nn.AdaptiveAvgPool2d(bins), *conv) for bins, conv in zip(POOL_SCALES, convs, strict=True)
+        nn.Sequential(AveragePooling(bins), *conv) for bins, conv in zip(POOL_SCALES, convs, strict=True)
     )
+
+
+class AveragePooling(nn.Module):
+    """Means over a grid of regions, see `average_pool`.
+
+    Args:
+        bins: regions per side.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, bins, bins)."""
+        return average_pool(x, self.bins)
+
+    def extra_repr(self) -> str:
+        """For printing the module."""
+        return str(self.bins)
+
+
+def average_pool(x: Tensor, bins: int) -> Tensor:
+    """`F.adaptive_avg_pool2d(x, bins)` as two products with small matrices: deterministic on every device, and made of
+    what every format of networks has.
+
+    Args:
+        x: (N, C, H, W).
+        bins: regions per side; neighbours share a row or column where it does not go into the side.
+
+    Returns:
+        (N, C, bins, bins).
+    """
+    n, c, height, width = x.shape
+    rows, columns = (_averages(side, bins, x.device).to(x.dtype) for side in (height, width))
+    if x.is_contiguous():
+        return rows @ (x @ columns.T)
+    x = x.permute(0, 2, 3, 1)  # channels last in memory: the channels of a row of pixels are the columns of a product
+    x = (rows @ x.reshape(n, height, width * c)).view(n, bins, width, c)
+    return (columns @ x).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)  # some KB each
+def _averages(side: int, bins: int, device: torch.device) -> Tensor:
+    """What every position counts in the mean of every region: (bins, side) float64."""
+    with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
+        matrix = torch.zeros(bins, side, dtype=torch.float64)
+        for i in range(bins):
+            start, stop = i * side // bins, -(-(i + 1) * side // bins)
+            matrix[i, start:stop] = 1 / (stop - start)
+        return matrix.to(device)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

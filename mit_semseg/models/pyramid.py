@@ -1,9 +1,9 @@
-"""The convolution over a feature map and the pooled maps of a pyramid, without the pooled maps at full size.
+"""A convolution over a feature map and smaller maps that are resized to it, without the resized maps.
 
-The pooled maps of pyramid pooling have 1 + 4 + 9 + 36 positions in all. Resizing them and the convolution over the
-result are both linear, so together they are one small matrix product: the taps of the convolution applied to the 50
-vectors, times a matrix that says how much of every position and tap arrives at every output pixel. It depends on the
-sizes alone.
+The maps of pyramid pooling have 1 + 4 + 9 + 36 positions in all, each map of a feature pyramid a quarter of those of
+the next. Resizing them and the convolution over the result are both linear, so they can change places: first the taps
+of the convolution at the map's own few positions, then, for rows and columns one after the other, a small matrix that
+says how much of every position and tap arrives at every output row or column. The matrices depend on the sizes alone.
 """
 
 from collections.abc import Sequence
@@ -15,71 +15,93 @@ from torch import Tensor, nn
 
 from .layers import resize
 
-FEWEST_PIXELS = 64  # of a feature map for which folding pays: below, the 50 positions are as many as the pixels
-CACHED_SIZES = 8  # matrices that are kept: a few sizes of pictures come again and again
+GAIN = 2.0  # times fewer multiplications that a map needs to go this way: they are in smaller matrices
+CACHED_MATRICES = 64  # up to some 100 KB each; a few sizes of pictures come again and again
 
 
-def through_pyramid(layers: nn.Sequential, x: Tensor, pooled: Sequence[Tensor], **options) -> Tensor:
-    """`layers(cat([x, *resized pooled maps]))`, where the first layer is a convolution: see `conv_over_pyramid`."""
+def through_pyramid(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tensor], **options) -> Tensor:
+    """`layers(cat([x, *resized smaller maps]))`, where the first layer is a convolution: see `conv_over_pyramid`."""
     conv, *rest = layers
-    x = conv_over_pyramid(conv, x, pooled, **options)
+    x = conv_over_pyramid(conv, x, smaller, **options)
     for layer in rest:
         x = layer(x)
     return x
 
 
 def conv_over_pyramid(
-    conv: nn.Conv2d, x: Tensor, pooled: Sequence[Tensor], *, align_corners: bool = False, pooled_first: bool = False
+    conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:
-    """`conv(cat([x, *resized pooled maps]))`, up to rounding.
+    """`conv(cat([x, *resized smaller maps]))`, up to rounding.
 
     Args:
-        conv: over all channels, stride 1, "same" padding with zeros.
+        conv: over all channels, stride 1, not dilated, "same" padding with zeros.
         x: (N, C, h, w).
-        pooled: (N, c, b, b) each, any b.
+        smaller: (N, c, a, b) each, any a and b; one that is not much smaller than `x` is resized.
         align_corners: of the bilinear resize.
-        pooled_first: the concatenation begins with the pooled maps.
+        smaller_first: the concatenation begins with the smaller maps.
 
     Returns:
         (N, conv.out_channels, h, w).
     """
-    if x.size(-2) * x.size(-1) < FEWEST_PIXELS:
-        return conv_over_resized(conv, x, pooled, align_corners=align_corners, pooled_first=pooled_first)
-    channels = [t.size(1) for t in pooled]
-    parts = conv.weight.split([*channels, x.size(1)] if pooled_first else [x.size(1), *channels], dim=1)
-    own, folded = (parts[-1], parts[:-1]) if pooled_first else (parts[0], parts[1:])
-    taps = [
-        torch.einsum("ocij,ncp->nopij", weight, t.flatten(2)) for weight, t in zip(folded, pooled, strict=True)
-    ]  # (N, out, positions, k, k)
-    sizes = tuple(tuple(t.shape[-2:]) for t in pooled)
-    arrive = _arrivals(sizes, tuple(x.shape[-2:]), conv.kernel_size, align_corners, conv.weight.dtype, x.device)
-    spread = (torch.cat(taps, dim=2).flatten(2) @ arrive).view(x.size(0), -1, *x.shape[-2:])
-    return F.conv2d(x, own, conv.bias, padding=conv.padding, dilation=conv.dilation) + spread
+    channels, size = [t.size(1) for t in smaller], x.shape[-2:]
+    parts = conv.weight.split([*channels, x.size(1)] if smaller_first else [x.size(1), *channels], dim=1)
+    own, others = (parts[-1], parts[:-1]) if smaller_first else (parts[0], parts[1:])
+    direct, weights, rows, columns = [x], [own], [], []
+    for t, weight in zip(smaller, others, strict=True):
+        if _gain(t, size, conv.kernel_size) < GAIN:
+            direct.append(resize(t, size, align_corners=align_corners))
+            weights.append(weight)
+        else:
+            rows.append(_spread_over_rows(t, weight, size[0], align_corners))
+            matrix = _arrivals(t.size(-1), size[1], weight.size(3), align_corners, x.device)
+            columns.append(matrix.to(rows[-1].dtype))
+    if len(direct) == 1:
+        y = F.conv2d(x, own, conv.bias, padding=conv.padding)
+    else:
+        y = F.conv2d(torch.cat(direct, dim=1), torch.cat(weights, dim=1), conv.bias, padding=conv.padding)
+    return y + _spread_over_columns(torch.cat(rows, dim=2), torch.cat(columns, dim=1), y) if rows else y
 
 
 def conv_over_resized(
-    conv: nn.Conv2d, x: Tensor, pooled: Sequence[Tensor], *, align_corners: bool = False, pooled_first: bool = False
+    conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:
     """The definition of `conv_over_pyramid`: resize, concatenate, convolve."""
-    resized = [resize(t, x.shape[-2:], align_corners=align_corners) for t in pooled]
-    return conv(torch.cat([*resized, x] if pooled_first else [x, *resized], dim=1))
+    resized = [resize(t, x.shape[-2:], align_corners=align_corners) for t in smaller]
+    return conv(torch.cat([*resized, x] if smaller_first else [x, *resized], dim=1))
 
 
-@lru_cache(maxsize=CACHED_SIZES)
-def _arrivals(
-    sizes: tuple[tuple[int, int], ...],
-    target: tuple[int, int],
-    kernel: tuple[int, int],
-    align_corners: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """How much of every position and tap arrives at every output pixel: (positions * taps, h * w)."""
+def _gain(t: Tensor, size: tuple[int, int], kernel: tuple[int, int]) -> float:
+    """How many times fewer multiplications a map needs, per output channel, when it is not resized."""
+    (c, a, b), (height, width), (k, m) = t.shape[1:], size, kernel
+    return k * m * c * height * width / (k * m * c * a * b + height * k * a * m * b + height * width * m * b)
+
+
+def _spread_over_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> Tensor:
+    """What arrives at every output row from a map (N, c, a, b) through the taps of a convolution (O, c, k, m).
+
+    Returns:
+        (N, height, m * b, O): from every horizontal tap and column of the map.
+    """
+    n, _, a, b = t.shape
+    outputs, _, k, m = weight.shape
+    taps = torch.einsum("ncab,ocij->niajbo", t, weight).reshape(n, k * a, m * b * outputs)
+    matrix = _arrivals(a, height, k, align_corners, t.device)
+    return (matrix.to(taps.dtype) @ taps).view(n, height, m * b, outputs)
+
+
+def _spread_over_columns(rows: Tensor, matrix: Tensor, like: Tensor) -> Tensor:
+    """(N, H, K, O) and (W, K) -> (N, O, H, W), in the memory order of another tensor of this shape."""
+    if like.is_contiguous():
+        return rows.permute(0, 3, 1, 2) @ matrix.T
+    return (matrix @ rows).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=CACHED_MATRICES)
+def _arrivals(source: int, target: int, taps: int, align_corners: bool, device: torch.device) -> Tensor:
+    """How much of every tap and position arrives at every output position: (target, taps * source) float64."""
     with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be used in training
-        rows = []
-        for height, width in sizes:
-            positions = height * width
-            unit = torch.eye(positions, dtype=dtype, device=device).view(positions, 1, height, width)
-            shown = resize(unit, target, align_corners=align_corners)
-            rows.append(F.unfold(shown, kernel, padding=(kernel[0] // 2, kernel[1] // 2)))
-        return torch.cat(rows).flatten(0, 1)
+        unit = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)
+        shown = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)
+        padded = F.pad(shown, (taps // 2, taps // 2))
+        matrix = torch.stack([padded[:, tap : tap + target] for tap in range(taps)])  # (taps, source, target)
+        return matrix.flatten(0, 1).T.contiguous().to(device)

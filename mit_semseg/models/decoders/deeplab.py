@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, init_weights, norm_act
+from ..layers import DEFAULT_NORM, AveragePooling, NormLayer, init_weights, norm_act
+from ..pyramid import through_pyramid
 from .base import Decoder
 
 WIDTH = 256  # of a branch
@@ -42,7 +43,7 @@ class ASPP(Decoder):
     ):
         super().__init__(in_channels, num_class, use_softmax)
         channels = in_channels[-1]
-        self.conv1 = nn.Sequential(nn.AdaptiveAvgPool2d(1), *_branch(channels, 1, 1, norm_layer))
+        self.conv1 = nn.Sequential(AveragePooling(1), *_branch(channels, 1, 1, norm_layer))
         self.conv2 = _branch(channels, 1, 1, norm_layer)
         for number, reach in enumerate(REACHES, start=3):
             self.add_module(f"conv{number}", _branch(channels, 3, max(1, reach // output_stride), norm_layer))
@@ -59,9 +60,9 @@ class ASPP(Decoder):
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
         x = features[-1]
-        pooled = self.resize(self.conv1(x), x.shape[-2:])
-        branches = [pooled, self.conv2(x), self.conv3(x), self.conv4(x), self.conv5(x)]
-        return self.conv_last(self.bottleneck(torch.cat(branches, dim=1)))
+        branches = torch.cat([self.conv2(x), self.conv3(x), self.conv4(x), self.conv5(x)], dim=1)
+        options = {"align_corners": self.align_corners, "smaller_first": True}
+        return self.conv_last(through_pyramid(self.bottleneck, branches, [self.conv1(x)], **options))
 
 
 def _branch(channels: int, kernel_size: int, dilation: int, norm_layer: NormLayer) -> nn.Sequential:

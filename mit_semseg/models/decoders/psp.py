@@ -52,5 +52,5 @@ class PSP(Decoder):
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
         x = features[-1]
         pooled = [stage(x) for stage in self.stages]
-        options = {"align_corners": self.align_corners, "pooled_first": True}
+        options = {"align_corners": self.align_corners, "smaller_first": True}
         return self.conv_last(through_pyramid(self.bottleneck, x, pooled, **options))

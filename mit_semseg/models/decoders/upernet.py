@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, conv_bn_relu, init_weights, resize
+from ..layers import DEFAULT_NORM, POOL_SCALES, NormLayer, average_pool, conv_bn_relu, init_weights, resize
+from ..pyramid import through_pyramid
 from .base import NORM_BIAS, Decoder
 
 POOL_WIDTH = 512
@@ -52,13 +52,13 @@ class UPerNet(Decoder):
         for x, lateral, out in reversed(list(zip(features[:-1], self.fpn_in, self.fpn_out, strict=True))):
             top = lateral(x) + resize(top, x.shape[-2:])
             fused.insert(0, out(top))
-        size = fused[0].shape[-2:]
-        return self.conv_last(torch.cat([resize(x, size) for x in fused], dim=1))
+        fuse, classify = self.conv_last
+        return classify(through_pyramid(fuse, fused[0], fused[1:]))
 
     def _pyramid_pooling(self, x: Tensor) -> Tensor:
         # Resized before conv + norm + ReLU here, after it in PPM: the two orders differ, and the weights know theirs.
         pooled = [
-            conv(resize(F.adaptive_avg_pool2d(x, bins), x.shape[-2:]))
+            conv(resize(average_pool(x, bins), x.shape[-2:]))
             for conv, bins in zip(self.ppm_conv, POOL_SCALES, strict=True)
         ]
         return self.ppm_last_conv(torch.cat([x, *pooled], dim=1))

@@ -1,0 +1,110 @@
+"""The label map of logits in one Triton kernel: resize, softmax, mean over the views and arg-max without any of them in
+memory. Every program has some pixels of a row; the classes pass by in blocks, twice where there are several views: once
+for the softmax's divisors, once for the means."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CLASSES, PIXELS = 16, 64  # worked on at a time by a program, which then has registers for all it needs
+
+
+@triton.jit
+def _neighbours(sides, lows, shares, view, positions, count):
+    """For some positions of an output side: the neighbours before and after in a view, and the share of the latter."""
+    low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
+    share = tl.load(shares + view * count + positions, mask=positions < count, other=0.0)
+    return low, tl.minimum(low + 1, tl.load(sides + view) - 1), share
+
+
+@triton.jit
+def _resized(
+    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+):  # fmt: skip
+    """Logits of some classes at some pixels of a row, (classes, pixels); -inf where there is no class."""
+    above, below, share_y = _neighbours(heights, lows_y, shares_y, view, y, H)
+    left, right, share_x = _neighbours(widths, lows_x, shares_x, view, xs, W)
+    width, inside = tl.load(widths + view), (classes < C)[:, None]
+    place = logits + tl.load(starts + view) + classes[:, None]
+    a = tl.load(place + ((above * width + left) * C)[None, :], mask=inside, other=0.0)
+    b = tl.load(place + ((above * width + right) * C)[None, :], mask=inside, other=0.0)
+    c = tl.load(place + ((below * width + left) * C)[None, :], mask=inside, other=0.0)
+    d = tl.load(place + ((below * width + right) * C)[None, :], mask=inside, other=0.0)
+    top, bottom = a + (b - a) * share_x[None, :], c + (d - c) * share_x[None, :]
+    return tl.where(inside, top + (bottom - top) * share_y, -float("inf"))
+
+
+@triton.jit
+def _kernel(
+    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, labels, C, H, W,
+    VIEWS: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    y = tl.program_id(1)
+    xs = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    slots = tl.arange(0, SLOTS)[:, None]
+    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # logarithms of the softmax's, of every view
+    if VIEWS > 1:
+        for view in range(VIEWS):
+            largest = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
+            total = tl.zeros((PIXELS,), dtype=tl.float32)
+            for first in range(0, C, CLASSES):
+                classes = first + tl.arange(0, CLASSES)
+                x = _resized(
+                    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+                )  # fmt: skip
+                new = tl.maximum(largest, tl.max(x, axis=0))
+                total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), axis=0)
+                largest = new
+            divisors = tl.where(slots == view, (largest + tl.log(total))[None, :], divisors)
+    best = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
+    label = tl.zeros((PIXELS,), dtype=tl.int32)
+    for first in range(0, C, CLASSES):
+        classes = first + tl.arange(0, CLASSES)
+        score = tl.zeros((CLASSES, PIXELS), dtype=tl.float32)
+        for view in range(VIEWS):
+            x = _resized(
+                logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+            )  # fmt: skip
+            if VIEWS > 1:
+                divisor = tl.sum(tl.where(slots == view, divisors, 0.0), axis=0)
+                x = tl.exp(x - divisor[None, :])
+            score += x
+        score = tl.where((classes < C)[:, None], score, -float("inf"))
+        largest = tl.max(score, axis=0)
+        number = tl.min(tl.where(score == largest[None, :], classes[:, None], C), axis=0)  # the first of the largest
+        label = tl.where(largest > best, number, label)
+        best = tl.maximum(best, largest)
+    tl.store(labels + y.to(tl.int64) * W + xs, label.to(tl.int64), mask=xs < W)
+
+
+def fused_label_map(logits: Sequence[Tensor], size: tuple[int, int], places: Sequence[tuple]) -> Tensor:
+    """The class with the largest mean probability of every pixel, see `upsampling.label_map_of`.
+
+    Args:
+        logits: (C, h, w) float32 each, of one or more views, on one GPU.
+        size: (height, width) of the picture.
+        places: of every view, for the rows and for the columns of the picture: see `upsampling.places`.
+
+    Returns:
+        (height, width) int64.
+    """
+    (height, width), device = size, logits[0].device
+    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # the classes of a position side by side
+    starts = torch.tensor([0, *accumulate(x.numel() for x in logits)])[:-1].to(device)
+    sides = torch.tensor([x.shape[1:] for x in logits], dtype=torch.int32).T.contiguous().to(device)
+    lows, shares = (
+        [torch.stack([own[axis][part] for own in places]).to(device, kind) for axis in range(2)]
+        for part, kind in enumerate((torch.int32, torch.float32))
+    )
+    labels = torch.empty(size, dtype=torch.int64, device=device)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        _kernel[(triton.cdiv(width, PIXELS), height)](
+            flat, starts, *sides, lows[0], shares[0], lows[1], shares[1], labels, len(logits[0]), height, width,
+            VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES, PIXELS=PIXELS,
+        )  # fmt: skip
+    return labels
