@@ -1,10 +1,11 @@
-"""What does folding the pooled maps of a pyramid into the convolution over them save?
+"""What does it save not to resize the smaller maps of a pyramid for the convolution over them?
 
     python benchmarks/pyramid.py [--device cuda] [--json FILE]
 
-The convolution of PPM over a feature map and its pooled maps, and whole networks with it, forward alone (inference) and
-forward and backward (training). Plain resizes the pooled maps, concatenates and convolves. Both ways take turns. The
-small maps show where folding stops to pay.
+The convolutions of PPM (over a feature map and its pooled maps) and of UPerNet (over the maps of a feature pyramid),
+and whole networks with them, forward alone (inference) and forward and backward (training). Plain resizes the smaller
+maps, concatenates and convolves. Both ways take turns. The first rows also say how many times fewer multiplications
+there are for the largest of the smaller maps: where that is less than `pyramid.GAIN`, networks resize it.
 """
 
 import argparse
@@ -19,31 +20,52 @@ from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 from mit_semseg.models.layers import POOL_SCALES
 
 WIDTH = 512
-WAYS = {"plain": pyramid.conv_over_resized, "folded": pyramid.conv_over_pyramid}
+WAYS = {"plain": pyramid.conv_over_resized, "ours": pyramid.conv_over_pyramid}
+# What, channels of the largest map, its size, sizes of the smaller ones.
+POOLED = [(bins, bins) for bins in POOL_SCALES]
+CONVOLUTIONS = [
+    *((f"PPM, {c} channels", c, size, POOLED) for c, size in ((2048, (64, 86)), (320, (64, 86)), (320, (12, 12)))),
+    ("PPM, 320 channels", 320, (6, 6), POOLED),
+    ("UPerNet", WIDTH, (96, 128), [(48, 64), (24, 32), (12, 16)]),
+    ("UPerNet, next map alone", WIDTH, (96, 128), [(48, 64)]),
+    ("a third of the side", WIDTH, (96, 128), [(32, 43)]),
+    ("two thirds of the side", WIDTH, (96, 128), [(64, 86)]),
+]
+NETWORKS = (
+    ("mobilenetv2dilated", "ppm_deepsup"),
+    ("resnet50dilated", "ppm_deepsup"),
+    ("resnet50", "upernet"),
+    ("resnet50dilated", "aspp_deepsup"),
+)
 
 
-def convolution(way: str, channels: int, size: tuple[int, int], training: bool, device: torch.device):
+def convolution(way: str, channels: int, size: tuple, smaller: list, training: bool, device: torch.device):
     torch.manual_seed(0)
-    conv = nn.Conv2d(channels + len(POOL_SCALES) * WIDTH, WIDTH, 3, padding=1, bias=False).to(device)
-    x = torch.randn(1, channels, *size, device=device, requires_grad=training)
-    pooled = [torch.randn(1, WIDTH, bins, bins, device=device, requires_grad=training) for bins in POOL_SCALES]
+    conv = nn.Conv2d(channels + len(smaller) * WIDTH, WIDTH, 3, padding=1, bias=False)
+    conv = conv.to(device, memory_format=torch.channels_last)
+    x = torch.randn(1, channels, *size, device=device).contiguous(memory_format=torch.channels_last)
+    maps = [x.requires_grad_(training)]
+    maps += [torch.randn(1, WIDTH, *own, device=device, requires_grad=training) for own in smaller]
 
     def step():
-        with mock.patch.object(pyramid, "FEWEST_PIXELS", 0), torch.set_grad_enabled(training):
-            y = WAYS[way](conv, x, pooled)
+        with mock.patch.object(pyramid, "GAIN", 0), torch.set_grad_enabled(training):
+            y = WAYS[way](conv, maps[0], maps[1:])
             if training:
-                torch.autograd.grad(y.sum(), [x, *pooled, conv.weight])
+                torch.autograd.grad(y.sum(), [*maps, conv.weight])
 
-    return step
+    gains = [pyramid._gain(t, size, (3, 3)) for t in maps[1:]]
+    return step, min(gains)
 
 
-def network(way: str, encoder: str, size: tuple[int, int], training: bool, device: torch.device):
+def network(way: str, encoder: str, decoder: str, size: tuple[int, int], training: bool, device: torch.device):
     torch.manual_seed(0)
     enc = ModelBuilder.build_encoder(encoder, pretrained=False)
-    dec = ModelBuilder.build_decoder("ppm_deepsup", num_class=150, in_channels=enc.out_channels)
-    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device).train(training)
+    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
+    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device, memory_format=torch.channels_last)
+    module.train(training)
+    x = torch.randn(1 + training, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
     feed = {
-        "img_data": torch.randn(1 + training, 3, *size, device=device),
+        "img_data": x,
         "seg_label": torch.randint(0, 150, (1 + training, size[0] // 8, size[1] // 8), device=device),
     }
 
@@ -63,21 +85,26 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, rows, cases = torch.device(args.device), [], []
-    for channels, size in ((2048, (64, 86)), (320, (64, 86)), (320, (16, 16)), (320, (8, 8)), (320, (4, 4))):
-        cases.append((f"convolution, {channels} channels, {size[0]}x{size[1]}", convolution, channels, size))
-    for encoder in ("mobilenetv2dilated", "resnet18dilated", "resnet50dilated"):
-        cases.append((f"{encoder} + ppm_deepsup", network, encoder, (384, 512)))
-    for name, make, *arguments in cases:
-        for training in (False, True):
-            ways = {way: make(way, *arguments, training, device) for way in WAYS}
-            ms = interleaved(ways, device, args.repeats)
-            what = f"{name}, {'training' if training else 'inference'}"
-            times = {f"{way} ms": value for way, value in ms.items()}
-            rows.append({"what": what, **times, "times faster": ms["plain"] / ms["folded"]})
+    device, rows = torch.device(args.device), []
+
+    def compare(what: str, training: bool, ways: dict, fewer: float | str) -> None:
+        ms = interleaved(ways, device, args.repeats)
+        times = {f"{way} ms": value for way, value in ms.items()}
+        what = f"{what}, {'training' if training else 'inference'}"
+        rows.append({"what": what, "fewer products": fewer, **times, "times faster": ms["plain"] / ms["ours"]})
+
+    for training in (False, True):
+        for what, channels, size, smaller in CONVOLUTIONS:
+            ways = {way: convolution(way, channels, size, smaller, training, device) for way in WAYS}
+            what = f"{what}, {size[0]}x{size[1]}"
+            compare(what, training, {way: step for way, (step, _) in ways.items()}, ways["ours"][1])
+        for encoder, decoder in NETWORKS:
+            ways = {way: network(way, encoder, decoder, tuple(args.size), training, device) for way in WAYS}
+            compare(f"{encoder} + {decoder}", training, ways, "")
     write(args.json, "pyramid", device, rows)
 
 

@@ -14,11 +14,13 @@ from torch.utils.data import DataLoader
 
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_table, imresize
 from mit_semseg.dataset.classes import ClassTableError
+from mit_semseg.dataset.datasets import float_pictures
 from mit_semseg.dataset.files import ImageFileError, image_size, read_image, read_label
 from mit_semseg.dataset.layouts import ListError, find_images
 from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.dataset.samplers import BatchNumbers, OrientationBatches
-from mit_semseg.dataset.transforms import downsample_label, normalize, pad_batch, scale_for
+from mit_semseg.dataset.transforms import downsample_label, imresize_fast, normalize, pad_batch, scale_for
+from mit_semseg.evaluation.evaluator import read_items
 
 SIZES = [(60, 40), (40, 60), (52, 44), (30, 70), (64, 64), (33, 47), (80, 41)]
 
@@ -384,3 +386,43 @@ def test_sizes_are_read_from_the_pictures_when_the_list_has_none(root, tmp_path)
 def test_padding_must_be_a_multiple_of_the_rate(root):
     with pytest.raises(ValueError, match="padding_constant 8 is no multiple of segm_downsampling_rate 3"):
         TrainDataset(root, ".", options(segm_downsampling_rate=3))
+
+
+# Bytes until the device, and the fast resize
+
+
+@pytest.mark.parametrize("size", [(450, 300), (90, 61), (333, 250), (601, 400)])
+def test_the_fast_resize_is_within_a_grey_level(size):
+    """Of Pillow's, on a picture with edges, gradients and noise."""
+    rng = np.random.default_rng(0)
+    ramp = np.add.outer(np.arange(300), np.arange(400)) % 256
+    pixels = np.stack([ramp, 255 - ramp, 255 * (ramp > 99)], axis=2)
+    pixels[100:200] = rng.integers(0, 256, (100, 400, 3))
+    image = Image.fromarray(pixels.astype(np.uint8))
+    exact, fast = (np.asarray(f(image, size)).astype(int) for f in (imresize, imresize_fast))
+    assert fast.shape == exact.shape
+    assert np.abs(fast - exact).max() <= 1
+    assert (fast != exact).mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "caffe"])
+@pytest.mark.parametrize("crop", [0, (32, 40)])
+def test_training_bytes_become_the_same_numbers(tmp_path, kind, crop):
+    write_pairs(tmp_path, [(60, 40), (52, 44), (61, 47)])
+    dataset = TrainDataset(tmp_path, ".", options(normalization=kind, crop_size=crop), batch_per_gpu=3)
+    for index in range(3):
+        floats, raw = dataset[index], dataset.of_bytes()[index]
+        assert raw["img_data"].dtype == torch.uint8
+        assert torch.equal(float_pictures(raw, "cpu"), floats["img_data"])
+        assert torch.equal(raw["seg_label"], floats["seg_label"])
+        assert raw["info"] == floats["info"]
+    assert not dataset.as_bytes
+
+
+def test_evaluation_bytes_become_the_same_numbers(tmp_path):
+    write_pairs(tmp_path, [(60, 40), (52, 44)])
+    dataset = ValDataset(tmp_path, ".", options())
+    for floats, item in zip(dataset, read_items(dataset, device="cpu", workers=1), strict=True):
+        assert item["img_ori"].dtype == np.uint8
+        assert np.array_equal(item["img_ori"], floats["img_ori"])
+        assert all(torch.equal(a, b) for a, b in zip(item["img_data"], floats["img_data"], strict=True))

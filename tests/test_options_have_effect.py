@@ -84,6 +84,7 @@ CHANGES_WEIGHTS = {
     "DATASET.color_jitter": 0.5,
     "DATASET.blur": 2.0,
     "DATASET.normalization": "caffe",
+    "DATASET.train_resize": "pixel-exact",
     "MODEL.arch_encoder": "resnet18",
     "MODEL.arch_decoder": "c1",
     "MODEL.weights_encoder": lambda data: data / "start_encoder.pth",
@@ -212,6 +213,19 @@ def effect_of_precision(runs, baseline):
     assert abs(figures[2]["pixel_accuracy"] - figures[0]["pixel_accuracy"]) < 0.05
     with pytest.raises(UserError, match="fp16 needs a GPU; on the CPU set bf16"):
         evaluated(runs, baseline, **{"INFERENCE.precision": "fp16"})
+
+
+def effect_of_eval_resize(runs, baseline):
+    from mit_semseg.dataset import transforms
+
+    used, resize = [], transforms.imresize_fast
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "imresize_fast", lambda *args: used.append(args) or resize(*args))
+        exact = evaluated(runs, baseline)["pixel_accuracy"]
+        assert not used
+        fast = evaluated(runs, baseline, **{"DATASET.eval_resize": "fast"})["pixel_accuracy"]
+    assert len(used) == 4
+    assert abs(fast - exact) < 0.02
 
 
 def effect_of_inference_compile(runs, baseline):
@@ -470,6 +484,7 @@ OTHER_EFFECTS = {
     "INFERENCE.window": effect_of_window,
     "INFERENCE.overlap": effect_of_overlap,
     "INFERENCE.precision": effect_of_precision,
+    "DATASET.eval_resize": effect_of_eval_resize,
     "INFERENCE.compile": effect_of_inference_compile,
     "DIR": effect_of_dir,
     "DATASET.list_val": effect_of_list_val,

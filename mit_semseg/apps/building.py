@@ -90,7 +90,7 @@ def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
     """What a run trains on and, if it validates, what it is validated on."""
     train, data = cfg.TRAIN, cfg.DATASET
     how = {"seed": train.seed, "side_step": COMPILED_SIZES if train.compile else 1}
-    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how)
+    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how).of_bytes()
     if not train.eval_epoch:
         return training, None
     return training, ValDataset(data.root_dataset, data.list_val, data, cfg.VAL.num_val or -1)

@@ -141,6 +141,15 @@ OPTIONS: dict[str, Option] = {
         "Cityscapes toolbox has it)",
         choices=("imagenet", "caffe"),
     ),
+    "DATASET.train_resize": Option(
+        "fast",
+        "how training images are resized: pixel-exact (Pillow, as the published weights were trained), or fast, which "
+        "differs by one grey level here and there",
+        choices=("fast", "pixel-exact"),
+    ),
+    "DATASET.eval_resize": Option(
+        "pixel-exact", "how images are resized in evaluation and segmenting", choices=("fast", "pixel-exact")
+    ),
     # Model
     "MODEL.arch_encoder": Option("resnet50dilated", "encoder", choices=ENCODER_NAMES),
     "MODEL.arch_decoder": Option("ppm_deepsup", "decoder", choices=DECODER_NAMES),

@@ -29,7 +29,7 @@ class ClassTable:
     Attributes:
         names: one per class; index in this tuple = class index.
         colors: (num_class, 3) uint8, RGB.
-        index: (65536,) int32, class index of every raw label value; -1 ignored, -2 not in the table.
+        index: (65536,) int64, class index of every raw label value; -1 ignored, -2 not in the table.
         raw: (num_class,) int32, a raw label value of every class: the first that stands in the table.
         variants: endings of label files whose raw values are others, each with its table of the same classes.
     """
@@ -60,7 +60,7 @@ class ClassTable:
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Class indices (H, W) int64 of raw label values, -1 where ignored, -2 where the table has no such value."""
-        return self.index[raw].astype(np.int64)
+        return self.index.take(raw)
 
     def raw_values(self) -> str:
         """The raw values of the table, for messages, e.g. `0-10, ignored 11`."""
@@ -168,7 +168,7 @@ def _from_names(names: Sequence[str], ignore_values: Sequence[int]) -> ClassTabl
 
 
 def _make(names: Sequence[str], raw_of: dict[int, str], colors: Sequence[tuple | None]) -> ClassTable:
-    index, first = np.full(RAW_VALUES, UNKNOWN, np.int32), np.zeros(len(names), np.int32)
+    index, first = np.full(RAW_VALUES, UNKNOWN, np.int64), np.zeros(len(names), np.int32)
     position = {name: i for i, name in enumerate(names)} | {"": IGNORE}
     for raw, name in reversed(raw_of.items()):
         index[raw] = position[name]

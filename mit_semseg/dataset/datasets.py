@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..lib.nn.scatter import copy_to_device
 from .augment import Augmentation
 from .classes import UNKNOWN, ClassTable, class_table
 from .files import ImageFileError, image_size, read_image, read_label
 from .layouts import ListError
 from .records import load_records
 from .samplers import OrientationBatches, shards
-from .transforms import normalize, pad_batch, scale_for, scale_pyramid, train_pair
+from .transforms import as_bytes, normalize, normalized, pad_batch, scale_for, scale_pyramid, train_pair
 
 ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
 
@@ -51,6 +53,8 @@ class _Records(Dataset):
         self.img_max_size = opt.imgMaxSize
         self.padding_constant = opt.padding_constant
         self.normalization = getattr(opt, "normalization", "imagenet")
+        self.fast = getattr(opt, "eval_resize", "pixel-exact") == "fast"
+        self.as_bytes = False
 
     @property
     def num_sample(self) -> int:
@@ -60,16 +64,29 @@ class _Records(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
+    def of_bytes(self):
+        """The same data set, which leaves normalizing to `float_pictures`: a quarter of the bytes travel.
+
+        `img_data` is then uint8, `normalization` says what is to be done, `img_ori` is a tensor.
+        """
+        raw = copy.copy(self)
+        raw.as_bytes = True
+        return raw
+
     def path(self, record: dict, key: str) -> Path:
         """Path of a record's image (`fpath_img`) or label (`fpath_segm`) on disk."""
         if key not in record:
             raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
         return Path(self.root_dataset, record[key])
 
-    def pyramid(self, image: Image.Image) -> list[torch.Tensor]:
-        """The picture at every size of evaluation, normalized (1, 3, h, w)."""
+    def views(self, image: Image.Image) -> dict:
+        """The picture itself, and at every size of evaluation."""
         sizes = self.img_sizes, self.img_max_size, self.padding_constant
-        return scale_pyramid(image, *sizes, self.normalization)
+        scales = scale_pyramid(image, *sizes, None if self.as_bytes else self.normalization, fast=self.fast)
+        original = np.array(image)
+        if not self.as_bytes:
+            return {"img_ori": original, "img_data": scales}
+        return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
 
 
 class _LabelledRecords(_Records):
@@ -122,8 +139,8 @@ class TrainDataset(_LabelledRecords):
         root_dataset: folder that the paths in the list are relative to.
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize, padding_constant, segm_downsampling_rate, and optionally random_flip,
-            random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, classes, num_class,
-            ignore_values, palette_labels (as the options of the same name).
+            random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, train_resize, classes,
+            num_class, ignore_values, palette_labels (as the options of the same name).
         batch_per_gpu: images per batch.
         side_step: the sides of a batch are rounded up to a multiple of this, beside padding_constant.
         seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
@@ -135,6 +152,7 @@ class TrainDataset(_LabelledRecords):
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
+        self.fast = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.segm_downsampling_rate = opt.segm_downsampling_rate
         if self.padding_constant % self.segm_downsampling_rate:
             raise ValueError(
@@ -179,19 +197,31 @@ class TrainDataset(_LabelledRecords):
             rng: of all other draws; seeded with the data set's seed by default.
 
         Returns:
-            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths.
+            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths; `of_bytes`
+            also `sizes`, (height, width) of the N pictures.
         """
         rng, images, labels = rng or np.random.default_rng(self.seed), [], []
         vary = self.augmentation
         for record, flip in zip(records, flips, strict=True):
             image, label = self.pair(record)
             scale = rng.uniform(*vary.scale) if vary.scale else scale_for(*image.size, short_side, self.img_max_size)
-            image, label = train_pair(image, label, scale=scale, flip=bool(flip))
+            image, label = train_pair(image, label, scale=scale, flip=bool(flip), fast=self.fast)
             image, indices = vary(image, self.encode(label, record), rng)
-            images.append(normalize(image, self.normalization))
+            images.append(as_bytes(image) if self.as_bytes else normalize(image, self.normalization))
             labels.append(indices)
         batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, vary.crop)
-        return {**batch, "info": [record["fpath_img"] for record in records]}
+        batch["info"] = [record["fpath_img"] for record in records]
+        if self.as_bytes:
+            batch |= {"sizes": [tuple(x.shape[1:]) for x in images], "normalization": self.normalization}
+        return batch
+
+
+def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
+    """The pictures (N, 3, H, W) of a batch, or an item's at every scale, on a device, normalized if they are bytes."""
+    x, how = copy_to_device(batch["img_data"], torch.device(device)), batch.get("normalization")
+    if how is None:
+        return x
+    return [normalized(scale, how) for scale in x] if isinstance(x, list) else normalized(x, how, batch["sizes"])
 
 
 def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) -> list[dict]:
@@ -226,8 +256,7 @@ class ValDataset(_Divisible, _LabelledRecords):
         record = self.records[index]
         image, label = self.pair(record)
         return {
-            "img_ori": np.array(image),
-            "img_data": self.pyramid(image),
+            **self.views(image),
             "seg_label": torch.from_numpy(self.encode(label, record)).unsqueeze(0),
             "info": record["fpath_img"],
         }
@@ -253,8 +282,4 @@ class TestDataset(_Divisible):
         """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `info` the path."""
         record = self.records[index]
         image = read_image(record["fpath_img"])
-        return {
-            "img_ori": np.array(image),
-            "img_data": self.pyramid(image),
-            "info": record["fpath_img"],
-        }
+        return {**self.views(image), "info": record["fpath_img"]}

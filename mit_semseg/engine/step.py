@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..dataset.datasets import float_pictures
 from ..lib.nn import UserScatteredDataParallel
 from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import UserError
@@ -110,10 +111,9 @@ def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[flo
 
 
 def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
-    feed = copy_to_device({key: batch[key] for key in ("img_data", "seg_label")}, device)
-    if channels_last:
-        feed["img_data"] = feed["img_data"].contiguous(memory_format=torch.channels_last)
-    return feed
+    order = torch.channels_last if channels_last else torch.contiguous_format
+    pictures = float_pictures(batch, device).contiguous(memory_format=order)
+    return {"img_data": pictures, "seg_label": copy_to_device(batch["seg_label"], device)}
 
 
 def _non_finite(step: StepFigures, later: int, processes: Processes) -> NonFiniteLoss:

@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..dataset import ClassTable, ValDataset
+from ..dataset.datasets import float_pictures
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
 from .inference import WHOLE, View, label_map
@@ -100,7 +101,8 @@ def read_items(
     """Items of a data set in order, each with pictures of its own size, read ahead in batches.
 
     Args:
-        device: where the pictures will go.
+        dataset: its pictures travel as bytes if it can give them so (`of_bytes`).
+        device: where the pictures go, and are normalized.
         workers: loader processes; more than `MOST_WORKERS` are of no use.
         timeout: seconds to wait for one, 0 for ever.
         processes: on this machine that read at the same time.
@@ -109,7 +111,7 @@ def read_items(
         LoaderError: what loading needs is used up. Around what is done with the items belongs `loading.explained`.
     """
     loader = make_loader(
-        dataset,
+        dataset.of_bytes() if hasattr(dataset, "of_bytes") else dataset,
         workers=min(workers, MOST_WORKERS, len(dataset)),
         timeout=timeout,
         processes=processes,
@@ -117,7 +119,10 @@ def read_items(
         collate_fn=user_scattered_collate,
         pin_memory=torch.device(device).type == "cuda",
     )
-    return chain.from_iterable(items(loader))
+    for item in chain.from_iterable(items(loader)):
+        if "normalization" in item:
+            item = {**item, "img_ori": item["img_ori"].numpy(), "img_data": float_pictures(item, device)}
+        yield item
 
 
 def evaluate(
