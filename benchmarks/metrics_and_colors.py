@@ -27,13 +27,19 @@ def one_count(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     return summary.iou
 
 
-def two_histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+def histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """Intersections and unions, (2, CLASSES)."""
     prediction, label = prediction + 1, label + 1
     prediction = prediction * (label > 0)
     hits = prediction * (prediction == label)
     bins = {"bins": CLASSES, "range": (1, CLASSES)}
     intersection = np.histogram(hits, **bins)[0]
     union = np.histogram(prediction, **bins)[0] + np.histogram(label, **bins)[0] - intersection
+    return np.stack([intersection, union])
+
+
+def two_histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+    intersection, union = histograms(prediction, label)
     return intersection / (union + 1e-10)
 
 

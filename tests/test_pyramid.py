@@ -94,3 +94,19 @@ def test_pooling_is_pytorchs(size, bins, layout):
     torch.testing.assert_close(ours, theirs)
     factor = torch.randn_like(ours)
     torch.testing.assert_close(*(torch.autograd.grad((y * factor).sum(), x)[0] for y in (ours, theirs)))
+
+
+@pytest.mark.parametrize("stride", [4, 8])
+def test_hrnet_is_not_concatenated_for_a_convolution(stride):
+    """C1 over HRNetV2 gives what it gives over the feature map itself, which is then never made."""
+    encoder = ModelBuilder.build_encoder("hrnetv2", pretrained=False, output_stride=stride).double().eval()
+    decoder = ModelBuilder.build_decoder("c1_deepsup", num_class=5, in_channels=encoder.out_channels).double().eval()
+    with torch.no_grad():
+        features = encoder(torch.randn(1, 3, 64, 96).double())
+        ours = decoder.logits(features)
+        assert (features._whole is None) == (stride == 4)
+        plain = decoder.logits([features[0]])
+    assert features[0].shape == (1, 720, 64 // stride, 96 // stride)
+    assert list(features) == [features[-1]]
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b)

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError, whole_file
+from .background import Background
 from .building import build_module, view_of
 from .visualize import (
     class_shares,
@@ -165,20 +167,24 @@ def segment_share(
     module = build_module(cfg, device, checkpoint=cfg.TEST.checkpoint)
     reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": parts}
     reading["batch_size"] = cfg.TEST.batch_size
-    with explained():
+
+    def write(result: Result) -> None:
+        stem = plan[result.path]
+        result.save(stem, endings)
+        shares = [
+            f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
+            for entry in result.classes
+            if entry["share"] > SMALLEST_SHARE
+        ]
+        send(f"{result.path} -> {_named(stem, endings[0])}{''.join(shares)}")
+
+    with explained(), Background() as later:
         for result in segment(module, pictures, cfg.DATASET, table, device=device, view=view_of(cfg), **reading):
-            if isinstance(result, tuple):
+            if isinstance(result, Result):
+                later(partial(write, result))
+            else:
                 failed.append(result[1])
                 send(f"{result[0]}: not segmented")
-                continue
-            stem = plan[result.path]
-            result.save(stem, endings)
-            shares = [
-                f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
-                for entry in result.classes
-                if entry["share"] > SMALLEST_SHARE
-            ]
-            send(f"{result.path} -> {_named(stem, endings[0])}{''.join(shares)}")
     return failed
 
 

@@ -13,6 +13,7 @@ from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import whole_file
+from .background import Background
 from .building import build_module, view_of
 from .sharing import share_out
 from .visualize import result_names, result_panel, save_picture
@@ -36,24 +37,30 @@ def _score_share(
     names = result_names([record["fpath_img"] for record in dataset.records])
     module = build_module(cfg, device, checkpoint=cfg.VAL.checkpoint)
 
-    def seen(item, prediction):
-        if cfg.VAL.visualize:
-            panel = result_panel(item, prediction, dataset.table)
-            save_picture(panel, results / f"{names[item['info']]}.png")
-        send(item["info"])
+    with Background() as later:
 
-    return evaluate(
-        module,
-        dataset.part(number, parts),
-        device=device,
-        view=view_of(cfg),
-        batch_size=cfg.VAL.batch_size,
-        workers=cfg.TRAIN.workers,
-        timeout=cfg.TRAIN.timeout,
-        processes=parts,
-        progress=False,
-        on_result=seen,
-    )
+        def write(item, prediction):
+            save_picture(result_panel(item, prediction, dataset.table), results / f"{names[item['info']]}.png")
+            send(item["info"])
+
+        def seen(item, prediction):
+            if cfg.VAL.visualize:
+                later(lambda: write(item, prediction))
+            else:
+                send(item["info"])
+
+        return evaluate(
+            module,
+            dataset.part(number, parts),
+            device=device,
+            view=view_of(cfg),
+            batch_size=cfg.VAL.batch_size,
+            workers=cfg.TRAIN.workers,
+            timeout=cfg.TRAIN.timeout,
+            processes=parts,
+            progress=False,
+            on_result=seen,
+        )
 
 
 def score(

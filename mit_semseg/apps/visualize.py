@@ -14,6 +14,7 @@ from ..lib.utils import whole_file
 GAP = 6  # pixels between the parts of a panel
 ENDINGS = (".png", "_overlay.png", "_index.png", "_label.png", ".json")  # what may be written for a picture
 SOFTWARE = "mit_semseg"
+PNG_LEVEL = 1  # of 9: half the time of Pillow's 6, for files that are a tenth larger
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
@@ -109,7 +110,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
     with whole_file(path) as partial:
-        picture.save(partial, format="PNG", pnginfo=info)
+        picture.save(partial, format="PNG", pnginfo=info, compress_level=PNG_LEVEL)
 
 
 def is_result(path: Path) -> bool:

@@ -70,6 +70,7 @@ def _fused() -> Callable | None:
 
 def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Class of the largest resized logit, (H, W) uint8, one class after the other."""
+    _pin_opencv(torch.get_num_threads())
     height, width = size
     best, scores = (np.empty(size, np.float32) for _ in range(2))
     cv2.resize(logits[0], (width, height), dst=best, interpolation=cv2.INTER_LINEAR)
@@ -84,8 +85,15 @@ def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
+def _pin_opencv(threads: int) -> None:
+    """Let OpenCV use so many threads: PyTorch's number, which may have been made small, or one in each of ours."""
+    if cv2.getNumThreads() != threads:
+        cv2.setNumThreads(threads)
+
+
 def _by_bands(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
     """Label map (H, W) int64 on the CPU: every thread has a band of rows."""
+    _pin_opencv(1)
     views = [_View(x, size, align_corners) for x in logits]
     labels = np.empty(size, np.int64)
     threads = min(torch.get_num_threads(), size[0])

@@ -62,6 +62,34 @@ def conv_over_pyramid(
     return y + _spread_over_columns(torch.cat(rows, dim=2), torch.cat(columns, dim=1), y) if rows else y
 
 
+class Concatenated(Sequence):
+    """A list with one feature map, made when it is asked for: several maps resized to one size and concatenated.
+
+    Args:
+        maps: (N, C, h, w) each.
+        which: number of the map whose size they get.
+    """
+
+    def __init__(self, maps: Sequence[Tensor], which: int = 0):
+        self.maps, self.which, self._whole = maps, which, None
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index):
+        if self._whole is None:
+            size = self.maps[self.which].shape[-2:]
+            self._whole = torch.cat([resize(x, size) for x in self.maps], dim=1)
+        return [self._whole][index]
+
+
+def through_map(layers: nn.Sequential, features: Sequence[Tensor], which: int = -1) -> Tensor:
+    """`layers(features[which])`, where the first layer is a convolution, without concatenating anything for it."""
+    if isinstance(features, Concatenated) and features.which == 0:
+        return through_pyramid(layers, features.maps[0], features.maps[1:])
+    return layers(features[which])
+
+
 def conv_over_resized(
     conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import NormLayer, at_least_float32, conv_bn_relu, resize
+from ..pyramid import through_map
 
 NORM_BIAS = 1e-4  # initial bias of a decoder's norms; the published models were trained from it
 
@@ -40,7 +41,7 @@ class Decoder(nn.Module, ABC):
         main = self.head(features)
         if not hasattr(self, "cbr_deepsup"):
             return [main]
-        branch = self.dropout_deepsup(self.cbr_deepsup(_last_but_one(features)))
+        branch = self.dropout_deepsup(through_map(self.cbr_deepsup, features, _last_but_one(len(features))))
         return [main, self.conv_last_deepsup(branch)]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
@@ -70,10 +71,12 @@ class Decoder(nn.Module, ABC):
         Args:
             layer: options of `layers.conv_bn_relu`.
         """
-        self.cbr_deepsup = conv_bn_relu(_last_but_one(self.in_channels), channels, norm_layer=norm_layer, **layer)
+        self.cbr_deepsup = conv_bn_relu(
+            self.in_channels[_last_but_one(len(self.in_channels))], channels, norm_layer=norm_layer, **layer
+        )
         self.dropout_deepsup = nn.Dropout2d(dropout)
 
 
-def _last_but_one(maps: Sequence):
+def _last_but_one(maps: int) -> int:
     # An encoder with a single map (HRNetV2) supervises that one twice.
-    return maps[-2] if len(maps) > 1 else maps[-1]
+    return -2 if maps > 1 else -1

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights
+from ..pyramid import through_map
 from .base import NORM_BIAS, Decoder
 
 
@@ -40,4 +41,4 @@ class C1(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        return self.conv_last(self.cbr(features[-1]))
+        return self.conv_last(through_map(self.cbr, features))

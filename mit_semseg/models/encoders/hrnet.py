@@ -1,10 +1,10 @@
 """HRNetV2-W48 (Sun et al., "High-Resolution Representations for Labeling Pixels and Regions", 2019)."""
 
-import torch
 from torch import Tensor, nn
 
 from ...lib.nn import Blocks
 from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, plain_norm, resize
+from ..pyramid import Concatenated
 from .resnet import BasicBlock, Bottleneck, make_layer
 
 WIDTHS = (48, 96, 192, 384)  # channels of the branches at strides 4, 8, 16, 32
@@ -89,16 +89,16 @@ class HRNetV2(nn.Module):
         step = conv_bn_relu(WIDTHS[index - 1], WIDTHS[index], stride=2, norm_layer=norm_layer)
         return nn.ModuleDict({str(index): nn.Sequential(step)})
 
-    def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        """A list with the only feature map (N, 720, H / output_stride, W / output_stride) of pictures (N, 3, H, W)."""
+    def forward(self, x: Tensor, return_feature_maps: bool = False) -> Concatenated:
+        """A list with the only feature map (N, 720, H / output_stride, W / output_stride) of pictures (N, 3, H, W),
+        which is made when it is taken from it."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         x = self.layer1(x)
         maps = self.stage2([self.transition1["0"](x), self.transition1["1"](x)])
         maps = self.stage3([*maps, self.transition2["2"](maps[-1])])
         maps = self.stage4([*maps, self.transition3["3"](maps[-1])])
-        size = maps[{4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride]].shape[-2:]
-        return [torch.cat([resize(x, size) for x in maps], dim=1)]
+        return Concatenated(maps, {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride])
 
 
 hrnetv2 = HRNetV2

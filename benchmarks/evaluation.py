@@ -1,0 +1,138 @@
+"""What does evaluation cost from the files to the figures and panels?
+
+    python benchmarks/evaluation.py [--json FILE]
+
+Generated pictures of 683x512 pixels, 150 classes, networks of random weights, a panel written for every picture, one
+loader process. Straightforward: Pillow and numpy prepare the pictures, the network as it was trained (float32, channels
+first), scores of all classes resized to the picture, softmax, mean over the scales, arg-max, two histograms per
+picture, colours class by class, PNG as Pillow writes it. Ours is `evaluate` as eval.py uses it, in float32 and in
+bfloat16 (INFERENCE.precision); the network is prepared before, as it is once for a whole data set. The ways take turns.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import interleaved, write
+from metrics_and_colors import CLASSES, class_by_class, histograms
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from data import write_pictures
+from mit_semseg.apps.background import Background
+from mit_semseg.apps.visualize import result_panel, save_picture
+from mit_semseg.dataset import ValDataset
+from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
+from mit_semseg.evaluation import View, evaluate
+from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
+
+ADE20K = (300, 375, 450, 525, 600)
+CASES = (
+    ("mobilenetv2dilated", "c1_deepsup", (512,)),
+    ("resnet18dilated", "ppm_deepsup", ADE20K),
+    ("resnet50dilated", "ppm_deepsup", ADE20K),
+    ("hrnetv2", "c1", (512,)),
+)
+CPU = torch.device("cpu")
+
+
+class Plain(Dataset):
+    """Pictures and labels the plain way."""
+
+    def __init__(self, dataset: ValDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        data, record = self.dataset, self.dataset.records[index]
+        image = Image.open(data.path(record, "fpath_img")).convert("RGB")
+        scales = []
+        for short in data.img_sizes:
+            scale = scale_for(*image.size, short, data.img_max_size)
+            size = [round_up(int(side * scale), data.padding_constant) for side in image.size]
+            x = np.float32(image.resize(size, Image.Resampling.BILINEAR)) / 255
+            x = ((x - np.float32(MEAN)) / np.float32(STD)).transpose(2, 0, 1)
+            scales.append(torch.from_numpy(np.ascontiguousarray(x))[None])
+        label = np.int64(Image.open(data.path(record, "fpath_segm"))) - 1
+        return {"img_ori": np.array(image), "img_data": scales, "seg_label": label}
+
+
+def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
+    """Intersections and unions, by the plain loop."""
+    totals = np.zeros((2, CLASSES))
+    loader = DataLoader(Plain(dataset), batch_size=None, num_workers=1)
+    with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
+        for number, item in enumerate(loader):
+            label, scores = np.asarray(item["seg_label"]), 0
+            for x in item["img_data"]:
+                logits = module.logits({"img_data": x})
+                resized = F.interpolate(logits, label.shape, mode="bilinear", align_corners=False)
+                scores = scores + resized.softmax(dim=1) / len(item["img_data"])
+            prediction = scores.argmax(dim=1)[0].numpy()
+            totals += histograms(prediction, label)
+            pictures = [np.asarray(item["img_ori"])]
+            pictures += [class_by_class(values, dataset.table.colors) for values in (label, prediction)]
+            Image.fromarray(np.concatenate(pictures, axis=1)).save(folder / f"{number}.png")
+    return totals
+
+
+def ours(network: SegmentationModule, dataset: ValDataset, folder: Path):
+    """`evaluate`, with panels."""
+    with Background() as later, mock.patch.object(View, "network", return_value=network):
+
+        def seen(item, prediction):
+            name = folder / f"{Path(item['info']).stem}.png"
+            later(lambda: save_picture(result_panel(item, prediction, dataset.table), name))
+
+        return evaluate(network, dataset, workers=1, progress=False, on_result=seen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pictures", type=int, default=4, help="per turn")
+    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="which networks, by number")
+    parser.add_argument("--json", help="file for the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_pictures(folder)
+        for encoder, decoder, sizes in (CASES[number] for number in args.cases):
+            torch.manual_seed(0)
+            enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+            dec = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=enc.out_channels)
+            module = SegmentationModule(enc, dec, None).eval()
+            opt = SimpleNamespace(imgSizes=sizes, imgMaxSize=1000, padding_constant=8, num_class=CLASSES)
+            dataset = ValDataset(folder, ".", opt, args.pictures)
+            out = folder / "out"
+            out.mkdir(exist_ok=True)
+            ways = {"straightforward": partial(straightforward, module, dataset, out)}
+            for precision in ("fp32", "bf16"):
+                network = View(precision=precision).network(module)
+                ways[f"ours, {precision}"] = partial(ours, network, dataset, out)
+            ms = interleaved(ways, CPU, args.repeats)
+            rows += [
+                {
+                    "network": f"{encoder} + {decoder}, {len(sizes)} scale{'s' * (len(sizes) > 1)}",
+                    "way": way,
+                    "ms per picture": value / args.pictures,
+                    "times faster": ms["straightforward"] / value,
+                }
+                for way, value in ms.items()
+            ]
+    write(args.json, "evaluation", CPU, rows)
+
+
+if __name__ == "__main__":
+    main()
