@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import tiny_module
 
-from mit_semseg.evaluation import inference
-from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores, score_strips, window_starts
-from mit_semseg.models import ModelBuilder
+from mit_semseg.evaluation import windows
+from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores
+from mit_semseg.evaluation.windows import score_strips, window_starts
+from mit_semseg.models import ModelBuilder, SegmentationModule
 
 CLASSES = 4
 
@@ -95,7 +96,7 @@ def test_overlaps_are_averaged():
 @pytest.mark.parametrize("strip", [1, 7, 64])
 def test_scales_and_mirroring_with_windows(strip, monkeypatch):
     """Every scale through its windows, resized to the picture, averaged: the same by whole tensors."""
-    monkeypatch.setattr(inference, "STRIP", strip)
+    monkeypatch.setattr(windows, "STRIP", strip)
     model, size = Local(reach=1), (37, 53)
     scales = [picture(*s) for s in ((24, 40), (37, 53), (80, 112))]
     view = View(flip=True, window=(20, 24), overlap=0.4)
@@ -103,7 +104,7 @@ def test_scales_and_mirroring_with_windows(strip, monkeypatch):
     for x in scales:
         own = multi_scale_scores(model, [x], tuple(x.shape[-2:]), view=view)
         expected = expected + F.interpolate(own[None], size, mode="bilinear", align_corners=False)[0] / len(scales)
-    strips = list(score_strips(model, scales, size, view=view))
+    strips = list(score_strips(model, scales, size, "cpu", view))
     assert all(s.shape[1] <= strip for s in strips)
     torch.testing.assert_close(torch.cat(strips, 1), expected)
     item = {"img_ori": np.zeros((*size, 3), np.uint8), "img_data": scales}
@@ -148,3 +149,17 @@ def test_a_real_network_through_windows():
     assert np.array_equal(
         label_map(module, item, view=View(flip=True, window=(48, 64))), label_map(module, item, view=View(flip=True))
     )
+
+
+@pytest.mark.parametrize("elements", [1, 2**24])
+@pytest.mark.parametrize("decoder", ["c1", "psp"])
+def test_windows_keep_logits_and_give_probabilities(decoder, elements, monkeypatch):
+    """The same as from every window's whole probabilities, also with aligned corners."""
+    monkeypatch.setattr(windows, "ELEMENTS", elements)
+    torch.manual_seed(0)
+    encoder = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=4, in_channels=encoder.out_channels)
+    module = SegmentationModule(encoder, dec, None).double().eval()
+    x, view = picture(70, 90), View(window=(48, 40), overlap=0.3, flip=True)
+    expected = multi_scale_scores(lambda feed, segSize: module(feed, segSize=segSize), [x], (60, 75), view=view)
+    torch.testing.assert_close(multi_scale_scores(module, [x], (60, 75), view=view), expected)

@@ -2,15 +2,20 @@
 
 import logging
 import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..lib.utils import UserError
 from ..models.folding import folded
 
 logger = logging.getLogger(__name__)
+
+Model = Callable[..., Tensor]  # module({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
 
 PRECISIONS = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # What processors call their bfloat16 instructions (x86, and 64-bit Arm) in Linux' list of them.
@@ -57,3 +62,36 @@ def cpu_has_bfloat16() -> bool:
         for word in line.split()
     }
     return bool(words & _BFLOAT16_FLAGS)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a network looks at a picture, beside its scales.
+
+    Attributes:
+        flip: also mirrored left to right; both count the same.
+        window: (height, width) of the regions that go through the network one by one; None takes the whole picture.
+        overlap: share of a window that the next one covers again, at least, in 0..1 (below 1).
+        precision: of the network, see `PRECISIONS`. `fp32` is strict: on NVIDIA GPUs `auto` multiplies in
+            convolutions as PyTorch does by default, with inputs rounded to 10 bits (TF32).
+        compiled: the encoder, by `torch.compile`.
+    """
+
+    flip: bool = False
+    window: tuple[int, int] | None = None
+    overlap: float = 1 / 3
+    precision: str = "auto"
+    compiled: bool = False
+
+    def network(self, module: nn.Module, device: torch.device | str = "cpu") -> nn.Module:
+        """A copy of a module that looks at pictures this way, see `prepared`."""
+        return prepared(module, device, precision=self.precision, compiled=self.compiled)
+
+    def arithmetic(self, device: torch.device | str) -> AbstractContextManager:
+        """Context in which the network is to run."""
+        if self.precision == "fp32" and torch.device(device).type == "cuda":
+            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+        return nullcontext()
+
+
+WHOLE = View()

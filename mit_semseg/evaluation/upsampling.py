@@ -192,7 +192,7 @@ def _by_strips(logits: Sequence[Tensor], size: tuple[int, int], align_corners: b
         bottom = min(top + rows, height)
         total: Tensor | None = None
         for x in logits:
-            scores = _resized_rows(x, size, top, bottom, align_corners)
+            scores = resized_rows(x, size, top, bottom, align_corners)
             if len(logits) > 1:
                 scores = scores.softmax(dim=0)
             total = scores if total is None else total.add_(scores)
@@ -200,7 +200,7 @@ def _by_strips(logits: Sequence[Tensor], size: tuple[int, int], align_corners: b
     return labels
 
 
-def _resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
+def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
     """Rows top to bottom of (C, h, w) resized to (C, *size)."""
     low, share = places(x.size(1), size[0], align_corners)
     low, share = low[top:bottom].to(x.device), share[top:bottom].to(x).view(-1, 1)
