@@ -87,10 +87,12 @@ def main() -> None:
         steps[name] = step
     for name, ms in interleaved(steps, device, args.repeats).items():
         rows[name]["ms per step"] = ms
-    plain, ours = rows.values()
-    ratios = {key: ours[key] / plain[key] for key in plain if key != "what"}
+    plain = next(iter(rows.values()))
+    for row in rows.values():
+        for kind, key in zip(("activations", "memory", "time"), [k for k in row if k != "what"], strict=True):
+            row[f"{kind} ratio"] = row[key] / plain[key]
     title = f"inplace_abn, ResNet-101 PSPNet, {args.batch}x3x{args.size}x{args.size}"
-    write(args.json, title, device, [*rows.values(), {"what": "ratio", **ratios}])
+    write(args.json, title, device, list(rows.values()))
 
 
 if __name__ == "__main__":

@@ -32,11 +32,17 @@ def straightforward(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
 WAYS = {"straightforward": straightforward, "ours": label_map_of}
 
 
-def make_logits(kind: str, classes: int, size: tuple[int, int], scales: int, device: str) -> list[Tensor]:
-    """Noise, or maps as smooth and as certain as a trained network's."""
+def make_logits(
+    kind: str, classes: int, size: tuple[int, int], scales: int, device: str, resized: bool = False
+) -> list[Tensor]:
+    """Noise, or maps as smooth and as certain as a trained network's.
+
+    Args:
+        scales: the last so many of ADE20K's; one is the picture's own size, unless it is `resized`, too.
+    """
     generator, logits = torch.Generator().manual_seed(0), []
-    for short in SHORT_SIDES if scales > 1 else (min(size),):
-        scale = scale_for(size[1], size[0], short, LONGEST) if scales > 1 else 1
+    for short in SHORT_SIDES[-scales:] if scales > 1 or resized else (min(size),):
+        scale = scale_for(size[1], size[0], short, LONGEST) if scales > 1 or resized else 1
         height, width = (round_up(int(side * scale), STRIDE) // STRIDE for side in size)
         if kind == "noise":
             x = 3 * torch.randn(classes, height, width, generator=generator)

@@ -119,7 +119,8 @@ def replicas(args: argparse.Namespace) -> None:
     devices = [torch.device("cuda", i) if args.device == "cuda" else torch.device("cpu") for i in range(2)]
     pair = {kind: _network(kind, args.size, devices) for kind in ("plain", "synchronized")}
     row = _row(f"ResNet-50 step, 2 x 2x3x{args.size}x{args.size}", pair, devices[0], args.repeats)
-    write(args.json and f"{args.json}.replicas", "sync_bn, 2 replicas of one process", devices[0], [row])
+    path = args.json if args.only else args.json and f"{args.json}.replicas"
+    write(path, "sync_bn, 2 replicas of one process", devices[0], [row])
 
 
 def main() -> None:

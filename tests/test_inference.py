@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import tiny_module
 
-from mit_semseg.evaluation import windows
+from mit_semseg.evaluation import inference, windows
 from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores
 from mit_semseg.evaluation.windows import score_strips, window_starts
 from mit_semseg.models import ModelBuilder, SegmentationModule
@@ -163,3 +163,23 @@ def test_windows_keep_logits_and_give_probabilities(decoder, elements, monkeypat
     x, view = picture(70, 90), View(window=(48, 40), overlap=0.3, flip=True)
     expected = multi_scale_scores(lambda feed, segSize: module(feed, segSize=segSize), [x], (60, 75), view=view)
     torch.testing.assert_close(multi_scale_scores(module, [x], (60, 75), view=view), expected)
+
+
+@pytest.mark.parametrize("view", [View(), View(flip=True), View(window=(32, 32))])
+def test_several_pictures_at_a_time_are_the_same(view, monkeypatch):
+    """Pictures of one size in one batch, as on a GPU; others and windows one after the other."""
+    module = tiny_module().double().eval()
+    sizes = [(40, 56), (40, 56), (56, 40), (40, 56)]
+    items = [
+        {"img_ori": np.zeros((h, w, 3), np.uint8), "img_data": [picture(h, w, seed), picture(h // 2, w // 2, seed)]}
+        for seed, (h, w) in enumerate(sizes)
+    ]
+    expected = [label_map(module, item, view=view) for item in items]
+    seen, logits = [], SegmentationModule.logits
+    monkeypatch.setattr(
+        SegmentationModule, "logits", lambda self, x: seen.append(len(x["img_data"])) or logits(self, x)
+    )
+    monkeypatch.setattr(inference, "BATCHED", ("cpu",))
+    for ours, one in zip(inference.label_maps(module, items, view=view), expected, strict=True):
+        assert np.array_equal(ours, one)
+    assert max(seen) == (1 if view.window else 2)

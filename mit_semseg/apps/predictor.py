@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from glob import glob, has_magic
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,8 @@ from ..dataset.files import ImageFileError
 from ..dataset.layouts import find_images
 from ..dataset.loading import explained
 from ..dataset.samplers import shards
-from ..evaluation import label_map
 from ..evaluation.evaluator import read_items
-from ..evaluation.inference import WHOLE, View
+from ..evaluation.inference import WHOLE, View, label_maps
 from ..lib.utils import UserError, whole_file
 from .background import Background
 from .building import build_module, view_of
@@ -133,12 +133,16 @@ def segment(
     Yields:
         A `Result` for every picture, or (path, reason) for one that cannot be read.
     """
-    network = view.network(module, device)
-    for item in read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading):
-        if "error" in item:
-            yield item["info"], item["error"]
-        else:
-            yield Result(item["info"], item["img_ori"], label_map(network, item, device, view), table)
+    network, batch = view.network(module, device), reading.get("batch_size", 1)
+    items = read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading)
+    while group := list(islice(items, batch)):
+        good = [item for item in group if "error" not in item]
+        maps = label_maps(network, good, device, view)
+        for item in group:
+            if "error" in item:
+                yield item["info"], item["error"]
+            else:
+                yield Result(item["info"], item["img_ori"], next(maps), table)
 
 
 def segment_share(

@@ -259,7 +259,9 @@ OPTIONS: dict[str, Option] = {
         False, "compile the network (torch.compile) at the first picture of every size: up to a minute each"
     ),
     # Segmenting pictures
-    "TEST.batch_size": Option(1, "pictures loaded per step; the results do not depend on it", low=1),
+    "TEST.batch_size": Option(
+        1, "pictures loaded per step; on a GPU those of one size go through the network together", low=1
+    ),
     "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),
     "TEST.result": Option("./", "folder to write the results to"),
 }

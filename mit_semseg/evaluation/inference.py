@@ -1,6 +1,7 @@
 """From a network and a picture to a label map: several scales, mirrored, whole or window by window."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from .network import WHOLE, Model, View
 from .upsampling import label_map_of
 from .windows import score_strips
+
+BATCHED = ("cuda",)  # devices on which several pictures at a time are faster than one after the other
 
 
 def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view: View = WHOLE) -> np.ndarray:
@@ -26,7 +29,7 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     """
     size = tuple(item["img_ori"].shape[:2])
     if view.window is None and hasattr(model, "logits"):
-        logits = _all_logits(model, item["img_data"], device, view)
+        logits = [x[0] for x in _all_logits(model, item["img_data"], device, view)]
         return label_map_of(logits, size, align_corners=model.align_corners).cpu().numpy()
     if view.window is None:
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
@@ -34,15 +37,37 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in strips])
 
 
+def label_maps(
+    model: Model, items: Sequence[dict], device: torch.device | str = "cpu", view: View = WHOLE
+) -> Iterator[np.ndarray]:
+    """`label_map` of several items. On a GPU, pictures of one size that follow each other go through the network
+    together, which may round differently; on a CPU that gains nothing.
+
+    Args:
+        model, device, view: as of `label_map`.
+        items: as of `label_map`.
+    """
+    if torch.device(device).type not in BATCHED or view.window is not None or not hasattr(model, "logits"):
+        yield from (label_map(model, item, device, view) for item in items)
+        return
+    for _, group in groupby(items, key=lambda item: [x.shape for x in item["img_data"]]):
+        group = list(group)
+        scales = [torch.cat(same) for same in zip(*(item["img_data"] for item in group), strict=True)]
+        logits = _all_logits(model, scales, device, view)
+        for number, item in enumerate(group):
+            own, size = [x[number] for x in logits], item["img_ori"].shape[:2]
+            yield label_map_of(own, tuple(size), align_corners=model.align_corners).cpu().numpy()
+
+
 @torch.inference_mode()
 def _all_logits(model: Model, scales: Sequence[Tensor], device: torch.device | str, view: View) -> list[Tensor]:
-    """Logits (C, h, w) of every scale, and of its mirrored picture, mirrored back."""
+    """Logits (N, C, h, w) of every scale, and of its mirrored pictures, mirrored back."""
     logits = []
     with view.arithmetic(device):
         for x in (scale.to(device, non_blocking=True) for scale in scales):
-            logits.append(model.logits({"img_data": x})[0])
+            logits.append(model.logits({"img_data": x}))
             if view.flip:
-                logits.append(model.logits({"img_data": x.flip(-1)})[0].flip(-1))
+                logits.append(model.logits({"img_data": x.flip(-1)}).flip(-1))
     return logits
 
 

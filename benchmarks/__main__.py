@@ -1,0 +1,95 @@
+"""Has anything become slower? Runs the benchmarks on the CPU, in small, and compares ratios with the committed ones.
+
+    python -m benchmarks [NAME ...] [--write]
+
+Takes some eight minutes on two cores. Times differ from machine to machine, ratios of two ways measured in turns much
+less: what is worse than `results.json` by more than 25 % is measured again, and named if it stays so (exit status 1).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+HERE = Path(__file__).resolve().parent
+COMMITTED = HERE / "results.json"
+WORSE = 1.25
+SUITE = {
+    "startup": ["--repeats", "5"],
+    "label_map": ["--repeats", "5"],
+    "metrics_and_colors": [],
+    "data": ["--repeats", "5", "--batches", "6"],
+    "inference": ["--repeats", "3"],
+    "pyramid": ["--repeats", "3", "--inference"],
+    "training": ["--repeats", "3", "--size", "160", "224", "--pairs", "1", "2"],
+    "evaluation": ["--repeats", "3", "--pictures", "6", "--cases", "0"],
+    "inplace_abn": ["--repeats", "3", "--size", "129"],
+    "sync_bn": ["--only", "replicas", "--repeats", "5", "--size", "128"],
+}
+
+
+def measure(name: str) -> dict[str, float]:
+    """Ratios of a benchmark, in which larger is better, by what they are of."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "rows.json")
+        subprocess.run([sys.executable, HERE / f"{name}.py", *SUITE[name], "--json", path], check=True)
+        rows = json.loads(path.read_text())["rows"]
+    print()
+    return {key: value for row in rows for key, value in ratios(name, row)}
+
+
+def ratios(name: str, row: dict) -> list[tuple[str, float]]:
+    """The ratios of a row: those that end in 'times faster', and one over those that end in 'ratio'."""
+    what = ", ".join(value for value in row.values() if isinstance(value, str) and value)
+    found = []
+    for column, value in row.items():
+        if column.endswith("times faster"):
+            found.append((f"{name}: {what}: {column}", value))
+        elif column.endswith("ratio"):
+            found.append((f"{name}: {what}: {column}", 1 / value))
+    return found
+
+
+def compare(measured: dict[str, float], committed: dict[str, float]) -> list[str]:
+    """What is worse than committed, a sentence each."""
+    return [
+        f"{key}: {committed[key] / value:.2f} times worse ({committed[key]:.2f} before, {value:.2f} now)"
+        for key, value in measured.items()
+        if key in committed and value * WORSE < committed[key]
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)} (default: all)")
+    parser.add_argument("--write", action="store_true", help="commit to the ratios measured now")
+    args = parser.parse_args()
+    unknown = sorted(set(args.names) - set(SUITE))
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(unknown)}; choose of {', '.join(SUITE)}")
+    committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    measured, worse = {}, []
+    for name in args.names or SUITE:
+        own = measure(name)
+        if not args.write and compare(own, committed):
+            again = measure(name)  # machines are shared: what is only slow once is not worse
+            own = {key: max(value, again[key]) for key, value in own.items()}
+        measured |= own
+        worse += compare(own, committed)
+    if args.write:
+        kept = {key: value for key, value in committed.items() if key.split(":")[0] not in {*(args.names or SUITE)}}
+        content = {key: round(value, 3) for key, value in sorted((kept | measured).items())}
+        COMMITTED.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        print(f"{len(measured)} ratios written to {COMMITTED}")
+        return 0
+    new = [key for key in measured if key not in committed]
+    print("\n".join([*worse, f"{len(measured)} ratios compared, {len(worse)} worse by more than 25 %, {len(new)} new"]))
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
