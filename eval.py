@@ -1,6 +1,7 @@
 """Evaluate a trained network: python eval.py --cfg config/NAME.yaml [--gpu 0] [KEY VALUE ...]"""
 
 from mit_semseg.apps import cli, scoring
+from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
 
@@ -14,10 +15,10 @@ EXAMPLES = """\
 def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    devices = cli.pick_devices(args.device)
+    devices = pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)
-        logger.info("devices: %s", cli.describe_all(devices, processes))
+        logger.info("devices: %s", describe_all(devices, processes))
         evaluation = scoring.score(args.cfg, args.opts, devices, processes)
         if processes.main:
             scoring.report(cfg, args.cfg, evaluation)

@@ -1,6 +1,7 @@
 """Evaluate a trained network on several devices: python eval_multipro.py --gpus 0-3 --cfg config/NAME.yaml"""
 
 from mit_semseg.apps import cli, scoring
+from mit_semseg.apps.devices import describe, pick_devices
 from mit_semseg.config import load_config
 
 EXAMPLES = """\
@@ -13,8 +14,8 @@ def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
-    devices = cli.pick_devices(args.device)
-    cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(cli.describe, devices)))
+    devices = pick_devices(args.device)
+    cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(describe, devices)))
     scoring.report(cfg, args.cfg, scoring.score(args.cfg, args.opts, devices))
 
 

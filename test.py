@@ -5,7 +5,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mit_semseg.apps import cli
-from mit_semseg.apps.predictor import add_result_arguments, endings_of, find_pictures, segment_share
+from mit_semseg.apps.devices import describe_all, pick_devices
+from mit_semseg.apps.pictures import find_pictures
+from mit_semseg.apps.predictor import segment_share
+from mit_semseg.apps.results import add_result_arguments, endings_of
 from mit_semseg.apps.sharing import share_out
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
@@ -23,10 +26,10 @@ def main() -> int:
     add_result_arguments(parser)
     args = parser.parse_intermixed_args()
     cfg, endings = load_config(args.cfg, args.opts), endings_of(args)
-    devices = cli.pick_devices(args.device)
+    devices = pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)
-        logger.info("devices: %s", cli.describe_all(devices, processes))
+        logger.info("devices: %s", describe_all(devices, processes))
         found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None
         plan = processes.collect(found, "looking for pictures")[0]  # one list for all
 

@@ -3,6 +3,7 @@
 import torch
 
 from mit_semseg.apps import building, cli
+from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.apps.recorder import RunRecorder
 from mit_semseg.config import load_config
 from mit_semseg.engine import RunFiles, distributed, fit
@@ -17,7 +18,7 @@ EXAMPLES = """\
 def main() -> None:
     args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    devices, files = cli.pick_devices(args.device), RunFiles(cfg.DIR)
+    devices, files = pick_devices(args.device), RunFiles(cfg.DIR)
     with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
         cfg = cli.after_restart(cfg, files, processes)
         train = cfg.TRAIN
@@ -27,7 +28,7 @@ def main() -> None:
 
         logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt")
         logger.info("options:\n%s", cfg.dump())
-        logger.info("devices: %s", cli.describe_all(devices, processes))
+        logger.info("devices: %s", describe_all(devices, processes))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
         torch.manual_seed(train.seed)
         with distributed.first_on_machine(processes):

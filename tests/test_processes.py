@@ -17,7 +17,7 @@ from processes import in_processes
 from runs import ROOT, SMALL, here, same, script, weights, words
 from scenes import options, tiny_module, write_pairs
 
-from mit_semseg.apps import cli
+from mit_semseg.apps import cli, devices
 from mit_semseg.apps.sharing import share_out
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.loading import make_loader
@@ -429,12 +429,12 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
     assert Place.of_this_process() == Place()  # some of it is missing: not torchrun
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert Place.of_this_process() == Place(3, 4, 1, 2, 0)
-    assert cli.pick_devices("cpu,cpu") == [CPU]
+    assert devices.pick_devices("cpu,cpu") == [CPU]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert cli.pick_devices(None) == [torch.device("cuda", 1)]
-    assert cli.pick_devices("4-7") == [torch.device("cuda", 5)]
+    assert devices.pick_devices(None) == [torch.device("cuda", 1)]
+    assert devices.pick_devices("4-7") == [torch.device("cuda", 5)]
     with pytest.raises(UserError, match=r"started 2 processes on this machine, .* there are gpu4: start fewer"):
-        cli.pick_devices("4")
+        devices.pick_devices("4")
     with pytest.raises(UserError, match="under torchrun use eval"):
         cli.refuse_torchrun("under torchrun use eval.py")
 

@@ -1,102 +1,31 @@
-"""Segmenting picture files: reading, network, and what is written for each."""
+"""Segmenting pictures: the few-line interface, and what test.py does with it."""
 
-import argparse
-import json
-import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from glob import glob, has_magic
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
-from ..config import load_config
+from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
-from ..dataset.datasets import table_of
+from ..dataset.datasets import float_pictures, table_of
 from ..dataset.files import ImageFileError
-from ..dataset.layouts import find_images
 from ..dataset.loading import explained
 from ..dataset.samplers import shards
 from ..evaluation.evaluator import read_items
-from ..evaluation.inference import WHOLE, View, label_maps
-from ..lib.utils import UserError, whole_file
+from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes
+from ..models.published import PUBLISHED, fetch_published, published_options
 from .background import Background
 from .building import build_module, view_of
-from .visualize import (
-    class_shares,
-    colorEncode,
-    is_result,
-    overlay,
-    panel,
-    result_names,
-    save_picture,
-)
-
-logger = logging.getLogger(__name__)
+from .devices import auto_device
+from .pictures import as_picture
+from .results import Result, named
 
 SMALLEST_SHARE = 0.001  # classes below are not printed
-
-
-@dataclass(frozen=True)
-class Result:
-    """A segmented picture.
-
-    Attributes:
-        path: of the picture.
-        image: (H, W, 3) uint8 RGB.
-        label_map: (H, W) int64 class indices.
-        table: class names and colours.
-    """
-
-    path: str
-    image: np.ndarray
-    label_map: np.ndarray
-    table: ClassTable
-
-    @property
-    def classes(self) -> list[dict]:
-        """Classes with name, index, share of the pixels and colour, largest first."""
-        return class_shares(self.label_map, self.table)
-
-    def save(self, stem: Path, endings: Sequence[str] = (".png",)) -> None:
-        """Write `<stem><ending>` for every ending.
-
-        Args:
-            stem: path without extension.
-            endings: of `.png` (the panel [image | prediction]), `_overlay.png` (the tinted picture with a legend),
-                `_index.png` (class indices as grey values, 8 bits, 16 above 256 classes), `_label.png` (the same with
-                the label values of the data set, as evaluation servers read them) and `.json` (the classes with their
-                shares).
-        """
-        for ending in endings:
-            if ending == ".json":
-                self._save_shares(_named(stem, ending))
-            else:
-                save_picture(self._picture(ending), _named(stem, ending))
-
-    def _picture(self, ending: str) -> Image.Image:
-        if ending == "_overlay.png":
-            return overlay(self.image, self.label_map, self.table)
-        if ending == "_index.png":
-            return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
-        if ending == "_label.png":
-            return Image.fromarray(self.table.decode(self.label_map))
-        return panel([self.image, colorEncode(self.label_map, self.table.colors)])
-
-    def _save_shares(self, path: Path) -> None:
-        height, width = self.label_map.shape
-        content = {"image": self.path, "width": width, "height": height, "classes": self.classes}
-        with whole_file(path) as partial:
-            partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-
-
-def _named(stem: Path, ending: str) -> Path:
-    return stem.with_name(stem.name + ending)
 
 
 class _Pictures(TestDataset):
@@ -109,40 +38,135 @@ class _Pictures(TestDataset):
             return {"info": self.records[index]["fpath_img"], "error": str(error)}
 
 
-def segment(
-    module: nn.Module,
-    paths: Sequence[str],
-    opt,
-    table: ClassTable,
-    *,
-    device: torch.device,
-    view: View = WHOLE,
-    **reading,
-) -> Iterator[Result | tuple[str, str]]:
-    """Segment pictures one after the other; reading goes on in the background.
+class Segmenter:
+    """A network ready to segment pictures; may be used from several threads, which then wait for one another.
+
+        segmenter = Segmenter.from_config("config/quickstart.yaml")
+        result = segmenter("street.jpg")
+        result.overlay().show()
 
     Args:
         module: a `SegmentationModule`, of which a copy is made for inference (see `evaluation.network`).
-        paths: of the pictures.
-        opt: object with imgSizes, imgMaxSize, padding_constant.
         table: class names and colours.
-        device: where the module is.
+        options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization, eval_resize.
+        device: where the module is to be.
         view: mirrored, windows, precision.
-        reading: options of `read_items`.
 
-    Yields:
-        A `Result` for every picture, or (path, reason) for one that cannot be read.
+    Attributes:
+        table: class names and colours.
+        device: where the network is.
     """
-    network, batch = view.network(module, device), reading.get("batch_size", 1)
-    items = read_items(_Pictures([{"fpath_img": path} for path in paths], opt), device=device, **reading)
-    while group := list(islice(items, batch)):
-        good = [item for item in group if "error" not in item]
-        maps = label_maps(network, good, device, view)
-        for item in group:
-            if "error" in item:
-                yield item["info"], item["error"]
-            else:
-                yield Result(item["info"], item["img_ori"], next(maps), table)
+
+    def __init__(
+        self,
+        module: nn.Module,
+        table: ClassTable,
+        options,
+        *,
+        device: torch.device | str = "cpu",
+        view: View = WHOLE,
+    ):
+        self.table, self.device, self._options, self._view = table, torch.device(device), options, view
+        self._network = view.network(module.to(self.device), self.device)
+        self._scales = TestDataset([{"fpath_img": "given"}], options).of_bytes()
+        self._lock = threading.Lock()
+
+    @classmethod
+    def from_config(
+        cls, path: str | Path, checkpoint: str | None = None, opts: Sequence = (), *, device: str = "auto"
+    ) -> "Segmenter":
+        """From the options and the weights of a training run.
+
+        Args:
+            path: YAML file.
+            checkpoint: of the run's folder (DIR), e.g. `best.pth`, or a file; None is what TEST.checkpoint says.
+            opts: `[key, value, ...]`, as at the end of a command line.
+            device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+
+        Raises:
+            UserError: the file, an option, the weights or the device cannot be used; says what to do.
+        """
+        cfg = load_config(path, opts)
+        return cls.of_options(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
+        """With published weights, which are downloaded at the first use.
+
+        Args:
+            name: one of `Segmenter.names()`, e.g. `ade20k-resnet50dilated-ppm_deepsup`.
+            device, opts: as of `from_config`.
+
+        Raises:
+            UserError: unknown name, or the weights cannot be had.
+        """
+        folder = fetch_published(name)[0].parent
+        cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
+        return cls.of_options(cfg, cfg.TEST.checkpoint, auto_device(device))
+
+    @staticmethod
+    def names() -> list[str]:
+        """Names of the published networks."""
+        return list(PUBLISHED)
+
+    @classmethod
+    def of_options(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
+        """With the network that options describe, and a checkpoint of it."""
+        module = build_module(cfg, device, checkpoint=checkpoint)
+        return cls(module, table_of(cfg.DATASET), cfg.DATASET, device=device, view=view_of(cfg))
+
+    def __call__(self, picture) -> Result | list[Result]:
+        """Segment a picture, or every one of a list.
+
+        Args:
+            picture: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; a tensor
+                (3, H, W), uint8 or floating point in 0..1; or a list or tuple of such.
+
+        Raises:
+            ImageFileError: a file that is no readable image.
+            PictureError: something that is no picture.
+        """
+        if isinstance(picture, (list, tuple)):
+            return [self._segment(one, f"picture_{number}") for number, one in enumerate(picture)]
+        return self._segment(picture, "picture")
+
+    def _segment(self, picture, name: str) -> Result:
+        name, image = as_picture(picture, name)
+        pixels = np.array(image)
+        with self._lock:
+            labels = label_map(self._network, self._item(pixels), self.device, self._view)
+        return Result(name, pixels, labels, self.table, self._top_classes)
+
+    def _item(self, pixels: np.ndarray) -> dict:
+        """What the network looks at."""
+        item = self._scales.views(as_picture(pixels)[1])
+        return {"img_ori": pixels, "img_data": float_pictures(item, self.device)}
+
+    def _top_classes(self, pixels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+        with self._lock:
+            return top_classes(self._network, self._item(pixels), top, self.device, self._view)
+
+    def stream(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
+        """Segment picture files one after the other; reading goes on in the background.
+
+        Args:
+            paths: of the pictures.
+            reading: options of `evaluator.read_items`.
+
+        Yields:
+            A `Result` for every picture, or (path, reason) for one that cannot be read.
+        """
+        pictures = _Pictures([{"fpath_img": path} for path in paths], self._options)
+        items = read_items(pictures, device=self.device, **reading)
+        while group := list(islice(items, reading.get("batch_size", 1))):
+            good = [item for item in group if "error" not in item]
+            with self._lock:
+                maps = iter(list(label_maps(self._network, good, self.device, self._view)))
+            for item in group:
+                if "error" in item:
+                    yield item["info"], item["error"]
+                else:
+                    yield Result(item["info"], item["img_ori"], next(maps), self.table, self._top_classes)
 
 
 def segment_share(
@@ -167,111 +191,25 @@ def segment_share(
     """
     cfg, failed = load_config(path, opts), []
     share = shards(len(plan), parts)[number]
-    pictures, table = list(plan)[share.start : share.stop], table_of(cfg.DATASET)
-    module = build_module(cfg, device, checkpoint=cfg.TEST.checkpoint)
+    pictures, segmenter = list(plan)[share.start : share.stop], Segmenter.of_options(cfg, cfg.TEST.checkpoint, device)
     reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": parts}
     reading["batch_size"] = cfg.TEST.batch_size
 
     def write(result: Result) -> None:
         stem = plan[result.path]
-        result.save(stem, endings)
+        result.save_as(stem, endings)
         shares = [
-            f"\n  {table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
+            f"\n  {result.table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
             for entry in result.classes
             if entry["share"] > SMALLEST_SHARE
         ]
-        send(f"{result.path} -> {_named(stem, endings[0])}{''.join(shares)}")
+        send(f"{result.path} -> {named(stem, endings[0])}{''.join(shares)}")
 
     with explained(), Background() as later:
-        for result in segment(module, pictures, cfg.DATASET, table, device=device, view=view_of(cfg), **reading):
+        for result in segmenter.stream(pictures, **reading):
             if isinstance(result, Result):
                 later(partial(write, result))
             else:
                 failed.append(result[1])
                 send(f"{result[0]}: not segmented")
     return failed
-
-
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options that say what is written for a picture, to be handed to `endings_of`."""
-    for name, text in {
-        "overlay": "also write the tinted picture with a legend",
-        "index": "also write the class indices as a grey PNG",
-        "labels": "also write the data set's own label values as a grey PNG, e.g. Cityscapes' labelIds",
-        "json": "also write the classes and their shares as JSON",
-        "no-panel": "do not write the panel [image | prediction]",
-    }.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-
-
-def endings_of(args: argparse.Namespace) -> list[str]:
-    """Endings of the results, see `Result.save`.
-
-    Raises:
-        UserError: nothing is to be written.
-    """
-    wanted = {".png": not args.no_panel, "_overlay.png": args.overlay, "_index.png": args.index}
-    wanted |= {"_label.png": args.labels, ".json": args.json}
-    endings = [ending for ending, yes in wanted.items() if yes]
-    if not endings:
-        raise UserError("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
-    return endings
-
-
-def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:
-    """Pictures that `--imgs` names, and for each the path without extension of its results.
-
-    Args:
-        given: a file, a folder (searched recursively, any type Pillow reads), or a glob. Results of earlier runs in a
-            folder or glob are left out.
-        result: folder of the results.
-        endings: what will be written for every picture, e.g. `(".png", ".json")`.
-
-    Returns:
-        {picture: stem}; folders below the given one are kept, and no two results have the same name.
-
-    Raises:
-        UserError: nothing there, or something would be written over that is no result.
-    """
-    path = Path(given)
-    if path.is_file():
-        base, found = path.parent, [path]
-    elif path.is_dir() or has_magic(given):
-        base = path if path.is_dir() else Path(*_fixed_parts(path))
-        matches = find_images(path) if path.is_dir() else sorted(Path(p) for p in glob(given, recursive=True))
-        found = [p for p in matches if p.is_file() and not is_result(p)]
-        left_out = sum(p.is_file() for p in matches) - len(found)
-        if left_out:
-            logger.info("%d results of earlier runs left out", left_out)
-    else:
-        raise UserError(f"--imgs {given}: there is no such file or folder")
-    if not found:
-        raise UserError(f"--imgs {given}: no pictures there")
-    names = result_names([str(p.relative_to(base)) for p in found])
-    plan = {str(p): result / names[str(p.relative_to(base))] for p in found}
-    _refuse_overwriting(plan, endings)
-    return plan
-
-
-def _fixed_parts(pattern: Path) -> tuple[str, ...]:
-    parts = pattern.parts
-    first = next(i for i, part in enumerate(parts) if has_magic(part))
-    return parts[:first]
-
-
-def _refuse_overwriting(plan: dict[str, Path], endings: Sequence[str]) -> None:
-    for picture, stem in plan.items():
-        for path in (_named(stem, ending) for ending in endings):
-            if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
-                raise UserError(
-                    f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
-                    f"choose another folder in TEST.result"
-                )
-
-
-def _is_shares(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"image", "classes"} <= set(content)

@@ -49,7 +49,9 @@ def panel(pictures: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(np.concatenate(parts, axis=1))
 
 
-def overlay(image: np.ndarray, label_map: np.ndarray, table: ClassTable, alpha: float = 0.55) -> Image.Image:
+def overlay(
+    image: np.ndarray, label_map: np.ndarray, table: ClassTable, alpha: float = 0.55, *, legend: bool = True
+) -> Image.Image:
     """The picture tinted with the class colours, and a legend of its classes beside it.
 
     Args:
@@ -57,13 +59,16 @@ def overlay(image: np.ndarray, label_map: np.ndarray, table: ClassTable, alpha: 
         label_map: (H, W) class indices.
         table: names and colours.
         alpha: weight of the colours, 0..1.
+        legend: False leaves it out.
     """
     colored = colorEncode(label_map, table.colors)
     tinted = Image.blend(Image.fromarray(image), Image.fromarray(colored), alpha)
-    legend = _legend(label_map, table, tinted.height)
-    sheet = Image.new("RGB", (tinted.width + GAP + legend.width, max(tinted.height, legend.height)), "white")
+    if not legend:
+        return tinted
+    names = _legend(label_map, table, tinted.height)
+    sheet = Image.new("RGB", (tinted.width + GAP + names.width, max(tinted.height, names.height)), "white")
     sheet.paste(tinted, (0, 0))
-    sheet.paste(legend, (tinted.width + GAP, 0))
+    sheet.paste(names, (tinted.width + GAP, 0))
     return sheet
 
 

@@ -1,9 +1,10 @@
 """Reading image and label files: every kind of picture as RGB, every label as raw class values."""
 
 import os
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..lib.utils import UserError
 
@@ -18,13 +19,15 @@ class ImageFileError(UserError, ValueError):
     """An image or label that cannot be used; the message names the file and what to do."""
 
 
-def _open(path: str | os.PathLike) -> Image.Image:
+def _open(path: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
     try:
         return Image.open(path)
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise ImageFileError(f"{name or path}: no readable image (its format is not known)") from None
     except _DAMAGE as error:
-        raise ImageFileError(f"{path}: no readable image ({error})") from None
+        raise ImageFileError(f"{name or path}: no readable image ({error})") from None
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
@@ -44,19 +47,28 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def read_image(path: str | os.PathLike) -> Image.Image:
+def read_image(path: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
     """Any picture as RGB, 8 bits: turned as its EXIF says, transparency on white, 16-bit grey scaled.
+
+    Args:
+        path: or an open file.
+        name: that errors have; None is the path.
 
     Raises:
         ImageFileError: no readable image, or floating point pixels.
     """
-    with _open(path) as image:
-        try:
-            return _as_rgb(ImageOps.exif_transpose(image))
-        except ImageFileError as error:
-            raise ImageFileError(f"{path}: {error}") from None
-        except _DAMAGE as error:
-            raise ImageFileError(f"{path}: the image is damaged ({error})") from None
+    with _open(path, name) as image:
+        return as_rgb(image, name or str(path))
+
+
+def as_rgb(image: Image.Image, name: str) -> Image.Image:
+    """An image as `read_image` gives it; errors likewise."""
+    try:
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except ImageFileError as error:
+        raise ImageFileError(f"{name}: {error}") from None
+    except _DAMAGE as error:
+        raise ImageFileError(f"{name}: the image is damaged ({error})") from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

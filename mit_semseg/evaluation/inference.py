@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .network import WHOLE, Model, View
-from .upsampling import label_map_of
+from .upsampling import label_map_of, probability_strips
 from .windows import score_strips
 
 BATCHED = ("cuda",)  # devices on which several pictures at a time are faster than one after the other
@@ -35,6 +35,32 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
     strips = score_strips(model, item["img_data"], size, device, view)
     return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in strips])
+
+
+@torch.inference_mode()
+def top_classes(
+    model: Model, item: dict, top: int, device: torch.device | str = "cpu", view: View = WHOLE
+) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable classes of every pixel, without the probabilities of all in memory.
+
+    Args:
+        model, item, device, view: as of `label_map`.
+        top: how many classes.
+
+    Returns:
+        Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
+    """
+    size = tuple(item["img_ori"].shape[:2])
+    if view.window is not None:
+        strips = score_strips(model, item["img_data"], size, device, view)
+    else:
+        logits = [x[0] for x in _all_logits(model, item["img_data"], device, view)]
+        strips = probability_strips(logits, size, align_corners=model.align_corners)
+    best = [strip.topk(top, dim=0) for strip in strips]
+    return (
+        np.concatenate([part.indices.cpu().numpy() for part in best], axis=1),
+        np.concatenate([part.values.float().cpu().numpy() for part in best], axis=1),
+    )
 
 
 def label_maps(

@@ -6,7 +6,7 @@ one class, are at the picture's size at a time; the label map is the same but fo
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ ELEMENTS = 2**21  # scores at the picture's size that are worked on at a time wh
 SAFE_RANGE = 100.0  # of logits, see `_View`
 CV_LIMIT = 2**15 - 1  # sides of pictures that OpenCV resizes
 BYTE_CLASSES = 256
+LARGE = 2**21  # pixels from which the scores of one class do not stay in the caches, and rows of all classes do better
 
 
 def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -52,7 +53,8 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     if not plain:
         return _by_strips(logits, size, align_corners)
     # The softmax does not change the order of the classes, so one view needs none.
-    if len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
+    small = size[0] * size[1] <= LARGE
+    if small and len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
         return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
     return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
 
@@ -184,20 +186,33 @@ class _View:
 
 def _by_strips(logits: Sequence[Tensor], size: tuple[int, int], align_corners: bool) -> Tensor:
     """Label map on any device and in any precision, as many rows at a time as fit into `ELEMENTS`, or more on a GPU."""
+    strips = probability_strips(logits, size, align_corners=align_corners, exact=False)
+    return torch.cat([strip.argmax(dim=0) for strip in strips])
+
+
+def probability_strips(
+    logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False, exact: bool = True
+) -> Iterator[Tensor]:
+    """Class probabilities, averaged over the views, from top to bottom.
+
+    Args:
+        logits, size, align_corners: as of `label_map_of`.
+        exact: False leaves the softmax of a single view out; the order of the classes is the same.
+
+    Yields:
+        (C, n, width), together (C, height, width).
+    """
     height, width = size
     elements = ELEMENTS if logits[0].device.type == "cpu" else 32 * ELEMENTS
     rows = max(1, min(height, elements // (len(logits[0]) * width)))
-    labels = torch.empty(size, dtype=torch.int64, device=logits[0].device)
     for top in range(0, height, rows):
-        bottom = min(top + rows, height)
         total: Tensor | None = None
         for x in logits:
-            scores = resized_rows(x, size, top, bottom, align_corners)
-            if len(logits) > 1:
+            scores = resized_rows(at_least_float32(x), size, top, min(top + rows, height), align_corners)
+            if exact or len(logits) > 1:
                 scores = scores.softmax(dim=0)
             total = scores if total is None else total.add_(scores)
-        labels[top:bottom] = total.argmax(dim=0)
-    return labels
+        yield total.div_(len(logits)) if len(logits) > 1 else total
 
 
 def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:

@@ -169,6 +169,20 @@ def convolutional_vgg(state: dict[str, Tensor], own: Iterable[str]) -> dict[str,
     return renamed | classifier
 
 
+def published_options(name: str) -> list[str]:
+    """Options of a published model, `[key, value, ...]`, as in its file in config/: name and padding."""
+    encoder, decoder = name.split("-")[1:]
+    fine = encoder == "hrnetv2" or decoder == "upernet"  # predict at stride 4, and pad to the encoder's own stride
+    options = {
+        "MODEL.arch_encoder": encoder,
+        "MODEL.arch_decoder": decoder,
+        "DATASET.padding_constant": "32" if fine else "8",
+        "DATASET.segm_downsampling_rate": "4" if fine else "8",
+        "TEST.checkpoint": f"epoch_{PUBLISHED[name]}.pth",
+    }
+    return [word for pair in options.items() for word in pair]
+
+
 def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
     """Encoder and decoder files of a published model, downloaded unless they are there.
 

@@ -1,0 +1,134 @@
+"""Finding the pictures that are to be segmented, wherever they come from, and where their results go."""
+
+import io
+import json
+import logging
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..dataset.files import as_rgb, read_image
+from ..dataset.layouts import find_images
+from ..lib.utils import UserError
+from .results import named
+from .visualize import is_result, result_names
+
+logger = logging.getLogger(__name__)
+
+
+class PictureError(UserError, TypeError):
+    """Something that is no picture; the message says what was given and what is taken."""
+
+
+def as_picture(given, name: str = "picture") -> tuple[str, Image.Image]:
+    """A name and an RGB picture, from whatever holds one.
+
+    Args:
+        given: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
+            (3, H, W), uint8 or floating point in 0..1.
+        name: of what has none.
+
+    Raises:
+        ImageFileError: a file that is no readable image.
+        PictureError: anything else.
+    """
+    if isinstance(given, (str, Path)):
+        if str(given).startswith(("http://", "https://")):
+            raise PictureError(f"{given}: addresses are not fetched; download the picture and give its path or bytes")
+        return str(given), read_image(given)
+    if isinstance(given, (bytes, bytearray, memoryview)):
+        return name, read_image(io.BytesIO(given), f"{name} ({len(given)} bytes)")
+    if isinstance(given, Image.Image):
+        return getattr(given, "filename", "") or name, as_rgb(given, name)
+    if isinstance(given, torch.Tensor):
+        return name, Image.fromarray(_pixels_of(given))
+    if isinstance(given, np.ndarray):
+        if given.dtype == np.uint8 and given.size and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] == 3)):
+            return name, Image.fromarray(np.ascontiguousarray(given)).convert("RGB")
+        raise PictureError(
+            f"an array {given.shape} of {given.dtype} is no picture: give (H, W, 3) uint8 in RGB, or (H, W) in grey"
+        )
+    raise PictureError(
+        f"{type(given).__name__} is no picture: give a path, bytes, a PIL image, an array (H, W, 3) uint8 or a tensor"
+    )
+
+
+def _pixels_of(x: torch.Tensor) -> np.ndarray:
+    """(H, W, 3) uint8 of a tensor."""
+    x = x.detach().cpu()
+    fits = x.dim() == 3 and x.size(0) == 3 and x.numel()
+    if not fits or not (x.dtype == torch.uint8 or x.is_floating_point()):
+        raise PictureError(
+            f"a tensor {tuple(x.shape)} of {x.dtype} is no picture: give (3, H, W), uint8 or floating point in 0..1"
+        )
+    if x.is_floating_point():
+        if not (x.min() >= 0 and x.max() <= 1):
+            raise PictureError(
+                f"the tensor has values from {x.min():g} to {x.max():g}: pictures of floating point have 0 to 1, not "
+                f"normalized ones"
+            )
+        x = (x * 255).round().to(torch.uint8)
+    return x.permute(1, 2, 0).contiguous().numpy()
+
+
+def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """Pictures that `--imgs` names, and for each the path without extension of its results.
+
+    Args:
+        given: a file, a folder (searched recursively, any type Pillow reads), or a glob. Results of earlier runs in a
+            folder or glob are left out.
+        result: folder of the results.
+        endings: what will be written for every picture, e.g. `(".png", ".json")`.
+
+    Returns:
+        {picture: stem}; folders below the given one are kept, and no two results have the same name.
+
+    Raises:
+        UserError: nothing there, or something would be written over that is no result.
+    """
+    path = Path(given)
+    if path.is_file():
+        base, found = path.parent, [path]
+    elif path.is_dir() or has_magic(given):
+        base = path if path.is_dir() else Path(*_fixed_parts(path))
+        matches = find_images(path) if path.is_dir() else sorted(Path(p) for p in glob(given, recursive=True))
+        found = [p for p in matches if p.is_file() and not is_result(p)]
+        left_out = sum(p.is_file() for p in matches) - len(found)
+        if left_out:
+            logger.info("%d results of earlier runs left out", left_out)
+    else:
+        raise UserError(f"--imgs {given}: there is no such file or folder")
+    if not found:
+        raise UserError(f"--imgs {given}: no pictures there")
+    names = result_names([str(p.relative_to(base)) for p in found])
+    plan = {str(p): result / names[str(p.relative_to(base))] for p in found}
+    _refuse_overwriting(plan, endings)
+    return plan
+
+
+def _fixed_parts(pattern: Path) -> tuple[str, ...]:
+    parts = pattern.parts
+    first = next(i for i, part in enumerate(parts) if has_magic(part))
+    return parts[:first]
+
+
+def _refuse_overwriting(plan: dict[str, Path], endings: Sequence[str]) -> None:
+    for picture, stem in plan.items():
+        for path in (named(stem, ending) for ending in endings):
+            if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
+                raise UserError(
+                    f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
+                    f"choose another folder in TEST.result"
+                )
+
+
+def _is_shares(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"image", "classes"} <= set(content)

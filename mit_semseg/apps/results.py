@@ -1,0 +1,154 @@
+"""What there is of a segmented picture, and the files it can become."""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..dataset import ClassTable
+from ..lib.utils import UserError, whole_file
+from .visualize import class_shares, colorEncode, overlay, panel, result_names, save_picture
+
+OPACITY = 0.55  # of the colours over a picture
+
+
+@dataclass(frozen=True)
+class Result:
+    """A segmented picture.
+
+    Attributes:
+        path: of the picture, or what it is called.
+        image: (H, W, 3) uint8 RGB.
+        label_map: (H, W) int64 class indices.
+        table: class names and colours.
+    """
+
+    path: str
+    image: np.ndarray
+    label_map: np.ndarray
+    table: ClassTable
+    _look_again: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
+
+    @property
+    def classes(self) -> list[dict]:
+        """Classes with name (`class`), `index`, `share` of the pixels in 0..1 and `color`, largest first."""
+        return class_shares(self.label_map, self.table)
+
+    def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
+        """The picture tinted with the colours of its classes, with a legend beside it.
+
+        Args:
+            alpha: weight of the colours, 0 (the picture) to 1 (the colours).
+            legend: False leaves it out; the image then has the picture's size.
+
+        Raises:
+            ValueError: another weight.
+        """
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha {alpha}: give the weight of the colours, 0 to 1")
+        return overlay(self.image, self.label_map, self.table, alpha, legend=legend)
+
+    def panel(self) -> Image.Image:
+        """The picture and the colours of its classes side by side."""
+        return panel([self.image, colorEncode(self.label_map, self.table.colors)])
+
+    def probabilities(self, top: int = 5) -> tuple[np.ndarray, np.ndarray]:
+        """The most probable classes of every pixel; the network looks at the picture once more for them.
+
+        Args:
+            top: how many, at most the number of classes.
+
+        Returns:
+            Class indices (top, H, W) int64 and their probabilities (top, H, W) float32, largest first.
+
+        Raises:
+            ValueError: another number, or this result does not know its network any more (it was sent elsewhere).
+        """
+        if not 1 <= top <= len(self.table):
+            raise ValueError(f"top {top}: give 1 to {len(self.table)}, the number of classes")
+        if self._look_again is None:
+            raise ValueError("this result has no network to ask for probabilities")
+        return self._look_again(self.image, top)
+
+    def save(self, folder: str | Path, endings: Sequence[str] = (".png",)) -> list[Path]:
+        """Write files into a folder, named after the picture.
+
+        Args:
+            folder: is made if needed.
+            endings: as of `save_as`.
+
+        Returns:
+            What was written.
+        """
+        name = result_names([Path(self.path).name or "picture"])
+        return self.save_as(Path(folder, *name.values()), endings)
+
+    def save_as(self, stem: Path, endings: Sequence[str] = (".png",)) -> list[Path]:
+        """Write `<stem><ending>` for every ending.
+
+        Args:
+            stem: path without extension.
+            endings: of `.png` (the panel), `_overlay.png` (the tinted picture with a legend), `_index.png` (class
+                indices as grey values, 8 bits, 16 above 256 classes), `_label.png` (the same with the label values of
+                the data set, as evaluation servers read them) and `.json` (the classes with their shares).
+        """
+        paths = [named(stem, ending) for ending in endings]
+        for ending, path in zip(endings, paths, strict=True):
+            if ending == ".json":
+                self._save_shares(path)
+            else:
+                save_picture(self._picture(ending), path)
+        return paths
+
+    def _picture(self, ending: str) -> Image.Image:
+        if ending == "_overlay.png":
+            return self.overlay()
+        if ending == "_index.png":
+            return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
+        if ending == "_label.png":
+            return Image.fromarray(self.table.decode(self.label_map))
+        return self.panel()
+
+    def _save_shares(self, path: Path) -> None:
+        with whole_file(path) as partial:
+            partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+
+    def as_dict(self) -> dict:
+        """Plain values for a JSON file: the picture's name and size, its classes with their shares."""
+        height, width = self.label_map.shape
+        return {"image": self.path, "width": width, "height": height, "classes": self.classes}
+
+
+def named(stem: Path, ending: str) -> Path:
+    """The path of a result."""
+    return stem.with_name(stem.name + ending)
+
+
+def add_result_arguments(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the options that say what is written for a picture, to be handed to `endings_of`."""
+    for name, text in {
+        "overlay": "also write the tinted picture with a legend",
+        "index": "also write the class indices as a grey PNG",
+        "labels": "also write the data set's own label values as a grey PNG, e.g. Cityscapes' labelIds",
+        "json": "also write the classes and their shares as JSON",
+        "no-panel": "do not write the panel [image | prediction]",
+    }.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def endings_of(args: argparse.Namespace) -> list[str]:
+    """Endings of the results, see `Result.save`.
+
+    Raises:
+        UserError: nothing is to be written.
+    """
+    wanted = {".png": not args.no_panel, "_overlay.png": args.overlay, "_index.png": args.index}
+    wanted |= {"_label.png": args.labels, ".json": args.json}
+    endings = [ending for ending, yes in wanted.items() if yes]
+    if not endings:
+        raise UserError("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
+    return endings
