@@ -2,13 +2,17 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from test_segmenter import PIXELS, write_weights
 
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.dataset.synthetic import write_dataset
 from mit_semseg.models import ModelBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +59,7 @@ def test_yaml_block_loads(tmp_path):
 
 
 def test_python_block_runs(tmp_path, monkeypatch):
-    (block,) = blocks("python")
+    _, block = blocks("python")
     monkeypatch.chdir(tmp_path)
     encoder = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
     torch.save(encoder.state_dict(), "encoder_epoch_20.pth")
@@ -78,3 +82,22 @@ PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "config").g
 def test_options_that_a_page_names_exist(page):
     named = set(re.findall(r"\b(?:DATASET|MODEL|TRAIN|VAL|INFERENCE|TEST)\.[A-Za-z_]+\b", page.read_text()))
     assert named <= set(OPTIONS)
+
+
+def test_segmenter_block_runs(tmp_path, monkeypatch):
+    """With a network of random weights in place of the quick start's."""
+    block, _ = blocks("python")
+    write_weights(tmp_path / "ckpt" / "quickstart", "mobilenetv2dilated", "c1_deepsup", "epoch_4.pth", 7)
+    write_dataset(tmp_path / "data" / "quickstart", train=1, val=1)
+    (tmp_path / "config").mkdir()
+    shutil.copy(ROOT / "config" / "quickstart.yaml", tmp_path / "config")
+    Image.fromarray(PIXELS).save(tmp_path / "picture.png")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["probabilities"].shape == (3, *PIXELS.shape[:2])
+    assert sorted(p.name for p in (tmp_path / "segmented").iterdir()) == [
+        "picture.json",
+        "picture.png",
+        "picture_index.png",
+    ]

@@ -114,28 +114,37 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
         (N, C, bins, bins).
     """
     n, c, height, width = x.shape
-    rows, columns = (_averages(side, bins, x.device).to(x.dtype) for side in (height, width))
-    if x.is_contiguous():
+    symbolic = is_symbolic(height, width)
+    averages = _averages if symbolic else _cached_averages
+    rows, columns = (averages(side, bins, x.device).to(x.dtype) for side in (height, width))
+    if symbolic or x.is_contiguous():
         return rows @ (x @ columns.T)
     x = x.permute(0, 2, 3, 1)  # channels last in memory: the channels of a row of pixels are the columns of a product
     x = (rows @ x.reshape(n, height, width * c)).view(n, bins, width, c)
     return (columns @ x).permute(0, 3, 1, 2)
 
 
-@lru_cache(maxsize=64)  # some KB each
 def _averages(side: int, bins: int, device: torch.device) -> Tensor:
     """What every position counts in the mean of every region: (bins, side) float64."""
+    numbers, places = torch.arange(bins, device=device), torch.arange(side, device=device)
+    start, stop = (numbers * side // bins)[:, None], (((numbers + 1) * side + bins - 1) // bins)[:, None]
+    return ((places >= start) & (places < stop)).double() / (stop - start)
+
+
+@lru_cache(maxsize=64)  # some KB each
+def _cached_averages(side: int, bins: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
-        matrix = torch.zeros(bins, side, dtype=torch.float64)
-        for i in range(bins):
-            start, stop = i * side // bins, -(-(i + 1) * side // bins)
-            matrix[i, start:stop] = 1 / (stop - start)
-        return matrix.to(device)
+        return _averages(side, bins, device)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """16-bit scores as float32: what comes after them (resizing, softmax, sums) would be too coarse."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def is_symbolic(*sizes: int) -> bool:
+    """Whether a size is not known yet, in a network that is being exported: what depends on it is made by operators."""
+    return any(type(size) is not int for size in sizes)
 
 
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -145,7 +154,7 @@ def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> 
         align_corners: the centres of the corner pixels keep their places, as in PyTorch before 0.4; else their outer
             corners do.
     """
-    if x.shape[-2:] == torch.Size(size):
+    if not is_symbolic(*x.shape[-2:], *size) and x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 

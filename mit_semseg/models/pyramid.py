@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import resize
+from .layers import is_symbolic, resize
 
 GAIN = 2.0  # times fewer multiplications that a map needs to go this way: they are in smaller matrices
 CACHED_MATRICES = 64  # up to some 100 KB each; a few sizes of pictures come again and again
@@ -43,6 +43,8 @@ def conv_over_pyramid(
     Returns:
         (N, conv.out_channels, h, w).
     """
+    if is_symbolic(*x.shape[-2:]):
+        return conv_over_resized(conv, x, smaller, align_corners=align_corners, smaller_first=smaller_first)
     channels, size = [t.size(1) for t in smaller], x.shape[-2:]
     parts = conv.weight.split([*channels, x.size(1)] if smaller_first else [x.size(1), *channels], dim=1)
     own, others = (parts[-1], parts[:-1]) if smaller_first else (parts[0], parts[1:])
