@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mit_semseg.apps import cli
+from mit_semseg.apps import cli, video
 from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.apps.pictures import find_pictures
 from mit_semseg.apps.predictor import segment_share
@@ -17,16 +17,25 @@ EXAMPLES = """\
   python test.py --imgs street.jpg --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml
   python test.py --imgs photos/ --overlay --json TEST.result segmented
   python test.py --imgs photos/ --gpus 0-3
-  python test.py --imgs 'photos/**/*.png' --gpu 0 TEST.checkpoint best.pth"""
+  python test.py --imgs 'photos/**/*.png' --gpu 0 TEST.checkpoint best.pth
+  python test.py --imgs clip.mp4 --smoothing 0.5"""
 
 
 def main() -> int:
     parser = cli.make_parser(__doc__, EXAMPLES)
-    parser.add_argument("--imgs", required=True, metavar="PATH", help="a picture, a folder (recursive), or a glob")
+    parser.add_argument(
+        "--imgs",
+        required=True,
+        metavar="PATH",
+        help="a picture, a folder (recursive), a glob, a video, or a camera's number",
+    )
+    parser.add_argument("--smoothing", type=float, default=0, help="of a video: share of the previous frames, 0 to 1")
     add_result_arguments(parser)
     args = parser.parse_intermixed_args()
     cfg, endings = load_config(args.cfg, args.opts), endings_of(args)
     devices = pick_devices(args.device)
+    if video.is_video(args.imgs):
+        return video.run(cfg, args.imgs, devices[0], args.smoothing)
     with distributed.join(devices[0]) as processes:
         logger = cli.setup_logger(processes.rank, filename=None)
         logger.info("devices: %s", describe_all(devices, processes))

@@ -1,7 +1,7 @@
 """Segmenting pictures: the few-line interface, and what test.py does with it."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,8 @@ from ..dataset.files import ImageFileError
 from ..dataset.loading import explained
 from ..dataset.samplers import shards
 from ..evaluation.evaluator import read_items
-from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes
+from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes, view_logits
+from ..evaluation.upsampling import label_map_of
 from ..models.published import PUBLISHED, fetch_published, published_options
 from .background import Background
 from .building import build_module, view_of
@@ -145,6 +146,35 @@ class Segmenter:
     def _top_classes(self, pixels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
             return top_classes(self._network, self._item(pixels), top, self.device, self._view)
+
+    def frames(self, pictures: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
+        """Segment pictures that follow each other in time.
+
+        Args:
+            pictures: (H, W, 3) uint8 RGB each, of one size.
+            smoothing: share of the previous pictures in the scores (logits) of each, an exponential mean: 0 (none) to
+                below 1. Not with windows.
+
+        Raises:
+            ValueError: another share, or windows.
+        """
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"smoothing {smoothing}: give a share of 0 (none) to below 1")
+        if smoothing and self._view.window is not None:
+            raise ValueError("smoothing needs the whole picture: set INFERENCE.window 0")
+        before: list[torch.Tensor] | None = None
+        for number, picture in enumerate(pictures):
+            if not smoothing:
+                yield self._segment(picture, f"frame_{number}")
+                continue
+            pixels = np.array(as_picture(picture)[1])
+            with self._lock:
+                logits = view_logits(self._network, self._item(pixels), self.device, self._view)
+                if before is not None:
+                    logits = [torch.lerp(x, old, smoothing) for x, old in zip(logits, before, strict=True)]
+                before, size = logits, pixels.shape[:2]
+                labels = label_map_of(logits, size, align_corners=self._network.align_corners).cpu().numpy()
+            yield Result(f"frame_{number}", pixels, labels, self.table, self._top_classes)
 
     def stream(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
         """Segment picture files one after the other; reading goes on in the background.

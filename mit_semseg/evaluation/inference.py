@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.layers import at_least_float32
 from .network import WHOLE, Model, View
 from .upsampling import label_map_of, probability_strips
 from .windows import score_strips
@@ -29,7 +30,7 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     """
     size = tuple(item["img_ori"].shape[:2])
     if view.window is None and hasattr(model, "logits"):
-        logits = [x[0] for x in _all_logits(model, item["img_data"], device, view)]
+        logits = view_logits(model, item, device, view)
         return label_map_of(logits, size, align_corners=model.align_corners).cpu().numpy()
     if view.window is None:
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
@@ -54,7 +55,7 @@ def top_classes(
     if view.window is not None:
         strips = score_strips(model, item["img_data"], size, device, view)
     else:
-        logits = [x[0] for x in _all_logits(model, item["img_data"], device, view)]
+        logits = view_logits(model, item, device, view)
         strips = probability_strips(logits, size, align_corners=model.align_corners)
     best = [strip.topk(top, dim=0) for strip in strips]
     return (
@@ -83,6 +84,11 @@ def label_maps(
         for number, item in enumerate(group):
             own, size = [x[number] for x in logits], item["img_ori"].shape[:2]
             yield label_map_of(own, tuple(size), align_corners=model.align_corners).cpu().numpy()
+
+
+def view_logits(model: Model, item: dict, device: torch.device | str = "cpu", view: View = WHOLE) -> list[Tensor]:
+    """Logits (C, h, w) float32 of every view of an item; arguments as of `label_map`."""
+    return [at_least_float32(x[0]) for x in _all_logits(model, item["img_data"], device, view)]
 
 
 @torch.inference_mode()

@@ -1,0 +1,176 @@
+"""Segmenting videos and cameras: every frame tinted with the colours of its classes."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..config import Config
+from ..lib.utils import UserError, whole_file
+from .cli import setup_logger
+from .devices import describe
+from .predictor import Segmenter
+
+logger = logging.getLogger(__name__)
+
+ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+CODEC = "mp4v"  # MPEG-4, which OpenCV writes without further libraries
+USUAL_RATE = 25.0  # frames per second, where a camera does not say
+
+
+class VideoError(UserError, RuntimeError):
+    """A video or camera that cannot be read or written; the message names it."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a video.
+
+    Attributes:
+        path: of the new one.
+        frames: written.
+        broken: of these, frames that could not be read and are shown as the one before.
+        complete: nothing was interrupted.
+    """
+
+    path: Path
+    frames: int
+    broken: int
+    complete: bool
+
+
+def is_video(given: str) -> bool:
+    """Whether `--imgs` names a video file or a camera (a number)."""
+    return given.isdigit() or given.lower().endswith(ENDINGS)
+
+
+def output_path(given: str, folder: Path) -> Path:
+    """Where the segmented video goes."""
+    stem = f"camera_{given}" if given.isdigit() else Path(given).stem
+    return folder / f"{stem}_segmented.mp4"
+
+
+def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
+    """Segment the video that `--imgs` names with TEST.checkpoint, into TEST.result.
+
+    Returns:
+        The exit code: 1 if frames could not be read or the run was interrupted.
+
+    Raises:
+        UserError: the video, the weights or an option cannot be used.
+    """
+    if not 0 <= smoothing < 1:
+        raise VideoError(f"--smoothing {smoothing:g}: give a share of 0 (none) to below 1")
+    if smoothing and any(np.atleast_1d(cfg.INFERENCE.window)):
+        raise VideoError("--smoothing needs the whole picture: set INFERENCE.window 0")
+    if not given.isdigit() and not Path(given).is_file():
+        raise VideoError(f"--imgs {given}: there is no such file")
+    setup_logger(filename=None).info("device: %s", describe(device))
+    path = output_path(given, Path(cfg.TEST.result))
+    written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
+    print(f"{written.path}: {written.frames} frames{'' if written.complete else ', interrupted'}")
+    if written.broken:
+        print(f"{written.broken} frames could not be read and show the one before")
+    return 0 if written.complete and not written.broken else 1
+
+
+def segment_video(
+    segmenter: Segmenter,
+    given: str,
+    path: Path,
+    *,
+    smoothing: float = 0.0,
+    alpha: float = 0.5,
+    most: int | None = None,
+    progress: bool = True,
+) -> Written:
+    """Write a video whose frames are tinted, of the same size and frame rate.
+
+    A run that is interrupted (Ctrl-C) leaves the frames so far as a video that can be played. A frame that cannot be
+    read is shown as the one before it and counted.
+
+    Args:
+        given: a video file, or the number of a camera, which is recorded until interrupted.
+        path: of the new video; it appears when it is complete or interrupted.
+        smoothing: share of the previous frames in a frame's scores, 0 (none) to below 1.
+        alpha: weight of the colours.
+        most: stop after so many frames; None takes all.
+        progress: show a progress bar (on a terminal).
+
+    Raises:
+        VideoError: not readable as a video, or nothing can be written.
+    """
+    source = cv2.VideoCapture(int(given) if given.isdigit() else given)
+    complete, count = True, 0
+    try:
+        frames = _Frames(source, given, most)
+        with whole_file(path) as partial:
+            # OpenCV chooses the container by the ending.
+            own = partial.with_name(partial.name + path.suffix)
+            writer = cv2.VideoWriter(str(own), cv2.VideoWriter_fourcc(*CODEC), frames.rate, frames.size)
+            try:
+                if not writer.isOpened():
+                    raise VideoError(f"{path}: OpenCV cannot write a video there ({CODEC}, {frames.size})")
+                bar = tqdm(total=frames.total, desc="segmenting", unit="frame", disable=None if progress else True)
+                with bar:
+                    for result in segmenter.frames(frames, smoothing=smoothing):
+                        tinted = np.asarray(result.overlay(alpha, legend=False))
+                        writer.write(cv2.cvtColor(tinted, cv2.COLOR_RGB2BGR))
+                        count += 1
+                        bar.update()
+            except KeyboardInterrupt:
+                complete = False
+            finally:
+                writer.release()
+                if count:
+                    own.replace(partial)
+                else:
+                    own.unlink(missing_ok=True)
+            if not count:
+                raise VideoError(f"{given}: not a single frame could be read")
+    finally:
+        source.release()
+    return Written(path, count, frames.broken, complete)
+
+
+class _Frames(Iterable):
+    """The frames of a video, (H, W, 3) uint8 RGB, as many as it says it has.
+
+    Args:
+        source: opened.
+        name: that errors have.
+        most: end after so many; None takes all.
+    """
+
+    def __init__(self, source: cv2.VideoCapture, name: str, most: int | None):
+        width, height = (int(source.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
+        if not source.isOpened() or not width or not height:
+            what = f"camera {name}" if name.isdigit() else name
+            raise VideoError(
+                f"{what}: cannot be opened as a video{'' if name.isdigit() else ' (damaged, or missing?)'}"
+            )
+        self.source, self.size, self.broken = source, (width, height), 0
+        rate = source.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < 1000 else USUAL_RATE
+        said = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+        counts = [n for n in (said, most) if n and n > 0]
+        self.total = min(counts) if counts else None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        last, number = None, 0
+        while self.total is None or number < self.total:
+            there, frame = self.source.read()
+            number += 1
+            if there and frame.shape[1::-1] == self.size:
+                last = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+            elif self.total is None:
+                return  # a camera has ended
+            else:
+                self.broken += 1
+            if last is not None:
+                yield last

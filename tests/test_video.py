@@ -1,0 +1,124 @@
+"""Videos: as many frames, as large and as fast as the given one; broken and interrupted ones can be played."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from runs import here
+from test_segmenter import folder  # noqa: F401
+
+from mit_semseg import Segmenter
+from mit_semseg.apps.video import VideoError, is_video, output_path, segment_video
+
+SIZE, RATE, FRAMES = (64, 48), 12.5, 10
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A moving square on noise."""
+    path, rng = tmp_path_factory.mktemp("clip") / "clip.mp4", np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), RATE, SIZE)
+    for number in range(FRAMES):
+        frame = rng.integers(0, 60, (*SIZE[::-1], 3), dtype=np.uint8)
+        frame[10:30, 4 * number : 4 * number + 20] = (40, 200, 90)
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+@pytest.fixture(scope="module")
+def segmenter(folder):  # noqa: F811
+    return Segmenter.from_config(folder / "own.yaml", device="cpu")
+
+
+def frames_of(path):
+    source, frames = cv2.VideoCapture(str(path)), []
+    while (answer := source.read())[0]:
+        frames.append(answer[1])
+    return frames, source.get(cv2.CAP_PROP_FPS)
+
+
+def test_test_py_writes_a_video_like_the_given_one(clip, folder, segmenter):  # noqa: F811
+    done = here(
+        "test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", folder / "video"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "clip_segmented.mp4: 10 frames" in done.stdout
+    assert [p.name for p in (folder / "video").iterdir()] == ["clip_segmented.mp4"]
+    (given, _), (frames, rate) = frames_of(clip), frames_of(folder / "video" / "clip_segmented.mp4")
+    assert len(frames) == FRAMES
+    assert rate == pytest.approx(RATE)
+    for frame, original in zip(frames, given, strict=True):
+        assert frame.shape == (*SIZE[::-1], 3)
+        expected = np.asarray(segmenter(cv2.cvtColor(original, cv2.COLOR_BGR2RGB)).overlay(0.5, legend=False))
+        assert np.abs(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(int) - expected).mean() < 12  # compression
+
+
+def test_an_interrupted_run_leaves_what_there_is(clip, segmenter, tmp_path, monkeypatch):
+    frames = segmenter.frames
+
+    def interrupted(pictures, **how):
+        for number, result in enumerate(frames(pictures, **how)):
+            if number == 4:
+                raise KeyboardInterrupt
+            yield result
+
+    monkeypatch.setattr(segmenter, "frames", interrupted)
+    written = segment_video(segmenter, str(clip), tmp_path / "out.mp4", progress=False)
+    assert (written.frames, written.complete) == (4, False)
+    assert len(frames_of(tmp_path / "out.mp4")[0]) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_frames_that_cannot_be_read_are_counted(clip, segmenter, tmp_path):
+    """The end of the file is missing, its beginning says how long it is."""
+    content = bytearray(clip.read_bytes())
+    start = content.find(b"mdat")
+    middle = slice(start + (len(content) - start) // 2, len(content) - 2000)
+    content[middle] = bytes(len(content[middle]))
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(content)
+    read = len(frames_of(broken)[0])
+    written = segment_video(segmenter, str(broken), tmp_path / "out.mp4", progress=False)
+    assert len(frames_of(tmp_path / "out.mp4")[0]) == written.frames
+    assert written.frames - written.broken <= FRAMES
+    if read < FRAMES:
+        assert written.broken or written.frames < FRAMES
+
+
+def test_smoothing_takes_the_flicker_out(segmenter, clip):
+    given = [cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in frames_of(clip)[0]]
+
+    def changes(smoothing):
+        maps = [result.label_map for result in segmenter.frames(given, smoothing=smoothing)]
+        return np.mean([(a != b).mean() for a, b in pairwise(maps)])
+
+    assert changes(0.8) < changes(0.0)
+    assert np.array_equal(next(segmenter.frames(given, smoothing=0.5)).label_map, segmenter(given[0]).label_map)
+    with pytest.raises(ValueError, match=r"smoothing 1: give a share"):
+        next(segmenter.frames(given, smoothing=1))
+
+
+def test_mistakes_are_named(folder, tmp_path, segmenter):  # noqa: F811
+    (tmp_path / "no.mp4").write_bytes(b"no video")
+    for words, message in (
+        (["--imgs", tmp_path / "no.mp4"], "cannot be opened as a video"),
+        (["--imgs", tmp_path / "gone.mp4"], "there is no such file"),
+        (["--imgs", tmp_path / "no.mp4", "--smoothing", "2"], "--smoothing 2: give a share"),
+    ):
+        done = here("test.py", *words, "--cfg", folder / "own.yaml", "TEST.result", tmp_path / "out")
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    with pytest.raises(VideoError, match="camera 77: cannot be opened"):
+        segment_video(segmenter, "77", tmp_path / "out.mp4", progress=False)
+
+
+def test_what_is_a_video():
+    assert is_video("CLIP.MP4")
+    assert is_video("0")
+    assert not is_video("picture.jpg")
+    assert output_path("0", Path("out")) == Path("out", "camera_0_segmented.mp4")
