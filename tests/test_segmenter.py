@@ -12,7 +12,7 @@ from runs import here
 
 import mit_semseg
 from mit_semseg import Segmenter
-from mit_semseg.apps.devices import auto_device
+from mit_semseg.apps.devices import auto_device, pick_devices
 from mit_semseg.apps.pictures import PictureError
 from mit_semseg.dataset import class_table
 from mit_semseg.dataset.files import ImageFileError
@@ -198,6 +198,8 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert auto_device() == torch.device("cuda:0")
     assert auto_device("cuda:1") == torch.device("cuda", 1)
+    assert pick_devices("cuda:1") == [torch.device("cuda", 1)]
+    assert pick_devices("auto") == pick_devices(None) == [torch.device("cuda", 0)]
 
 
 def test_the_package_offers_it_lazily():

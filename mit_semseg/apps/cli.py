@@ -27,10 +27,11 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpus",
         "--gpu",
+        "--device",
         dest="device",
         metavar="DEVICES",
-        help="GPUs such as 0, 0-3 or 0,2, or cpu, or cpu,cpu (default: the first GPU if there is one, else the CPU; "
-        "under torchrun one GPU per process)",
+        help="GPUs such as 0, 0-3 or 0,2, or cpu, or cpu,cpu, or cuda:1, or mps (default, also as auto: the first GPU "
+        "if there is one, else the CPU; under torchrun one GPU per process)",
     )
     add_config_arguments(parser, DEFAULT_CONFIG)
     return parser

@@ -46,16 +46,18 @@ def pick_devices(text: str | None) -> list[torch.device]:
     """The devices that this process works on.
 
     Args:
-        text: as for `parse_devices`; `cpu` may come more than once, for several replicas or processes. None takes the
-            first GPU if there is one, else the CPU. In a job that torchrun has started every process takes one: the one
-            at its place on this machine.
+        text: as for `parse_devices`; `cpu` may come more than once, for several replicas or processes; or one device by
+            PyTorch's name, `cuda:1` or `mps`. None and `auto` take the first GPU if there is one, else the CPU. In a
+            job that torchrun has started every process takes one: the one at its place on this machine.
 
     Raises:
         UserError: a GPU that is not there, or not one for every process.
     """
-    place = Place.of_this_process()
+    place, text = Place.of_this_process(), None if text == "auto" else text
     if place.size > 1:
         return [_device_of_process(text, place)]
+    if text and text.split(":")[0] in ("cuda", "mps"):
+        return [auto_device(text)]
     if text is None:
         return [torch.device("cuda:0" if torch.cuda.is_available() else "cpu")]
     if {part.strip().lower() for part in text.split(",")} == {"cpu"}:
