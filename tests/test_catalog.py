@@ -1,4 +1,4 @@
-"""docs/models.md is what its command writes, and knows every model and recipe."""
+"""The generated pages are what their command writes, and know every model, recipe and option."""
 
 from pathlib import Path
 
@@ -6,16 +6,23 @@ import pytest
 import torch
 from runs import here
 
-from mit_semseg.apps.catalog import published_score
+from mit_semseg.apps.catalog import PAGES, published_score
+from mit_semseg.config.defaults import OPTIONS
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "models.md"
 
 
-def test_the_page_is_up_to_date(tmp_path):
-    assert here("mit_semseg.apps.catalog", tmp_path / "models.md").returncode == 0
-    assert (tmp_path / "models.md").read_text() == PAGE.read_text()
+@pytest.mark.parametrize("name", PAGES)
+def test_the_page_is_up_to_date(name, tmp_path):
+    assert here("mit_semseg.apps.catalog", tmp_path / f"{name}.md").returncode == 0
+    assert (tmp_path / f"{name}.md").read_text() == (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def test_every_option_is_there():
+    text = (ROOT / "docs" / "options.md").read_text()
+    assert all(f"| `{key}` | " in text for key in OPTIONS)
 
 
 def test_every_name_and_recipe_is_there():

@@ -217,6 +217,18 @@ def test_torchrun_trains_as_one_process_with_replicas(jobs):
     assert output.count("training is complete") == 1
 
 
+def test_blocks_may_be_recomputed_in_several_processes(jobs, root):
+    """Their norms then meet in the backward pass as well, in the same order everywhere."""
+    folder, _ = jobs
+    changes = {"TRAIN.recompute": True, "TRAIN.num_epoch": 1}
+    done = torchrun("train.py", *words(changes_for(root, folder / "recomputed", **changes)))
+    assert done.returncode == 0, done.stderr
+    names = ("processes", "recomputed")
+    a, b = (torch.load(folder / name / "history_epoch_1.pth", weights_only=True) for name in names)
+    assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-5)
+    assert b["val"]["acc"] == pytest.approx(a["val"]["acc"], abs=0.02)
+
+
 def test_shared_out_evaluation_and_segmentation_give_the_same_results(jobs, root, tmp_path):
     folder, _ = jobs
     changes = words(changes_for(root, folder / "processes", **{"TEST.result": tmp_path / "alone"}))

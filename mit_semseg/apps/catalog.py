@@ -1,11 +1,13 @@
-"""Every encoder, decoder and recipe with its size, cost and published score, as a Markdown page.
+"""Pages of the documentation that the code knows best, in Markdown.
 
-    python -m mit_semseg.apps.catalog docs/models.md
+    python -m mit_semseg.apps.catalog docs/models.md     # encoders, decoders and recipes: size, cost, published score
+    python -m mit_semseg.apps.catalog docs/options.md    # every option with its default and meaning
 
 The networks are built without memory (on PyTorch's meta device), so this takes seconds.
 """
 
 import argparse
+import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -16,6 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import load_config
+from ..config.defaults import OPTIONS, Option
 from ..lib.utils import whole_file
 from ..models import DECODERS, ENCODERS, ModelBuilder
 from ..models.published import has_imagenet_base
@@ -30,6 +33,12 @@ Any encoder goes with any decoder. This page is made by `python -m mit_semseg.ap
 
 Parameters are millions, with the heads that only training uses. GFLOPs are 10⁹ floating point operations (an addition
 or a multiplication each) of convolutions and matrix products, for one 512x683 picture in inference, padded to 512x688.
+"""
+OPTIONS_HEAD = """\
+# Options
+
+Every key of a YAML file and of the end of a command line (`TRAIN.num_epoch 10`). This page is made by
+`python -m mit_semseg.apps.catalog docs/options.md`.
 """
 
 
@@ -60,9 +69,34 @@ def _millions(*modules: nn.Module) -> float:
     return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
 
 
-def page() -> str:
-    """The whole page."""
+def models_page() -> str:
+    """The page of models."""
     return "\n".join([HEAD, *_encoders(), *_decoders(), *_recipes()])
+
+
+def options_page() -> str:
+    """The page of options, a table per section."""
+    lines = [OPTIONS_HEAD]
+    sections: dict[str, list[tuple]] = {}
+    for key, option in OPTIONS.items():
+        default = "''" if option.default == "" else str(option.default)
+        row = f"`{key}`", f"`{default}`", _allowed(option), option.help.replace("|", "\\|")
+        sections.setdefault(key.rpartition(".")[0] or "The run", []).append(row)
+    for name, rows in sections.items():
+        lines += [f"## {name}\n", *_table(("Option", "Default", "Allowed", "Meaning"), rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _allowed(option: Option) -> str:
+    """Choices or bounds of an option."""
+    if option.choices:
+        return ", ".join(f"`{choice}`" for choice in option.choices)
+    if math.isinf(option.low):
+        return ""
+    return f"from {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
+
+
+PAGES = {"models": models_page, "options": options_page}
 
 
 def _encoders() -> Iterator[str]:
@@ -116,12 +150,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page."""
-    parser = argparse.ArgumentParser(description="Write the page of models.")
-    parser.add_argument("path", type=Path, help="of the page, e.g. docs/models.md")
+    """Write a page."""
+    parser = argparse.ArgumentParser(description="Write a page of the documentation.")
+    parser.add_argument("path", type=Path, help=f"of the page: {' or '.join(f'{name}.md' for name in PAGES)}")
     path = parser.parse_args().path
+    if path.stem not in PAGES:
+        parser.error(f"there is no page {path.stem}, but {', '.join(PAGES)}")
     with whole_file(path) as partial:
-        partial.write_text(page() + "\n", encoding="utf-8")
+        partial.write_text(PAGES[path.stem]() + "\n", encoding="utf-8")
     print(f"written to {path}")
 
 
