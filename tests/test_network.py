@@ -63,3 +63,12 @@ def test_what_a_processor_lacks_is_said(monkeypatch, caplog):
     monkeypatch.setattr(network, "cpu_has_bfloat16", lambda: False)
     View(precision="bf16").network(module)
     assert "no bfloat16 instructions" in caplog.text
+
+
+@pytest.mark.parametrize("pair", [("mobilenetv2dilated", "ppm_deepsup"), ("resnet18", "upernet"), ("hrnetv2", "c1")])
+def test_prepared_networks_have_the_same_probabilities(pair):
+    """In float32, within 2e-5."""
+    module = module_of(*pair)
+    with torch.inference_mode():
+        prepared, plain = (m({"img_data": PICTURE}, segSize=(64, 72)) for m in (View().network(module), module))
+    assert (prepared - plain).abs().max() < 2e-5
