@@ -15,6 +15,7 @@ from ..evaluation.evaluator import Evaluation
 from ..lib.utils import whole_file
 from .background import Background
 from .building import build_module, view_of
+from .report import write_report
 from .sharing import share_out
 from .visualize import result_names, result_panel, save_picture
 
@@ -91,11 +92,15 @@ def score(
 
 
 def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None:
-    """Print the figures and write them to results.json."""
+    """Print the figures and write them to results.json and a page, report.html."""
     print(evaluation.report())
     results = result_folder(cfg)
     with whole_file(results / "results.json") as partial:
         how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    print(f"Written to {results}: results.json" + (" and a panel per image" if cfg.VAL.visualize else ""))
+    names = result_names([score.name for score in evaluation.scores]) if cfg.VAL.visualize else {}
+    panels = {name: f"{stem.as_posix()}.png" for name, stem in names.items()}
+    write_report(evaluation, results, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
+    more = ", a panel per image" if cfg.VAL.visualize else ""
+    print(f"Written to {results}: results.json, report.html, confusion.png{more}")

@@ -22,13 +22,23 @@ MOST_WORKERS = 4  # loader processes; the network is the slower part
 
 
 @dataclass(frozen=True)
+class Score:
+    """Of one picture: its name, the mean IoU over the classes in its label, and the pixel accuracy; in 0..1."""
+
+    name: str
+    mean_iou: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Counts of a validation set, or of a share of it, and how long it took."""
+    """Counts of a validation set, or of a share of it, how long it took, and the scores of every picture."""
 
     metric: SegmentationMetric
     images: int
     seconds: float
     table: ClassTable
+    scores: Sequence[Score] = ()
 
     @cached_property
     def summary(self) -> Summary:
@@ -41,7 +51,8 @@ class Evaluation:
         total = SegmentationMetric(shares[0].metric.num_class)
         for share in shares:
             total.merge(share.metric)
-        return cls(total, sum(s.images for s in shares), max(s.seconds for s in shares), shares[0].table)
+        seconds, scores = max(s.seconds for s in shares), [score for s in shares for score in s.scores]
+        return cls(total, sum(s.images for s in shares), seconds, shares[0].table, scores)
 
     @property
     def images_per_second(self) -> float:
@@ -154,7 +165,7 @@ def evaluate(
         progress: show a progress bar (on a terminal).
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
-    metric, images = SegmentationMetric(len(dataset.table)), 0
+    metric, scores = SegmentationMetric(len(dataset.table)), []
     network = view.network(model, device)
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
@@ -162,9 +173,12 @@ def evaluate(
     with explained(), bar:
         for item in read_items(dataset, device=device, **reading):
             prediction = label_map(network, item, device, view)
-            metric.add(prediction, item["seg_label"][0].numpy())
+            own = SegmentationMetric(len(dataset.table))
+            own.add(prediction, item["seg_label"][0].numpy())
+            metric.merge(own)
+            summary = own.summary()
+            scores.append(Score(item["info"], summary.mean_iou_present, summary.pixel_accuracy))
             if on_result:
                 on_result(item, prediction)
-            images += 1
             bar.update()
-    return Evaluation(metric, images, time.perf_counter() - start, dataset.table)
+    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores)

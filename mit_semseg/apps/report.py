@@ -1,0 +1,192 @@
+"""The page of an evaluation: figures, a table of classes, what is taken for what, the worst and the best pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+
+from ..evaluation.evaluator import Evaluation, Score
+from ..lib.utils import whole_file
+
+PAIRS = 20  # most confused pairs shown
+PICTURES = 12  # worst and best pictures shown
+MATRIX_CLASSES = 40  # classes in the picture of the confusion matrix, the most frequent ones
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+h1, h2 { font-weight: 600; } h2 { margin-top: 2em; }
+table { border-collapse: collapse; } td, th { padding: .25em .8em; text-align: right; border-bottom: 1px solid #ddd; }
+td:first-child, th:first-child, td.text, th.text { text-align: left; }
+th { cursor: pointer; background: #f6f6f6; position: sticky; top: 0; user-select: none; }
+th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
+.swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid #888; margin-right: .5em; }
+.bar { display: inline-block; height: .7em; background: #4a86c5; margin-left: .6em; vertical-align: middle; }
+.absent { color: #999; } .figures td { font-size: 1.2em; }
+figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #555; }
+"""
+SCRIPT = """
+for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex;
+  const down = head.getAttribute("aria-sort") !== "descending";
+  for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  const order = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b);
+  [...body.rows].sort((a, b) => down ? order(b, a) : order(a, b)).forEach(row => body.append(row));
+};
+"""
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """Pixels of one class that were taken for another.
+
+    Attributes:
+        label, prediction: class indices.
+        pixels: how many.
+        share: of the pixels labelled with the class, in 0..1.
+    """
+
+    label: int
+    prediction: int
+    pixels: int
+    share: float
+
+
+def confused_pairs(confusion: np.ndarray, most: int = PAIRS) -> list[Confusion]:
+    """The pairs of classes with the most wrong pixels, largest first.
+
+    Args:
+        confusion: (C, C) pixels by label and prediction.
+        most: how many pairs.
+    """
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(wrong, axis=None)[::-1][:most]
+    pairs = [np.unravel_index(i, wrong.shape) for i in order]
+    return [
+        Confusion(int(a), int(b), int(wrong[a, b]), float(wrong[a, b] / confusion[a].sum()))
+        for a, b in pairs
+        if wrong[a, b]
+    ]
+
+
+def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str]) -> None:
+    """Write `report.html` and `confusion.png`.
+
+    Args:
+        evaluation: what is shown.
+        folder: of the files.
+        title: of the page.
+        panels: for pictures that have one, by their names, the panel's path below the folder.
+    """
+    save_confusion(evaluation, folder / "confusion.png")
+    parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_classes(evaluation), *_confusions(evaluation)]
+    ranked = sorted(evaluation.scores, key=lambda score: (score.mean_iou, score.accuracy))
+    for name, scores in (("Worst", ranked[:PICTURES]), ("Best", ranked[::-1][:PICTURES])):
+        parts += _pictures(name, scores, panels)
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body = "".join([*parts, f"<script>{SCRIPT}</script>"])
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>'
+    with whole_file(folder / "report.html") as partial:
+        partial.write_text(page + "\n", encoding="utf-8")
+
+
+def _figures(evaluation: Evaluation) -> list[str]:
+    s = evaluation.summary
+    cells = {
+        "mean IoU": s.mean_iou,
+        f"of the {int(s.present.sum())} classes present": s.mean_iou_present,
+        "pixel accuracy": s.pixel_accuracy,
+        "mean accuracy": s.mean_accuracy,
+    }
+    head = "".join(f"<td>{escape(name)}</td>" for name in [*cells, "pictures", "pictures/s"])
+    row = "".join(f"<td>{value:.2%}</td>" for value in cells.values())
+    row += f"<td>{evaluation.images}</td><td>{evaluation.images_per_second:.2f}</td>"
+    return [f'<table><tr>{head}</tr><tr class="figures">{row}</tr></table>']
+
+
+def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
+    """A table of cells (value to sort by, HTML); text is sorted as text and stands at the left."""
+    kinds = [' class="text"' if rows and isinstance(value, str) else "" for value, _ in rows[0]] if rows else []
+    top = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(head, kinds, strict=True)) if rows else ""
+    lines = []
+    for row in rows:
+        cells = [
+            f'<td{kind} data-value="{escape(str(value))}">{shown}</td>'
+            for (value, shown), kind in zip(row, kinds, strict=True)
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _share(value: float) -> tuple[float, str]:
+    return value, f"{value:.2%}"
+
+
+def _classes(evaluation: Evaluation) -> list[str]:
+    table, s, confusion = evaluation.table, evaluation.summary, evaluation.metric.confusion
+    total, rows = max(confusion.sum(), 1), []
+    for number, name in enumerate(table.names):
+        own, iou = confusion[number].sum(), float(s.iou[number])
+        color = tuple(int(v) for v in table.colors[number])
+        kind = "" if s.present[number] else ' class="absent"'
+        shown = f'<span class="swatch" style="background: rgb{color}"></span><span{kind}>{escape(name)}</span>'
+        bar = f'{iou:.2%}<span class="bar" style="width: {iou * 6:.2f}em"></span>'
+        recall = _share(float(confusion[number, number] / max(own, 1)))
+        rows.append([(name, shown), (iou, bar), recall, _share(float(own / total))])
+    note = "Click on a head to sort. <em>Found</em>: share of a class's pixels that got it. Grey: not in the labels."
+    return ["<h2>Classes</h2>", f"<p>{note}</p>", _sortable(("class", "IoU", "found", "share of the labels"), rows)]
+
+
+def _confusions(evaluation: Evaluation) -> list[str]:
+    names = evaluation.table.labels
+    rows = [
+        [
+            (names[pair.label], escape(names[pair.label])),
+            (names[pair.prediction], escape(names[pair.prediction])),
+            (pair.pixels, f"{pair.pixels:,}"),
+            _share(pair.share),
+        ]
+        for pair in confused_pairs(evaluation.metric.confusion)
+    ]
+    table = _sortable(("labelled", "taken for", "pixels", "of the class"), rows) if rows else "<p>Nothing.</p>"
+    caption = "<figcaption>Rows: labels; columns: predictions; shares of the row.</figcaption>"
+    image = '<img src="confusion.png" alt="Confusion matrix">'
+    return ["<h2>What is taken for what</h2>", table, f"<figure>{image}{caption}</figure>"]
+
+
+def _pictures(name: str, scores: Sequence[Score], panels: dict[str, str]) -> list[str]:
+    parts = [f"<h2>{name} pictures</h2>"]
+    if scores and not panels:
+        parts.append("<p>With VAL.visualize True they are shown here.</p>")
+    for score in scores:
+        caption = f"{escape(score.name)}: mean IoU {score.mean_iou:.2%}, pixel accuracy {score.accuracy:.2%}"
+        image = panels.get(score.name)
+        shown = f'<img loading="lazy" src="{quote(image)}" alt="picture, annotation, prediction">' if image else ""
+        parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
+    return parts
+
+
+def save_confusion(evaluation: Evaluation, path: Path) -> None:
+    """The confusion matrix as a PNG, shares of every row; of many classes the most frequent."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    confusion = evaluation.metric.confusion
+    chosen = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:MATRIX_CLASSES])
+    shares = confusion[np.ix_(chosen, chosen)] / np.maximum(confusion[chosen].sum(1, keepdims=True), 1)
+    names = [evaluation.table.labels[i] for i in chosen]
+    side = 2.5 + 0.28 * len(chosen)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    left = "" if len(chosen) == len(confusion) else f" (the {len(chosen)} most frequent of {len(confusion)} classes)"
+    axes.set(xlabel="prediction", ylabel="label", title=f"Confusion{left}")
+    figure.colorbar(image, shrink=0.8, label="share of the label's pixels")
+    with whole_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
