@@ -23,7 +23,9 @@ td:first-child, th:first-child, td.text, th.text { text-align: left; }
 th { cursor: pointer; background: #f6f6f6; position: sticky; top: 0; user-select: none; }
 th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::after { content: " ▼"; }
 .swatch { display: inline-block; width: 1em; height: 1em; border: 1px solid #888; margin-right: .5em; }
-.bar { display: inline-block; height: .7em; background: #4a86c5; margin-left: .6em; vertical-align: middle; }
+td { white-space: nowrap; }
+.bar { display: inline-block; width: 8em; background: #eee; margin-left: .8em; vertical-align: middle; }
+.bar i { display: block; height: .7em; background: #4a86c5; }
 .absent { color: #999; } .figures td { font-size: 1.2em; }
 figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #555; }
 """
@@ -134,8 +136,9 @@ def _classes(evaluation: Evaluation) -> list[str]:
         own, iou = confusion[number].sum(), float(s.iou[number])
         color = tuple(int(v) for v in table.colors[number])
         kind = "" if s.present[number] else ' class="absent"'
-        shown = f'<span class="swatch" style="background: rgb{color}"></span><span{kind}>{escape(name)}</span>'
-        bar = f'{iou:.2%}<span class="bar" style="width: {iou * 6:.2f}em"></span>'
+        short = f'<span{kind} title="{escape(name)}">{escape(table.labels[number])}</span>'
+        shown = f'<span class="swatch" style="background: rgb{color}"></span>{short}'
+        bar = f'{iou:.2%}<span class="bar"><i style="width: {iou:.1%}"></i></span>'
         recall = _share(float(confusion[number, number] / max(own, 1)))
         rows.append([(name, shown), (iou, bar), recall, _share(float(own / total))])
     note = "Click on a head to sort. <em>Found</em>: share of a class's pixels that got it. Grey: not in the labels."
