@@ -102,10 +102,13 @@ def test_hrnet_is_not_concatenated_for_a_convolution(stride):
     encoder = ModelBuilder.build_encoder("hrnetv2", pretrained=False, output_stride=stride).double().eval()
     decoder = ModelBuilder.build_decoder("c1_deepsup", num_class=5, in_channels=encoder.out_channels).double().eval()
     with torch.no_grad():
-        features = encoder(torch.randn(1, 3, 64, 96).double())
+        x = torch.randn(1, 3, 64, 96).double()
+        features = encoder(x, return_feature_maps=True, lazily=True)
         ours = decoder.logits(features)
         assert (features._whole is None) == (stride == 4)
         plain = decoder.logits([features[0]])
+        (whole,) = encoder(x, return_feature_maps=True)
+    assert torch.equal(whole, features[0])
     assert features[0].shape == (1, 720, 64 // stride, 96 // stride)
     assert list(features) == [features[-1]]
     for a, b in zip(ours, plain, strict=True):

@@ -1,5 +1,7 @@
 """The whole network: encoder, decoder and loss."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -60,9 +62,11 @@ class SegmentationModule(nn.Module):
         """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""
         return self.decoder.head(self._features(feed_dict))
 
-    def _features(self, feed_dict: dict) -> list[Tensor]:
-        x = feed_dict["img_data"]
-        return self.encoder(x if self.input_dtype is None else x.to(self.input_dtype), return_feature_maps=True)
+    def _features(self, feed_dict: dict) -> Sequence[Tensor]:
+        x, options = feed_dict["img_data"], {"return_feature_maps": True}
+        if getattr(self.encoder, "can_be_lazy", False):
+            options["lazily"] = True
+        return self.encoder(x if self.input_dtype is None else x.to(self.input_dtype), **options)
 
     @property
     def align_corners(self) -> bool:

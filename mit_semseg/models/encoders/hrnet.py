@@ -1,5 +1,7 @@
 """HRNetV2-W48 (Sun et al., "High-Resolution Representations for Labeling Pixels and Regions", 2019)."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ...lib.nn import Blocks
@@ -60,6 +62,7 @@ class HRNetV2(nn.Module):
     """
 
     out_channels = (sum(WIDTHS),)
+    can_be_lazy = True
 
     def __init__(self, *, output_stride: int = 4, norm_layer: NormLayer = DEFAULT_NORM):
         super().__init__()
@@ -89,16 +92,17 @@ class HRNetV2(nn.Module):
         step = conv_bn_relu(WIDTHS[index - 1], WIDTHS[index], stride=2, norm_layer=norm_layer)
         return nn.ModuleDict({str(index): nn.Sequential(step)})
 
-    def forward(self, x: Tensor, return_feature_maps: bool = False) -> Concatenated:
-        """A list with the only feature map (N, 720, H / output_stride, W / output_stride) of pictures (N, 3, H, W),
-        which is made when it is taken from it."""
+    def forward(self, x: Tensor, return_feature_maps: bool = False, *, lazily: bool = False) -> Sequence[Tensor]:
+        """A list with the only feature map (N, 720, H / output_stride, W / output_stride) of pictures (N, 3, H, W);
+        lazily, it is made when it is taken from the list."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         x = self.layer1(x)
         maps = self.stage2([self.transition1["0"](x), self.transition1["1"](x)])
         maps = self.stage3([*maps, self.transition2["2"](maps[-1])])
         maps = self.stage4([*maps, self.transition3["3"](maps[-1])])
-        return Concatenated(maps, {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride])
+        features = Concatenated(maps, {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride])
+        return features if lazily else list(features)
 
 
 hrnetv2 = HRNetV2
