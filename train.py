@@ -55,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "DIR holds what was saved; the same command with TRAIN.resume auto goes on from there")

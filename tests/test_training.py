@@ -286,6 +286,21 @@ def test_killed_process_resumes_bit_identically(root, tmp_path):
     assert not list(folder.glob("*.partial"))
 
 
+def test_ctrl_c_says_how_to_go_on(root, tmp_path):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.epoch_iters": 200, "TRAIN.disp_iter": 1}
+    command = [sys.executable, ROOT / "train.py", *words(changes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, **pipes) as process:
+        for line in process.stdout:
+            if b"Accuracy" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().strip().endswith("the same command with TRAIN.resume auto goes on from there")
+    assert "Traceback" not in errors.decode()
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     save_atomic({"x": 1}, path)

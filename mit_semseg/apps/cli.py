@@ -86,8 +86,14 @@ def refuse_torchrun(message: str) -> None:
         raise UserError(message)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main function; a user's mistake is printed without a traceback and exits with 2."""
+def run(main: Callable[[], int | None], kept: str = "") -> None:
+    """Run a script's main function and exit with its code: 0, or 1 where something was left out.
+
+    A user's mistake is printed without a traceback and exits with 2, Ctrl-C with 130.
+
+    Args:
+        kept: what is there after Ctrl-C, and how to go on.
+    """
     try:
         sys.exit(main())
     except UserError as error:
@@ -104,7 +110,7 @@ def run(main: Callable[[], int | None]) -> None:
             f"INFERENCE.window"
         )
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(f"interrupted{f': {kept}' if kept else ''}", file=sys.stderr)
         sys.exit(130)
 
 
