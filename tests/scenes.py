@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from mit_semseg.lib.nn import Blocks
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.decoders import C1
 from mit_semseg.models.layers import conv_bn_relu
@@ -50,7 +51,7 @@ class TinyEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(conv_bn_relu(3, 8, stride=2), conv_bn_relu(8, 8, stride=2))
+        self.stem = Blocks(conv_bn_relu(3, 8, stride=2), conv_bn_relu(8, 8, stride=2))
         self.deep = conv_bn_relu(8, 16, stride=2)
 
     def forward(self, x, return_feature_maps=False):

@@ -30,10 +30,9 @@ def module_of(encoder, decoder):
     return lively(SegmentationModule(enc, dec, None)).float()
 
 
-@pytest.mark.parametrize("decoder", ["ppm_deepsup", "upernet"])
-def test_programs(decoder, tmp_path):
+def test_programs(tmp_path):
     path = tmp_path / "network.pt2"
-    assert export(module_of("resnet18", decoder), path, kind="torch_export", about={"classes": "[1]"}) < 1e-5
+    assert export(module_of("resnet18", "ppm_deepsup"), path, kind="torch_export", about={"classes": "[1]"}) < 1e-5
     extra = {"about.json": ""}
     torch.export.load(path, extra_files=extra)
     assert json.loads(extra["about.json"]) == {"classes": "[1]"}
