@@ -29,8 +29,8 @@ def logits_of(module, view, device="cpu"):
 def test_bfloat16_is_close(decoder):
     module = module_of("resnet18", decoder)
     exact, rounded = logits_of(module, View()), logits_of(module, View(precision="bf16"))
-    assert rounded.dtype == torch.bfloat16
-    assert 0 < (rounded.float() - exact).norm() / exact.norm() < 0.05
+    assert rounded.dtype == torch.float32  # the classifier's; the network before it has 16 bits
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
 
 
 @pytest.mark.parametrize("view", [View(precision="bf16"), View(precision="bf16", window=(40, 40), flip=True)])

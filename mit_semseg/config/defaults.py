@@ -252,7 +252,7 @@ OPTIONS: dict[str, Option] = {
     "INFERENCE.precision": Option(
         "auto",
         "of the network: auto and fp32 are float32 (fp32 without the TF32 that GPUs may use); bf16 and fp16 are faster "
-        "and may change a pixel in a thousand",
+        "and give some pixels, one in a hundred, another class",
         choices=("auto", "fp32", "bf16", "fp16"),
     ),
     "INFERENCE.compile": Option(

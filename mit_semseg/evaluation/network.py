@@ -45,9 +45,30 @@ def prepared(
     if PRECISIONS[precision] != torch.float32:
         logger.info("inference in %s: some pixels may get another class than in float32", precision)
         network.to(PRECISIONS[precision]).input_dtype = PRECISIONS[precision]
+        _classify_in_float32(network.decoder)
     if compiled:
         network.encoder.compile()  # nearly all of the work; the pyramid's cached matrices would be made anew each time
     return network
+
+
+class _InFloat32(nn.Module):
+    """A layer that works in float32, whatever comes."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float())
+
+
+def _classify_in_float32(decoder: nn.Module) -> None:
+    """Scores of 16 bits would be alike where the classes are: the last layer, a small one, makes them in 32."""
+    last = decoder.conv_last
+    if isinstance(last, nn.Sequential):
+        last[-1] = _InFloat32(last[-1])
+    else:
+        decoder.conv_last = _InFloat32(last)
 
 
 def cpu_has_bfloat16() -> bool:
