@@ -34,7 +34,7 @@ class Written:
     Attributes:
         path: of the new one.
         frames: written.
-        broken: of these, frames that could not be read and are shown as the one before.
+        broken: frames that could not be read; they show the one before, and are left out where there is none.
         complete: nothing was interrupted.
     """
 
