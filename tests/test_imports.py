@@ -21,6 +21,7 @@ ALLOWED = {
     "engine": {"lib", "dataset", "models", "evaluation"},
     "apps": {"lib", "config", "dataset", "models", "evaluation", "engine"},
     "export": {"apps"},
+    "demo": {"apps"},
     "utils": {"lib", "dataset", "models", "evaluation", "engine", "apps"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -25,8 +25,8 @@ NAMES = ("tree", "road", "sky")
 NAME = "ade20k-resnet18dilated-c1_deepsup"
 
 
-def write_weights(folder, encoder, decoder, suffix, num_class):
-    torch.manual_seed(0)
+def write_weights(folder, encoder, decoder, suffix, num_class, seed=0):
+    torch.manual_seed(seed)
     enc = ModelBuilder.build_encoder(encoder, pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=num_class, in_channels=enc.out_channels)
     folder.mkdir(parents=True, exist_ok=True)

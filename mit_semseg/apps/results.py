@@ -101,10 +101,10 @@ class Result:
             if ending == ".json":
                 self._save_shares(path)
             else:
-                save_picture(self._picture(ending), path)
+                save_picture(self.picture(ending), path)
         return paths
 
-    def _picture(self, ending: str) -> Image.Image:
+    def picture(self, ending: str) -> Image.Image:
         if ending == "_overlay.png":
             return self.overlay()
         if ending == "_index.png":

@@ -1,0 +1,312 @@
+"""The web page: what it says of every kind of upload, and what a visitor sees and saves in a real browser."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import threading
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import script
+from scenes import write_pairs
+from test_segmenter import write_weights
+
+from mit_semseg import Segmenter
+from mit_semseg.apps.demo import Limits, Networks, build_page, called, checkpoints_of, examples_of, launch, segment
+from mit_semseg.config import load_config
+from mit_semseg.lib.utils import UserError
+
+NAMES = ["<b>tree</b>", "road & lane", "sky"]  # shown as they are, never as markup
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+LIMITS = Limits(upload=1, pixels=0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    write_weights(folder / "run", "resnet18dilated", "c1", "epoch_1.pth", 3)
+    write_weights(folder / "run", "resnet18dilated", "c1", "epoch_2.pth", 3, seed=1)
+    write_pairs(folder / "data" / "val", [(60, 45)] * 12)
+    (folder / "own.yaml").write_text(
+        f"DIR: {folder}/run\n"
+        f"DATASET: {{root_dataset: {folder}/data, list_val: val, num_class: 3, classes: {json.dumps(NAMES)}, "
+        "imgSizes: [40]}\n"
+        "MODEL: {arch_encoder: resnet18dilated, arch_decoder: c1}\n"
+        "TEST: {checkpoint: epoch_1.pth}\n"
+    )
+    picture = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    Image.fromarray(picture).resize((240, 180), Image.BICUBIC).save(folder / "street.png")
+    (folder / "page.jpg").write_text("<html>not found</html>")
+    Image.new("RGB", (400, 300)).save(folder / "large.png")
+    (folder / "heavy.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1_100_000))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cfg(folder):
+    return load_config(folder / "own.yaml")
+
+
+@pytest.fixture(scope="module")
+def networks(cfg, folder):
+    return Networks(checkpoints_of(cfg), lambda name: Segmenter.from_config(folder / "own.yaml", name, device="cpu"))
+
+
+def given(path, name=None):
+    return {"path": str(path), "orig_name": name or path.name}
+
+
+# What the page does with an upload
+
+
+def test_what_the_viewer_gets_is_what_the_segmenter_gives(networks, folder):
+    steps = []
+    value = segment(networks, LIMITS, given(folder / "street.png"), "epoch_2.pth", lambda *step: steps.append(step))
+    result = networks["epoch_2.pth"](folder / "street.png")
+    labels = zlib.decompress(base64.b64decode(value["labels"]))
+    assert np.array_equal(np.frombuffer(labels, np.uint8).reshape(180, 240), result.label_map)
+    index = Image.open(io.BytesIO(content_of(value["index"])))
+    assert np.array_equal(np.asarray(index), result.label_map)
+    about = json.loads(content_of(value["json"]))
+    assert about["image"] == "street.png"
+    assert [entry["share"] for entry in about["classes"]] == [entry["share"] for entry in result.classes]
+    shown = np.asarray(Image.open(io.BytesIO(content_of(value["picture"]))), dtype=int)
+    assert abs(shown - result.image).mean() < 4  # a JPEG
+    shares = [share for share, _ in steps]
+    assert shares == sorted(shares)
+
+
+def content_of(address):
+    return base64.b64decode(address.split("base64,")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("page.jpg", "page.jpg: no readable image"),
+        ("large.png", r"large.png has 400 x 300 pixels \(0.1 million\); this page takes up to 0.05 million"),
+        ("heavy.png", "heavy.png: no readable image"),
+    ],
+)
+def test_what_is_no_picture_gets_a_sentence(networks, folder, name, message):
+    value = segment(networks, LIMITS, given(folder / name), "epoch_1.pth", print)
+    assert value["wrong"]
+    assert re.match(message, value["message"])
+    assert str(folder) not in value["message"]  # nothing of this machine's folders
+
+
+def test_only_the_checkpoints_of_the_list_are_read(networks, folder):
+    value = segment(networks, LIMITS, given(folder / "street.png"), "../../secret.pth", print)
+    assert value["wrong"]
+    assert "there is no checkpoint '../../secret.pth'" in value["message"]
+
+
+def test_networks_are_loaded_once_and_the_oldest_goes():
+    loads = []
+    networks = Networks("abcd", lambda name: loads.append(name) or name)
+    assert [networks[name] for name in "ababcab"] == list("ababcab")
+    assert "".join(loads) == "abcab"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("street.jpg", "street.jpg"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\photos\\a.png", "a.png"),
+        ("<img src=x onerror=alert(1)>.png", "_img src_x onerror_alert(1)_.png"),
+        ("Straße 1.png", "Straße 1.png"),
+        ("..", "picture"),
+        (None, "picture"),
+        ("a" * 500, "a" * 80),
+    ],
+)
+def test_names_are_made_harmless(name, expected):
+    assert called(name) == expected
+
+
+def test_what_there_is_to_choose_from(cfg, folder, tmp_path):
+    assert checkpoints_of(cfg) == ["epoch_1.pth", "epoch_2.pth"]
+    pictures = examples_of(cfg, None)
+    assert len(pictures) == 6
+    assert pictures[1].endswith("02.png")  # spread over the twelve
+    assert len(examples_of(cfg, str(folder / "data" / "val" / "images"))) == 6
+    with pytest.raises(UserError, match=r"--examples .*: no pictures there"):
+        examples_of(cfg, str(tmp_path))
+    nowhere = load_config(folder / "own.yaml", ["DATASET.root_dataset", str(tmp_path)])
+    assert examples_of(nowhere, None) == []
+    with pytest.raises(UserError, match=r"the checkpoint can be epoch_1.pth, epoch_2.pth"):
+        checkpoints_of(load_config(folder / "own.yaml", ["TEST.checkpoint", "epoch_7.pth"]))
+
+
+def test_a_taken_port_is_named(page):
+    port = int(page.rsplit(":", 1)[1].strip("/"))
+    with pytest.raises(UserError, match=f"cannot be served at 127.0.0.1, port {port}: choose another --port"):
+        launch(build_page(Networks(["a"], None), LIMITS), LIMITS, port=port)
+
+
+def test_the_script_says_what_is_wrong_before_it_serves(folder):
+    done = script("mit_semseg.demo", "--cfg", folder / "own.yaml", "TEST.checkpoint", "epoch_7.pth")
+    assert done.returncode == 2
+    assert "the checkpoint can be epoch_1.pth, epoch_2.pth" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def page(cfg, networks):
+    page = build_page(networks, LIMITS, examples_of(cfg, None), "A tiny network.")
+    yield launch(page, LIMITS)
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if BROWSER is None:
+        pytest.skip("needs Chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, page):
+    """Opens the page as another visitor; nothing may be fetched from elsewhere, nothing may go wrong in its code."""
+    contexts, elsewhere, errors = [], [], []
+
+    def visit():
+        contexts.append(browser.new_context(accept_downloads=True))
+        tab = contexts[-1].new_page()
+        tab.set_default_timeout(60_000)
+        tab.on("request", lambda r: elsewhere.append(r.url) if r.url.startswith("http") else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(page)
+        tab.wait_for_selector("#viewer .message")
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert [url for url in elsewhere if not url.startswith(page)] == []
+    assert errors == []
+
+
+def upload(tab, path):
+    tab.set_input_files("#picture input[type=file]", path)
+
+
+def entries_of(tab):
+    tab.wait_for_selector("#viewer .legend li")
+    return [row.inner_text().split("\n") for row in tab.query_selector_all("#viewer .legend li")]
+
+
+def pixels_of(tab):
+    """(H, W, 3) of the canvas."""
+    address = tab.eval_on_selector("#viewer canvas", "canvas => canvas.toDataURL('image/png')")
+    return np.asarray(Image.open(io.BytesIO(content_of(address))).convert("RGB"), dtype=int)
+
+
+def saved(tab, kind):
+    with tab.expect_download() as download:
+        tab.click(f"#viewer .{kind}")
+    with open(download.value.path(), "rb") as file:
+        return download.value.suggested_filename, file.read()
+
+
+def test_a_visitor_sees_and_saves_the_result(visit, networks, folder):
+    tab = visit()
+    assert tab.inner_text("#viewer .message") == "Choose, drop, paste or photograph a picture."
+    upload(tab, folder / "street.png")
+    result = networks["epoch_1.pth"](folder / "street.png")
+    assert [(name, share) for name, share in entries_of(tab)] == [
+        (entry["class"], f"{100 * entry['share']:.1f} %") for entry in result.classes
+    ]
+    assert tab.inner_text("#viewer .message") == "street.png: 240 x 180 pixels"
+
+    expected = np.asarray(result.overlay(legend=False), dtype=int)
+    assert abs(pixels_of(tab) - expected).mean() < 4
+    tab.click("#viewer .none")
+    assert abs(pixels_of(tab) - result.image).mean() < 4
+    tab.click("#viewer .legend li:nth-child(1) input")  # only the largest class
+    largest = result.label_map == result.classes[0]["index"]
+    tinted = np.where(largest[..., None], expected, result.image)
+    assert abs(pixels_of(tab) - tinted).mean() < 4
+    tab.click("#viewer .all")
+    tab.fill("#viewer .opacity", "100")
+    colors = result.table.colors[result.label_map].astype(int)
+    assert abs(pixels_of(tab) - colors).max() <= 1
+
+    box = tab.query_selector("#viewer canvas").bounding_box()
+    scale = min(box["width"] / 240, box["height"] / 180)
+    left, top = box["x"] + (box["width"] - 240 * scale) / 2, box["y"] + (box["height"] - 180 * scale) / 2
+    for x, y in ((30, 40), (200, 150), (0, 0), (239, 179)):
+        tab.mouse.move(left + (x + 0.5) * scale, top + (y + 0.5) * scale)
+        assert tab.inner_text("#viewer .pointed") == NAMES[result.label_map[y, x]]
+
+    name, content = saved(tab, "index")
+    assert name == "street_index.png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), result.label_map)
+    name, content = saved(tab, "json")
+    assert name == "street.json"
+    assert json.loads(content)["classes"] == result.classes
+    name, content = saved(tab, "as-shown")
+    assert name == "street_overlay.png"
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")), pixels_of(tab))
+
+
+def test_another_network_and_the_examples(visit, networks, folder):
+    tab = visit()
+    tab.click("button.gallery-item >> nth=1")
+    before = entries_of(tab)
+    assert tab.inner_text("#viewer .message") == "02.png: 60 x 45 pixels"
+    tab.click("#checkpoint input")
+    tab.click("text=epoch_2.pth")
+    tab.wait_for_function(
+        "before => document.querySelector('#viewer .legend').innerText.replaceAll(/\\s+/g, ' ') != before",
+        arg=" ".join(" ".join(row) for row in before),
+    )
+    result = networks["epoch_2.pth"](folder / "data" / "val" / "images" / "02.png")
+    assert [name for name, _ in entries_of(tab)] == [entry["class"] for entry in result.classes]
+
+
+def test_a_wrong_file_gets_a_sentence_and_the_page_goes_on(visit, folder):
+    tab = visit()
+    upload(tab, folder / "large.png")
+    tab.wait_for_selector("#viewer .message.wrong")
+    assert "large.png has 400 x 300 pixels" in tab.inner_text("#viewer .message")
+    assert not tab.is_visible("#viewer canvas")
+    tab.click("button[aria-label='Remove Image']")
+    upload(tab, folder / "page.jpg")
+    tab.wait_for_selector("text=page.jpg: no readable image")
+    tab.click("button[aria-label='Remove Image']")
+    tab.wait_for_selector("text=Choose, drop, paste")
+    upload(tab, folder / "heavy.png")
+    tab.wait_for_selector("text=/exceeds|too large|maximum/i")
+    tab.reload()
+    upload(tab, folder / "street.png")
+    assert len(entries_of(tab)) >= 2
+
+
+def test_two_visitors_at_once(visit, networks, folder, monkeypatch):
+    """The second waits, sees its place, and each gets what is theirs."""
+    first, second, going = visit(), visit(), threading.Event()
+    load = networks.__class__.__getitem__
+    monkeypatch.setattr(Networks, "__getitem__", lambda self, name: going.wait(60) and load(self, name))
+    upload(first, folder / "street.png")
+    first.wait_for_selector("text=loading the network")
+    upload(second, folder / "data" / "val" / "images" / "00.png")
+    second.wait_for_selector("text=/queue: *\\d+\\/\\d+/")
+    going.set()
+    entries_of(first)
+    entries_of(second)
+    assert first.inner_text("#viewer .message") == "street.png: 240 x 180 pixels"
+    assert second.inner_text("#viewer .message") == "00.png: 60 x 45 pixels"
