@@ -33,6 +33,18 @@ def test_bfloat16_is_close(decoder):
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("encoder", ["mobilenetv2dilated", "resnet18_v1", "hrnetv2", "vgg16_dilated8"])
+def test_a_network_of_16_bits_sees_the_picture_as_it_is(encoder):
+    """Colours of 8 bits are finer than bfloat16 numbers."""
+    network = View(precision="bf16").network(module_of(encoder, "c1"))
+    exact, rounded = (network.logits({"img_data": x}) for x in (PICTURE, PICTURE.bfloat16().float()))
+    assert not torch.equal(exact, rounded)
+    kinds = [part.weight.dtype for part in network.modules() if isinstance(part, torch.nn.Conv2d)]
+    assert kinds.count(torch.float32) == 2  # the first and the last
+    assert kinds.count(torch.bfloat16) == len(kinds) - 2
+
+
 @pytest.mark.parametrize("view", [View(precision="bf16"), View(precision="bf16", window=(40, 40), flip=True)])
 def test_probabilities_are_float32(view):
     model = view.network(module_of("resnet18", "c1"))
@@ -47,7 +59,7 @@ def test_the_module_itself_stays_as_it_is():
     module = module_of("resnet18", "c1")
     before = copy.deepcopy(module.state_dict())
     View(precision="bf16").network(module)
-    assert module.input_dtype is None
+    assert {value.dtype for value in module.parameters()} == {torch.float32}
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..lib.utils import UserError
 from ..models.folding import folded
@@ -43,49 +42,45 @@ def prepared(
         raise UserError("INFERENCE.precision fp16 needs a GPU; on the CPU set bf16 (where it has it), or auto")
     if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
         logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions; auto will be faster")
-    if PRECISIONS[precision] == torch.float32:
-        network = folded(module)
-    else:
+    network = folded(module)
+    if PRECISIONS[precision] != torch.float32:
         logger.info("inference in %s: some pixels may get another class than in float32", precision)
-        network = _in_16_bits(module, PRECISIONS[precision])
+        _to_16_bits(network, PRECISIONS[precision])
     if compiled:
         network.encoder.compile()  # nearly all of the work; the pyramid's cached matrices would be made anew each time
     return network
 
 
-def _in_16_bits(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of a network whose convolutions compute with 16 bits.
-
-    The norms stay, in float32: what is rounded of a weight averages out over the products, but a bias that a norm
-    leaves in its convolution would be rounded for all pixels alike, which costs ten times as much of the mean IoU.
-    """
-    network = copy.deepcopy(module).eval().requires_grad_(False)
-    for part in network.modules():
-        if not isinstance(part, _BatchNorm) and not list(part.children()):
-            part.to(dtype)
-    network.input_dtype = dtype
-    _classify_in_float32(network.decoder)
-    return network.to(memory_format=torch.channels_last)
-
-
 class _InFloat32(nn.Module):
-    """A layer that works in float32, whatever comes."""
+    """A layer that works in float32, whatever comes, and what it gives in a type of choice."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, output: torch.dtype):
         super().__init__()
-        self.layer = layer.float()
+        self.layer, self.output = layer.float(), output
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.float())
+        return self.layer(x.float()).to(self.output)
 
 
-def _classify_in_float32(decoder: nn.Module) -> None:
-    """Scores of 16 bits would be alike where the classes are: the last layer, a small one, makes them in 32."""
-    last = decoder.conv_last
-    if isinstance(last, nn.Sequential):
-        last[-1] = _InFloat32(last[-1])
-    else:
-        decoder.conv_last = _InFloat32(last)
+def _to_16_bits(network: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a network to a type of 16 bits, but for two layers of little work and much weight.
+
+    The first sees pictures as they are: rounded to 8 bits of mantissa, a colour would be off at all of its pixels
+    alike. The last makes scores in 32 bits: of 16, they would be equal where two classes are close.
+    """
+    first = _convolutions(network.encoder)[0]
+    last = f"conv_last.{_convolutions(network.decoder.conv_last)[-1]}".rstrip(".")
+    kept = [
+        (part, name, _InFloat32(copy.deepcopy(part.get_submodule(name)), output))
+        for part, name, output in ((network.encoder, first, dtype), (network.decoder, last, torch.float32))
+    ]
+    network.to(dtype)
+    for part, name, layer in kept:
+        part.set_submodule(name, layer)
+
+
+def _convolutions(module: nn.Module) -> list[str]:
+    return [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d)]
 
 
 def cpu_has_bfloat16() -> bool:

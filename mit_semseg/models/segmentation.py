@@ -16,13 +16,7 @@ class SegmentationModule(nn.Module):
         crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`; or with
             a method `of_logits` over (logits, labels), which is then called instead.
         deep_sup_scale: weight of the deep supervision branch; None leaves the branch out.
-
-    Attributes:
-        input_dtype: that pictures are brought to, where the weights have another precision than they; None takes them
-            as they are.
     """
-
-    input_dtype: torch.dtype | None = None
 
     def __init__(self, enc: nn.Module, dec: nn.Module, crit: nn.Module | None, deep_sup_scale: float | None = None):
         super().__init__()
@@ -66,7 +60,7 @@ class SegmentationModule(nn.Module):
         x, options = feed_dict["img_data"], {"return_feature_maps": True}
         if getattr(self.encoder, "can_be_lazy", False):
             options["lazily"] = True
-        return self.encoder(x if self.input_dtype is None else x.to(self.input_dtype), **options)
+        return self.encoder(x, **options)
 
     @property
     def align_corners(self) -> bool:
