@@ -13,11 +13,11 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
+    args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices = pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
-        logger = cli.setup_logger(processes.rank, filename=None)
+        logger = cli.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         evaluation = scoring.score(args.cfg, args.opts, devices, processes)
         if processes.main:

@@ -11,11 +11,11 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
+    args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
     devices = pick_devices(args.device)
-    cli.setup_logger(filename=None).info("devices: %s", ", ".join(map(describe, devices)))
+    cli.setup_logger(0, None, args.level).info("devices: %s", ", ".join(map(describe, devices)))
     scoring.report(cfg, args.cfg, scoring.score(args.cfg, args.opts, devices))
 
 

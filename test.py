@@ -1,8 +1,7 @@
 """Segment pictures: python test.py --imgs PICTURE_OR_FOLDER --cfg config/NAME.yaml [--gpus 0-3] [KEY VALUE ...]"""
 
+from logging import INFO
 from pathlib import Path
-
-from tqdm import tqdm
 
 from mit_semseg.apps import cli, video
 from mit_semseg.apps.devices import describe_all, pick_devices
@@ -12,6 +11,7 @@ from mit_semseg.apps.results import add_result_arguments, endings_of
 from mit_semseg.apps.sharing import share_out
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
+from mit_semseg.lib.utils import progress_bar
 
 EXAMPLES = """\
   python test.py --imgs street.jpg --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml
@@ -22,7 +22,7 @@ EXAMPLES = """\
 
 
 def main() -> int:
-    parser = cli.make_parser(__doc__, EXAMPLES)
+    parser = cli.make_parser(__doc__, EXAMPLES, cli.PICTURES)
     parser.add_argument(
         "--imgs",
         required=True,
@@ -35,18 +35,18 @@ def main() -> int:
     cfg, endings = load_config(args.cfg, args.opts), endings_of(args)
     devices = pick_devices(args.device)
     if video.is_video(args.imgs):
+        cli.setup_logger(0, None, args.level)
         return video.run(cfg, args.imgs, devices[0], args.smoothing)
     with distributed.join(devices[0]) as processes:
-        logger = cli.setup_logger(processes.rank, filename=None)
+        logger = cli.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None
         plan = processes.collect(found, "looking for pictures")[0]  # one list for all
 
-        with tqdm(total=len(plan), desc="segmenting", unit="img", disable=None if processes.main else True) as bar:
-            arguments = args.cfg, args.opts, plan, endings
-            shares = share_out(
-                segment_share, devices, processes, len(plan), arguments, lambda line: bar.update() or tqdm.write(line)
-            )
+        with progress_bar(total=len(plan), desc="segmenting", unit="img", shown=processes.main) as bar:
+            say = bar.write if args.level <= INFO else bar.set_postfix_str  # a quiet bar is not shown
+            arguments = segment_share, devices, processes, len(plan), (args.cfg, args.opts, plan, endings)
+            shares = share_out(*arguments, lambda line: bar.update() or say(line))
         failed = [reason for share in shares for reason in share]
         if processes.main:
             print(f"{len(plan) - len(failed)} of {len(plan)} pictures segmented, results in {cfg.TEST.result}")

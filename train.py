@@ -16,7 +16,7 @@ EXAMPLES = """\
 
 
 def main() -> None:
-    args = cli.make_parser(__doc__, EXAMPLES).parse_intermixed_args()
+    args = cli.make_parser(__doc__, EXAMPLES, cli.TRAINING).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices, files = pick_devices(args.device), RunFiles(cfg.DIR)
     with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
@@ -26,7 +26,7 @@ def main() -> None:
         continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
         dataset, validation = building.build_data(cfg)
 
-        logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt")
+        logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt", args.level)
         logger.info("options:\n%s", cfg.dump())
         logger.info("devices: %s", describe_all(devices, processes))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))

@@ -16,7 +16,8 @@ from scenes import write_pairs
 from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.demo import Limits, Networks, build_page, called, checkpoints_of, examples_of, launch, segment
+from mit_semseg.apps.demo import checkpoints_of, examples_of
+from mit_semseg.apps.page import Limits, Networks, build_page, called, launch, segment
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
 

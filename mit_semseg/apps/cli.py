@@ -2,14 +2,20 @@
 
 import argparse
 import logging
+import os
+import platform
+import signal
 import sys
-from collections.abc import Callable
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from ..config import Config, add_config_arguments
+from ..config import OPTIONS, Config, add_config_arguments
 from ..engine import Processes, RunFiles
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
@@ -17,13 +23,37 @@ from ..lib.utils import UserError
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
+COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # yellow and red, of terminals
+EXIT_CODES = (
+    "exit codes: 0 done, 1 something was left out, 2 a mistake that the last line explains, 130 Ctrl-C, 143 SIGTERM"
+)
+
+# The options that are changed most often, for the help of the scripts.
+TRAINING = (
+    "DIR", "DATASET.root_dataset", "TRAIN.batch_size_per_gpu", "TRAIN.num_epoch", "TRAIN.lr_encoder",
+    "TRAIN.lr_decoder", "TRAIN.amp", "TRAIN.resume", "TRAIN.eval_epoch",
+)  # fmt: skip
+EVALUATION = (
+    "DIR", "VAL.checkpoint", "VAL.visualize", "DATASET.imgSizes", "INFERENCE.flip", "INFERENCE.window",
+    "INFERENCE.precision",
+)  # fmt: skip
+PICTURES = ("DIR", "TEST.checkpoint", "TEST.result", *EVALUATION[3:])
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """Parser with `--cfg`, the device option and the trailing options; examples are shown below the help."""
+def make_parser(description: str, examples: str, keys: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Parser with `--cfg`, the device option, `-v`, `-q` and the trailing options.
+
+    Args:
+        description: on top of the help.
+        examples: below the help, a line each.
+        keys: options of the YAML that the help explains.
+    """
     parser = argparse.ArgumentParser(
-        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f"{_explained(keys)}examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_verbosity(parser)
     parser.add_argument(
         "--gpus",
         "--gpu",
@@ -37,30 +67,71 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     return parser
 
 
-def setup_logger(distributed_rank: int = 0, filename: str | None = "log.txt") -> logging.Logger:
+def _explained(keys: Sequence[str]) -> str:
+    """Options with their meaning and default."""
+    if not keys:
+        return ""
+    lines = [f"  {key}  ({OPTIONS[key].default!r}) {OPTIONS[key].help}" for key in keys]
+    lines = [textwrap.fill(line, 118, subsequent_indent=" " * 6) for line in lines]
+    return "\n".join(["keys that are changed most often, with their defaults (all: docs/options.md):", *lines, "", ""])
+
+
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Give a parser `-v` and `-q`, whose `args.level` is for `setup_logger`."""
+    given = parser.add_mutually_exclusive_group()
+    for flags, level, text in (
+        (("-v", "--verbose"), logging.DEBUG, "say more: options, versions, where a mistake was found"),
+        (("-q", "--quiet"), logging.WARNING, "say less: results and warnings only, no progress"),
+    ):
+        given.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)
+
+
+class _Colored(logging.Formatter):
+    """Warnings and errors in colour."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return colored(super().format(record), record.levelno)
+
+
+def colored(text: str, level: int) -> str:
+    """Text in the colour that messages of a level have on a terminal."""
+    return f"\033[{COLORS[level]}m{text}\033[0m" if level in COLORS else text
+
+
+def _takes_colors(stream) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+
+
+def setup_logger(
+    distributed_rank: int = 0, filename: str | None = "log.txt", level: int = logging.INFO
+) -> logging.Logger:
     """Log to the terminal and, if a name is given, to a file (appended to).
 
     Args:
         distributed_rank: of this process; all but 0 log warnings only, with their rank, to the same file.
         filename: of the log; None logs to the terminal alone.
+        level: of what is logged; the file gets messages of level INFO in any case.
 
     Returns:
         The toolkit's logger.
     """
     log = logging.getLogger(__package__.split(".")[0])
-    log.setLevel(logging.INFO if distributed_rank == 0 else logging.WARNING)
     log.propagate = False
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()
     form = LOG_FORMAT.replace("]", f" rank {distributed_rank}]") if distributed_rank else LOG_FORMAT
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[tuple[logging.Handler, int]] = [(logging.StreamHandler(sys.stdout), level)]
     if filename:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(filename, encoding="utf-8"))
-    for handler in handlers:
-        handler.setFormatter(logging.Formatter(form, "%Y-%m-%d %H:%M:%S"))
+        handlers.append((logging.FileHandler(filename, encoding="utf-8"), min(level, logging.INFO)))
+    for handler, least in handlers:
+        handler.setLevel(max(least, logging.WARNING) if distributed_rank else least)
+        kind = _Colored if handler is handlers[0][0] and _takes_colors(sys.stdout) else logging.Formatter
+        handler.setFormatter(kind(form, "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
+    log.setLevel(min(handler.level for handler in log.handlers))
+    log.debug("Python %s, PyTorch %s on %s", platform.python_version(), torch.__version__, platform.platform())
     return log
 
 
@@ -86,16 +157,39 @@ def refuse_torchrun(message: str) -> None:
         raise UserError(message)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: ends a script as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """In here SIGTERM raises `Terminated`; not under torchrun, which waits for processes that wait for one another."""
+    if Place.of_this_process().size > 1:
+        yield
+        return
+
+    def raise_terminated(*_) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, raise_terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(main: Callable[[], int | None], kept: str = "") -> None:
     """Run a script's main function and exit with its code: 0, or 1 where something was left out.
 
-    A user's mistake is printed without a traceback and exits with 2, Ctrl-C with 130.
+    A user's mistake is printed without a traceback (with one after -v) and exits with 2, Ctrl-C with 130, SIGTERM with
+    143.
 
     Args:
         kept: what is there after Ctrl-C, and how to go on.
     """
     try:
-        sys.exit(main())
+        with _terminable():
+            sys.exit(main())
     except UserError as error:
         # A loader process puts its traceback before the message.
         _fail(str(error).split(f"{type(error).__name__}: ")[-1].strip())
@@ -109,12 +203,17 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
             f"TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize or DATASET.crop_size, elsewhere set "
             f"INFERENCE.window"
         )
-    except KeyboardInterrupt:
-        print(f"interrupted{f': {kept}' if kept else ''}", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as interruption:
+        what, code = ("ended by SIGTERM", 143) if isinstance(interruption, Terminated) else ("interrupted", 130)
+        print(f"{what}{f': {kept}' if kept else ''}", file=sys.stderr)
+        sys.exit(code)
 
 
 def _fail(text: str) -> NoReturn:
+    """Print what is wrong, while an error is handled, and exit."""
+    if logging.getLogger(__package__.split(".")[0]).isEnabledFor(logging.DEBUG):
+        traceback.print_exc()
     place = Place.of_this_process()
-    print(f"error: {f'[rank {place.rank}] ' if place.size > 1 else ''}{text}", file=sys.stderr, flush=True)
+    text = f"error: {f'[rank {place.rank}] ' if place.size > 1 else ''}{text}"
+    print(colored(text, logging.ERROR) if _takes_colors(sys.stderr) else text, file=sys.stderr, flush=True)
     sys.exit(2)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, add_config_arguments, load_config
-from ..dataset import ClassTable
+from ..dataset import ClassTable, ValDataset
 from ..dataset.datasets import table_of
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, whole_file
 from ..models.folding import folded
+from . import quantize
 from .building import build_module
-from .cli import DEFAULT_CONFIG, run, setup_logger
+from .cli import DEFAULT_CONFIG, add_verbosity, run, setup_logger
 
 logger = logging.getLogger(__name__)
 
@@ -178,16 +179,44 @@ def main() -> None:
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="of the file (default: onnx)")
     parser.add_argument("--output", choices=OUTPUTS, default="logits", help="of the network (default: logits)")
     parser.add_argument("--out", metavar="FILE", help="to write (default: network.onnx or network.pt2 in DIR)")
+    parser.add_argument("--int8", action="store_true", help="also write the network in 8-bit integers (ONNX)")
+    for name, default, what in (
+        ("calibration", quantize.CALIBRATION, "training pictures that the ranges of 8-bit values are taken from"),
+        ("scored", quantize.SCORED, "validation pictures that the loss in mean IoU is measured on"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{what} (default: {default})")
+    add_verbosity(parser)
     add_config_arguments(parser, DEFAULT_CONFIG)
     args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    setup_logger(filename=None)
+    setup_logger(0, None, args.level)
     path = Path(args.out or Path(cfg.DIR, f"network{FORMATS[args.format]}"))
     module = build_module(cfg, torch.device("cpu"), checkpoint=cfg.TEST.checkpoint)
     about = description(cfg, table_of(cfg.DATASET), args.output)
+    data = _data_for(cfg, args) if args.int8 else None
     difference = export(module, path, kind=args.format, output=args.output, about=about)
     sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): differs by {difference:.1e} from the network at {sizes}")
+    print(f"{path} ({_mebibytes(path)}): differs by {difference:.1e} from the network at {sizes}")
+    if data:
+        small = path.with_suffix(f".int8{path.suffix}")
+        quantize.quantize(path, small, data[0])
+        print(f"{small} ({_mebibytes(small)}): calibrated with {len(data[0])} training pictures")
+        print(quantize.cost(path, small, data[1], align_corners=module.align_corners))
+
+
+def _mebibytes(path: Path) -> str:
+    return f"{path.stat().st_size / 2**20:.1f} MiB"
+
+
+def _data_for(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:
+    """Pictures to calibrate with and to score on: what is wrong with them is said before anything is written."""
+    if args.format != "onnx" or args.output != "logits":
+        raise ExportError("--int8 goes with --format onnx and --output logits")
+    for name in ("calibration", "scored"):
+        if getattr(args, name) < 1:
+            raise ExportError(f"--{name} {getattr(args, name)}: give a number of pictures from 1 up")
+    training, validation = quantize.labelled_pictures(cfg)
+    return training.spread(args.calibration), validation.spread(args.scored)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..config import Config, load_config
 from ..dataset import ValDataset
 from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
-from ..lib.utils import whole_file
+from ..lib.utils import progress_bar, whole_file
 from .background import Background
 from .building import build_module, view_of
 from .report import write_report
@@ -83,7 +82,7 @@ def score(
     processes = processes or Processes()
     dataset = _dataset(load_config(path, opts))
     own = len(dataset.part(processes.rank, processes.size))
-    with tqdm(total=own, desc="evaluating", unit="img", disable=None if processes.main else True) as bar:
+    with progress_bar(total=own, desc="evaluating", unit="img", shown=processes.main) as bar:
         arguments = path, list(opts)
         shares = share_out(_score_share, devices, processes, len(dataset), arguments, lambda name: bar.update())
     evaluation = Evaluation.merged(shares)

@@ -1,5 +1,6 @@
 """Work on a list shared out over devices: in this process, in worker processes, or over the processes of a job."""
 
+import logging
 import signal
 import sys
 import threading
@@ -16,6 +17,8 @@ from ..dataset.samplers import shards
 from ..engine import Processes
 from ..lib.utils import UserError, available_cores
 from .cli import setup_logger
+
+logger = logging.getLogger(__name__)
 
 LAST_WORDS = 10.0  # seconds for a worker to end by itself
 
@@ -77,13 +80,20 @@ def _without_interrupt() -> Iterator[None]:
 
 
 def _worker(
-    connection: Connection, start_method: str, work: Work, device: str, number: int, parts: int, arguments: Sequence
+    connection: Connection,
+    start_method: str,
+    level: int,
+    work: Work,
+    device: str,
+    number: int,
+    parts: int,
+    arguments: Sequence,
 ) -> None:
     """Main function of a worker process."""
     set_start_method(start_method, force=True)  # its loader processes start as those of a process on its own do
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its loader processes, too
     try:
-        setup_logger(distributed_rank=number, filename=None)
+        setup_logger(number, None, level)
         torch.set_num_threads(max(1, available_cores() // parts))
         result = work(torch.device(device), number, parts, lambda m: connection.send(("message", m)), *arguments)
         connection.send(("result", result))
@@ -106,7 +116,16 @@ class _Workers:
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
                 target=_worker,
-                args=(sender, get_start_method(), work, str(device), number, len(devices), arguments),
+                args=(
+                    sender,
+                    get_start_method(),
+                    logger.getEffectiveLevel(),
+                    work,
+                    str(device),
+                    number,
+                    len(devices),
+                    arguments,
+                ),
                 name=f"worker {number}",
             )
             self.unfinished[receiver] = number

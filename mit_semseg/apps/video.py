@@ -8,11 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ..config import Config
-from ..lib.utils import UserError, whole_file
-from .cli import setup_logger
+from ..lib.utils import UserError, progress_bar, whole_file
 from .devices import describe
 from .predictor import Segmenter
 
@@ -70,7 +68,7 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
         raise VideoError("--smoothing needs the whole picture: set INFERENCE.window 0")
     if not given.isdigit() and not Path(given).is_file():
         raise VideoError(f"--imgs {given}: there is no such file")
-    setup_logger(filename=None).info("device: %s", describe(device))
+    logger.info("device: %s", describe(device))
     path = output_path(given, Path(cfg.TEST.result))
     written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
     print(f"{written.path}: {written.frames} frames{'' if written.complete else ', interrupted'}")
@@ -91,8 +89,8 @@ def segment_video(
 ) -> Written:
     """Write a video whose frames are tinted, of the same size and frame rate.
 
-    A run that is interrupted (Ctrl-C) leaves the frames so far as a video that can be played. A frame that cannot be
-    read is shown as the one before it and counted.
+    A run that is interrupted (Ctrl-C, SIGTERM) leaves the frames so far as a video that can be played. A frame that
+    cannot be read is shown as the one before it and counted.
 
     Args:
         given: a video file, or the number of a camera, which is recorded until interrupted.
@@ -116,7 +114,7 @@ def segment_video(
             try:
                 if not writer.isOpened():
                     raise VideoError(f"{path}: OpenCV cannot write a video there ({CODEC}, {frames.size})")
-                bar = tqdm(total=frames.total, desc="segmenting", unit="frame", disable=None if progress else True)
+                bar = progress_bar(total=frames.total, desc="segmenting", unit="frame", shown=progress)
                 with bar:
                     for result in segmenter.frames(frames, smoothing=smoothing):
                         tinted = np.asarray(result.overlay(alpha, legend=False))

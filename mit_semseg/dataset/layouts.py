@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
-from ..lib.utils import UserError, some
+from ..lib.utils import UserError, progress_bar, some
 from .files import ImageFileError, image_size
 
 Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
@@ -115,7 +114,7 @@ def _lonely(path: Path, wanted: tuple[Path, str], stem: str) -> str:
 def _records(pairs: list[tuple[Path, Path]], root: str | os.PathLike, where: str) -> list[Record]:
     return [
         {"fpath_img": _relative(image, root), "fpath_segm": _relative(label, root), **_size(image)}
-        for image, label in tqdm(pairs, desc=f"reading sizes in {where}", unit="img", disable=None, leave=False)
+        for image, label in progress_bar(pairs, desc=f"reading sizes in {where}", unit="img", leave=False)
     ]
 
 

@@ -9,12 +9,12 @@ from itertools import chain
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..dataset import ClassTable, ValDataset
 from ..dataset.datasets import float_pictures
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
+from ..lib.utils import progress_bar
 from .inference import WHOLE, View, label_map
 from .metrics import SegmentationMetric, Summary
 
@@ -155,7 +155,8 @@ def evaluate(
     the figures are not to depend on it.
 
     Args:
-        model: a `SegmentationModule`, of which a copy is made for inference (see `network.prepared`).
+        model: a `SegmentationModule`, of which a copy is made for inference (see `network.prepared`); or what is
+            called like one and taken as it is.
         dataset: the pictures and labels.
         device: where the model is.
         view: mirrored, windows, precision.
@@ -166,10 +167,10 @@ def evaluate(
         on_result: called with every item and its (H, W) label map, e.g. to write panels.
     """
     metric, scores = SegmentationMetric(len(dataset.table)), []
-    network = view.network(model, device)
+    network = view.network(model, device) if isinstance(model, nn.Module) else model
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
-    bar = tqdm(total=len(dataset), desc="evaluating", unit="img", disable=None if progress else True)
+    bar = progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress)
     with explained(), bar:
         for item in read_items(dataset, device=device, **reading):
             prediction = label_map(network, item, device, view)

@@ -1,12 +1,14 @@
 """Small things that every room needs."""
 
+import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 
 class UserError(Exception):
@@ -37,6 +39,18 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 def available_cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
+    """A progress bar with rate and remaining time: on a terminal only, and not where the toolkit logs warnings alone.
+
+    Args:
+        iterable: to go through, see `tqdm`.
+        shown: False shows nothing, e.g. in all processes but one.
+        options: of `tqdm`.
+    """
+    quiet = any(handler.level > logging.INFO for handler in logging.getLogger(__package__.split(".")[0]).handlers)
+    return tqdm(iterable, disable=None if shown and not quiet else True, **options)
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

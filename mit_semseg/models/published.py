@@ -9,9 +9,8 @@ from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..lib.utils import whole_file
+from ..lib.utils import progress_bar, whole_file
 from .weights import LoadReport, WeightsError, load_weights
 
 SERVER = "http://sceneparsing.csail.mit.edu/model"
@@ -100,7 +99,7 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
             open(partial, "wb") as out,
         ):
             expected = int(response.headers.get("Content-Length") or 0)
-            with tqdm(total=expected or None, unit="B", unit_scale=True, desc=path.name, disable=None) as bar:
+            with progress_bar(total=expected or None, unit="B", unit_scale=True, desc=path.name) as bar:
                 while chunk := response.read(1 << 20):
                     out.write(chunk)
                     digest.update(chunk)

@@ -1,5 +1,5 @@
 // Shows a picture with its label map: opacity, classes on and off, the class under the pointer.
-// `props.value` is {message, wrong} or also {picture, labels, width, height, wide, classes}; see `_shown` of demo.py.
+// `props.value` is {message, wrong} or also {picture, labels, width, height, wide, classes}; see `shown` of page.py.
 const find = (name) => element.querySelector("." + name);
 const state = { value: null, picture: null, labels: null, hidden: new Set() };
 let drawing = 0; // number of the newest value: an older one that is still being decoded is dropped
