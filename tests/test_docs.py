@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from runs import ROOT, here
@@ -50,7 +49,7 @@ def folder(tmp_path_factory):
     mine = mine.replace("TRAIN: {eval_epoch: 1}", shorter).replace("[300, 375, 450]", "[64, 72]")
     (folder / "mine.yaml").write_text(mine)
     for name in ("train", "val"):
-        write_pairs(folder / "data" / "mine" / name, [(60, 45)] * 4)
+        write_pairs(folder / "data" / "mine" / name, [(60, 45)] * 4, values=(0, 1, 2, 255))
     return folder
 
 
@@ -83,9 +82,7 @@ def serve(module, arguments, folder):
     command = [sys.executable, "-m", module, *arguments, "--port", "0"]
     job = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        lines = iter(job.stdout.readline, "")
-        said = [line for line in lines if "the page is at http://127.0.0.1" in line or job.poll() is not None][:1]
-        assert said
+        assert any("the page is at http://127.0.0.1" in line for line in job.stdout)
     finally:
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) == 0

@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from runs import here
+from scenes import write_pairs
 from test_folding import lively
 from test_segmenter import PIXELS, folder  # noqa: F401
 
 from mit_semseg import Segmenter
 from mit_semseg.apps import export as exporting
 from mit_semseg.apps.export import Exported, ExportError, compare, export
+from mit_semseg.apps.quantize import OnnxNetwork
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import POOL_SCALES, average_pool, is_symbolic
 
@@ -63,6 +66,46 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(exporting, "_load_program", lambda path: lambda x: torch.zeros(len(x), 4, *x.shape[-2:]))
     with pytest.raises(ExportError, match="the torch_export file differs from the network by"):
         export(module_of("resnet18", "c1"), tmp_path / "network.pt2", kind="torch_export", about={})
+    assert not list(tmp_path.iterdir())
+
+
+def test_eight_bits(folder, tmp_path):  # noqa: F811
+    """Nearly the same label maps from a quarter of the bytes; what the file says of itself is kept."""
+    onnx = pytest.importorskip("onnx", reason="of the extra `export`")
+    write_pairs(tmp_path / "data", [(96, 72)] * 6, values=(0, 1, 2))
+    path, small = tmp_path / "network.onnx", tmp_path / "network.int8.onnx"
+    done = here("mit_semseg.export", "--cfg", folder / "own.yaml", "--out", path, "--int8", "--calibration", "4",
+                "--scored", "3", "DATASET.root_dataset", tmp_path / "data", "DATASET.list_train", ".",
+                "DATASET.list_val", ".")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "calibrated with 4 training pictures" in done.stdout
+    assert re.search(r"mean IoU [\d.]+ % in float32, [\d.]+ % in 8 bits .* on 3 validation pictures", done.stdout)
+    assert small.stat().st_size < 0.35 * path.stat().st_size
+    kept = [{entry.key: entry.value for entry in onnx.load(file).metadata_props} for file in (path, small)]
+    assert kept[0].items() <= kept[1].items()
+    assert "classes" in kept[0]
+    kinds = [node.op_type for node in onnx.load(small).graph.node]
+    assert kinds.count("QuantizeLinear") > kinds.count("Conv") / 2
+    picture = {"img_data": torch.from_numpy(np.asarray(Image.open(tmp_path / "data" / "images" / "05.png")) / 255)}
+    picture["img_data"] = ((picture["img_data"].permute(2, 0, 1)[None] - 0.45) / 0.225).float()
+    exact, rounded = (OnnxNetwork(file).logits(picture) for file in (path, small))
+    assert (exact - rounded).norm() / exact.norm() < 0.15
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "network.int8.onnx", "network.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--int8", "--format", "torch_export"], "--int8 goes with --format onnx and --output logits"),
+        (["--int8", "--output", "labels"], "--int8 goes with --format onnx and --output logits"),
+        (["--int8", "--scored", "0"], "--scored 0: give a number of pictures from 1 up"),
+        (["--int8", "DATASET.list_train", "nowhere"], "nowhere"),
+    ],
+)
+def test_mistakes_about_eight_bits(folder, tmp_path, words, message):  # noqa: F811
+    done = here("mit_semseg.export", "--cfg", folder / "own.yaml", "--out", tmp_path / "network.onnx", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ is made in the visitor's browser, and uploads are deleted after ten minutes.
 """
 
 import logging
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -77,8 +78,12 @@ def main() -> None:
     limits = Limits(args.max_upload, args.max_pixels, args.max_waiting)
     about = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DATASET.num_class} classes."
     page = build_page(networks, limits, examples_of(cfg, args.examples), about)
-    logger.info("the page is at %s (Ctrl-C ends it)", launch(page, limits, args.host, args.port))
-    page.block_thread()
+    address = launch(page, limits, args.host, args.port)
+    try:
+        logger.info("the page is at %s (Ctrl-C ends it)", address)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        page.close(verbose=False)
 
 
 if __name__ == "__main__":
