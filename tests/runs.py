@@ -1,12 +1,21 @@
-"""Running the scripts, as a user would or in this process."""
+"""Running the scripts, as a user would or in this process.
+
+A process of its own takes three seconds to import torch. So all but torchrun's are forked from one that has done that:
+they run the file as Python would, under the name `__main__`, with arguments, environment and output of their own.
+"""
 
 import importlib
 import importlib.util
 import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+import time
+from contextlib import redirect_stderr, redirect_stdout, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -35,18 +44,109 @@ SMALL = {
 }
 
 
+_processes = get_context("forkserver")
+_processes.set_forkserver_preload(["torch", "mit_semseg.apps.scoring", "mit_semseg.apps.video", "runs"])
+
+
+def _as_main(name: str, arguments: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
+    os.setsid()
+    for number, path in ((1, output), (2, errors)):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS", 2)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [name, *arguments]
+    sys.path.insert(0, str(ROOT))
+    if name.endswith(".py"):
+        runpy.run_path(str(ROOT / name), run_name="__main__")
+    else:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+class Job:
+    """A script in a process of its own, which can be talked to while it runs.
+
+    Args:
+        name: of a script of the top folder, or of a module.
+        arguments: of its command line.
+        cwd: folder it is started in.
+        env: what is changed in the environment.
+
+    Attributes:
+        pid: of the process, which is the first of a session of its own.
+    """
+
+    def __init__(self, name: str, *arguments, cwd=ROOT, env: dict[str, str] | None = None):
+        self._folder = tempfile.TemporaryDirectory()
+        self._files = [Path(self._folder.name, part) for part in ("stdout", "stderr")]
+        for path in self._files:
+            path.touch()
+        self._read = self._files[0].open(encoding="utf-8")
+        env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
+        arguments = name, [str(word) for word in arguments], str(cwd), env, *map(str, self._files)
+        self._process = _processes.Process(target=_as_main, args=arguments)
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit code, -N after signal N; None while it runs."""
+        return self._process.exitcode
+
+    def lines(self):
+        """Its output, line by line, as it comes, to the end."""
+        line = ""
+        while True:
+            ended = not self._process.is_alive()
+            while part := self._read.readline():
+                line += part
+                if line.endswith("\n"):
+                    yield line
+                    line = ""
+            if ended:
+                return
+            time.sleep(0.005)
+
+    def until(self, text: str) -> None:
+        """Wait for a line with a text in it."""
+        if not any(text in line for line in self.lines()):
+            raise AssertionError(f"it ended before it said {text!r}: {self.errors()}")
+
+    def errors(self) -> str:
+        """What it has written to its standard error so far."""
+        return self._files[1].read_text(encoding="utf-8")
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def end(self, timeout: float = 120) -> subprocess.CompletedProcess:
+        """Wait for its end; after so many seconds it is killed. The output is all of it."""
+        self._process.join(timeout)
+        self.kill()
+        self._process.join()
+        code, (output, errors) = self.returncode, (path.read_text(encoding="utf-8") for path in self._files)
+        return subprocess.CompletedProcess([], code, output, errors)
+
+    def kill(self) -> None:
+        """End at once what there still is of it and of its processes."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
 def words(options: dict) -> list[str]:
     """Options as the end of a command line."""
     return [str(part) for pair in options.items() for part in pair]
 
 
-def script(name: str, *arguments, cwd=ROOT, **kwargs) -> subprocess.CompletedProcess:
-    """Run a script of the top folder in a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2", **kwargs.pop("env", {})}
-    command = [sys.executable, str(ROOT / name) if name.endswith(".py") else name, *map(str, arguments)]
-    if not name.endswith(".py"):
-        command.insert(1, "-m")
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+def script(name: str, *arguments, **how) -> subprocess.CompletedProcess:
+    """Run a script of the top folder, or a module, in a process of its own; see `Job`."""
+    return Job(name, *arguments, **how).end(300)
 
 
 def _load(name: str):

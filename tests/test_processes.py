@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import in_processes
-from runs import ROOT, SMALL, here, same, script, weights, words
+from runs import ROOT, SMALL, Job, here, same, script, weights, words
 from scenes import options, tiny_module, write_pairs
 
 from mit_semseg.apps import cli, devices
@@ -180,6 +180,7 @@ def changes_for(root, folder, **changes):
         "DATASET.imgSizes": 40,
         "DATASET.random_flip": False,
         "TRAIN.batch_size_per_gpu": 2,
+        "TRAIN.epoch_iters": 12,
         "TRAIN.disp_iter": 1,
         "TRAIN.workers": 1,
         "TRAIN.eval_epoch": 1,
@@ -215,12 +216,12 @@ def jobs(root, tmp_path_factory):
 def test_torchrun_trains_as_one_process_with_replicas(jobs):
     folder, output = jobs
     a, b = (torch.load(folder / name / "history_epoch_2.pth", weights_only=True) for name in ("replicas", "processes"))
-    assert len(a["train"]["loss"]) == 6
+    assert len(a["train"]["loss"]) == 24
     assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-5)
     assert b["val"]["acc"] == pytest.approx(a["val"]["acc"], abs=0.02)
     log = (folder / "processes" / "log.txt").read_text()
     assert "devices: cpu (1 threads) in each of 2 processes" in log
-    assert log.count("Epoch: [1][1/3]") == 1  # one log
+    assert log.count("Epoch: [1][1/12]") == 1  # one log
     assert output.count("training is complete") == 1
 
 
@@ -307,17 +308,9 @@ def until(process, text):
     pytest.fail(f"the process ended before it said {text!r}: {process.stderr.read()}")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(root, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("undisturbed")
-    done = torchrun("train.py", *words(changes_for(root, folder, **{"TRAIN.epoch_iters": 12})))
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, tmp_path, request, start, restarts):
-    changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
+def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, jobs, tmp_path, start, restarts):
+    changes = changes_for(root, tmp_path / "run", **{"TRAIN.checkpoint_iters": 2})
     arguments = ["--gpus", "cpu", *words(changes)]
     job = start([*TORCHRUN, f"--max-restarts={restarts}", ROOT / "train.py", *arguments])
     until(job, "Epoch: [1][5/12]")
@@ -328,21 +321,22 @@ def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, tmp_path,
     if restarts:
         assert job.returncode == 0, errors
         assert re.search(r"continuing .*resume\.pth at step [46] of 24", output)
-        assert same(weights(tmp_path / "run"), weights(request.getfixturevalue("undisturbed")))
+        assert same(weights(tmp_path / "run"), weights(jobs[0] / "processes"))
     else:
         assert job.returncode != 0
         assert time.perf_counter() - killed < 60
         assert re.search(rf"(?s)exitcode *: -9 \(pid: {victim}\).*SIGKILL", errors)
 
 
-def test_a_restart_does_not_continue_what_another_job_has_left(root, undisturbed, tmp_path):
+def test_a_restart_does_not_continue_what_another_job_has_left(root, jobs, tmp_path):
     """The first attempt refuses to write over the run in the folder; so does the second."""
-    before = (undisturbed / "resume.pth").read_bytes()
-    changes = changes_for(root, undisturbed, **{"TRAIN.num_epoch": 3})
+    folder = jobs[0] / "processes"
+    before = (folder / "resume.pth").read_bytes()
+    changes = changes_for(root, folder, **{"TRAIN.num_epoch": 3})
     done = torchrun("train.py", *words(changes), flags=["--max-restarts=1"])
     assert done.returncode != 0
     assert done.stderr.count("already holds a run: add TRAIN.resume auto") >= 2
-    assert (undisturbed / "resume.pth").read_bytes() == before
+    assert (folder / "resume.pth").read_bytes() == before
 
 
 def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path, start):
@@ -366,39 +360,39 @@ def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path, start):
     assert re.search(r"no progress for 4 s in step \d+; this process is at\n.*train\.py", "".join(report))
 
 
-def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path, start):
-    changes = changes_for(root, tmp_path / "run", **{"TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2})
+def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path):
+    changes = changes_for(root, tmp_path / "run", **{"TRAIN.checkpoint_iters": 2})
     whole = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "DIR": tmp_path / "whole"}))
     assert whole.returncode == 0, whole.stderr
-    job = start([sys.executable, ROOT / "train.py", "--gpus", "cpu", *words(changes)])
-    until(job, "Epoch: [1][5/12]")
-    os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode == 2
-    assert "error: reading data: a loader process was killed" in errors
-    assert "Traceback" not in errors
+    job = Job("train.py", "--gpus", "cpu", *words(changes), env=ENV)
+    job.until("Epoch: [1][5/12]")
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
+    done = job.end(60)
+    assert done.returncode == 2
+    assert "error: reading data: a loader process was killed" in done.stderr
+    assert "Traceback" not in done.stderr
     done = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "TRAIN.resume": "auto"}))
     assert done.returncode == 0, done.stderr
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
-def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path, start):
+def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
     folder, _ = jobs
     write_pairs(tmp_path / "many", [(60, 40)] * 30, seed=5)
     result = folder / "processes" / "result"
     changes = changes_for(root, folder / "processes", **{"DATASET.list_val": tmp_path / "many", "VAL.visualize": True})
     changes |= {"DATASET.imgSizes": "(40,80,120)", "DATASET.imgMaxSize": 400}
-    job = start([sys.executable, ROOT / "eval_multipro.py", "--gpus", "cpu,cpu", *words(changes)])
+    job = Job("eval_multipro.py", "--gpus", "cpu,cpu", *words(changes), env=ENV)
     while not any("many" in str(p) for p in result.rglob("*.png")):
-        assert job.poll() is None, job.stderr.read()
+        assert job.returncode is None, job.errors()
         time.sleep(0.02)
     os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode == 2
+    done = job.end(60)
+    assert done.returncode == 2
     assert re.search(
         r"error: worker process \d on cpu, which had images \d+ to \d+ of 30 and had done \d+ of them, was killed by "
         r"SIGKILL",
-        errors,
+        done.stderr,
     )
     done = script("eval_multipro.py", "--gpus", "cpu,cpu", *words(changes))
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,12 @@
 """The training loop: optimizer, schedule, freezing, resuming after a kill, and what happens when the loss explodes."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from runs import ROOT, SMALL, here, in_process, same, script, weights, words
+from runs import SMALL, Job, here, in_process, same, script, weights, words
 from scenes import options, tiny_module, write_pairs
 from torch import nn
 
@@ -264,20 +261,18 @@ def test_resuming_at_any_step_is_bit_identical(root, tmp_path, stop):
 
 def test_killed_process_resumes_bit_identically(root, tmp_path):
     """SIGKILL at three random moments of train.py; the weights are those of an undisturbed run."""
-    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 2}
+    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 16, "TRAIN.checkpoint_iters": 4}
     changes |= {"TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
     whole = script("train.py", *words({**changes, "DIR": tmp_path / "whole"}))
     assert whole.returncode == 0, whole.stderr
     folder, rng = tmp_path / "killed", random.Random(0)
     arguments = words({**changes, "DIR": folder, "TRAIN.resume": "auto"})
-    command = [sys.executable, ROOT / "train.py", *arguments]
     for _ in range(3):
-        with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE) as process:
-            for line in process.stdout:
-                if b"Accuracy" in line:
-                    break
-            time.sleep(rng.uniform(0, 1.5))
-            process.send_signal(signal.SIGKILL)
+        job = Job("train.py", *arguments)
+        job.until("Accuracy")
+        time.sleep(rng.uniform(0, 0.5))
+        job.send(signal.SIGKILL)
+        job.end()
     last = script("train.py", *arguments)
     assert last.returncode == 0, last.stderr
     assert same(weights(folder), weights(tmp_path / "whole"))
@@ -288,17 +283,13 @@ def test_killed_process_resumes_bit_identically(root, tmp_path):
 
 def test_ctrl_c_says_how_to_go_on(root, tmp_path):
     changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.epoch_iters": 200, "TRAIN.disp_iter": 1}
-    command = [sys.executable, ROOT / "train.py", *words(changes)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, **pipes) as process:
-        for line in process.stdout:
-            if b"Accuracy" in line:
-                break
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert errors.decode().strip().endswith("the same command with TRAIN.resume auto goes on from there")
-    assert "Traceback" not in errors.decode()
+    job = Job("train.py", *words(changes))
+    job.until("Accuracy")
+    job.send(signal.SIGINT)
+    done = job.end(60)
+    assert done.returncode == 130
+    assert done.stderr.strip().endswith("the same command with TRAIN.resume auto goes on from there")
+    assert "Traceback" not in done.stderr
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):

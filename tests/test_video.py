@@ -1,16 +1,18 @@
 """Videos: as many frames, as large and as fast as the given one; broken and interrupted ones can be played."""
 
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from runs import here
+from runs import Job, here
 from test_segmenter import folder  # noqa: F401
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.video import VideoError, is_video, output_path, segment_video
+from mit_semseg.apps.video import USUAL_RATE, VideoError, is_video, output_path, segment_video
 
 SIZE, RATE, FRAMES = (64, 48), 12.5, 10
 
@@ -70,6 +72,51 @@ def test_an_interrupted_run_leaves_what_there_is(clip, segmenter, tmp_path, monk
     assert (written.frames, written.complete) == (4, False)
     assert len(frames_of(tmp_path / "out.mp4")[0]) == 4
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_script_that_is_stopped_leaves_a_video(folder, tmp_path, number):  # noqa: F811
+    """The real script, on a clip that takes long enough."""
+    clip = tmp_path / "long.mp4"
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), RATE, SIZE)
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        writer.write(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8))
+    writer.release()
+    job = Job("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", tmp_path / "out")
+    while not any(path.stat().st_size > 5000 for path in tmp_path.glob("out/*")):
+        assert job.returncode is None, job.errors()
+        time.sleep(0.01)
+    job.send(number)
+    done = job.end(60)
+    assert done.returncode == 1, done.stderr
+    assert "frames, interrupted" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["long_segmented.mp4"]
+    assert 1 < len(frames_of(tmp_path / "out" / "long_segmented.mp4")[0]) < 600
+
+
+def test_a_camera_is_recorded_until_it_ends(clip, segmenter, tmp_path, monkeypatch):
+    """A camera does not say how many frames there will be; this one is a file."""
+    opened = cv2.VideoCapture
+
+    class Camera:
+        def __init__(self, number):
+            assert number == 3
+            self.source = opened(str(clip))
+
+        def get(self, what):
+            return 0 if what in (cv2.CAP_PROP_FRAME_COUNT, cv2.CAP_PROP_FPS) else self.source.get(what)
+
+        def __getattr__(self, name):
+            return getattr(self.source, name)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    written = segment_video(segmenter, "3", tmp_path / "out.mp4", progress=False)
+    monkeypatch.undo()
+    assert (written.frames, written.broken, written.complete) == (FRAMES, 0, True)
+    frames, rate = frames_of(tmp_path / "out.mp4")
+    assert len(frames) == FRAMES
+    assert rate == USUAL_RATE
 
 
 def test_frames_that_cannot_be_read_are_counted(clip, segmenter, tmp_path, monkeypatch):
