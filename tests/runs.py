@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, get_start_method, set_start_method
 from pathlib import Path
 from unittest import mock
 
@@ -48,7 +48,10 @@ _processes = get_context("forkserver")
 _processes.set_forkserver_preload(["torch", "mit_semseg.apps.scoring", "mit_semseg.apps.video", "runs"])
 
 
-def _as_main(name: str, arguments: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
+def _as_main(
+    name: str, arguments: list[str], cwd: str, env: dict[str, str], start_method: str, output: str, errors: str
+) -> None:
+    set_start_method(start_method, force=True)  # of the processes that the script starts
     os.setsid()
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -88,7 +91,7 @@ class Job:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
         env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
-        arguments = name, [str(word) for word in arguments], str(cwd), env, *map(str, self._files)
+        arguments = name, [str(word) for word in arguments], str(cwd), env, get_start_method(), *map(str, self._files)
         self._process = _processes.Process(target=_as_main, args=arguments)
         self._process.start()
         self.pid = self._process.pid
