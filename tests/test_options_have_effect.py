@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mit_semseg.apps import building
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import SegmentationModule
 
@@ -325,6 +326,33 @@ def effect_of_disp_iter(runs, baseline):
     assert lines == [6, 2]
 
 
+def effect_of_deterministic(runs, baseline):
+    """On the CPU the same weights; an operation that has no deterministic form is named."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        loss = MaskedNLLLoss.of_logits
+        patch.setattr(
+            MaskedNLLLoss,
+            "of_logits",
+            lambda *args: seen.append(torch.are_deterministic_algorithms_enabled()) or loss(*args),
+        )
+        folder = runs.train(TRAIN__deterministic=True)
+        assert seen
+        assert all(seen)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert same(weights(folder), weights(baseline))
+
+        def unrepeatable(*args):
+            torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+            return loss(*args)
+
+        patch.setattr(MaskedNLLLoss, "of_logits", unrepeatable)
+        with pytest.raises(
+            UserError, match=r"TRAIN\.deterministic: put_ .*does not have a deterministic implementation"
+        ):
+            runs.train(TRAIN__deterministic=True)
+
+
 def effect_of_recompute(runs, baseline):
     """The same weights; see test_recompute.py for what is kept in memory."""
     folder = runs.train(TRAIN__recompute=True)
@@ -501,6 +529,7 @@ OTHER_EFFECTS = {
     "TRAIN.disp_iter": effect_of_disp_iter,
     "TRAIN.channels_last": effect_of_channels_last,
     "TRAIN.recompute": effect_of_recompute,
+    "TRAIN.deterministic": effect_of_deterministic,
     "TRAIN.compile": effect_of_train_compile,
     "TRAIN.eval_epoch": effect_of_eval_epoch,
     "TRAIN.checkpoint_iters": effect_of_checkpoint_iters,

@@ -1,5 +1,6 @@
 """The training loop: optimizer, schedule, freezing, resuming after a kill, and what happens when the loss explodes."""
 
+import os
 import random
 import signal
 import time
@@ -27,6 +28,7 @@ from mit_semseg.engine import (
 )
 from mit_semseg.engine.checkpoint import read_resume, save_atomic
 from mit_semseg.engine.distributed import parallel
+from mit_semseg.engine.guards import Interruption
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
 from mit_semseg.lib.utils import UserError
@@ -281,15 +283,36 @@ def test_killed_process_resumes_bit_identically(root, tmp_path):
     assert not list(folder.glob("*.partial"))
 
 
-def test_ctrl_c_says_how_to_go_on(root, tmp_path):
-    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.epoch_iters": 200, "TRAIN.disp_iter": 1}
-    job = Job("train.py", *words(changes))
-    job.until("Accuracy")
-    job.send(signal.SIGINT)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_its_last_step_saved(root, tmp_path, number, code):
+    """Nothing is lost, and what goes on from there equals an undisturbed run."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 30, "TRAIN.num_epoch": 1}
+    changes |= {"TRAIN.disp_iter": 1, "VAL.checkpoint": "epoch_1.pth"}
+    job = Job("train.py", *words({**changes, "DIR": tmp_path / "ended"}))
+    job.until("Epoch: [1][4/30]")
+    job.send(number)
     done = job.end(60)
-    assert done.returncode == 130
+    assert done.returncode == code
+    assert f"{signal.Signals(number).name}: ending after this step" in done.stdout
     assert done.stderr.strip().endswith("the same command with TRAIN.resume auto goes on from there")
     assert "Traceback" not in done.stderr
+    last = done.stdout.count("Accuracy")
+    assert 4 <= last < 30
+    assert read_resume(tmp_path / "ended" / "resume.pth")["step"] == last
+
+    done = script("train.py", *words({**changes, "DIR": tmp_path / "ended", "TRAIN.resume": "auto"}))
+    assert f"at step {last} of 30" in done.stdout
+    assert script("train.py", *words({**changes, "DIR": tmp_path / "whole"})).returncode == 0
+    assert same(*(weights(tmp_path / name, "epoch_1.pth") for name in ("ended", "whole")))
+
+
+def test_the_second_signal_ends_at_once():
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path):

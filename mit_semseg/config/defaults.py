@@ -209,6 +209,11 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.workers": Option(16, "data loading processes, at most one per core; 0 loads in the main process", low=0),
     "TRAIN.disp_iter": Option(20, "steps between two lines of the log", low=1),
     "TRAIN.seed": Option(304, "seed of weights, order, sizes, flips and dropout", low=0, high=2**63 - 1),
+    "TRAIN.deterministic": Option(
+        False,
+        "the same weights bit for bit on the same hardware, also on GPUs; an operation that cannot is named. On a CPU "
+        "that is so without it",
+    ),
     "TRAIN.accumulate": Option(1, "batches whose gradients are averaged before a step", low=1),
     "TRAIN.clip_grad": Option(0.0, "largest norm of the gradient; 0 does not clip", low=0),
     "TRAIN.amp": Option("off", "mixed precision", choices=("off", "bf16", "fp16")),

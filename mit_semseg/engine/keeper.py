@@ -11,6 +11,7 @@ from ..evaluation.evaluator import Evaluation
 from ..evaluation.inference import WHOLE, View
 from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
 from .distributed import Processes, Watchdog, share_buffers
+from .guards import Interruption
 from .optim import learning_rates
 from .run import Run, Settings
 
@@ -36,6 +37,7 @@ class Keeper:
         val_dataset: to validate on, shared out over the processes.
         recorder: of this process; steps and epochs are the main one's.
         view: of validation.
+        interruption: that ends the run; the state is saved before.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Keeper:
         val_dataset: ValDataset | None = None,
         recorder: Recorder | None = None,
         view: View = WHOLE,
+        interruption: Interruption | None = None,
     ):
+        self.interruption = interruption or Interruption(active=False)
         self.run, self.files, self.settings, self.processes = run, files, settings, processes
         self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
         self._continues_here = False
@@ -77,14 +81,14 @@ class Keeper:
             seen = "; ".join(f"rank {rank} is at step {step} of {folder}" for rank, (folder, step) in enumerate(places))
             raise CheckpointError(f"the processes do not agree where to start ({seen}): DIR must be one folder for all")
 
-    def after_step(self, clock: "Clock", watchdog: Watchdog) -> None:
-        """Whatever is due after the step that was just done."""
+    def after_step(self, clock: "Clock", watchdog: Watchdog, *, ending: bool = False) -> None:
+        """Whatever is due after the step that was just done; its state is saved where the run is ending."""
         report, save, end = self._due()
         if report:
             self._report(clock)
         if end:
             self.end_epoch(watchdog)
-        elif save:
+        elif save or ending:
             self._save_state()
 
     def needs_figures(self) -> bool:
@@ -165,6 +169,7 @@ class Keeper:
 
         def seen(item, prediction):
             watchdog.progress("validation")
+            self.interruption.carry_out()  # the state was saved before
             if self.recorder:
                 self.recorder.picture(epoch, item, prediction)
 

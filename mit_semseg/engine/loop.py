@@ -15,6 +15,7 @@ from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError
 from .checkpoint import RunFiles
 from .distributed import Processes, Watchdog, parallel
+from .guards import Interruption, deterministic
 from .keeper import Clock, Keeper, Recorder
 from .optim import schedule, set_learning_rates
 from .run import Run, Settings, seed_step
@@ -46,6 +47,8 @@ def fit(
 ) -> Run:
     """Train to the end, saving after every epoch.
 
+    In a job of one process, Ctrl-C and SIGTERM end the run after the step in hand, with its state saved.
+
     Args:
         module: a `SegmentationModule` on the first of the devices.
         devices: of this process, each of which gets a batch per step; CPU devices may come more than once.
@@ -58,16 +61,19 @@ def fit(
         CheckpointError: the folder holds a run that would be written over, or the state cannot be read.
         TrainingStopped: the loss is not finite; names step, files and the last good checkpoint.
         LoaderError, ProcessStopped: a loader process or another process of the job ended or hangs.
+        Unrepeatable: `settings.deterministic`, and an operation cannot be so.
+        KeyboardInterrupt: the run was ended by a signal.
     """
     processes = processes or Processes(timeout=settings.timeout)
     own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
     run = Run(module, optimizer, devices[0], scale_loss=settings.amp == "fp16", **own)
-    keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view)
+    interruption = Interruption(active=processes.size == 1)
+    keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)
     clock = Clock(settings.disp_iter)
     keeper.start(resume)
     batches = items(_loader(dataset, run.step, settings, devices, processes))
     where = {"devices": devices, "processes": processes, "settings": settings, "loss": module.crit}
-    with explained(), Watchdog(processes) as watchdog:
+    with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
         module.train()
         if keeper.epoch_unfinished():  # the run was stopped while it saved or validated
@@ -81,10 +87,14 @@ def fit(
             run.pending.append(train_step(runner, chunks, optimizer, run.scaler, **where))
             run.step += 1
             # A GPU goes on with the next step while this one's figures are not needed.
-            if devices[0].type in READ_AT_ONCE or len(run.pending) == MOST_PENDING or keeper.needs_figures():
+            ending = interruption.asked  # a signal that comes later waits for the next step
+            full = len(run.pending) == MOST_PENDING or devices[0].type in READ_AT_ONCE
+            if full or ending or keeper.needs_figures():
                 _settle(run, settings, processes, files)
             clock.step_done()
-            keeper.after_step(clock, watchdog)
+            keeper.after_step(clock, watchdog, ending=ending)
+            if ending:
+                interruption.carry_out()
             clock.resume()
         processes.collect(None, "waiting for the last files")
     return run

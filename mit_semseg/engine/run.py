@@ -35,6 +35,7 @@ class Settings:
     workers: int = 0
     timeout: float = TIMEOUT
     seed: int = 304
+    deterministic: bool = False
 
     @property
     def total(self) -> int:
