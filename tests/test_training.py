@@ -331,6 +331,9 @@ def test_resume_of_something_else_is_named(root, tmp_path):
     (tmp_path / "resume.pth").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="damaged"):
         run(root, tmp_path, resume="auto")
+    (tmp_path / "decoder_epoch_3.pth").touch()
+    with pytest.raises(CheckpointError, match=r"the weights of epoch 3 are there: .*TRAIN\.start_epoch 3 goes on"):
+        run(root, tmp_path, resume="auto")
     with pytest.raises(CheckpointError, match="there is no file nowhere"):
         run(root, tmp_path, resume="nowhere")
 

@@ -4,6 +4,7 @@ import functools
 import http.server
 import os
 import pickle
+import random
 import threading
 import zipfile
 
@@ -124,6 +125,25 @@ def test_damaged_files_are_named(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"x\.pth"):
         read_checkpoint(tmp_path / "x.pth")
+
+
+def test_no_flipped_bit_goes_unnoticed(encoder_file):
+    """Wherever it is in the file: it is refused, or what is read is what was saved."""
+    content, rng = encoder_file.read_bytes(), random.Random(0)
+    saved = read_checkpoint(encoder_file)
+    refused = 0
+    for _ in range(300):
+        place = rng.randrange(len(content))
+        flipped = content[place] ^ 1 << rng.randrange(8)
+        encoder_file.write_bytes(content[:place] + bytes([flipped]) + content[place + 1 :])
+        try:
+            read = read_checkpoint(encoder_file)
+        except WeightsError:
+            refused += 1
+        else:
+            assert read.keys() == saved.keys()
+            assert all(torch.equal(value, saved[key]) for key, value in read.items())
+    assert refused > 50
 
 
 def test_what_is_no_state_dict_says_what_it_is(tmp_path):

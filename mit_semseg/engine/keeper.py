@@ -3,6 +3,7 @@
 import logging
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Protocol
 
 from ..dataset import ValDataset
@@ -69,7 +70,7 @@ class Keeper:
             run.step = settings.start_epoch * settings.epoch_iters
             logger.info("continuing after epoch %d: weights and history, fresh optimizer", settings.start_epoch)
         elif path:
-            run.restore(read_resume(path))
+            run.restore(self._readable(path))
             self._continues_here = path.resolve() == files.resume.resolve()
             logger.info("continuing %s at step %d of %d", path, run.step, settings.total)
             if run.step >= settings.total:
@@ -80,6 +81,19 @@ class Keeper:
         if len({step for _, step in places}) > 1:
             seen = "; ".join(f"rank {rank} is at step {step} of {folder}" for rank, (folder, step) in enumerate(places))
             raise CheckpointError(f"the processes do not agree where to start ({seen}): DIR must be one folder for all")
+
+    def _readable(self, path: Path) -> dict:
+        """The state in a file; where it is damaged, the error says what else there is to continue from."""
+        try:
+            return read_resume(path)
+        except CheckpointError as error:
+            epochs = self.files.epochs()
+            if not epochs:
+                raise
+            raise CheckpointError(
+                f"{error}; the weights of epoch {epochs[-1]} are there: TRAIN.resume off "
+                f"TRAIN.start_epoch {epochs[-1]} goes on from them"
+            ) from None
 
     def after_step(self, clock: "Clock", watchdog: Watchdog, *, ending: bool = False) -> None:
         """Whatever is due after the step that was just done; its state is saved where the run is ending."""

@@ -1,7 +1,7 @@
 """The training loop: from a network and a data set to the files of a run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -72,7 +72,6 @@ def fit(
     clock = Clock(settings.disp_iter)
     keeper.start(resume)
     batches = items(_loader(dataset, run.step, settings, devices, processes))
-    where = {"devices": devices, "processes": processes, "settings": settings, "loss": module.crit}
     with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
         module.train()
@@ -80,16 +79,10 @@ def fit(
             keeper.end_epoch(watchdog)
         while run.step < settings.total:
             watchdog.progress(f"step {run.step + 1}")
-            set_learning_rates(optimizer, schedule(run.step, settings.total, settings.lr_pow, settings.warmup_iters))
-            seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
-            chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
-            clock.data_arrived()
-            run.pending.append(train_step(runner, chunks, optimizer, run.scaler, **where))
-            run.step += 1
+            _take_step(run, runner, batches, clock, devices, processes, settings)
             # A GPU goes on with the next step while this one's figures are not needed.
             ending = interruption.asked  # a signal that comes later waits for the next step
-            full = len(run.pending) == MOST_PENDING or devices[0].type in READ_AT_ONCE
-            if full or ending or keeper.needs_figures():
+            if ending or devices[0].type in READ_AT_ONCE or _are_needed(run, keeper):
                 _settle(run, settings, processes, files)
             clock.step_done()
             keeper.after_step(clock, watchdog, ending=ending)
@@ -117,6 +110,30 @@ def _loader(
     )
     logger.info("%d loader processes", loader.num_workers)
     return loader
+
+
+def _take_step(
+    run: Run,
+    runner: nn.Module,
+    batches: Iterator[dict],
+    clock: Clock,
+    devices: Sequence[torch.device],
+    processes: Processes,
+    settings: Settings,
+) -> None:
+    """The next step, whose figures may still be on their way."""
+    rates = schedule(run.step, settings.total, settings.lr_pow, settings.warmup_iters)
+    set_learning_rates(run.optimizer, rates)
+    seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
+    chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
+    clock.data_arrived()
+    where = {"devices": devices, "processes": processes, "settings": settings, "loss": run.module.crit}
+    run.pending.append(train_step(runner, chunks, run.optimizer, run.scaler, **where))
+    run.step += 1
+
+
+def _are_needed(run: Run, keeper: Keeper) -> bool:
+    return len(run.pending) == MOST_PENDING or keeper.needs_figures()
 
 
 def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ def read_checkpoint(path: str | os.PathLike):
         near = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
         there = f"; there is {some(near)}" if near else ""
         raise WeightsError(f"no checkpoint {path}{there}")
+    _check_sums(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -88,6 +90,22 @@ def read_checkpoint(path: str | os.PathLike):
         ) from None
     except Exception as error:  # the reader meets damaged bytes with any exception there is
         raise WeightsError(f"{path} cannot be read, it is damaged or no checkpoint: {str(error)[:200]}") from None
+
+
+def _check_sums(path: Path) -> None:
+    """Compare a file with the checksums in it, which `torch.save` writes and `torch.load` does not look at.
+
+    Files in the form of before PyTorch 1.6, as the published ones are, have none.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # the reader meets damaged bytes with any exception there is
+        raise WeightsError(f"{path} cannot be read, it is damaged: {str(error)[:200]}") from None
+    if damaged:
+        raise WeightsError(f"{path} is damaged: {damaged} in it does not have its checksum")
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
