@@ -95,6 +95,13 @@ def test_pages_and_links_exist():
             assert (page.parent / target).exists(), (page.name, target)
 
 
+def test_guarantees_are_checked_by_tests_that_exist():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
+    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in source] == []
+
+
 def test_every_page_can_be_found_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in PAGES:

@@ -1,9 +1,7 @@
 """The training loop: optimizer, schedule, freezing, resuming after a kill, and what happens when the loss explodes."""
 
 import os
-import random
 import signal
-import time
 
 import pytest
 import torch
@@ -259,28 +257,6 @@ def test_resuming_at_any_step_is_bit_identical(root, tmp_path, stop):
     assert same(got, expected)
     assert resumed.history == whole.history
     assert resumed.best == whole.best
-
-
-def test_killed_process_resumes_bit_identically(root, tmp_path):
-    """SIGKILL at three random moments of train.py; the weights are those of an undisturbed run."""
-    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 16, "TRAIN.checkpoint_iters": 4}
-    changes |= {"TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
-    whole = script("train.py", *words({**changes, "DIR": tmp_path / "whole"}))
-    assert whole.returncode == 0, whole.stderr
-    folder, rng = tmp_path / "killed", random.Random(0)
-    arguments = words({**changes, "DIR": folder, "TRAIN.resume": "auto"})
-    for _ in range(3):
-        job = Job("train.py", *arguments)
-        job.until("Accuracy")
-        time.sleep(rng.uniform(0, 0.5))
-        job.send(signal.SIGKILL)
-        job.end()
-    last = script("train.py", *arguments)
-    assert last.returncode == 0, last.stderr
-    assert same(weights(folder), weights(tmp_path / "whole"))
-    histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
-    assert histories[0] == histories[1]
-    assert not list(folder.glob("*.partial"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

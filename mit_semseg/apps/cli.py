@@ -86,6 +86,17 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         given.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a disk that may become full: said once, and the run goes on."""
+
+    _failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            self._failed = True
+            print(f"warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
+
+
 class _Colored(logging.Formatter):
     """Warnings and errors in colour."""
 
@@ -124,7 +135,7 @@ def setup_logger(
     handlers: list[tuple[logging.Handler, int]] = [(logging.StreamHandler(sys.stdout), level)]
     if filename:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append((logging.FileHandler(filename, encoding="utf-8"), min(level, logging.INFO)))
+        handlers.append((_LogFile(filename, encoding="utf-8"), min(level, logging.INFO)))
     for handler, least in handlers:
         handler.setLevel(max(least, logging.WARNING) if distributed_rank else least)
         kind = _Colored if handler is handlers[0][0] and _takes_colors(sys.stdout) else logging.Formatter

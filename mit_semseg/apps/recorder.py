@@ -1,6 +1,8 @@
 """Where the figures of a training run are shown: curves and panels as PNG, and TensorBoard."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,8 @@ import numpy as np
 from ..dataset import ClassTable
 from ..lib.utils import UserError
 from .visualize import result_names, result_panel, save_curves, save_picture
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 4  # validation panels shown per validation
 
@@ -51,8 +55,9 @@ class RunRecorder:
     def step(self, step: int, values: dict[str, float]) -> None:
         """Training figures at a step."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"train/{name}", value, step)
+            with self._optional():
+                for name, value in values.items():
+                    self.writer.add_scalar(f"train/{name}", value, step)
 
     def picture(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
         """A validation result; TensorBoard gets the first few with the next `epoch`."""
@@ -68,20 +73,33 @@ class RunRecorder:
         if not self.main:
             return
         save_curves(history, self.folder / "curves.png")
-        if self.writer and evaluation is not None:
-            summary = evaluation.summary
-            self.writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
-            self.writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
-            for name, iou, present in zip(self.table.names, summary.iou, summary.present, strict=True):
-                if present:
-                    self.writer.add_scalar(f"val_iou/{name}", iou, epoch)
-            for i, picture in enumerate(self._pictures):
-                self.writer.add_image(f"val/{i}", np.asarray(picture), epoch, dataformats="HWC")
-        self._pictures = []
         if self.writer:
-            self.writer.flush()
+            with self._optional():
+                if evaluation is not None:
+                    self._write_scores(epoch, evaluation.summary)
+                self.writer.flush()
+        self._pictures = []
+
+    def _write_scores(self, epoch: int, summary) -> None:
+        self.writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
+        self.writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
+        for name, iou, present in zip(self.table.names, summary.iou, summary.present, strict=True):
+            if present:
+                self.writer.add_scalar(f"val_iou/{name}", iou, epoch)
+        for i, picture in enumerate(self._pictures):
+            self.writer.add_image(f"val/{i}", np.asarray(picture), epoch, dataformats="HWC")
+
+    @contextmanager
+    def _optional(self) -> Iterator[None]:
+        """Around everything that is written for TensorBoard: a full disk ends that, and not the run."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning("TensorBoard's events cannot be written any more, the run goes on without: %s", error)
+            self.writer = None
 
     def close(self) -> None:
         """Finish the event file."""
         if self.writer:
-            self.writer.close()
+            with self._optional():
+                self.writer.close()

@@ -1,5 +1,6 @@
 """Small things that every room needs."""
 
+import errno
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,14 @@ class UserError(Exception):
     """
 
 
+class WriteError(UserError):
+    """A file that could not be written; the message names it and says why."""
+
+
+# The disk is full, a quota is, the file is too large for it, it is read-only, or it fails.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
 @contextmanager
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file so that under its name there is the old content or all of the new.
@@ -25,15 +34,31 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     Yields:
         A path in the same folder to write to; it takes the final name when the block ends, and is removed if it raises.
         The folder is made if needed.
+
+    Raises:
+        WriteError: the disk is full or cannot be written to.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
+    except Exception as error:
+        if reason := _disk_trouble(error):
+            raise WriteError(f"{path} cannot be written: {reason}; what was there before is as it was") from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _disk_trouble(error: BaseException | None) -> str:
+    """What the system says of the disk, where that is behind an error: `torch.save` raises others about it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def available_cores() -> int:

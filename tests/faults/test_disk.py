@@ -1,0 +1,128 @@
+"""A disk that is full or read-only: what is said, what is kept, and that the run goes on when there is room again."""
+
+import subprocess
+
+import pytest
+import torch
+from runs import SMALL, here, same, weights, words
+from scenes import write_pairs
+
+from mit_semseg.engine.checkpoint import RunFiles, read_resume, save_atomic
+from mit_semseg.lib.utils import WriteError, whole_file
+
+STATE = 30  # MiB: the state to continue from takes 18
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
+    write_pairs(folder / "val", [(50, 40), (40, 56)], seed=3)
+    return folder
+
+
+class Disk:
+    """A disk of a given size in memory."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def mount(self, options):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("needs the right to mount a disk in memory")
+
+    def change(self, options):
+        subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    disk = Disk(folder)
+    disk.mount("size=1m")
+    yield disk
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def save_text(text, path):
+    with whole_file(path) as partial:
+        partial.write_text(text)
+
+
+@pytest.mark.parametrize(("save", "content"), [(save_atomic, torch.zeros(10**6)), (save_text, "x" * 2 * 10**6)])
+def test_a_file_is_whole_or_what_was_there_before(disk, save, content):
+    path = disk.folder / "file"
+    path.write_text("before")
+    with pytest.raises(WriteError, match=rf"^{path} cannot be written: No space left on device; what was there before"):
+        save(content, path)
+    assert path.read_text() == "before"
+    assert [p.name for p in disk.folder.iterdir()] == ["file"]
+
+
+def options_for(root, folder, **changes):
+    return {
+        **SMALL, "DATASET.root_dataset": root, "DIR": folder, "TRAIN.epoch_iters": 4, "TRAIN.checkpoint_iters": 2,
+        "TRAIN.resume": "auto", **changes,
+    }  # fmt: skip
+
+
+def test_training_stops_with_what_it_has_saved_and_goes_on(root, disk, tmp_path):
+    """The disk has room for a state, but not for the next one beside it."""
+    disk.change(f"size={STATE}m")
+    folder = disk.folder / "run"
+    done = here("train.py", "--gpu", "cpu", *words(options_for(root, folder)))
+    assert done.returncode == 2
+    assert "resume.pth cannot be written: No space left on device; what was there before is as it was" in done.stderr
+    assert not list(folder.glob("*.partial"))
+    assert read_resume(RunFiles(folder).resume)["step"] == 2
+
+    disk.change("size=400m")
+    done = here("train.py", "--gpu", "cpu", *words(options_for(root, folder)))
+    assert done.returncode == 0, done.stderr
+    assert "at step 2 of 8" in done.stdout
+    assert here("train.py", "--gpu", "cpu", *words(options_for(root, tmp_path / "whole"))).returncode == 0
+    assert same(weights(folder), weights(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_tensorboard_is_given_up_and_the_run_goes_on(root, disk, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").symlink_to(disk.folder)
+    (disk.folder / "filler").write_bytes(bytes(2**20 - 8192))
+    changes = options_for(root, tmp_path / "run", **{"TRAIN.tensorboard": True, "TRAIN.eval_epoch": 1})
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TensorBoard's events cannot be written any more, the run goes on without") == 1
+    assert "training is complete" in done.stdout
+
+
+def test_a_read_only_folder_is_named(root, disk, tmp_path):
+    disk.change("ro")
+    for script, changes in (
+        ("train.py", options_for(root, disk.folder / "run")),
+        ("train.py", options_for(root, disk.folder)),
+    ):
+        done = here(script, "--gpu", "cpu", *words(changes))
+        assert done.returncode == 2
+        assert str(disk.folder) in done.stderr
+        assert "Read-only file system" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_results_that_find_no_room_are_named(root, disk, tmp_path):
+    changes = options_for(root, tmp_path / "run", **{"TRAIN.num_epoch": 2})
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    (disk.folder / "filler").write_bytes(bytes(2**20 - 4096))
+    (tmp_path / "run" / "result").symlink_to(disk.folder)
+    done = here("eval.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 2
+    assert "cannot be written: No space left on device" in done.stderr
+    assert "Mean IoU" in done.stdout  # the figures are not lost
+    done = here(
+        "test.py", "--gpu", "cpu", "--imgs", root / "val" / "images", *words(changes), "TEST.result", disk.folder
+    )
+    assert done.returncode == 2
+    assert "cannot be written: No space left on device" in done.stderr
+    assert not list(disk.folder.rglob("*.partial"))
