@@ -101,10 +101,13 @@ class Job:
         """Exit code, -N after signal N; None while it runs."""
         return self._process.exitcode
 
-    def lines(self):
-        """Its output, line by line, as it comes, to the end."""
-        line = ""
+    def lines(self, timeout: float = 120):
+        """Its output, line by line, as it comes, to the end; it is killed after so many seconds."""
+        line, latest = "", time.perf_counter() + timeout
         while True:
+            if time.perf_counter() > latest:
+                self.kill()
+                raise AssertionError(f"it still runs after {timeout} s: {self.errors()}")
             ended = not self._process.is_alive()
             while part := self._read.readline():
                 line += part

@@ -6,18 +6,20 @@ import json
 import re
 import shutil
 import threading
+import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from runs import script
+from runs import here, script
 from scenes import write_pairs
 from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
 from mit_semseg.apps.demo import checkpoints_of, examples_of
-from mit_semseg.apps.page import Limits, Networks, build_page, called, launch, segment
+from mit_semseg.apps.page import Limits, Networks, build_page, called, launch, segment, uploads
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
 
@@ -43,6 +45,7 @@ def folder(tmp_path_factory):
     Image.fromarray(picture).resize((240, 180), Image.BICUBIC).save(folder / "street.png")
     (folder / "page.jpg").write_text("<html>not found</html>")
     Image.new("RGB", (400, 300)).save(folder / "large.png")
+    Image.new("RGB", (20, 20)).save(folder / "drawing.png", format="EPS")  # which starts Ghostscript, where it is
     (folder / "heavy.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1_100_000))
     return folder
 
@@ -57,8 +60,12 @@ def networks(cfg, folder):
     return Networks(checkpoints_of(cfg), lambda name: Segmenter.from_config(folder / "own.yaml", name, device="cpu"))
 
 
-def given(path, name=None):
-    return {"path": str(path), "orig_name": name or path.name}
+def given(path):
+    """As the page sends what was uploaded."""
+    place = uploads() / str(zlib.crc32(path.read_bytes())) / path.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, place)
+    return {"path": str(place), "orig_name": path.name}
 
 
 # What the page does with an upload
@@ -90,7 +97,8 @@ def content_of(address):
     [
         ("page.jpg", "page.jpg: no readable image"),
         ("large.png", r"large.png has 400 x 300 pixels \(0.1 million\); this page takes up to 0.05 million"),
-        ("heavy.png", "heavy.png: no readable image"),
+        ("heavy.png", r"heavy.png has 1\.1 MB; this page takes up to 1 MB"),
+        ("drawing.png", "drawing.png: no readable image"),
     ],
 )
 def test_what_is_no_picture_gets_a_sentence(networks, folder, name, message):
@@ -98,6 +106,47 @@ def test_what_is_no_picture_gets_a_sentence(networks, folder, name, message):
     assert value["wrong"]
     assert re.match(message, value["message"])
     assert str(folder) not in value["message"]  # nothing of this machine's folders
+
+
+def test_nothing_but_uploads_is_read(networks, folder, page):
+    """Whatever a visitor sends in place of an upload, also past the page."""
+    private = str(folder / "street.png")
+    gone = given(folder / "street.png")
+    Path(gone["path"]).unlink()
+    link = uploads() / "link.png"
+    link.unlink(missing_ok=True)
+    link.symlink_to(private)
+    for what in ({"path": private}, {"path": str(link)}, {"url": "x"}, {"path": 3}, [private], private, {"path": "\0"}):
+        value = segment(networks, LIMITS, what, "epoch_1.pth", print)
+        assert value == {"message": "picture is no upload of this page: choose the picture again", "wrong": True}
+    value = segment(networks, LIMITS, gone, "epoch_1.pth", print)
+    assert value["message"] == "street.png has been deleted in the meantime: choose the picture again"
+
+    with urllib.request.urlopen(f"{page}config", timeout=30) as answer:
+        functions = [function["id"] for function in json.load(answer)["dependencies"]]
+    said = "".join(sent(page, {"path": private}, function) for function in functions)
+    assert "is no upload of this page" in said
+    assert "data:image" not in said
+
+
+def sent(page, what, function):
+    """What a server answers to a visitor who does not use the page."""
+    visitor = f"visitor{function}"
+    body = {"data": [what, "epoch_1.pth"], "fn_index": function, "session_hash": visitor}
+    request = urllib.request.Request(
+        f"{page}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    urllib.request.urlopen(request, timeout=30).close()
+    with urllib.request.urlopen(f"{page}gradio_api/queue/data?session_hash={visitor}", timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_a_network_that_cannot_be_loaded_says_nothing_of_this_machine(folder):
+    def broken(name):
+        raise UserError(f"{folder}/encoder_{name} is damaged")
+
+    value = segment(Networks(["a"], broken), LIMITS, given(folder / "street.png"), "a", print)
+    assert value == {"message": "the network a cannot be loaded now: choose another", "wrong": True}
 
 
 def test_only_the_checkpoints_of_the_list_are_read(networks, folder):
@@ -148,6 +197,20 @@ def test_a_taken_port_is_named(page):
     port = int(page.rsplit(":", 1)[1].strip("/"))
     with pytest.raises(UserError, match=f"cannot be served at 127.0.0.1, port {port}: choose another --port"):
         launch(build_page(Networks(["a"], None), LIMITS), LIMITS, port=port)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--port", "99999"], "--port 99999: give a number from 1 to 65535"),
+        (["--max-upload", "nan"], "--max-upload nan: give a number from 0.001 up"),
+        (["--max-waiting", "0"], "--max-waiting 0: give a number from 1 up"),
+    ],
+)
+def test_limits_that_make_no_sense_are_named(folder, words, message):
+    done = here("mit_semseg.demo", "--cfg", folder / "own.yaml", *words)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def test_the_script_says_what_is_wrong_before_it_serves(folder):

@@ -85,7 +85,7 @@ def serve(module, arguments, folder):
         assert any("the page is at http://127.0.0.1" in line for line in job.stdout)
     finally:
         job.send_signal(signal.SIGINT)
-        assert job.wait(timeout=60) == 0
+        assert job.wait(timeout=60) == 130
 
 
 def test_pages_and_links_exist():

@@ -26,7 +26,7 @@ from mit_semseg.engine import (
 )
 from mit_semseg.engine.checkpoint import read_resume, save_atomic
 from mit_semseg.engine.distributed import parallel
-from mit_semseg.engine.guards import Interruption
+from mit_semseg.engine.guards import Interruption, deterministic
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
 from mit_semseg.lib.utils import UserError
@@ -263,13 +263,13 @@ def test_resuming_at_any_step_is_bit_identical(root, tmp_path, stop):
 def test_a_signal_ends_a_run_with_its_last_step_saved(root, tmp_path, number, code):
     """Nothing is lost, and what goes on from there equals an undisturbed run."""
     changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 30, "TRAIN.num_epoch": 1}
-    changes |= {"TRAIN.disp_iter": 1, "VAL.checkpoint": "epoch_1.pth"}
+    changes |= {"TRAIN.disp_iter": 1, "TRAIN.workers": 1}
     job = Job("train.py", *words({**changes, "DIR": tmp_path / "ended"}))
     job.until("Epoch: [1][4/30]")
-    job.send(number)
+    os.killpg(job.pid, number)  # as a terminal does, which the loader process is not to hear
     done = job.end(60)
-    assert done.returncode == code
-    assert f"{signal.Signals(number).name}: ending after this step" in done.stdout
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count(f"{signal.Signals(number).name}: ending after this step") == 1
     assert done.stderr.strip().endswith("the same command with TRAIN.resume auto goes on from there")
     assert "Traceback" not in done.stderr
     last = done.stdout.count("Accuracy")
@@ -280,6 +280,22 @@ def test_a_signal_ends_a_run_with_its_last_step_saved(root, tmp_path, number, co
     assert f"at step {last} of 30" in done.stdout
     assert script("train.py", *words({**changes, "DIR": tmp_path / "whole"})).returncode == 0
     assert same(*(weights(tmp_path / name, "epoch_1.pth") for name in ("ended", "whole")))
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As in a process that a script has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interruption.asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_only_what_pytorch_refuses_is_taken_for_unrepeatable():
+    with pytest.raises(TrainingStopped, match=r"^ckpt/deterministic"), deterministic(True):
+        raise TrainingStopped("ckpt/deterministic: something else")
 
 
 def test_the_second_signal_ends_at_once():

@@ -222,7 +222,7 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
 
 def _fail(text: str) -> NoReturn:
     """Print what is wrong, while an error is handled, and exit."""
-    if logging.getLogger(__package__.split(".")[0]).isEnabledFor(logging.DEBUG):
+    if {"-v", "--verbose"} & set(sys.argv):  # also before the log is set up
         traceback.print_exc()
     place = Place.of_this_process()
     text = f"error: {f'[rank {place.rank}] ' if place.size > 1 else ''}{text}"

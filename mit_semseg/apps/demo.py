@@ -2,11 +2,13 @@
 
     python -m mit_semseg.demo --cfg config/NAME.yaml [--port 7860] [KEY VALUE ...]
 
-The page is for this computer only unless --host says otherwise. Nothing of a picture is kept: what is shown and saved
-is made in the visitor's browser, and uploads are deleted after ten minutes.
+The page is for this computer only unless --host says otherwise. Uploads are deleted after ten minutes, and with the
+page; what is shown and saved is made in the visitor's browser.
 """
 
+import argparse
 import logging
+import math
 import threading
 from functools import partial
 from pathlib import Path
@@ -35,7 +37,8 @@ def checkpoints_of(cfg: Config) -> list[str]:
     """Checkpoints one can choose from: TEST.checkpoint first, then the best and the epochs of DIR, newest first."""
     files = RunFiles(cfg.DIR)
     found = [cfg.TEST.checkpoint, "best.pth", *(f"epoch_{n}.pth" for n in reversed(files.epochs()))]
-    there = [name for name in dict.fromkeys(found) if files.part("encoder", name).is_file()]
+    parts = ("encoder", "decoder")
+    there = [name for name in dict.fromkeys(found) if all(files.part(part, name).is_file() for part in parts)]
     if not there or there[0] != cfg.TEST.checkpoint:
         files.pair(cfg.TEST.checkpoint)  # a file elsewhere; otherwise this says what is missing
         there.insert(0, cfg.TEST.checkpoint)
@@ -61,29 +64,39 @@ def main() -> None:
     """Serve the page from the command line, until Ctrl-C."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.prog = "python -m mit_semseg.demo"
-    limits = Limits()
+    standard = Limits()
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for the whole network")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at; 0 takes a free one")
     parser.add_argument("--examples", metavar="FOLDER", help="pictures to choose from (default: validation pictures)")
-    parser.add_argument("--max-upload", type=float, default=limits.upload, metavar="MB", help="of a file")
-    parser.add_argument("--max-pixels", type=float, default=limits.pixels, metavar="MILLIONS", help="of a picture")
-    parser.add_argument("--max-waiting", type=int, default=limits.waiting, help="pictures in the queue")
+    parser.add_argument("--max-upload", type=float, default=standard.upload, metavar="MB", help="of a file")
+    parser.add_argument("--max-pixels", type=float, default=standard.pixels, metavar="MILLIONS", help="of a picture")
+    parser.add_argument("--max-waiting", type=int, default=standard.waiting, help="pictures in the queue")
     args = parser.parse_intermixed_args()
+    limits = _limits_of(args)
     cfg = load_config(args.cfg, args.opts)
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]
     networks = Networks(checkpoints_of(cfg), partial(Segmenter.of_options, cfg, device=device))
-    networks[networks.names[0]]  # what is wrong with it is said now, not to the first visitor
+    networks.load(networks.names[0])  # what is wrong with it is said now, not to the first visitor
     logger.info("device: %s", describe(device))
-    limits = Limits(args.max_upload, args.max_pixels, args.max_waiting)
     about = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DATASET.num_class} classes."
     page = build_page(networks, limits, examples_of(cfg, args.examples), about)
     address = launch(page, limits, args.host, args.port)
     try:
         logger.info("the page is at %s (Ctrl-C ends it)", address)
         threading.Event().wait()
-    except KeyboardInterrupt:
+    finally:
         page.close(verbose=False)
+
+
+def _limits_of(args: argparse.Namespace) -> Limits:
+    if not 0 <= args.port <= 65535:
+        raise UserError(f"--port {args.port}: give a number from 1 to 65535, or 0 for a free one")
+    for name, least in (("upload", 0.001), ("pixels", 0.001), ("waiting", 1)):
+        value = getattr(args, f"max_{name}")
+        if not least <= value < math.inf:
+            raise UserError(f"--max-{name} {value}: give a number from {least} up")
+    return Limits(args.max_upload, args.max_pixels, args.max_waiting)
 
 
 if __name__ == "__main__":

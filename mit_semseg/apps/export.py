@@ -22,7 +22,7 @@ from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, whole_file
 from ..models.folding import folded
 from . import quantize
-from .building import build_module
+from .building import build_module, view_of
 from .cli import DEFAULT_CONFIG, add_verbosity, run, setup_logger
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ def main() -> None:
         small = path.with_suffix(f".int8{path.suffix}")
         quantize.quantize(path, small, data[0])
         print(f"{small} ({_mebibytes(small)}): calibrated with {len(data[0])} training pictures")
-        print(quantize.cost(path, small, data[1], align_corners=module.align_corners))
+        print(quantize.cost(path, small, data[1], align_corners=module.align_corners, view=view_of(cfg)))
 
 
 def _mebibytes(path: Path) -> str:

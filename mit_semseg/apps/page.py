@@ -1,10 +1,14 @@
 """The page of `demo.py`: what it says of an upload, what the viewer in the browser gets, and how it is served."""
 
+import atexit
 import base64
 import io
 import json
 import logging
+import os
 import re
+import shutil
+import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -27,6 +31,8 @@ TITLE = "Scene parsing"
 WELCOME = "Choose, drop, paste or photograph a picture."
 LONGEST_NAME = 80  # characters of a picture's name that are kept
 QUALITY = 92  # of the JPEG that travels to the browser
+# Of files that visitors may send: none that start other programs, as EPS does, or that nobody's camera makes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 KEPT_NETWORKS = 2  # in memory
 KEPT_SESSIONS = 32  # visitors whose last result Gradio holds in memory, to show it again after a lost connection
 UPLOADS_CHECKED, UPLOADS_KEPT = 120, 600  # seconds
@@ -62,11 +68,23 @@ class Networks:
         if name not in self.names:
             raise UserError(f"there is no checkpoint {str(name)[:LONGEST_NAME]!r}: choose one of the list")
         if name not in self._loaded:
-            self._loaded[name] = self._load(name)
+            try:
+                self.load(name)
+            except UserError:  # names files of this machine, which are not the visitors' business
+                logger.exception("%s cannot be loaded", name)
+                raise UserError(f"the network {name} cannot be loaded now: choose another") from None
         self._loaded.move_to_end(name)
+        return self._loaded[name]
+
+    def load(self, name: str) -> None:
+        """Load a network; the oldest goes.
+
+        Raises:
+            UserError: it cannot be loaded, with the reason.
+        """
+        self._loaded[name] = self._load(name)
         while len(self._loaded) > KEPT_NETWORKS:
             self._loaded.popitem(last=False)
-        return self._loaded[name]
 
 
 def called(name) -> str:
@@ -75,27 +93,56 @@ def called(name) -> str:
     return re.sub(r"[^\w. ()-]", "_", last)[:LONGEST_NAME].lstrip(".") or "picture"
 
 
-def read_upload(path: str, name: str, pixels: float) -> Image.Image:
+def read_upload(given, name: str, limits: Limits) -> Image.Image:
     """A picture that came from a visitor.
 
     Args:
-        path: of the file.
+        given: what the visitor's browser says there is, which may be anything: a dict with the `path` of an upload.
         name: that messages call it.
-        pixels: it may have, in millions.
+        limits: of the picture.
 
     Raises:
-        UserError: no picture, or too many pixels.
+        UserError: no upload of this page, no picture, or one that is too large.
     """
+    path = given.get("path") if isinstance(given, dict) else None
+    # Any path may be asked for, but only what was uploaded is looked at.
+    if not _is_upload(path):
+        raise UserError(f"{name} is no upload of this page: choose the picture again")
+    if not Path(path).is_file():
+        raise UserError(f"{name} has been deleted in the meantime: choose the picture again")
+    if (size := Path(path).stat().st_size) > limits.upload * 1e6:
+        raise UserError(f"{name} has {size / 1e6:.1f} MB; this page takes up to {limits.upload:g} MB")
     try:
-        width, height = image_size(path)
+        width, height = image_size(path, _formats())
     except UserError as error:
         raise UserError(str(error).replace(str(path), name)) from None
-    if width * height > pixels * 1e6:
+    if width * height > limits.pixels * 1e6:
         raise UserError(
             f"{name} has {width} x {height} pixels ({width * height / 1e6:.1f} million); this page takes up to "
-            f"{pixels:g} million: make it smaller"
+            f"{limits.pixels:g} million: make it smaller"
         )
-    return read_image(path, name)
+    return read_image(path, name, _formats())
+
+
+def _is_upload(path) -> bool:
+    try:
+        return isinstance(path, str) and Path(path).resolve().is_relative_to(uploads())
+    except (OSError, ValueError):  # no path at all
+        return False
+
+
+def _formats() -> list[str]:
+    """Those of `FORMATS` that this Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def uploads() -> Path:
+    """The folder of the uploads: of this process and its user alone, and deleted at its end."""
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="mit_semseg-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
 
 
 def shown(result: Result) -> dict:
@@ -137,10 +184,10 @@ def segment(networks: Networks, limits: Limits, given: dict | None, checkpoint: 
     """
     if given is None:
         return {"message": WELCOME}
-    name = called(given.get("orig_name"))
+    name = called(given.get("orig_name") if isinstance(given, dict) else None)
     try:
         step(0.05, "reading the picture")
-        picture = read_upload(given["path"], name, limits.pixels)
+        picture = read_upload(given, name, limits)
         step(0.15, "loading the network")
         segmenter = networks[checkpoint]
         step(0.35, "segmenting")
@@ -170,6 +217,8 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
         import gradio as gr
     except ImportError:
         raise UserError('Gradio is not installed: pip install -e ".[demo]"') from None
+
+    uploads()  # Gradio reads the place when its components are made
 
     def work(given, checkpoint, progress=gr.Progress()):  # noqa: B008  (how Gradio hands it over)
         return segment(networks, limits, given, checkpoint, lambda share, text: progress(share, desc=text))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..dataset import ValDataset
-from ..evaluation import evaluate
+from ..evaluation import View, evaluate
 from ..evaluation.evaluator import read_items
+from ..evaluation.inference import WHOLE
 from ..lib.utils import UserError, progress_bar, whole_file
 
 logger = logging.getLogger(__name__)
@@ -105,21 +106,26 @@ def quantize(source: Path, path: Path, pictures: ValDataset) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._views, None)
 
-    convolutions = [node.name for node in onnx.load(source).graph.node if node.op_type == "Conv"]
-    with whole_file(path) as partial, tempfile.TemporaryDirectory() as folder:
+    with whole_file(path) as partial, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared = Path(folder, "prepared.onnx")
-        quant_pre_process(source, prepared, skip_symbolic_shape=True)
-        quantize_static(
-            prepared,
-            partial,
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(OPERATORS),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            nodes_to_exclude=convolutions[-1:],
-        )
+        try:
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            convolutions = [node.name for node in onnx.load(prepared).graph.node if node.op_type == "Conv"]
+            quantize_static(
+                prepared,
+                partial,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(OPERATORS),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=convolutions[-1:],
+            )
+        except (UserError, OSError):
+            raise
+        except Exception as error:  # ONNX Runtime raises any
+            raise QuantizationError(f"ONNX Runtime cannot write {path.name} in 8 bits: {error}") from error
         _copy_about(source, partial)
         _check(source, partial)
 
@@ -149,10 +155,10 @@ def _check(source: Path, path: Path, shapes: Sequence[tuple[int, ...]] = ((1, 3,
             raise QuantizationError(f"the 8-bit network does not give finite scores for pictures {shape}")
 
 
-def cost(source: Path, path: Path, dataset: ValDataset, *, align_corners: bool) -> Cost:
-    """Mean IoU of both files on a data set, as eval.py computes it."""
+def cost(source: Path, path: Path, dataset: ValDataset, *, align_corners: bool, view: View = WHOLE) -> Cost:
+    """Mean IoU of both files on a data set, as eval.py computes it of the network."""
     exact, rounded = (
-        evaluate(OnnxNetwork(file, align_corners=align_corners), dataset, workers=0).summary.mean_iou
+        evaluate(OnnxNetwork(file, align_corners=align_corners), dataset, view=view, workers=0).summary.mean_iou
         for file in (source, path)
     )
     return Cost(exact, rounded, len(dataset))

@@ -105,6 +105,7 @@ class Result:
         return paths
 
     def picture(self, ending: str) -> Image.Image:
+        """The picture that `save_as` writes for an ending."""
         if ending == "_overlay.png":
             return self.overlay()
         if ending == "_index.png":

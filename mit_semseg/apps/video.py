@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..lib.utils import UserError, progress_bar, whole_file
+from ..lib.utils import UserError, WriteError, progress_bar, whole_file
 from .devices import describe
 from .predictor import Segmenter
 
@@ -33,13 +33,13 @@ class Written:
         path: of the new one.
         frames: written.
         broken: frames that could not be read; they show the one before, and are left out where there is none.
-        complete: nothing was interrupted.
+        interruption: that ended it before its end.
     """
 
     path: Path
     frames: int
     broken: int
-    complete: bool
+    interruption: KeyboardInterrupt | None = None
 
 
 def is_video(given: str) -> bool:
@@ -57,9 +57,10 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
     """Segment the video that `--imgs` names with TEST.checkpoint, into TEST.result.
 
     Returns:
-        The exit code: 1 if frames could not be read or the run was interrupted.
+        The exit code: 1 if frames could not be read.
 
     Raises:
+        KeyboardInterrupt: there was one; the video has the frames until then.
         UserError: the video, the weights or an option cannot be used.
     """
     if not 0 <= smoothing < 1:
@@ -71,10 +72,12 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
     logger.info("device: %s", describe(device))
     path = output_path(given, Path(cfg.TEST.result))
     written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
-    print(f"{written.path}: {written.frames} frames{'' if written.complete else ', interrupted'}")
+    print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
     if written.broken:
         print(f"{written.broken} frames could not be read and show the one before")
-    return 0 if written.complete and not written.broken else 1
+    if written.interruption:
+        raise written.interruption
+    return 1 if written.broken else 0
 
 
 def segment_video(
@@ -89,8 +92,7 @@ def segment_video(
 ) -> Written:
     """Write a video whose frames are tinted, of the same size and frame rate.
 
-    A run that is interrupted (Ctrl-C, SIGTERM) leaves the frames so far as a video that can be played. A frame that
-    cannot be read is shown as the one before it and counted.
+    One that is interrupted has the frames so far. A frame that cannot be read is shown as the one before, and counted.
 
     Args:
         given: a video file, or the number of a camera, which is recorded until interrupted.
@@ -102,9 +104,11 @@ def segment_video(
 
     Raises:
         VideoError: not readable as a video, or nothing can be written.
+        WriteError: the disk is full.
+        KeyboardInterrupt: before the first frame.
     """
     source = cv2.VideoCapture(int(given) if given.isdigit() else given)
-    complete, count = True, 0
+    interruption, count = None, 0
     try:
         frames = _Frames(source, given, most)
         with whole_file(path) as partial:
@@ -114,26 +118,37 @@ def segment_video(
             try:
                 if not writer.isOpened():
                     raise VideoError(f"{path}: OpenCV cannot write a video there ({CODEC}, {frames.size})")
-                bar = progress_bar(total=frames.total, desc="segmenting", unit="frame", shown=progress)
-                with bar:
+                with progress_bar(total=frames.total, desc="segmenting", unit="frame", shown=progress) as bar:
                     for result in segmenter.frames(frames, smoothing=smoothing):
                         tinted = np.asarray(result.overlay(alpha, legend=False))
                         writer.write(cv2.cvtColor(tinted, cv2.COLOR_RGB2BGR))
                         count += 1
                         bar.update()
-            except KeyboardInterrupt:
-                complete = False
+            except KeyboardInterrupt as caught:
+                interruption = caught
+                if not count:
+                    raise
             finally:
                 writer.release()
-                if count:
+                if count and _holds(own, count):
                     own.replace(partial)
-                else:
-                    own.unlink(missing_ok=True)
+                own.unlink(missing_ok=True)
             if not count:
                 raise VideoError(f"{given}: not a single frame could be read")
+            if not partial.exists():  # OpenCV does not say so
+                raise WriteError(f"{path} cannot be written to its end: is the disk full?")
     finally:
         source.release()
-    return Written(path, count, frames.broken, complete)
+    return Written(path, count, frames.broken, interruption)
+
+
+def _holds(path: Path, count: int) -> bool:
+    """Whether a file is a video of so many frames."""
+    video = cv2.VideoCapture(str(path))
+    try:
+        return video.isOpened() and int(video.get(cv2.CAP_PROP_FRAME_COUNT)) == count
+    finally:
+        video.release()
 
 
 class _Frames(Iterable):

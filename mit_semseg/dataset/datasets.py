@@ -239,8 +239,9 @@ class _Divisible(_Records):
 
     def spread(self, count: int):
         """The same data set with at most so many of the records, evenly spaced: neighbours are often alike."""
-        part = copy.copy(self)
-        part.records = self.records[:: max(1, len(self.records) // count)][:count]
+        part, there = copy.copy(self), len(self.records)
+        count = min(count, there)
+        part.records = [self.records[i * there // count] for i in range(count)]
         return part
 
 

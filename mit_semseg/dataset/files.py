@@ -1,6 +1,7 @@
 """Reading image and label files: every kind of picture as RGB, every label as raw class values."""
 
 import os
+from collections.abc import Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -19,9 +20,11 @@ class ImageFileError(UserError, ValueError):
     """An image or label that cannot be used; the message names the file and what to do."""
 
 
-def _open(path: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
+def _open(
+    path: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     try:
-        return Image.open(path)
+        return Image.open(path, formats=formats)
     except FileNotFoundError:
         raise ImageFileError(f"{path}: no such file") from None
     except UnidentifiedImageError:
@@ -30,13 +33,17 @@ def _open(path: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.
         raise ImageFileError(f"{name or path}: no readable image ({error})") from None
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
+def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
     """(width, height) as the picture is seen, from its header.
+
+    Args:
+        path: of the file.
+        formats: that it may have, as Pillow calls them; None takes all that Pillow reads.
 
     Raises:
         ImageFileError: no readable image.
     """
-    with _open(path) as image:
+    with _open(path, formats=formats) as image:
         width, height = image.size
         if image.format == "PNG" and "exif" not in image.info:
             return width, height  # asking further would decode the pixels
@@ -47,17 +54,20 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
     return (height, width) if turned else (width, height)
 
 
-def read_image(path: str | os.PathLike | BinaryIO, name: str | None = None) -> Image.Image:
+def read_image(
+    path: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Any picture as RGB, 8 bits: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
     Args:
         path: or an open file.
         name: that errors have; None is the path.
+        formats: as of `image_size`.
 
     Raises:
         ImageFileError: no readable image, or floating point pixels.
     """
-    with _open(path, name) as image:
+    with _open(path, name, formats) as image:
         return as_rgb(image, name or str(path))
 
 

@@ -33,8 +33,15 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, processes
         num_workers=workers,
         timeout=timeout if workers else 0,
         generator=torch.Generator(),
+        worker_init_fn=_of_its_own,
         **options,
     )
+
+
+def _of_its_own(number: int) -> None:
+    """Ctrl-C on a terminal, and signals to a group of processes, are for those that end the loader processes."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def items(loader: DataLoader) -> Iterator:

@@ -14,6 +14,8 @@ from ..lib.utils import UserError
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What PyTorch says of an operation that cannot be repeated.
+REFUSALS = ("does not have a deterministic implementation", "Deterministic behavior was enabled")
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
@@ -35,7 +37,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if self._active:
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._ask) for number in heard}
         return self
 
     def __exit__(self, *_) -> None:
@@ -60,10 +63,9 @@ class Interruption:
 
     def _carry_out(self, number: int, frame) -> None:
         handler = self._before[number]
-        if callable(handler):
-            handler(number, frame)
-        elif handler == signal.SIG_DFL:
+        if handler == signal.SIG_DFL:
             raise KeyboardInterrupt
+        handler(number, frame)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "deterministic" not in str(error):
+        if isinstance(error, UserError) or not any(words in str(error) for words in REFUSALS):
             raise
         raise Unrepeatable(
             f"TRAIN.deterministic: {str(error).split(', but you set')[0].splitlines()[0]}; set it to False, or train "

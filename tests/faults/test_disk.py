@@ -1,12 +1,18 @@
 """A disk that is full or read-only: what is said, what is kept, and that the run goes on when there is room again."""
 
 import subprocess
+from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from runs import SMALL, here, same, weights, words
-from scenes import write_pairs
+from scenes import tiny_module, write_pairs
 
+from mit_semseg import Segmenter
+from mit_semseg.apps.video import segment_video
+from mit_semseg.dataset import class_table
 from mit_semseg.engine.checkpoint import RunFiles, read_resume, save_atomic
 from mit_semseg.lib.utils import WriteError, whole_file
 
@@ -96,6 +102,21 @@ def test_tensorboard_is_given_up_and_the_run_goes_on(root, disk, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TensorBoard's events cannot be written any more, the run goes on without") == 1
     assert "training is complete" in done.stdout
+
+
+def test_a_video_that_finds_no_room_is_not_kept(disk, tmp_path):
+    """OpenCV does not notice; a file that cannot be played would be left."""
+    clip, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
+    writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 120))
+    for _ in range(60):
+        writer.write(rng.integers(0, 256, (120, 160, 3), dtype=np.uint8))
+    writer.release()
+    disk.change("size=200k")
+    options = SimpleNamespace(imgSizes=(40,), imgMaxSize=100, padding_constant=8)
+    segmenter = Segmenter(tiny_module(), class_table("", 3), options)
+    with pytest.raises(WriteError, match=r"out\.mp4 cannot be written to its end: is the disk full\?"):
+        segment_video(segmenter, str(clip), disk.folder / "out.mp4", alpha=0.1, progress=False)
+    assert not list(disk.folder.iterdir())
 
 
 def test_a_read_only_folder_is_named(root, disk, tmp_path):

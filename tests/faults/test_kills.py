@@ -15,7 +15,7 @@ from scenes import write_pairs
 
 from mit_semseg.engine.checkpoint import RunFiles, read_resume
 
-KILLS = int(os.environ.get("KILLS", "4"))
+KILLS = int(os.environ.get("KILLS", "2"))
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):

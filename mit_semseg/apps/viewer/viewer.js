@@ -93,10 +93,17 @@ async function show() {
   const value = props.value || {}, number = ++drawing;
   find("message").textContent = value.message || "";
   find("message").classList.toggle("wrong", Boolean(value.wrong));
-  find("result").hidden = !value.picture;
+  find("result").hidden = true;
   find("pointed").hidden = true;
   if (!value.picture) return;
-  const [picture, labels] = await Promise.all([loaded(value.picture), decoded(value)]);
+  let picture, labels;
+  try {
+    [picture, labels] = await Promise.all([loaded(value.picture), decoded(value)]);
+  } catch (error) {
+    find("message").textContent = "This browser cannot show the result: " + error.message;
+    find("message").classList.add("wrong");
+    return;
+  }
   if (number !== drawing) return;
   Object.assign(state, { value, picture, labels, hidden: new Set() });
   for (const [kind, ending] of [["as-shown", "_overlay.png"], ["index", "_index.png"], ["json", ".json"]]) {
@@ -105,6 +112,7 @@ async function show() {
   }
   listed();
   draw();
+  find("result").hidden = false;
 }
 
 find("opacity").addEventListener("input", draw);
