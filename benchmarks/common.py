@@ -1,5 +1,6 @@
 """Timing two or more ways of doing the same thing, interleaved, and writing down what came out."""
 
+import argparse
 import json
 import platform
 import statistics
@@ -9,6 +10,37 @@ from pathlib import Path
 
 import torch
 from torch.multiprocessing import get_context
+
+from mit_semseg.models import ModelBuilder, SegmentationModule
+
+
+def parser_of(
+    description: str, *, repeats: int = 5, threads: int | None = 2, device: bool = True
+) -> argparse.ArgumentParser:
+    """Parser with the options that the benchmarks share, and their defaults.
+
+    Args:
+        description: on top of the help.
+        repeats: of every way.
+        threads: of every process; None leaves the option out.
+        device: False leaves `--device` out.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if device:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    if threads:
+        parser.add_argument("--threads", type=int, default=threads, help="of every process")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--json", help="file for the results")
+    return parser
+
+
+def network_of(encoder: str, decoder: str) -> SegmentationModule:
+    """A network of random weights for 150 classes, in eval mode."""
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
+    return SegmentationModule(enc, dec, None).eval()
 
 
 def hardware(device: torch.device) -> str:

@@ -8,14 +8,13 @@ travel and the device normalizes. Fast: PyTorch resizes bytes as well (DATASET.t
 one thread, then through a loader with one worker; what the device does to the bytes is in neither.
 """
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -89,10 +88,8 @@ def datasets(folder: Path) -> dict[str, Dataset]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = parser_of(__doc__, repeats=7, device=False, threads=None)
     parser.add_argument("--batches", type=int, default=12, help="per turn")
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []

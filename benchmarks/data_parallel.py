@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import interleaved, write
+from common import interleaved, parser_of, write
 
 from mit_semseg.engine import MaskedNLLLoss, Processes, Settings, build_optimizer, train_step
 from mit_semseg.engine.distributed import Place, parallel
@@ -76,11 +76,9 @@ def _join(rank: int, args: argparse.Namespace) -> tuple[Processes, dist.ProcessG
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, repeats=7, device=False, threads=None)
     parser.add_argument("--size", type=int, default=192, help="side of the pictures")
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--port", type=int, default=29512)
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     partner = mp.spawn(_partner, (args,), nprocs=1, join=False)
     alone = Processes()

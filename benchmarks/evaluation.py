@@ -9,7 +9,6 @@ picture, colours class by class, PNG as Pillow writes it. Ours is `evaluate` as 
 bfloat16 (INFERENCE.precision); the network is prepared before, as it is once for a whole data set. The ways take turns.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +18,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from metrics_and_colors import CLASSES, class_by_class, histograms
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -96,12 +95,9 @@ def ours(network: SegmentationModule, dataset: ValDataset, folder: Path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = parser_of(__doc__, device=False)
     parser.add_argument("--pictures", type=int, default=4, help="per turn")
     parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="which networks, by number")
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []

@@ -7,14 +7,13 @@ generated pictures. PyTorch: the network as it was trained (eager, float32, chan
 float32 and bfloat16; ONNX Runtime: the file of `python -m mit_semseg.export`, with as many threads. All take turns.
 """
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import torch
-from common import interleaved, write
-from roofline import INPUT, network_of
+from common import interleaved, network_of, parser_of, write
+from roofline import INPUT
 
 from data import write_pictures
 from mit_semseg.apps.export import export
@@ -47,11 +46,7 @@ def row_of(encoder: str, decoder: str, folder: Path, pictures: ValDataset, repea
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the results")
-    args = parser.parse_args()
+    args = parser_of(__doc__, device=False).parse_args()
     torch.set_num_threads(args.threads)
     with TemporaryDirectory() as name:
         folder = Path(name)

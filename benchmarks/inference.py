@@ -8,15 +8,14 @@ Ours: batch norms folded, channels last, pyramid folded, label map from the logi
 measured by themselves. All ways take turns.
 """
 
-import argparse
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, write
+from common import interleaved, network_of, parser_of, write
 
 from mit_semseg.evaluation.upsampling import label_map_of
-from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
+from mit_semseg.models import pyramid
 from mit_semseg.models.folding import folded
 
 PAIRS = (
@@ -31,10 +30,7 @@ SIZE, INPUT = (512, 683), (512, 688)
 
 def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
     """Calls of the network alone and of the whole way, plain and ours."""
-    torch.manual_seed(0)
-    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
-    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
-    plain = SegmentationModule(enc, dec, None).to(device).eval()
+    plain = network_of(encoder, decoder).to(device)
     ours, feed = folded(plain), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
 
     def plain_logits():
@@ -50,12 +46,7 @@ def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the results")
-    args = parser.parse_args()
+    args = parser_of(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
     for encoder, decoder in PAIRS:

@@ -7,10 +7,8 @@ those of the tensors that the nodes of the autograd graph hold after the forward
 parameters left out: those that normalization and activation hold, and those that anything holds.
 """
 
-import argparse
-
 import torch
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from torch import nn
 
 from mit_semseg.engine import MaskedNLLLoss
@@ -59,13 +57,9 @@ def saved(node) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, default=193, help="side of the pictures")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows, steps = torch.device(args.device), {}, {}

@@ -7,12 +7,11 @@ logits of all classes to the picture, softmax, mean over the scales, arg-max. Bo
 of the largest resident size in a fresh process (or, on a GPU, the largest allocation), with the result in it.
 """
 
-import argparse
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import elsewhere, grown, interleaved, write
+from common import elsewhere, grown, interleaved, parser_of, write
 from torch import Tensor
 
 from mit_semseg.dataset.transforms import round_up, scale_for
@@ -63,13 +62,9 @@ def memory(way: str, arguments: tuple, size: tuple[int, int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of(__doc__, repeats=7)
     parser.add_argument("--classes", type=int, default=150)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 683), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size, device, rows = tuple(args.size), torch.device(args.device), []

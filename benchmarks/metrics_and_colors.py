@@ -6,12 +6,11 @@
 scripts often have it. Colours: a table lookup against a loop over the classes that are there. Both ways take turns.
 """
 
-import argparse
 from functools import partial
 
 import numpy as np
 import torch
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from PIL import Image
 
 from mit_semseg.apps.visualize import colorEncode
@@ -62,10 +61,7 @@ def label_maps(kind: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--json", help="file for the results")
-    args = parser.parse_args()
+    args = parser_of(__doc__, repeats=15, device=False, threads=None).parse_args()
     colors = np.random.default_rng(1).integers(0, 256, (CLASSES, 3)).astype(np.uint8)
     device, rows = torch.device("cpu"), []
     for kind in ("noise", "regions"):

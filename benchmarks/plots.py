@@ -7,12 +7,11 @@ see label_map.py: pictures of 0.1 to 24 megapixels, 2 to 1,000 classes, 1 to 5 s
 scales of ADE20K. The straightforward way ends where it would take more than `--most` MiB.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
 import torch
-from common import elsewhere, hardware, interleaved, write
+from common import elsewhere, hardware, interleaved, parser_of, write
 from label_map import SHORT_SIDES, WAYS, make_logits, memory
 from matplotlib.figure import Figure
 
@@ -79,13 +78,9 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = parser_of(__doc__, repeats=3)
     parser.add_argument("--most", type=float, default=6000, help="MiB that the straightforward way may take")
     parser.add_argument("--out", default="docs/images/label_map_costs.png")
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)

@@ -8,11 +8,10 @@ maps, concatenates and convolves. Both ways take turns. The first rows also say 
 there are for the largest of the smaller maps: where that is less than `pyramid.GAIN`, networks resize it.
 """
 
-import argparse
 from unittest import mock
 
 import torch
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from torch import nn
 
 from mit_semseg.engine import MaskedNLLLoss
@@ -81,13 +80,9 @@ def network(way: str, encoder: str, decoder: str, size: tuple[int, int], trainin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="leave training out")
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []

@@ -7,15 +7,13 @@ as inference runs it. The machine's limit is what its matrix product of 2048x204
 same run; a network of matrix products alone, with data that is always in the cache, would reach it.
 """
 
-import argparse
-
 import torch
-from common import interleaved, write
+from common import interleaved, network_of, parser_of, write
 from torch.utils.flop_counter import FlopCounterMode
 
 from mit_semseg.evaluation import View
 from mit_semseg.evaluation.network import PRECISIONS
-from mit_semseg.models import ModelBuilder, SegmentationModule
+from mit_semseg.models import SegmentationModule
 
 PAIRS = (
     ("mobilenetv2dilated", "c1_deepsup"),
@@ -24,13 +22,6 @@ PAIRS = (
     ("hrnetv2", "c1"),
 )
 INPUT, SIDE = (512, 688), 2048
-
-
-def network_of(encoder: str, decoder: str) -> SegmentationModule:
-    torch.manual_seed(0)
-    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
-    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
-    return SegmentationModule(enc, dec, None).eval()
 
 
 @torch.inference_mode()
@@ -57,12 +48,7 @@ def row_of(module: SegmentationModule, precision: str, device: torch.device, rep
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the results")
-    args = parser.parse_args()
+    args = parser_of(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
     for encoder, decoder in PAIRS:

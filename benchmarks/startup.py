@@ -7,7 +7,6 @@ loads the weights of MobileNetV2 + C1 and runs the network once, and `test.py` o
 package adds is the second less the first; what the script adds is the last less the third.
 """
 
-import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from PIL import Image
 
 from mit_semseg.models import ModelBuilder
@@ -38,10 +37,7 @@ with torch.inference_mode():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", help="file for the results")
-    args = parser.parse_args()
+    args = parser_of(__doc__, device=False, threads=None).parse_args()
     with TemporaryDirectory() as folder:
         encoder = ModelBuilder.build_encoder("mobilenetv2dilated", pretrained=False)
         decoder = ModelBuilder.build_decoder("c1_deepsup", in_channels=encoder.out_channels)

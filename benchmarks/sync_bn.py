@@ -16,7 +16,7 @@ import os
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import interleaved, write
+from common import interleaved, parser_of, write
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -124,14 +124,10 @@ def replicas(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = parser_of(__doc__, repeats=7, threads=1)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="per process")
     parser.add_argument("--size", type=int, default=224, help="side of the pictures of the training step")
-    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--port", type=int, default=29511)
-    parser.add_argument("--json", help="file for the results")
     parser.add_argument("--only", choices=("processes", "replicas"), help="one of the two parts")
     args = parser.parse_args()
     if args.only != "replicas":

@@ -9,13 +9,12 @@ blocks recomputed (TRAIN.recompute). The ways take turns; memory is the growth o
 process (or, on a GPU, the largest allocation) with network, optimizer and two steps.
 """
 
-import argparse
 from contextlib import nullcontext
 from dataclasses import dataclass
 from unittest import mock
 
 import torch
-from common import elsewhere, grown, interleaved, write
+from common import elsewhere, grown, interleaved, parser_of, write
 from torch import nn
 
 from mit_semseg.engine import build_loss, build_optimizer
@@ -99,13 +98,9 @@ def memory(*arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(448, 600), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="which networks, by number")
-    parser.add_argument("--json", help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, size, rows = torch.device(args.device), tuple(args.size), []

@@ -44,6 +44,13 @@ def write_pairs(folder, sizes, *, values=(0, 1, 2, 3), seed=0):
     return folder
 
 
+def write_data_set(folder):
+    """A small data set below a folder: train, with pictures both upright and lying, and val."""
+    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
+    write_pairs(folder / "val", [(50, 40), (40, 56), (64, 48)], seed=3)
+    return folder
+
+
 class TinyEncoder(nn.Module):
     """Two feature maps at strides 4 and 8."""
 

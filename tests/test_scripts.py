@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from runs import ROOT, SMALL, here, in_process, script, words
-from scenes import options, tiny_module, write_pairs
+from scenes import options, tiny_module, write_data_set, write_pairs
 from test_weights import site  # noqa: F401  (a fixture)
 
 from mit_semseg.apps.visualize import (
@@ -31,8 +31,7 @@ from mit_semseg.evaluation import evaluate, label_map, multi_scale_scores
 def trained(tmp_path_factory):
     """A data set and a run on it; returns the options."""
     folder = tmp_path_factory.mktemp("trained")
-    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
-    write_pairs(folder / "val", [(50, 40), (40, 56), (64, 48)], seed=3)
+    write_data_set(folder)
     changes = {**SMALL, "DATASET.root_dataset": folder, "DIR": folder / "run"}
     done = script("train.py", "--gpus", "cpu", *words(changes))
     assert done.returncode == 0, done.stderr

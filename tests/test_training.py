@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from runs import SMALL, Job, here, in_process, same, script, weights, words
-from scenes import options, tiny_module, write_pairs
+from scenes import options, tiny_module, write_data_set, write_pairs
 from torch import nn
 
 from mit_semseg.dataset import TrainDataset, ValDataset
@@ -37,8 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
-    write_pairs(folder / "val", [(50, 40), (40, 56)], seed=3)
+    write_data_set(folder)
     return folder
 
 

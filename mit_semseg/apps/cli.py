@@ -80,7 +80,7 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """Give a parser `-v` and `-q`, whose `args.level` is for `setup_logger`."""
     given = parser.add_mutually_exclusive_group()
     for flags, level, text in (
-        (("-v", "--verbose"), logging.DEBUG, "say more: options, versions, where a mistake was found"),
+        (("-v", "--verbose"), logging.DEBUG, "say more: versions, and where in the code a mistake was found"),
         (("-q", "--quiet"), logging.WARNING, "say less: results and warnings only, no progress"),
     ):
         given.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)

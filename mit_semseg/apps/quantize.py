@@ -78,7 +78,7 @@ def labelled_pictures(cfg: Config) -> tuple[ValDataset, ValDataset]:
 
 
 def quantize(source: Path, path: Path, pictures: ValDataset) -> None:
-    """Write an 8-bit copy of an ONNX file: QDQ, signed, weights per output channel.
+    """Write an 8-bit copy of an ONNX file: QDQ, unsigned values, signed weights with a scale per output channel.
 
     The last convolution, which makes the scores, stays in float32.
 

@@ -99,7 +99,7 @@ def _worker(
         connection.send(("result", result))
     except UserError as error:
         connection.send(("mistake", str(error)))
-    except Exception:
+    except Exception:  # travels to the parent, which raises it with this worker's share
         connection.send(("failed", traceback.format_exc()))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from runs import SMALL, here, same, weights, words
-from scenes import tiny_module, write_pairs
+from scenes import tiny_module, write_data_set
 
 from mit_semseg import Segmenter
 from mit_semseg.apps.video import segment_video
@@ -22,8 +22,7 @@ STATE = 30  # MiB: the state to continue from takes 18
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
-    write_pairs(folder / "val", [(50, 40), (40, 56)], seed=3)
+    write_data_set(folder)
     return folder
 
 

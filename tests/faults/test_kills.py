@@ -11,7 +11,7 @@ import time
 import torch
 from runs import SMALL, Job, script, weights, words
 from runs import same as equal
-from scenes import write_pairs
+from scenes import write_data_set
 
 from mit_semseg.engine.checkpoint import RunFiles, read_resume
 
@@ -20,8 +20,7 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
     """Also while it starts, saves, validates, and starts its loader processes: any moment is as likely as any other."""
-    write_pairs(tmp_path / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
-    write_pairs(tmp_path / "val", [(50, 40), (40, 56), (64, 48)], seed=3)
+    write_data_set(tmp_path)
     changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 12, "TRAIN.checkpoint_iters": 3}
     changes |= {"TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto"}
     began = time.perf_counter()
