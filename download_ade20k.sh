@@ -8,12 +8,7 @@ archive=data/ADEChallengeData2016.zip
 
 if [ ! -d data/ADEChallengeData2016/images ]; then
     [ -f "$archive" ] || "$python" -m mit_semseg.apps.fetch file "$address" --to "$archive"
-    # Unpacked beside, then renamed: an interrupted run leaves no half data set under the final name.
-    rm -rf data/ADEChallengeData2016.unpacking
-    "$python" -c 'import sys, zipfile; zipfile.ZipFile(sys.argv[1]).extractall(sys.argv[2])' \
-        "$archive" data/ADEChallengeData2016.unpacking
-    mv data/ADEChallengeData2016.unpacking/ADEChallengeData2016 data/ADEChallengeData2016
-    rmdir data/ADEChallengeData2016.unpacking
+    "$python" -m mit_semseg.apps.fetch unpack "$archive" --strip --to data/ADEChallengeData2016
     rm "$archive"
 fi
 "$python" -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt

@@ -12,7 +12,7 @@ EXAMPLES = """\
   python eval.py --cfg config/quickstart.yaml VAL.visualize True VAL.checkpoint best.pth"""
 
 
-def main() -> None:
+def main() -> int:
     args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices = pick_devices(args.device)
@@ -22,6 +22,7 @@ def main() -> None:
         evaluation = scoring.score(args.cfg, args.opts, devices, processes)
         if processes.main:
             scoring.report(cfg, args.cfg, evaluation)
+    return 1 if evaluation.left_out else 0
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ EXAMPLES = """\
   python eval_multipro.py --cfg config/quickstart.yaml --gpus cpu,cpu"""
 
 
-def main() -> None:
+def main() -> int:
     args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
     devices = pick_devices(args.device)
     cli.setup_logger(0, None, args.level).info("devices: %s", ", ".join(map(describe, devices)))
-    scoring.report(cfg, args.cfg, scoring.score(args.cfg, args.opts, devices))
+    evaluation = scoring.score(args.cfg, args.opts, devices)
+    scoring.report(cfg, args.cfg, evaluation)
+    return 1 if evaluation.left_out else 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ EXAMPLES = """\
   python train.py --cfg config/quickstart.yaml TRAIN.num_epoch 10 TRAIN.resume auto"""
 
 
-def main() -> None:
+def main() -> int:
     args = cli.make_parser(__doc__, EXAMPLES, cli.TRAINING).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices, files = pick_devices(args.device), RunFiles(cfg.DIR)
@@ -37,7 +37,7 @@ def main() -> None:
         pictures = [record["fpath_img"] for record in validation.records] if validation and train.visualize else []
         show = {"tensorboard": train.tensorboard, "pictures": pictures, "main": processes.main}
         recorder = RunRecorder(cfg.DIR, dataset.table, **show)
-        fit(
+        run = fit(
             module,
             optimizer,
             dataset,
@@ -52,6 +52,7 @@ def main() -> None:
         )
         recorder.close()
         logger.info("training is complete: %s", cfg.DIR)
+    return 1 if run.left_out else 0
 
 
 if __name__ == "__main__":

@@ -261,6 +261,23 @@ def effect_of_ignore_values(runs, baseline):
     assert counts[0] != counts[1]
 
 
+def effect_of_on_error(runs, baseline):
+    (runs.data / "gone.odgt").write_text('{"fpath_img": "gone.png", "width": 4, "height": 5}\n' * 3)
+    for mode, message in (("stop", "has no fpath_segm"), ("skip", "4 images one after the other cannot be used")):
+        with pytest.raises(UserError, match=message):
+            runs.train(**{"DATASET.list_train": "gone.odgt", "DATASET.on_error": mode})
+
+
+def effect_of_max_pixels(runs, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.max_pixels \(now 2000\)"):
+        runs.train(**{"DATASET.max_pixels": 2000})
+
+
+def effect_of_max_bytes(runs, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.max_bytes \(now 1000\)"):
+        runs.train(**{"DATASET.max_bytes": 1000})
+
+
 def effect_of_palette_labels(runs, baseline):
     with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
         runs.train(**{"DATASET.list_train": "palette"})
@@ -520,6 +537,9 @@ OTHER_EFFECTS = {
     "DATASET.classes": effect_of_classes,
     "DATASET.ignore_values": effect_of_ignore_values,
     "DATASET.palette_labels": effect_of_palette_labels,
+    "DATASET.on_error": effect_of_on_error,
+    "DATASET.max_pixels": effect_of_max_pixels,
+    "DATASET.max_bytes": effect_of_max_bytes,
     "MODEL.fc_dim": effect_of_fc_dim,
     "MODEL.pretrained": effect_of_pretrained,
     "MODEL.new_head": effect_of_new_head,

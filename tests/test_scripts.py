@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from runs import ROOT, SMALL, here, in_process, script, words
 from scenes import options, tiny_module, write_data_set, write_pairs
-from test_weights import site  # noqa: F401  (a fixture)
 
 from mit_semseg.apps.visualize import (
     ENDINGS,
@@ -290,7 +289,7 @@ def test_generated_scenes(tmp_path):
     assert seen == set(range(8))
 
 
-def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):  # noqa: F811
+def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):
     folder, address = site
     for split in ("training", "validation"):
         write_pairs(tmp_path / split, [(20, 30), (30, 20)])
@@ -329,7 +328,7 @@ def bash(folder, name, **env):
     return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):  # noqa: F811
+def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     """The real script against a local server that holds a picture and a (random) pair of the published shape."""
     from mit_semseg.models import ModelBuilder
 

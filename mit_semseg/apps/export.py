@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..config import Config, add_config_arguments, load_config
 from ..dataset import ClassTable, ValDataset
-from ..dataset.datasets import table_of
+from ..dataset.pairs import table_of
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, whole_file
 from ..models.folding import folded

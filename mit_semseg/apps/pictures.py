@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..dataset.files import as_rgb, read_image
+from ..dataset.files import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
 from ..dataset.layouts import find_images
 from ..lib.utils import UserError
 from .results import named
@@ -24,24 +24,25 @@ class PictureError(UserError, TypeError):
     """Something that is no picture; the message says what was given and what is taken."""
 
 
-def as_picture(given, name: str = "picture") -> tuple[str, Image.Image]:
+def as_picture(given, name: str = "picture", limits: ImageLimits = STANDARD_LIMITS) -> tuple[str, Image.Image]:
     """A name and an RGB picture, from whatever holds one.
 
     Args:
         given: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
             (3, H, W), uint8 or floating point in 0..1.
         name: of what has none.
+        limits: of files.
 
     Raises:
-        ImageFileError: a file that is no readable image.
+        ImageFileError: a file that is no readable image, or above the limits.
         PictureError: anything else.
     """
     if isinstance(given, (str, Path)):
         if str(given).startswith(("http://", "https://")):
             raise PictureError(f"{given}: addresses are not fetched; download the picture and give its path or bytes")
-        return str(given), read_image(given)
+        return str(given), read_image(given, limits=limits)
     if isinstance(given, (bytes, bytearray, memoryview)):
-        return name, read_image(io.BytesIO(given), f"{name} ({len(given)} bytes)")
+        return name, read_image(io.BytesIO(given), f"{name} ({len(given)} bytes)", limits=limits)
     if isinstance(given, Image.Image):
         return getattr(given, "filename", "") or name, as_rgb(given, name)
     if isinstance(given, torch.Tensor):

@@ -12,9 +12,9 @@ from torch import nn
 
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
-from ..dataset.datasets import float_pictures, table_of
-from ..dataset.files import ImageFileError
+from ..dataset.datasets import float_pictures
 from ..dataset.loading import explained
+from ..dataset.pairs import table_of
 from ..dataset.samplers import shards
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes, view_logits
@@ -29,16 +29,6 @@ from .results import Result, named
 SMALLEST_SHARE = 0.001  # classes below are not printed
 
 
-class _Pictures(TestDataset):
-    """Test pictures; one that cannot be read becomes {info, error} instead of ending the run."""
-
-    def __getitem__(self, index: int) -> dict:
-        try:
-            return super().__getitem__(index)
-        except ImageFileError as error:
-            return {"info": self.records[index]["fpath_img"], "error": str(error)}
-
-
 class Segmenter:
     """A network ready to segment pictures; may be used from several threads, which then wait for one another.
 
@@ -49,7 +39,8 @@ class Segmenter:
     Args:
         module: a `SegmentationModule`, of which a copy is made for inference (see `evaluation.network`).
         table: class names and colours.
-        options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization, eval_resize.
+        options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization, eval_resize,
+            max_pixels, max_bytes.
         device: where the module is to be.
         view: mirrored, windows, precision.
 
@@ -132,7 +123,7 @@ class Segmenter:
         return self._segment(picture, "picture")
 
     def _segment(self, picture, name: str) -> Result:
-        name, image = as_picture(picture, name)
+        name, image = as_picture(picture, name, self._scales.limits)
         pixels = np.array(image)
         with self._lock:
             labels = label_map(self._network, self._item(pixels), self.device, self._view)
@@ -186,7 +177,7 @@ class Segmenter:
         Yields:
             A `Result` for every picture, or (path, reason) for one that cannot be read.
         """
-        pictures = _Pictures([{"fpath_img": path} for path in paths], self._options)
+        pictures = TestDataset([{"fpath_img": path} for path in paths], self._options).skipping()
         items = read_items(pictures, device=self.device, **reading)
         while group := list(islice(items, reading.get("batch_size", 1))):
             good = [item for item in group if "error" not in item]

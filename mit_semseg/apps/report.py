@@ -86,7 +86,8 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
         panels: for pictures that have one, by their names, the panel's path below the folder.
     """
     save_confusion(evaluation, folder / "confusion.png")
-    parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_classes(evaluation), *_confusions(evaluation)]
+    parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_left_out(evaluation)]
+    parts += [*_classes(evaluation), *_confusions(evaluation)]
     ranked = sorted(evaluation.scores, key=lambda score: (score.mean_iou, score.accuracy))
     for name, scores in (("Worst", ranked[:PICTURES]), ("Best", ranked[::-1][:PICTURES])):
         parts += _pictures(name, scores, panels)
@@ -109,6 +110,13 @@ def _figures(evaluation: Evaluation) -> list[str]:
     row = "".join(f"<td>{value:.2%}</td>" for value in cells.values())
     row += f"<td>{evaluation.images}</td><td>{evaluation.images_per_second:.2f}</td>"
     return [f'<table><tr>{head}</tr><tr class="figures">{row}</tr></table>']
+
+
+def _left_out(evaluation: Evaluation) -> list[str]:
+    if not evaluation.left_out:
+        return []
+    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.left_out)
+    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>The figures say nothing of these:</p><ul>{lines}</ul>"]
 
 
 def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:

@@ -44,7 +44,7 @@ def _score_share(
             send(item["info"])
 
         def seen(item, prediction):
-            if cfg.VAL.visualize:
+            if cfg.VAL.visualize and prediction is not None:
                 later(lambda: write(item, prediction))
             else:
                 send(item["info"])
@@ -68,8 +68,8 @@ def score(
 ) -> Evaluation:
     """Evaluate VAL.checkpoint on the validation list; with VAL.visualize write a panel per picture.
 
-    Every picture is scored exactly once, and the counts of all shares are added up: the figures do not depend on the
-    number of devices.
+    Every picture is scored, or left out with a sentence (DATASET.on_error skip), exactly once, and the counts of all
+    shares are added up: the figures do not depend on the number of devices.
 
     Args:
         path, opts: as for `load_config`.
@@ -86,7 +86,8 @@ def score(
         arguments = path, list(opts)
         shares = share_out(_score_share, devices, processes, len(dataset), arguments, lambda name: bar.update())
     evaluation = Evaluation.merged(shares)
-    assert evaluation.images == len(dataset), "every image is scored exactly once"
+    counted = evaluation.images + len(evaluation.left_out) - len(dataset.left_out)
+    assert counted == len(dataset), "every image is scored or left out exactly once"
     return evaluation
 
 

@@ -167,11 +167,12 @@ def save_curves(history: dict, path: Path) -> None:
     """
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4))  # margins are given: to have them computed takes as long as the drawing
     left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.91, wspace=0.2)
     train, val = history["train"], history.get("val", {})
     left.plot(train["epoch"], train["loss"], color="tab:blue")
-    left.set(title="Training loss", xlabel="epoch", ylabel="loss")
+    left.set(title="Training loss", xlabel="epoch")
     right.plot(train["epoch"], np.multiply(train["acc"], 100), label="pixel accuracy, training", color="tab:blue")
     if val.get("epoch"):
         right.plot(

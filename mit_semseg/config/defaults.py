@@ -150,6 +150,20 @@ OPTIONS: dict[str, Option] = {
     "DATASET.eval_resize": Option(
         "pixel-exact", "how images are resized in evaluation and segmenting", choices=("fast", "pixel-exact")
     ),
+    "DATASET.on_error": Option(
+        "stop",
+        "what an image, label or line of a list that cannot be used does: stop ends the run with its name; skip leaves "
+        "it out, which is counted and named, and makes the exit code 1",
+        choices=("stop", "skip"),
+    ),
+    "DATASET.max_pixels": Option(
+        178956970,
+        "pixels of an image that is opened at most: a small file may unpack to fill the memory. The default, beyond "
+        "which Pillow opens none, is the highest value; larger images are to be cut into tiles",
+        low=1,
+        high=178956970,
+    ),
+    "DATASET.max_bytes": Option(2**30, "bytes of an image file that is opened at most", low=1),
     # Model
     "MODEL.arch_encoder": Option("resnet50dilated", "encoder", choices=ENCODER_NAMES),
     "MODEL.arch_decoder": Option("ppm_deepsup", "decoder", choices=DECODER_NAMES),

@@ -2,31 +2,22 @@
 
 import copy
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..lib.nn.scatter import copy_to_device
 from .augment import Augmentation
-from .classes import UNKNOWN, ClassTable, class_table
-from .files import ImageFileError, image_size, read_image, read_label
-from .layouts import ListError
-from .records import load_records
+from .files import ImageFileError, image_size, read_image
+from .pairs import UNUSABLE, LabelledRecords, Records
 from .samplers import OrientationBatches, shards
-from .transforms import as_bytes, normalize, normalized, pad_batch, scale_for, scale_pyramid, train_pair
+from .transforms import as_bytes, normalize, normalized, pad_batch, scale_for, train_pair
 
 ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
-
-
-def table_of(opt) -> ClassTable:
-    """Class table that the options name; objects without `num_class` mean ADE20K."""
-    return class_table(getattr(opt, "classes", ""), getattr(opt, "num_class", 150), getattr(opt, "ignore_values", ()))
+MOST_TRIES = 100  # unusable records one after the other, with DATASET.on_error skip
 
 
 def augmentation_of(opt) -> Augmentation:
@@ -42,97 +33,7 @@ def augmentation_of(opt) -> Augmentation:
     )
 
 
-class _Records(Dataset):
-    """What the data sets share: records, options, and reading an (image, label) pair."""
-
-    def __init__(self, root: str | os.PathLike, odgt, opt):
-        self.root_dataset = root
-        self.records = load_records(odgt, root)
-        sizes = opt.imgSizes
-        self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
-        self.img_max_size = opt.imgMaxSize
-        self.padding_constant = opt.padding_constant
-        self.normalization = getattr(opt, "normalization", "imagenet")
-        self.fast = getattr(opt, "eval_resize", "pixel-exact") == "fast"
-        self.as_bytes = False
-
-    @property
-    def num_sample(self) -> int:
-        """Number of records."""
-        return len(self.records)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def of_bytes(self):
-        """The same data set, which leaves normalizing to `float_pictures`: a quarter of the bytes travel.
-
-        `img_data` is then uint8, `normalization` says what is to be done, `img_ori` is a tensor.
-        """
-        raw = copy.copy(self)
-        raw.as_bytes = True
-        return raw
-
-    def path(self, record: dict, key: str) -> Path:
-        """Path of a record's image (`fpath_img`) or label (`fpath_segm`) on disk."""
-        if key not in record:
-            raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
-        return Path(self.root_dataset, record[key])
-
-    def views(self, image: Image.Image) -> dict:
-        """The picture itself, and at every size of evaluation."""
-        sizes = self.img_sizes, self.img_max_size, self.padding_constant
-        scales = scale_pyramid(image, *sizes, None if self.as_bytes else self.normalization, fast=self.fast)
-        original = np.array(image)
-        if not self.as_bytes:
-            return {"img_ori": original, "img_data": scales}
-        return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
-
-
-class _LabelledRecords(_Records):
-    def __init__(self, root, odgt, opt):
-        super().__init__(root, odgt, opt)
-        self.table = table_of(opt)
-        self.palette = getattr(opt, "palette_labels", False)
-
-    def pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
-        """Image (RGB) and raw label (mode L) of a record, of equal size, every value in the class table.
-
-        Raises:
-            ImageFileError: anything else; names the file and what to do.
-        """
-        path = self.path(record, "fpath_segm")
-        image, label = read_image(self.path(record, "fpath_img")), read_label(path, palette=self.palette)
-        check_label(image.size, label, path, self.table.of_file(path))
-        return image, label
-
-    def encode(self, label: Image.Image, record: dict) -> np.ndarray:
-        """Class indices (H, W) int64 of a record's raw label, -1 where ignored."""
-        return self.table.of_file(record["fpath_segm"]).encode(np.asarray(label))
-
-
-def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
-    """Check a raw label (mode L) against its picture's (width, height) and the class table.
-
-    Raises:
-        ImageFileError: another size, or values the table does not have.
-    """
-    if image_size != label.size:
-        raise ImageFileError(
-            f"{path}: the label is {label.width}x{label.height}, its image (as its EXIF turns it) "
-            f"{image_size[0]}x{image_size[1]}; both must have the same size"
-        )
-    present = np.flatnonzero(label.histogram())
-    unknown = present[table.index[present] == UNKNOWN]
-    if len(unknown):
-        raise ImageFileError(
-            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
-            f"the class table ({table.raw_values()}); correct the file, or add them to DATASET.classes (a row without "
-            f"a name in a CSV file ignores a value, and so does DATASET.ignore_values beside a list of names)"
-        )
-
-
-class TrainDataset(_LabelledRecords):
+class TrainDataset(LabelledRecords):
     """Training batches; one element is the whole batch of one device.
 
     Args:
@@ -140,7 +41,7 @@ class TrainDataset(_LabelledRecords):
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize, padding_constant, segm_downsampling_rate, and optionally random_flip,
             random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, train_resize, classes,
-            num_class, ignore_values, palette_labels (as the options of the same name).
+            num_class, ignore_values, palette_labels, on_error, max_pixels, max_bytes (as the options of the same name).
         batch_per_gpu: images per batch.
         side_step: the sides of a batch are rounded up to a multiple of this, beside padding_constant.
         seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
@@ -170,7 +71,12 @@ class TrainDataset(_LabelledRecords):
     def _is_upright(self, record: dict) -> bool:
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
-        width, height = image_size(self.path(record, "fpath_img"))
+        try:
+            width, height = image_size(self.path(record, "fpath_img"))
+        except ImageFileError:
+            if not self.skip:
+                raise
+            return False  # it will be left out when its turn comes
         return height > width
 
     def __len__(self) -> int:
@@ -198,22 +104,51 @@ class TrainDataset(_LabelledRecords):
 
         Returns:
             `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths; `of_bytes`
-            also `sizes`, (height, width) of the N pictures.
+            also `sizes`, (height, width) of the N pictures. With `on_error` skip `left_out`, a sentence for every
+            record that could not be used, in whose place there is another.
         """
         rng, images, labels = rng or np.random.default_rng(self.seed), [], []
-        vary = self.augmentation
-        for record, flip in zip(records, flips, strict=True):
-            image, label = self.pair(record)
+        vary, used, left_out = self.augmentation, [], []
+        for wanted, flip in zip(records, flips, strict=True):
+            record, image, label = self._usable(wanted, rng, left_out)
+            used.append(record["fpath_img"])
             scale = rng.uniform(*vary.scale) if vary.scale else scale_for(*image.size, short_side, self.img_max_size)
             image, label = train_pair(image, label, scale=scale, flip=bool(flip), fast=self.fast)
             image, indices = vary(image, self.encode(label, record), rng)
             images.append(as_bytes(image) if self.as_bytes else normalize(image, self.normalization))
             labels.append(indices)
         batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, vary.crop)
-        batch["info"] = [record["fpath_img"] for record in records]
+        batch |= {"info": used, "left_out": left_out} if self.skip else {"info": used}
         if self.as_bytes:
             batch |= {"sizes": [tuple(x.shape[1:]) for x in images], "normalization": self.normalization}
         return batch
+
+    def _usable(
+        self, wanted: dict, rng: np.random.Generator, left_out: list[str]
+    ) -> tuple[dict, Image.Image, Image.Image]:
+        """A record with its picture and label: the one wanted or, with `on_error` skip, another of its orientation.
+
+        What is drawn for it is the batch's own, and changes nothing of the other draws.
+        """
+        tried = [wanted]
+        while True:
+            try:
+                return tried[-1], *self.pair(tried[-1])
+            except UNUSABLE as error:
+                if not self.skip:
+                    raise
+                left_out.append(str(error))
+            if len(tried) == 1:
+                fit = self.order.upright == self._is_upright(wanted)
+                others = np.flatnonzero(fit) if not self.augmentation.crop else np.arange(len(self.records))
+                others = iter(rng.spawn(1)[0].permutation(others)[:MOST_TRIES])
+            number = next(others, None)
+            if number is None:
+                raise ImageFileError(
+                    f"{len(tried)} images one after the other cannot be used, DATASET.on_error skip finds none to go "
+                    f"on with; the last: {left_out[-1]}"
+                )
+            tried.append(self.records[number])
 
 
 def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
@@ -229,13 +164,32 @@ def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) 
     return records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
 
 
-class _Divisible(_Records):
+class _Divisible(Records):
+    """Records that are looked at once each."""
+
     def part(self, number: int, parts: int):
         """The same data set with one of `parts` contiguous shares of the records, which differ by one at most."""
         share = shards(len(self.records), parts)[number]
         part = copy.copy(self)
         part.records = self.records[share.start : share.stop]
+        part.left_out = self.left_out if number == 0 else []
         return part
+
+    def skipping(self):
+        """The same data set, which does with unusable records as `on_error` skip says."""
+        part = copy.copy(self)
+        part.skip = True
+        return part
+
+    def __getitem__(self, index: int) -> dict:
+        """See `load`; with `on_error` skip `info` and `error`, a sentence, for a record that cannot be used."""
+        record = self.records[index]
+        try:
+            return {**self.load(record), "info": record["fpath_img"]}
+        except UNUSABLE as error:
+            if not self.skip:
+                raise
+            return {"info": record["fpath_img"], "error": str(error)}
 
     def spread(self, count: int):
         """The same data set with at most so many of the records, evenly spaced: neighbours are often alike."""
@@ -245,7 +199,7 @@ class _Divisible(_Records):
         return part
 
 
-class ValDataset(_Divisible, _LabelledRecords):
+class ValDataset(_Divisible, LabelledRecords):
     """Labelled pictures at every scale of evaluation.
 
     Args:
@@ -258,15 +212,11 @@ class ValDataset(_Divisible, _LabelledRecords):
         super().__init__(root_dataset, odgt, opt)
         self.records = _subset(self.records, max_sample, start_idx, end_idx)
 
-    def __getitem__(self, index: int) -> dict:
-        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `seg_label` (1, H, W) int64, `info` the path."""
-        record = self.records[index]
+    def load(self, record: dict) -> dict:
+        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `seg_label` (1, H, W) int64; an item has also
+        `info`, the path."""
         image, label = self.pair(record)
-        return {
-            **self.views(image),
-            "seg_label": torch.from_numpy(self.encode(label, record)).unsqueeze(0),
-            "info": record["fpath_img"],
-        }
+        return {**self.views(image), "seg_label": torch.from_numpy(self.encode(label, record)).unsqueeze(0)}
 
 
 class TestDataset(_Divisible):
@@ -285,8 +235,6 @@ class TestDataset(_Divisible):
         super().__init__("", odgt, opt)
         self.records = _subset(self.records, max_sample, start_idx, end_idx)
 
-    def __getitem__(self, index: int) -> dict:
-        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `info` the path."""
-        record = self.records[index]
-        image = read_image(record["fpath_img"])
-        return {**self.views(image), "info": record["fpath_img"]}
+    def load(self, record: dict) -> dict:
+        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w); an item has also `info`, the path."""
+        return self.views(read_image(record["fpath_img"], limits=self.limits))

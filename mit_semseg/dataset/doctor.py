@@ -3,24 +3,26 @@
     python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
 
 opens every image and label of the training and validation lists and prints counts, sizes, orientations, the share of
-every class, and every file that cannot be used. Exit code 0 if all is well, 1 if a file cannot be used, 2 if a list
-cannot.
+every class, every file and line that cannot be used, and what is unusual about others. Exit code 0 if all is well, 1 if
+a file cannot be used, 2 if a list cannot.
 """
 
 import argparse
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ..config import add_config_arguments, load_config
-from ..lib.utils import UserError
+from ..lib.utils import UserError, some
 from .classes import IGNORE
 from .datasets import ValDataset
+from .files import peculiarities
 from .records import load_records
 
 
@@ -36,6 +38,7 @@ class Diagnosis:
     pixels: np.ndarray | None = None  # (num_class + 1,), the last entry counts ignored ones
     in_images: np.ndarray | None = None  # (num_class,) images that have the class
     problems: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # what is unusual: images
 
     def absent(self) -> list[str]:
         """Classes that no label has."""
@@ -51,6 +54,7 @@ class Diagnosis:
             lines += self._class_lines()
         if self.absent():
             lines.append(f"  classes that no label has ({len(self.absent())}): {', '.join(self.absent())}")
+        lines += [f"  note: {what} ({len(names)}): {some(names, 20)}" for what, names in self.notes.items()]
         lines += [f"  UNUSABLE {problem}" for problem in self.problems]
         return "\n".join(lines)
 
@@ -73,13 +77,16 @@ def _size_line(sizes: Counter) -> str:
     )
 
 
-def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray] | str:
+def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]] | str:
+    """Size, pixels per class and notes of a record that can be used, or why it cannot."""
     try:
         image, label = dataset.pair(record)
+        notes = peculiarities(dataset.path(record, "fpath_img"))
     except UserError as error:
         return str(error)
-    except Exception as error:  # whatever a broken file makes a decoder do, it is the file's finding
-        return f"{record.get('fpath_img')}: {type(error).__name__}: {error}"
+    paths = [Path(record[key]) for key in ("fpath_img", "fpath_segm")]
+    if any(path.is_absolute() or ".." in path.parts for path in paths):
+        notes.append("a path that leaves DATASET.root_dataset")
     listed = (record.get("width", image.width), record.get("height", image.height))
     if listed != image.size:
         return (
@@ -89,7 +96,7 @@ def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.nda
     counts = np.bincount(
         np.where(classes == IGNORE, len(dataset.table), classes).ravel(), minlength=len(dataset.table) + 1
     )
-    return image.size, counts
+    return image.size, counts, notes
 
 
 def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Diagnosis:
@@ -105,11 +112,14 @@ def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Dia
     found.in_images = np.zeros(len(dataset.table), np.int64)
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda record: _inspect(dataset, record), dataset.records)
-        for result in progress(results, total=len(dataset.records), desc=source, unit="img", disable=None):
+        shown = progress(results, total=len(dataset.records), desc=source, unit="img", disable=None)
+        for record, result in zip(dataset.records, shown, strict=True):
             if isinstance(result, str):
                 found.problems.append(result)
                 continue
-            size, counts = result
+            size, counts, notes = result
+            for note in notes:
+                found.notes[note].append(record["fpath_img"])
             found.sizes[size] += 1
             found.upright += size[1] > size[0]
             found.pixels += counts
@@ -126,10 +136,10 @@ def main() -> int:
     try:
         data = load_config(args.cfg, args.opts).DATASET
         for source in dict.fromkeys((data.list_train, data.list_val)):
-            unpaired: list[str] = []
-            records = load_records(source, data.root_dataset, unpaired)
+            unusable: list[str] = []
+            records = load_records(source, data.root_dataset, unusable)
             found = diagnose(ValDataset(data.root_dataset, records, data), source)
-            found.problems[:0] = unpaired
+            found.problems[:0] = unusable
             print(found.report())
             code = max(code, 1 if found.problems else 0)
     except UserError as error:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
@@ -12,8 +13,28 @@ from ..lib.utils import UserError
 # Tag and values of the EXIF orientations that swap width and height.
 ORIENTATION_TAG, TRANSPOSED = 0x0112, (5, 6, 7, 8)
 FULL_16_BIT = 65535
-# What Pillow raises on damaged files.
-_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+SMALL_SIDE = 16  # pixels below which a picture shows hardly anything
+# From this size on Pillow takes a picture for a decompression bomb: a small file that unpacks to fill the memory.
+MOST_PIXELS = 2 * 89_478_485
+MOST_BYTES = 2**30
+# A decoder that meets damaged bytes raises any exception there is.
+_DAMAGE = Exception
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """What is opened at most.
+
+    Attributes:
+        pixels: of an image, at most `MOST_PIXELS`.
+        bytes: of its file.
+    """
+
+    pixels: int = MOST_PIXELS
+    bytes: int = MOST_BYTES
+
+
+STANDARD_LIMITS = ImageLimits()
 
 
 class ImageFileError(UserError, ValueError):
@@ -21,16 +42,42 @@ class ImageFileError(UserError, ValueError):
 
 
 def _open(
-    path: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
+    path: str | os.PathLike | BinaryIO,
+    name: str | None = None,
+    formats: Sequence[str] | None = None,
+    limits: ImageLimits = STANDARD_LIMITS,
 ) -> Image.Image:
+    name = name or path
     try:
-        return Image.open(path, formats=formats)
+        size = os.stat(path).st_size if isinstance(path, (str, os.PathLike)) else 0
+        if size > limits.bytes:
+            raise ImageFileError(
+                f"{name}: the file has {size} bytes, more than are opened: raise DATASET.max_bytes (now "
+                f"{limits.bytes}), or save it smaller"
+            )
+        image = Image.open(path, formats=formats)
     except FileNotFoundError:
-        raise ImageFileError(f"{path}: no such file") from None
+        raise ImageFileError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        raise ImageFileError(f"{name or path}: no readable image (its format is not known)") from None
+        raise ImageFileError(f"{name}: no readable image (its format is not known)") from None
+    except ImageFileError:
+        raise
+    except Image.DecompressionBombError:
+        raise ImageFileError(f"{name}: more than {MOST_PIXELS} pixels, cut it into tiles") from None
     except _DAMAGE as error:
-        raise ImageFileError(f"{name or path}: no readable image ({error})") from None
+        raise ImageFileError(f"{name}: no readable image ({_said(error)})") from None
+    if image.width * image.height > limits.pixels:
+        width, height = image.size
+        image.close()
+        raise ImageFileError(
+            f"{name}: {width}x{height} are {width * height} pixels, more than are opened: raise DATASET.max_pixels "
+            f"(now {limits.pixels}), or make it smaller"
+        )
+    return image
+
+
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
@@ -50,12 +97,15 @@ def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) ->
         try:
             turned = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED
         except _DAMAGE as error:
-            raise ImageFileError(f"{path}: the image is damaged ({error})") from None
+            raise ImageFileError(f"{path}: the image is damaged ({_said(error)})") from None
     return (height, width) if turned else (width, height)
 
 
 def read_image(
-    path: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
+    path: str | os.PathLike | BinaryIO,
+    name: str | None = None,
+    formats: Sequence[str] | None = None,
+    limits: ImageLimits = STANDARD_LIMITS,
 ) -> Image.Image:
     """Any picture as RGB, 8 bits: turned as its EXIF says, transparency on white, 16-bit grey scaled.
 
@@ -63,12 +113,37 @@ def read_image(
         path: or an open file.
         name: that errors have; None is the path.
         formats: as of `image_size`.
+        limits: of the picture.
 
     Raises:
-        ImageFileError: no readable image, or floating point pixels.
+        ImageFileError: no readable image, one above the limits, or floating point pixels.
     """
-    with _open(path, name, formats) as image:
+    with _open(path, name, formats, limits) as image:
         return as_rgb(image, name or str(path))
+
+
+def peculiarities(path: str | os.PathLike) -> list[str]:
+    """What is unusual about a readable picture, and what is made of it.
+
+    Raises:
+        ImageFileError: no readable image.
+    """
+    found = []
+    with _open(path) as image:
+        if getattr(image, "n_frames", 1) > 1:
+            found.append("animated or of several pages, the first of which is used")
+        if image.mode != "RGB":
+            found.append(f"mode {image.mode}, converted to RGB")
+        if min(image.size) < SMALL_SIDE:
+            found.append(f"a side below {SMALL_SIDE} pixels")
+        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+            found.append("turned as its EXIF says")
+    try:
+        with _open(path) as image:
+            image.verify()  # also checksums that no decoder looks at
+    except _DAMAGE as error:
+        found.append(f"can be read, but is not quite as its format wants it ({_said(error)})")
+    return found
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -78,7 +153,7 @@ def as_rgb(image: Image.Image, name: str) -> Image.Image:
     except ImageFileError as error:
         raise ImageFileError(f"{name}: {error}") from None
     except _DAMAGE as error:
-        raise ImageFileError(f"{name}: the image is damaged ({error})") from None
+        raise ImageFileError(f"{name}: the image is damaged ({_said(error)})") from None
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -98,21 +173,22 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image:
+def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageLimits = STANDARD_LIMITS) -> Image.Image:
     """A label file as an 8-bit single-channel image (mode L) of raw values.
 
     Args:
         path: the file.
         palette: read palette images by their indices.
+        limits: of the image.
 
     Raises:
         ImageFileError: no readable image, or not 8-bit single-channel; says how to convert it.
     """
-    with _open(path) as image:
+    with _open(path, limits=limits) as image:
         try:
             image.load()
         except _DAMAGE as error:
-            raise ImageFileError(f"{path}: the label image is damaged ({error})") from None
+            raise ImageFileError(f"{path}: the label image is damaged ({_said(error)})") from None
         if image.mode in ("L", "P") and (image.mode == "L" or palette):
             return Image.fromarray(np.asarray(image))
         raise ImageFileError(f"{path}: {_LABEL_FIX.get(image.mode, _OTHER_FIX).format(mode=image.mode)}")

@@ -41,13 +41,13 @@ VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSet
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a list.
+    """Lines of a list, whatever system has ended them.
 
     Raises:
         ListError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: names may have other separators
     except (OSError, UnicodeDecodeError) as error:
         raise ListError(f"list {path} cannot be read: {error}") from None
 

@@ -1,6 +1,7 @@
 """Lists of images: odgt files, split lists and folder pairs become records {fpath_img, fpath_segm, width, height}."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ def load_records(
             `annotations`, or the same with `leftImg8bit` and `gtFine` as Cityscapes has them; or records themselves.
             A list is looked for as it stands, then below `root`; a folder or split list the other way round.
         root: folder that the paths in records are relative to.
-        problems: gets a sentence for every file of a folder that has no partner, instead of an error.
+        problems: gets a sentence for every file of a folder that has no partner, and every line of a list that is no
+            record, instead of an error.
 
     Raises:
         ListError: the list is missing, empty or broken, or images and annotations do not pair up.
@@ -38,7 +40,7 @@ def load_records(
             return read_split(place, root, problems)
     for place in (path, Path(root) / path):
         if place.is_file():
-            return _read_odgt(place)
+            return _read_odgt(place, problems)
     folder = (Path(root) / path).absolute()
     if root and not Path(root).is_dir():
         raise ListError(f"there is no list {path.absolute()}, and DATASET.root_dataset {root} does not exist")
@@ -51,29 +53,44 @@ def load_records(
 
 
 def _require(record: Mapping, where: str) -> None:
+    """Check what the rest relies on."""
     if not isinstance(record.get("fpath_img"), str) or not record["fpath_img"]:
         raise ListError(f"{where}: no fpath_img")
+    for key in ("fpath_img", "fpath_segm"):
+        if not isinstance(record.get(key, ""), str) or "\0" in record.get(key, ""):
+            raise ListError(f"{where}: {key} {record[key]!r} is no path")
+    for key in ("width", "height"):
+        if not isinstance(record.get(key, 1), (int, float)) or not 0 <= record.get(key, 1) < math.inf:
+            raise ListError(f"{where}: {key} {record[key]!r} is no number of pixels")
 
 
-def _read_odgt(path: Path) -> list[Record]:
+def _record(line: str, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ListError(
+            f"{where}: no JSON object ({getattr(error, 'msg', error)}); a list has one a line, or is a split list of "
+            f"PASCAL VOC in a folder {VOC_LISTS} beside {VOC_IMAGES} and {VOC_LABELS}"
+        ) from None
+    if not isinstance(record, dict):
+        raise ListError(f"{where}: expected a JSON object, found {type(record).__name__}")
+    _require(record, where)
+    return record
+
+
+def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
     records = []
-    lines = read_lines(path)
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ListError(
-                f"{path}, line {number}: no JSON object ({error.msg}); a list has one a line, or is a split list of "
-                f"PASCAL VOC in a folder {VOC_LISTS} beside {VOC_IMAGES} and {VOC_LABELS}"
-            ) from None
-        if not isinstance(record, dict):
-            raise ListError(f"{path}, line {number}: expected a JSON object, found {type(record).__name__}")
-        _require(record, f"{path}, line {number}")
-        records.append(record)
+            records.append(_record(line, f"{path}, line {number}"))
+        except ListError as error:
+            if problems is None:
+                raise
+            problems.append(str(error))
     if not records:
-        raise ListError(f"list {path} is empty")
+        raise ListError(f"list {path} is empty" if not problems else f"list {path} has no usable line; {problems[0]}")
     return records
 
 

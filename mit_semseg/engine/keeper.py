@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -57,8 +58,13 @@ class Keeper:
         self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
         self._continues_here = False
 
-    def start(self, resume: str) -> None:
-        """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`."""
+    def start(self, resume: str, left_out: Sequence[str] = ()) -> None:
+        """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`.
+
+        Args:
+            resume: as of `find_resume`.
+            left_out: sentences about what the list has that cannot be used.
+        """
         run, files, settings = self.run, self.files, self.settings
         path = files.find_resume(resume, settings.start_epoch)
         if self.processes.main:
@@ -81,6 +87,7 @@ class Keeper:
         if len({step for _, step in places}) > 1:
             seen = "; ".join(f"rank {rank} is at step {step} of {folder}" for rank, (folder, step) in enumerate(places))
             raise CheckpointError(f"the processes do not agree where to start ({seen}): DIR must be one folder for all")
+        run.leave_out(left_out)
 
     def _readable(self, path: Path) -> dict:
         """The state in a file; where it is damaged, the error says what else there is to continue from."""
@@ -184,7 +191,7 @@ class Keeper:
         def seen(item, prediction):
             watchdog.progress("validation")
             self.interruption.carry_out()  # the state was saved before
-            if self.recorder:
+            if self.recorder and prediction is not None:
                 self.recorder.picture(epoch, item, prediction)
 
         share = evaluate(
@@ -199,13 +206,15 @@ class Keeper:
             on_result=seen,
         )
         evaluation = Evaluation.merged(processes.collect(share, "validation", patient=True))
+        run.leave_out(evaluation.left_out)
         iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
         logger.info(
-            "Validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%",
+            "Validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%%s",
             epoch,
             iou,
             evaluation.summary.mean_iou_present,
             accuracy * 100,
+            f", {len(evaluation.left_out)} left out" if evaluation.left_out else "",
         )
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
             run.history["val"][key].append(value)
@@ -222,7 +231,19 @@ class Keeper:
         if self.processes.main:
             save_atomic(self.run.history, self.files.part("history", f"epoch_{epoch}.pth"))
 
+    def end(self) -> None:
+        """Wait for the last files, and say what was left out."""
+        self._share_left_out("waiting for the last files")
+        if self.run.left_out:
+            sentences = "\n  ".join(self.run.left_out)
+            logger.warning("%d left out in this run:\n  %s", len(self.run.left_out), sentences)
+
+    def _share_left_out(self, doing: str) -> None:
+        for sentences in self.processes.collect(list(self.run.left_out), doing):
+            self.run.left_out |= dict.fromkeys(sentences)
+
     def _save_state(self) -> None:
+        self._share_left_out("saving")
         if self.processes.main:
             save_atomic(self.run.state(), self.files.resume)
 

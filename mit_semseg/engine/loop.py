@@ -58,11 +58,11 @@ def fit(
         view: of validation, see `evaluation.inference.View`.
 
     Raises:
+        ImageFileError: an image or label cannot be used. Where the data set skips it, the run's `left_out` names it.
         CheckpointError: the folder holds a run that would be written over, or the state cannot be read.
         TrainingStopped: the loss is not finite; names step, files and the last good checkpoint.
         LoaderError, ProcessStopped: a loader process or another process of the job ended or hangs.
-        Unrepeatable: `settings.deterministic`, and an operation cannot be so.
-        KeyboardInterrupt: the run was ended by a signal.
+        Unrepeatable: `settings.deterministic`, and an operation cannot be so. KeyboardInterrupt: a signal ended it.
     """
     processes = processes or Processes(timeout=settings.timeout)
     own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
@@ -70,7 +70,7 @@ def fit(
     interruption = Interruption(active=processes.size == 1)
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)
     clock = Clock(settings.disp_iter)
-    keeper.start(resume)
+    keeper.start(resume, dataset.left_out)
     batches = items(_loader(dataset, run.step, settings, devices, processes))
     with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
@@ -89,7 +89,7 @@ def fit(
             if ending:
                 interruption.carry_out()
             clock.resume()
-        processes.collect(None, "waiting for the last files")
+        keeper.end()
     return run
 
 
@@ -127,6 +127,7 @@ def _take_step(
     seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
     chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
     clock.data_arrived()
+    run.leave_out(sentence for chunk in chunks for batch in chunk for sentence in batch.get("left_out", ()))
     where = {"devices": devices, "processes": processes, "settings": settings, "loss": run.module.crit}
     run.pending.append(train_step(runner, chunks, run.optimizer, run.scaler, **where))
     run.step += 1

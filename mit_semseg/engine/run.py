@@ -1,7 +1,7 @@
 """State of a training run: what is saved to continue it, bit for bit."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,7 @@ class Run:
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
+        self.left_out: dict[str, None] = {}  # sentences about what could not be used, each once
 
     def state(self) -> dict:
         """Plain values and tensors from which the run continues bit for bit (random numbers are a function of seed and
@@ -88,7 +89,15 @@ class Run:
             "batches": self.batches,
             "norm": self._norm(),
             "job": self.job,
+            "left_out": list(self.left_out),
         }
+
+    def leave_out(self, sentences: Iterable[str]) -> None:
+        """Note what could not be used (DATASET.on_error skip), and say it the first time."""
+        for sentence in sentences:
+            if sentence not in self.left_out:
+                logger.warning("left out: %s", sentence)
+                self.left_out[sentence] = None
 
     def _norm(self) -> str:
         return "inplace" if is_of_inplace_norms(self.module.state_dict()) else "plain"
@@ -127,6 +136,7 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
+        self.left_out = dict.fromkeys(state.get("left_out", ()))
         for meter, saved in zip((self.loss, self.accuracy), state["meters"], strict=True):
             if saved:
                 meter.initialize(saved[0] / saved[1], saved[1])

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..dataset import ClassTable, ValDataset
 from ..dataset.datasets import float_pictures
+from ..dataset.files import ImageFileError
 from ..dataset.loading import explained, items, make_loader
 from ..lib.nn import user_scattered_collate
 from ..lib.utils import progress_bar
@@ -32,13 +33,23 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts of a validation set, or of a share of it, how long it took, and the scores of every picture."""
+    """Counts of a validation set, or of a share of it.
+
+    Attributes:
+        metric: the counts.
+        images: how many were scored.
+        seconds: how long it took.
+        table: class names.
+        scores: of every picture that was scored.
+        left_out: a sentence for every one that could not be used (DATASET.on_error skip).
+    """
 
     metric: SegmentationMetric
     images: int
     seconds: float
     table: ClassTable
     scores: Sequence[Score] = ()
+    left_out: Sequence[str] = ()
 
     @cached_property
     def summary(self) -> Summary:
@@ -47,12 +58,19 @@ class Evaluation:
 
     @classmethod
     def merged(cls, shares: Sequence["Evaluation"]) -> "Evaluation":
-        """Several shares together, evaluated side by side; the counts add up."""
-        total = SegmentationMetric(shares[0].metric.num_class)
+        """Several shares together, evaluated side by side; the counts add up.
+
+        Raises:
+            ImageFileError: no picture could be used.
+        """
+        total, images = SegmentationMetric(shares[0].metric.num_class), sum(s.images for s in shares)
         for share in shares:
             total.merge(share.metric)
+        left_out = [sentence for s in shares for sentence in s.left_out]
+        if left_out and not images:
+            raise ImageFileError(f"none of the {len(left_out)} pictures can be used; the first: {left_out[0]}")
         seconds, scores = max(s.seconds for s in shares), [score for s in shares for score in s.scores]
-        return cls(total, sum(s.images for s in shares), seconds, shares[0].table, scores)
+        return cls(total, images, seconds, shares[0].table, scores, left_out)
 
     @property
     def images_per_second(self) -> float:
@@ -69,6 +87,7 @@ class Evaluation:
             "mean_accuracy": s.mean_accuracy,
             "overall_score": s.overall,
             "images": self.images,
+            "left_out": list(self.left_out),
             "labelled_pixels": s.pixels,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 3),
@@ -96,6 +115,8 @@ class Evaluation:
                 f"Mean accuracy:  {s.mean_accuracy * 100:.2f} %",
                 f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
                 f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
+                *([f"{len(self.left_out)} left out, of which the figures say nothing:"] if self.left_out else []),
+                *(f"  {sentence}" for sentence in self.left_out),
             ]
         )
 
@@ -147,7 +168,7 @@ def evaluate(
     timeout: float = 0,
     processes: int = 1,
     progress: bool = True,
-    on_result: Callable[[dict, np.ndarray], None] | None = None,
+    on_result: Callable[[dict, np.ndarray | None], None] | None = None,
 ) -> Evaluation:
     """Score a model on a validation set.
 
@@ -164,22 +185,36 @@ def evaluate(
         workers, timeout: of `read_items`.
         processes: on this machine that evaluate at the same time and share its cores.
         progress: show a progress bar (on a terminal).
-        on_result: called with every item and its (H, W) label map, e.g. to write panels.
+        on_result: called with every item and its (H, W) label map, e.g. to write panels; None for one that cannot be
+            used.
+
+    Raises:
+        ImageFileError, ListError: a picture or label cannot be used, unless the data set skips those.
     """
     metric, scores = SegmentationMetric(len(dataset.table)), []
+    left_out = list(getattr(dataset, "left_out", ()))
     network = view.network(model, device) if isinstance(model, nn.Module) else model
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
     bar = progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress)
     with explained(), bar:
         for item in read_items(dataset, device=device, **reading):
-            prediction = label_map(network, item, device, view)
-            own = SegmentationMetric(len(dataset.table))
-            own.add(prediction, item["seg_label"][0].numpy())
-            metric.merge(own)
-            summary = own.summary()
-            scores.append(Score(item["info"], summary.mean_iou_present, summary.pixel_accuracy))
+            prediction = None
+            if "error" in item:
+                left_out.append(item["error"])
+            else:
+                prediction = label_map(network, item, device, view)
+                scores.append(_scored(item, prediction, metric))
             if on_result:
                 on_result(item, prediction)
             bar.update()
-    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores)
+    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores, left_out)
+
+
+def _scored(item: dict, prediction: np.ndarray, metric: SegmentationMetric) -> Score:
+    """The score of a picture, whose counts are added to those of the set."""
+    own = SegmentationMetric(metric.num_class)
+    own.add(prediction, item["seg_label"][0].numpy())
+    metric.merge(own)
+    summary = own.summary()
+    return Score(item["info"], summary.mean_iou_present, summary.pixel_accuracy)

@@ -1,22 +1,17 @@
-"""Published weights: where they are, and how they are downloaded."""
+"""Published weights: where they are, and how they become ours."""
 
-import hashlib
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
-from http.client import HTTPException
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..lib.utils import progress_bar, whole_file
+from ..lib.download import DownloadError, download
 from .weights import LoadReport, WeightsError, load_weights
 
 SERVER = "http://sceneparsing.csail.mit.edu/model"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
 CACHE_VARIABLE = "MIT_SEMSEG_HOME"
-TIMEOUT = 15  # seconds without a byte after which a server counts as not answering
 
 IMAGENET_BASES = {
     "resnet18": "resnet18-imagenet.pth",
@@ -78,43 +73,6 @@ def server(folder: str = "", elsewhere: str = "") -> str:
     return "/".join(part for part in ((mirror or SERVER).rstrip("/"), folder) if part)
 
 
-def download(url: str, path: Path, *, sha256: str = "") -> Path:
-    """Download a file; under its final name there is the whole file or nothing.
-
-    `torch.hub.download_url_to_file` does the same but waits for ever on a server that stops answering.
-
-    Args:
-        url: http, https or file address.
-        path: final name; its folder is made.
-        sha256: hexadecimal digest, or its beginning; '' is not checked.
-
-    Raises:
-        WeightsError: the server does not answer, or what came is not the file.
-    """
-    digest, received = hashlib.sha256(), 0
-    try:
-        with (
-            whole_file(path) as partial,
-            urllib.request.urlopen(url, timeout=TIMEOUT) as response,
-            open(partial, "wb") as out,
-        ):
-            expected = int(response.headers.get("Content-Length") or 0)
-            with progress_bar(total=expected or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := response.read(1 << 20):
-                    out.write(chunk)
-                    digest.update(chunk)
-                    received += len(chunk)
-                    bar.update(len(chunk))
-            if expected and received != expected:
-                raise WeightsError(f"{url}: the connection ended after {received} of {expected} bytes")
-            if not digest.hexdigest().startswith(sha256.lower()):
-                raise WeightsError(f"{url}: SHA-256 is {digest.hexdigest()}, expected {sha256}")
-    except (urllib.error.URLError, HTTPException, OSError, ValueError) as error:
-        status = isinstance(error, urllib.error.HTTPError)
-        raise WeightsError(f"{url}: {error if status else getattr(error, 'reason', error)}") from None
-    return path
-
-
 def _base_file(arch: str) -> str | None:
     return VGG_BASES.get(arch) or IMAGENET_BASES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
 
@@ -143,7 +101,7 @@ def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
         digest = Path(file).stem.rpartition("-")[2] if arch in VGG_BASES else ""
         try:
             download(f"{folder}/{file}", path, sha256=digest)
-        except WeightsError as error:
+        except DownloadError as error:
             raise WeightsError(
                 f"the ImageNet base of {arch} cannot be downloaded ({error}): {ways}, or name a mirror in "
                 f"{MIRROR_VARIABLE}"
@@ -190,7 +148,8 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple
         folder: where to keep them; the cache by default.
 
     Raises:
-        WeightsError: unknown name, or the server does not answer.
+        WeightsError: unknown name.
+        DownloadError: the server does not answer, or what came is not the file.
     """
     if name not in PUBLISHED:
         raise WeightsError(f"there is no published model {name!r}; there are {', '.join(PUBLISHED)}")

@@ -101,9 +101,12 @@ def _check_sums(path: Path) -> None:
         return
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+            damaged = None if packed else archive.testzip()
     except Exception as error:  # the reader meets damaged bytes with any exception there is
         raise WeightsError(f"{path} cannot be read, it is damaged: {str(error)[:200]}") from None
+    if packed:
+        raise WeightsError(f"{path} was refused: it is compressed, as no checkpoint is, and may unpack to any size")
     if damaged:
         raise WeightsError(f"{path} is damaged: {damaged} in it does not have its checksum")
 

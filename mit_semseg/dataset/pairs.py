@@ -1,0 +1,130 @@
+"""Reading the picture and the label of a record, and what becomes of those that cannot be used."""
+
+import copy
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from .classes import UNKNOWN, ClassTable, class_table
+from .files import ImageFileError, ImageLimits, read_image, read_label
+from .layouts import ListError
+from .records import load_records
+from .transforms import scale_pyramid
+
+
+def table_of(opt) -> ClassTable:
+    """Class table that the options name; objects without `num_class` mean ADE20K."""
+    return class_table(getattr(opt, "classes", ""), getattr(opt, "num_class", 150), getattr(opt, "ignore_values", ()))
+
+
+# What is raised about a record that cannot be used.
+UNUSABLE = (ImageFileError, ListError)
+
+
+class Records(Dataset):
+    """What the data sets share: records, options, and reading a picture.
+
+    Attributes:
+        records: of the list.
+        left_out: sentences about what the list has beside them, where the options skip what cannot be used.
+        skip: whether they do.
+    """
+
+    def __init__(self, root: str | os.PathLike, odgt, opt):
+        self.root_dataset = root
+        self.skip = getattr(opt, "on_error", "stop") == "skip"
+        self.left_out: list[str] = []
+        self.records = load_records(odgt, root, self.left_out if self.skip else None)
+        self.limits = ImageLimits(
+            pixels=getattr(opt, "max_pixels", ImageLimits.pixels), bytes=getattr(opt, "max_bytes", ImageLimits.bytes)
+        )
+        sizes = opt.imgSizes
+        self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
+        self.img_max_size = opt.imgMaxSize
+        self.padding_constant = opt.padding_constant
+        self.normalization = getattr(opt, "normalization", "imagenet")
+        self.fast = getattr(opt, "eval_resize", "pixel-exact") == "fast"
+        self.as_bytes = False
+
+    @property
+    def num_sample(self) -> int:
+        """Number of records."""
+        return len(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def of_bytes(self):
+        """The same data set, which leaves normalizing to `float_pictures`: a quarter of the bytes travel.
+
+        `img_data` is then uint8, `normalization` says what is to be done, `img_ori` is a tensor.
+        """
+        raw = copy.copy(self)
+        raw.as_bytes = True
+        return raw
+
+    def path(self, record: dict, key: str) -> Path:
+        """Path of a record's image (`fpath_img`) or label (`fpath_segm`) on disk."""
+        if key not in record:
+            raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
+        return Path(self.root_dataset, record[key])
+
+    def views(self, image: Image.Image) -> dict:
+        """The picture itself, and at every size of evaluation."""
+        sizes = self.img_sizes, self.img_max_size, self.padding_constant
+        scales = scale_pyramid(image, *sizes, None if self.as_bytes else self.normalization, fast=self.fast)
+        original = np.array(image)
+        if not self.as_bytes:
+            return {"img_ori": original, "img_data": scales}
+        return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
+
+
+class LabelledRecords(Records):
+    """Records of which each has a label."""
+
+    def __init__(self, root, odgt, opt):
+        super().__init__(root, odgt, opt)
+        self.table = table_of(opt)
+        self.palette = getattr(opt, "palette_labels", False)
+
+    def pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
+        """Image (RGB) and raw label (mode L) of a record, of equal size, every value in the class table.
+
+        Raises:
+            ImageFileError: anything else; names the file and what to do.
+            ListError: the record has no label.
+        """
+        path = self.path(record, "fpath_segm")
+        image = read_image(self.path(record, "fpath_img"), limits=self.limits)
+        label = read_label(path, palette=self.palette, limits=self.limits)
+        check_label(image.size, label, path, self.table.of_file(path))
+        return image, label
+
+    def encode(self, label: Image.Image, record: dict) -> np.ndarray:
+        """Class indices (H, W) int64 of a record's raw label, -1 where ignored."""
+        return self.table.of_file(record["fpath_segm"]).encode(np.asarray(label))
+
+
+def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
+    """Check a raw label (mode L) against its picture's (width, height) and the class table.
+
+    Raises:
+        ImageFileError: another size, or values the table does not have.
+    """
+    if image_size != label.size:
+        raise ImageFileError(
+            f"{path}: the label is {label.width}x{label.height}, its image (as its EXIF turns it) "
+            f"{image_size[0]}x{image_size[1]}; both must have the same size"
+        )
+    present = np.flatnonzero(label.histogram())
+    unknown = present[table.index[present] == UNKNOWN]
+    if len(unknown):
+        raise ImageFileError(
+            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
+            f"the class table ({table.raw_values()}); correct the file, or add them to DATASET.classes (a row without "
+            f"a name in a CSV file ignores a value, and so does DATASET.ignore_values beside a list of names)"
+        )
