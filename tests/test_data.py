@@ -230,16 +230,32 @@ def test_damaged_files_are_named(tmp_path):
         ("P", "DATASET.palette_labels True"),
         ("RGB", "RGB picture"),
         ("1", "one bit"),
-        ("I;16", "astype"),
+        ("F", "astype"),
         ("RGBA", "RGB"),
     ],
 )
 def test_labels_of_other_kinds_say_what_to_do(tmp_path, mode, message):
     label = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-    label = Image.fromarray(np.asarray(label).astype(np.uint16)) if mode == "I;16" else label.convert(mode)
-    path = save(tmp_path / "label.png", label)
-    with pytest.raises(ImageFileError, match=rf"label\.png: .*{message}"):
+    path = save(tmp_path / "label.tiff", label.convert(mode))
+    with pytest.raises(ImageFileError, match=rf"label\.tiff: .*{message}"):
         read_label(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_labels_of_16_bits(tmp_path, suffix):
+    """More classes than 8 bits can tell apart."""
+    values = np.arange(0, 1200, dtype=np.uint16).reshape(30, 40)
+    label = read_label(save(tmp_path / f"a.{suffix}", Image.fromarray(values)))
+    assert np.array_equal(np.asarray(label), values)
+    assert read_label(save(tmp_path / f"b.{suffix}", Image.fromarray(values % 256))).mode == "L"
+    folder = write_pairs(tmp_path / "d", [(40, 30)])
+    Image.fromarray(values).save(folder / "annotations" / "00.png")
+    item = ValDataset(folder, ".", options(num_class=1199))[0]
+    assert np.array_equal(item["seg_label"][0].numpy(), values.astype(np.int64) - 1)
+    with pytest.raises(ImageFileError, match=r"label values 1000, 1001, .* are not in the class table"):
+        ValDataset(folder, ".", options(num_class=999))[0]
+    batch = TrainDataset(folder, ".", options(num_class=1199, segm_downsampling_rate=1, imgSizes=(30,)))[0]
+    assert set(batch["seg_label"].unique().tolist()) == set(range(-1, 1199))
 
 
 def test_palette_labels_by_their_indices(tmp_path):

@@ -3,8 +3,10 @@
 import colorsys
 import csv
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,11 +45,12 @@ class ClassTable:
     def __len__(self) -> int:
         return len(self.names)
 
-    @property
+    @cached_property
     def labels(self) -> tuple[str, ...]:
         """Names short enough to show, without the synonyms ADE20K lists after a semicolon, but never two alike."""
         short = [name.split(";")[0] for name in self.names]
-        return tuple(name if short.count(s) > 1 else s for name, s in zip(self.names, short, strict=True))
+        times = Counter(short)
+        return tuple(name if times[s] > 1 else s for name, s in zip(self.names, short, strict=True))
 
     def of_file(self, path: str | os.PathLike) -> "ClassTable":
         """The table for a label file: this one, or the variant that goes by the file's ending."""

@@ -174,7 +174,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageLimits = STANDARD_LIMITS) -> Image.Image:
-    """A label file as an 8-bit single-channel image (mode L) of raw values.
+    """A label file as a single-channel image of raw values: mode L where they are below 256, else I;16.
 
     Args:
         path: the file.
@@ -182,7 +182,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageL
         limits: of the image.
 
     Raises:
-        ImageFileError: no readable image, or not 8-bit single-channel; says how to convert it.
+        ImageFileError: no readable image, or not single-channel of 8 or 16 bits; says how to convert it.
     """
     with _open(path, limits=limits) as image:
         try:
@@ -191,18 +191,22 @@ def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageL
             raise ImageFileError(f"{path}: the label image is damaged ({_said(error)})") from None
         if image.mode in ("L", "P") and (image.mode == "L" or palette):
             return Image.fromarray(np.asarray(image))
+        if image.mode.startswith("I"):
+            values = np.asarray(image)
+            if values.min() >= 0 and values.max() <= FULL_16_BIT:
+                return Image.fromarray(values.astype(np.uint8 if values.max() < 256 else np.uint16))
         raise ImageFileError(f"{path}: {_LABEL_FIX.get(image.mode, _OTHER_FIX).format(mode=image.mode)}")
 
 
 _LABEL_FIX = {
     "P": "the label is a palette image (mode P); if its indices are the raw values set DATASET.palette_labels True, "
     "else save it as 8-bit grey",
-    "RGB": "the label is an RGB picture, but labels are 8-bit grey with one value per class; map its colours to values "
-    "and save it as mode L",
+    "RGB": "the label is an RGB picture, but labels are grey, with one value per class; map its colours to values and "
+    "save it as mode L",
     "1": "the label has one bit per pixel (mode 1); save it as 8-bit grey with the values of your classes",
 }
 _LABEL_FIX["RGBA"] = _LABEL_FIX["RGB"]
 _OTHER_FIX = (
-    "the label has mode {mode}, but labels are 8-bit grey (mode L); if all its values are below 256: "
-    "Image.fromarray(np.asarray(Image.open(f)).astype('uint8')).save(f)"
+    "the label has mode {mode}, but labels are grey of 8 or 16 bits; if all its values are whole and below 65536: "
+    "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save(f)"
 )

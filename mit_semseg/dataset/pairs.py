@@ -92,7 +92,7 @@ class LabelledRecords(Records):
         self.palette = getattr(opt, "palette_labels", False)
 
     def pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
-        """Image (RGB) and raw label (mode L) of a record, of equal size, every value in the class table.
+        """Image (RGB) and raw label (see `read_label`) of a record, of equal size, every value in the class table.
 
         Raises:
             ImageFileError: anything else; names the file and what to do.
@@ -110,7 +110,7 @@ class LabelledRecords(Records):
 
 
 def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
-    """Check a raw label (mode L) against its picture's (width, height) and the class table.
+    """Check a raw label against its picture's (width, height) and the class table.
 
     Raises:
         ImageFileError: another size, or values the table does not have.
@@ -120,7 +120,7 @@ def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, tab
             f"{path}: the label is {label.width}x{label.height}, its image (as its EXIF turns it) "
             f"{image_size[0]}x{image_size[1]}; both must have the same size"
         )
-    present = np.flatnonzero(label.histogram())
+    present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
     unknown = present[table.index[present] == UNKNOWN]
     if len(unknown):
         raise ImageFileError(

@@ -126,11 +126,17 @@ class Keeper:
     def _report(self, clock: "Clock") -> None:
         """Log line and history point of the steps since the last one."""
         run, settings = self.run, self.settings
+        if not run.loss.initialized:
+            logger.info("step %d: all steps since the last line were skipped (too large for float16)", run.step)
+            return
+        if not run.labelled:
+            logger.warning("step %d: no pixel was labelled since the last line: nothing is learnt from that", run.step)
+        run.labelled = 0.0
         epoch = (run.step - 1) // settings.epoch_iters + 1
         rates = learning_rates(run.optimizer)
         loss, accuracy = run.loss.average(), run.accuracy.average()
         logger.info(
-            "Epoch: [%d][%d/%d], Time: %.2f s/step, Data: %.2f, %s, Accuracy: %4.2f %%, Loss: %.6f, remaining %s",
+            "Epoch: [%d][%d/%d], Time: %.2f s/step, Data: %.2f, %s, Accuracy: %4.2f %%, Loss: %.6f, remaining %s%s",
             epoch,
             run.step - (epoch - 1) * settings.epoch_iters,
             settings.epoch_iters,
@@ -140,6 +146,7 @@ class Keeper:
             accuracy * 100,
             loss,
             timedelta(seconds=round(clock.step_time.average() * (settings.total - run.step))),
+            f", {run.skipped} steps skipped (too large for float16)" if run.skipped else "",
         )
         for key, value in (("epoch", run.step / settings.epoch_iters), ("loss", loss), ("acc", accuracy)):
             run.history["train"][key].append(value)

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 READ_AT_ONCE = ("cpu",)  # devices whose figures are there when a step ends
 MOST_PENDING = 100  # steps whose figures may wait elsewhere
+MOST_SKIPPED = 25  # steps one after the other that are too large for float16: halving the scale so often does not help
 
 
 class TrainingStopped(UserError, RuntimeError):
@@ -141,12 +142,22 @@ def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles)
     """Read the figures of the steps done since the last time.
 
     Raises:
-        TrainingStopped: the loss of a step is not finite.
+        TrainingStopped: the loss of a step is not finite, or too many steps were skipped.
     """
     try:
         figures = settle(run.pending, processes)
     except NonFiniteLoss as error:
         raise TrainingStopped(_diverged(error, run, settings, files)) from None
+    for step in run.pending:
+        run.skipped += step.skipped
+        run.skipped_in_a_row = run.skipped_in_a_row + 1 if step.skipped else 0
+        run.labelled += step.labelled
+    if run.skipped_in_a_row >= MOST_SKIPPED:
+        raise TrainingStopped(
+            f"step {run.step}: {run.skipped_in_a_row} steps one after the other were too large for float16 and "
+            f"skipped; {_last_saved(files)}. TRAIN.amp bf16 has the range of float32; a smaller learning rate, or "
+            f"TRAIN.amp off, may help as well"
+        )
     run.pending.clear()
     for loss, accuracy in figures:
         run.loss.update(loss)
@@ -154,14 +165,17 @@ def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles)
 
 
 def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFiles) -> str:
-    step, epochs = run.step - error.steps, files.epochs()
+    step = run.step - error.steps
+    epoch, iteration = divmod(step - 1, settings.epoch_iters)
+    return (
+        f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): {error}; {_last_saved(files)}. Nothing of this "
+        f"step was saved. A smaller learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
+    )
+
+
+def _last_saved(files: RunFiles) -> str:
+    epochs = files.epochs()
     last = (
         f"the last good checkpoint is epoch_{epochs[-1]}.pth in {files.folder}" if epochs else "nothing was saved yet"
     )
-    if files.resume.is_file():
-        last += f", the last state to continue from {files.resume}"
-    return (
-        f"step {step} (epoch {(step - 1) // settings.epoch_iters + 1}, iteration "
-        f"{(step - 1) % settings.epoch_iters + 1}): {error}; {last}. Nothing of this step was saved. A smaller "
-        f"learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
-    )
+    return last + (f", the last state to continue from {files.resume}" if files.resume.is_file() else "")

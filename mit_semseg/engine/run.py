@@ -70,6 +70,8 @@ class Run:
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
+        self.skipped, self.skipped_in_a_row = 0, 0  # steps that were too large for float16
+        self.labelled = 0.0  # pixels since the last line of the log
         self.left_out: dict[str, None] = {}  # sentences about what could not be used, each once
 
     def state(self) -> dict:
@@ -90,6 +92,7 @@ class Run:
             "norm": self._norm(),
             "job": self.job,
             "left_out": list(self.left_out),
+            "skipped": (self.skipped, self.skipped_in_a_row),
         }
 
     def leave_out(self, sentences: Iterable[str]) -> None:
@@ -137,6 +140,7 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
         self.left_out = dict.fromkeys(state.get("left_out", ()))
+        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
         for meter, saved in zip((self.loss, self.accuracy), state["meters"], strict=True):
             if saved:
                 meter.initialize(saved[0] / saved[1], saved[1])

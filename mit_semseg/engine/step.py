@@ -38,11 +38,44 @@ class StepFigures:
         shares: (2,) of this process in loss and pixel accuracy over all labelled pixels.
         losses: (B,) of every batch.
         files: of every batch.
+        skipped: the step changed nothing: its values were too large for float16.
+        labelled: pixels, in all processes.
     """
 
     shares: Tensor
     losses: Tensor
     files: Sequence[Sequence[str]]
+    skipped: bool = False
+    labelled: float = 0.0
+
+
+class _Statistics:
+    """Running statistics, kept as they were where a step in float16 turns out too large.
+
+    `GradScaler` leaves the weights alone then, but the forward pass has already changed these.
+
+    Args:
+        runner: whose buffers they are.
+        scaler: of the run; where it scales nothing, nothing is kept.
+    """
+
+    def __init__(self, runner: nn.Module, scaler: torch.amp.GradScaler):
+        self._scaler, self._active = scaler, scaler.is_enabled()
+        self._buffers = list(runner.buffers()) if self._active else []
+        self._before, self._scale = [buffer.clone() for buffer in self._buffers], scaler.get_scale()
+
+    def checked(self, loss: Tensor) -> Tensor:
+        """The loss, NaN where the statistics are not finite: so the step is skipped in all processes."""
+        floats = [buffer.flatten().float() for buffer in self._buffers if buffer.is_floating_point()]
+        return loss + torch.cat(floats).mul(0).sum() if floats else loss
+
+    def settled(self) -> bool:
+        """To be called after the step; whether it was skipped. Everything is then as it was before."""
+        skipped = self._active and self._scaler.get_scale() < self._scale
+        if skipped:
+            for buffer, before in zip(self._buffers, self._before, strict=True):
+                buffer.copy_(before)
+        return skipped
 
 
 def train_step(
@@ -57,7 +90,8 @@ def train_step(
     loss: nn.Module | None = None,
 ) -> StepFigures:
     """One update from several batches, in which every labelled pixel of all devices and processes counts the same, or
-    as much as the loss says (see `losses.weight_of`). Does not wait for the device.
+    as much as the loss says (see `losses.weight_of`). Waits for the device in float16 only, as `GradScaler` does. A
+    step that is too large for float16 changes nothing.
 
     Args:
         runner: see `distributed.parallel`; returns losses averaged over labelled pixels, and accuracies.
@@ -70,6 +104,7 @@ def train_step(
         ProcessStopped: another process ended or did not answer in time.
     """
     optimizer.zero_grad(set_to_none=True)
+    statistics = _Statistics(runner, scaler)
     counts = torch.tensor(
         [[[float(weight_of(x, batch["seg_label"])) for x in (loss, None)] for batch in chunk] for chunk in chunks],
         dtype=torch.float64,
@@ -84,7 +119,7 @@ def train_step(
                 losses, accuracies = (values.reshape(-1) for values in runner(feeds))
             share = (losses.float() * weights).sum()
             # Gradients are averaged over the processes, while the shares are to be added up.
-            scaler.scale(share * processes.size).backward()
+            scaler.scale(statistics.checked(share) * processes.size).backward()
         shares.append(torch.stack([share.detach(), (accuracies * parts).sum()]))
         losses_seen.append(losses.detach())
     if settings.clip_grad:
@@ -93,11 +128,13 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     files = [batch.get("info", []) for chunk in chunks for batch in chunk]
-    return StepFigures(torch.stack(shares).sum(0), torch.cat(losses_seen), files)
+    labelled = totals[1].item()
+    return StepFigures(torch.stack(shares).sum(0), torch.cat(losses_seen), files, statistics.settled(), labelled)
 
 
 def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[float, float]]:
-    """Loss and pixel accuracy of steps, over all labelled pixels of all processes, which settle the same steps.
+    """Loss and pixel accuracy of steps, over all labelled pixels of all processes, which settle the same steps. Those
+    that were skipped have none.
 
     Raises:
         NonFiniteLoss: in all processes, of the first step whose loss is not finite.
@@ -105,9 +142,9 @@ def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[flo
     own = torch.stack([step.shares for step in steps]).double().cpu()
     values = torch.tensor(processes.sum(own.flatten().tolist(), "adding up losses")).view(-1, 2).tolist()
     for number, (loss, _) in enumerate(values):
-        if not math.isfinite(loss):
+        if not math.isfinite(loss) and not steps[number].skipped:
             raise _non_finite(steps[number], len(steps) - 1 - number, processes)
-    return [tuple(pair) for pair in values]
+    return [tuple(pair) for pair, step in zip(values, steps, strict=True) if not step.skipped]
 
 
 def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:

@@ -115,6 +115,7 @@ class Evaluation:
                 f"Mean accuracy:  {s.mean_accuracy * 100:.2f} %",
                 f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
                 f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
+                *([] if s.pixels else ["No pixel is labelled: the figures say nothing."]),
                 *([f"{len(self.left_out)} left out, of which the figures say nothing:"] if self.left_out else []),
                 *(f"  {sentence}" for sentence in self.left_out),
             ]

@@ -80,7 +80,6 @@ def write_unusable(root) -> list[str]:
     to.add("rgb_label.png", label=to.picture())
     to.add("values.png", label=Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)))
     to.add("other_size.png", label=to.label((47, 40)))
-    to.add("sixteen_bit_label.png", label=to.values(np.uint16))
     to.add("float_label.png", label=b"")
     to.values(np.float32).save(folder / "labels" / "float_label.png", "TIFF")
     to.listed("missing.png", "values.png")
@@ -117,6 +116,7 @@ def write_unusual(root) -> list[str]:
     to = Writer(root, "odd")
     folder = to.folder
     to.add("one_pixel.png", size=(1, 1))
+    to.add("label_of_16_bits.png", label=to.values(np.uint16))
     to.add("strip.png", size=(20_000, 2))
     to.add("sixteen_bit.png", Image.fromarray(to.rng.integers(0, 65536, SIZE[::-1], np.uint16)))
     to.add("cmyk.jpg", to.picture().convert("CMYK"))
