@@ -79,19 +79,23 @@ class Job:
         arguments: of its command line.
         cwd: folder it is started in.
         env: what is changed in the environment.
+        start_method: of its own processes; None is this process's.
 
     Attributes:
         pid: of the process, which is the first of a session of its own.
     """
 
-    def __init__(self, name: str, *arguments, cwd=ROOT, env: dict[str, str] | None = None):
+    def __init__(
+        self, name: str, *arguments, cwd=ROOT, env: dict[str, str] | None = None, start_method: str | None = None
+    ):
         self._folder = tempfile.TemporaryDirectory()
         self._files = [Path(self._folder.name, part) for part in ("stdout", "stderr")]
         for path in self._files:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
         env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
-        arguments = name, [str(word) for word in arguments], str(cwd), env, get_start_method(), *map(str, self._files)
+        how = str(cwd), env, start_method or get_start_method()
+        arguments = name, [str(word) for word in arguments], *how, *map(str, self._files)
         self._process = _processes.Process(target=_as_main, args=arguments)
         self._process.start()
         self.pid = self._process.pid

@@ -440,48 +440,6 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
         cli.refuse_torchrun("under torchrun use eval.py")
 
 
-DYING = """
-import os, sys, time, torch
-from mit_semseg.dataset.loading import explained, items, make_loader
-
-class Dies(torch.utils.data.Dataset):
-    def __len__(self):
-        return 4
-    def __getitem__(self, index):
-        if index == 2:
-            time.sleep(8) if sys.argv[1] == "hangs" else os.kill(os.getpid(), int(sys.argv[1]))
-        return torch.zeros(1)
-
-loader = make_loader(Dies(), workers=1, timeout=2, batch_size=None)
-try:
-    with explained():
-        for item in items(loader):
-            if sys.argv[2] == "busy":  # the worker dies while its items are worked on
-                for _ in range(100):
-                    time.sleep(0.05)
-        list(items(loader))
-except Exception as error:
-    print(type(error).__name__, error, flush=True)
-    os._exit(0)  # PyTorch raises what it hears of its workers at any later moment, too
-"""
-
-
-@pytest.mark.parametrize(
-    ("how", "when", "message"),
-    [
-        # PyTorch does not always say which signal it was.
-        (int(signal.SIGBUS), "", r".*shared memory.*docker run --shm-size 8g"),
-        (int(signal.SIGKILL), "", r"a loader process was killed .*out of memory"),
-        (int(signal.SIGKILL), "busy", r"a loader process was killed .*out of memory"),
-        ("hangs", "", r"a loader process hangs .*timed out after 2 seconds"),
-    ],
-)
-def test_a_loader_process_in_trouble_is_explained(how, when, message):
-    command = [sys.executable, "-c", DYING, str(how), when]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
-    assert re.search(f"^LoaderError reading data: {message}", done.stdout), done.stdout + done.stderr
-
-
 def test_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 8)
     dataset = ValDataset.__new__(ValDataset)

@@ -1,15 +1,28 @@
 """Reading ahead in worker processes, and what is said when one of them dies."""
 
 import errno
+import math
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ..lib.utils import UserError, available_cores
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limits
+    resource = None
+
+OPEN_FILES = 65536  # that this process may have, if its system allows
+_END = object()
 
 
 class LoaderError(UserError, RuntimeError):
@@ -27,6 +40,10 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, processes
         options: of `DataLoader`.
     """
     workers = min(workers, max(1, available_cores() // processes))
+    if workers and resource:  # every tensor on its way is an open file
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < min(hard, OPEN_FILES):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, OPEN_FILES), hard))
     # The loader draws a base seed: not from the stream of a training run.
     return DataLoader(
         dataset,
@@ -45,18 +62,81 @@ def _of_its_own(number: int) -> None:
 
 
 def items(loader: DataLoader) -> Iterator:
-    """Items of a loader.
+    """Items of a loader, whose processes end with it, whatever state they are in.
 
     Raises:
         LoaderError: what loading needs is used up: shared memory, files that may be open, processes.
     """
+    patience = _Patience(loader.timeout)
     try:
-        yield from loader
-    except (RuntimeError, OSError) as error:
-        reason = _used_up(str(error)) or _worker_trouble(str(error))
+        before = active_children()
+        iterator = iter(loader)
+        with patience.with_processes([process for process in active_children() if process not in before]):
+            while True:
+                with patience.waiting():
+                    item = next(iterator, _END)
+                if item is _END:
+                    return
+                yield item
+    except Exception as error:
+        reason = f"a loader process hangs, for {loader.timeout:g} s" if patience.lost else None
+        if isinstance(error, (RuntimeError, OSError)):
+            reason = reason or _used_up(str(error)) or _worker_trouble(str(error))
         if reason is None:
             raise
         raise LoaderError(f"reading data: {reason}") from error
+
+
+class _Patience:
+    """Ends loader processes with which something is wrong.
+
+    PyTorch waits for an item with a time-out, but without one for what is in it, which a process hands over; and when
+    it is done it waits for its processes to hear SIGTERM, which those that are stopped do not.
+
+    Args:
+        seconds: to wait for an item, 0 for ever.
+
+    Attributes:
+        lost: they were ended for that.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds, self._since, self.lost = 1.25 * seconds, math.inf, False
+        self._processes: Sequence[BaseProcess] = ()
+        self._ended = threading.Event()
+
+    @contextmanager
+    def with_processes(self, processes: Sequence[BaseProcess]) -> Iterator[None]:
+        """In here the processes are watched; afterwards there are none."""
+        self._processes = processes
+        if processes and self._seconds:
+            threading.Thread(target=self._watch, name="loader patience", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            for process in processes:
+                with suppress(RuntimeError):  # PyTorch hears of their end, and says that they were killed
+                    if process.is_alive():
+                        process.kill()
+                        process.join()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """In here an item is waited for."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = math.inf
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(1, self._seconds / 4)):
+            if time.monotonic() - self._since > self._seconds:
+                self.lost = True
+                for process in self._processes:
+                    process.kill()
+                return
 
 
 @contextmanager
