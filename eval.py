@@ -17,6 +17,7 @@ def main() -> int:
     cfg = load_config(args.cfg, args.opts)
     devices = pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
+        cli.compare(cfg, processes)
         logger = cli.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         evaluation = scoring.score(args.cfg, args.opts, devices, processes)

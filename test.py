@@ -38,6 +38,7 @@ def main() -> int:
         cli.setup_logger(0, None, args.level)
         return video.run(cfg, args.imgs, devices[0], args.smoothing)
     with distributed.join(devices[0]) as processes:
+        cli.compare(cfg, processes)
         logger = cli.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None

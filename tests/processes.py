@@ -1,13 +1,22 @@
-"""Running a function in several processes that share a process group."""
+"""Running a function, or a script, in several processes that share a process group."""
 
 import os
+import socket
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from runs import ROOT, SMALL, Job
 from torch.multiprocessing import get_context
+
+# One thread each: rounding does not depend on how the work is split.
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def _work(rank: int, count: int, store: str, timeout: float, function: Callable, arguments: tuple, results) -> None:
@@ -38,3 +47,58 @@ def in_processes(count: int, folder, function: Callable, *arguments, timeout: fl
     for process in processes:
         process.join()
     return [error or value for _, value, error in collected]
+
+
+def changes_for(root, folder, **changes):
+    """Options of a run that several processes share."""
+    return {
+        **SMALL,
+        "DATASET.root_dataset": root,
+        "DIR": folder,
+        "DATASET.imgSizes": 40,
+        "DATASET.random_flip": False,
+        "TRAIN.batch_size_per_gpu": 2,
+        "TRAIN.epoch_iters": 12,
+        "TRAIN.disp_iter": 1,
+        "TRAIN.workers": 1,
+        "TRAIN.eval_epoch": 1,
+        "TRAIN.timeout": 60,
+        **changes,
+    }
+
+
+def torchrun(name, *arguments, flags=()):
+    """Run a script by torchrun, in two processes."""
+    command = [*TORCHRUN, *flags, str(ROOT / name), "--gpus", "cpu", *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
+    """What torchrun tells a process."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+    return {**ENV, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
+
+
+def start_ranks(name: str, arguments: Sequence[str], *, count: int = 2, own: Sequence[Sequence[str]] = ()) -> list[Job]:
+    """Start a script as torchrun does, one process per rank, without the seconds that it takes.
+
+    Args:
+        own: for some ranks, arguments of their own at the end.
+    """
+    port = free_port()
+    own = [*own, *[()] * (count - len(own))]
+    return [
+        Job(name, "--gpus", "cpu", *arguments, *own[rank], env=rank_environment(rank, count, port))
+        for rank in range(count)
+    ]
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]

@@ -1,20 +1,15 @@
 """Several devices and processes: the same figures as one, and what happens when one of them dies."""
 
-import contextlib
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from processes import in_processes
-from runs import ROOT, SMALL, Job, here, same, script, weights, words
+from processes import ENV, changes_for, children, in_processes, start_ranks, torchrun
+from runs import Job, here, script, words
 from scenes import options, tiny_module, write_pairs
 
 from mit_semseg.apps import cli, devices
@@ -28,9 +23,6 @@ from mit_semseg.lib.nn import recompute
 from mit_semseg.lib.utils import UserError
 
 CPU = torch.device("cpu")
-# One thread each: rounding does not depend on how the work is split.
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 @pytest.fixture(scope="module")
@@ -172,34 +164,12 @@ def test_a_loss_that_is_not_finite_stops_all_processes_with_the_files(root, tmp_
 # The scripts
 
 
-def changes_for(root, folder, **changes):
-    return {
-        **SMALL,
-        "DATASET.root_dataset": root,
-        "DIR": folder,
-        "DATASET.imgSizes": 40,
-        "DATASET.random_flip": False,
-        "TRAIN.batch_size_per_gpu": 2,
-        "TRAIN.epoch_iters": 12,
-        "TRAIN.disp_iter": 1,
-        "TRAIN.workers": 1,
-        "TRAIN.eval_epoch": 1,
-        "TRAIN.timeout": 60,
-        **changes,
-    }
-
-
 def on_one_thread(*arguments):
     torch.set_num_threads(1)
     try:
         return here(*arguments)
     finally:
         torch.set_num_threads(2)
-
-
-def torchrun(name, *arguments, flags=()):
-    command = [*TORCHRUN, *flags, str(ROOT / name), "--gpus", "cpu", *map(str, arguments)]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +181,13 @@ def jobs(root, tmp_path_factory):
     done = torchrun("train.py", *words(changes_for(root, folder / "processes")))
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
+
+
+def by_ranks(name, *arguments):
+    """Run a script in two processes; what the first one says."""
+    first, second = (job.end() for job in start_ranks(name, arguments))
+    assert second.returncode == 0, second.stderr
+    return first
 
 
 def test_torchrun_trains_as_one_process_with_replicas(jobs):
@@ -231,8 +208,7 @@ def test_shared_out_evaluation_and_segmentation_give_the_same_results(jobs, root
     path = folder / "processes" / "result" / "results.json"
     assert here("eval.py", "--gpu", "cpu", *changes).returncode == 0
     alone = json.loads(path.read_text())
-    done = torchrun("eval.py", *changes)
-    assert done.returncode == 0, done.stderr
+    done = by_ranks("eval.py", *changes)
     figures = json.loads(path.read_text())
     assert {k: v for k, v in figures.items() if "second" not in k} == {
         k: v for k, v in alone.items() if "second" not in k
@@ -243,7 +219,7 @@ def test_shared_out_evaluation_and_segmentation_give_the_same_results(jobs, root
     assert here("test.py", "--gpu", "cpu", "--imgs", pictures, "--index", *changes).returncode == 0
     expected = {p.name: p.read_bytes() for p in (tmp_path / "alone").iterdir()}
     assert len(expected) == 6
-    for name, run in (("job", torchrun), ("workers", lambda n, *a: script(n, "--gpus", "cpu,cpu", *a))):
+    for name, run in (("job", by_ranks), ("workers", lambda n, *a: script(n, "--gpus", "cpu,cpu", *a))):
         arguments = words(changes_for(root, folder / "processes", **{"TEST.result": tmp_path / name}))
         done = run("test.py", "--imgs", pictures, "--index", *arguments)
         assert done.returncode == 0, done.stderr
@@ -262,72 +238,6 @@ def test_a_picture_that_cannot_be_read_is_counted_wherever_it_is(jobs, root, tmp
     assert re.search(r"not segmented: .*02\.png: no readable image", done.stdout)
 
 
-# Processes that die
-
-
-def children(pid):
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-
-
-def workers_of(pid):
-    """Processes that torchrun or a script has started, by command line."""
-    found = []
-    for child in children(pid):
-        command = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-        if any("train.py" in word or "multiprocessing-fork" in word for word in command):
-            found.append(child)
-    return found
-
-
-@pytest.fixture
-def start():
-    """Starts a command whose output is read while it runs; it does not outlive the test, nor two minutes."""
-    jobs = []
-
-    def run(command):
-        command = list(map(str, command))
-        job = subprocess.Popen(
-            command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        jobs.append((job, threading.Timer(120, os.killpg, (job.pid, signal.SIGKILL))))
-        jobs[-1][1].start()
-        return job
-
-    yield run
-    for job, timer in jobs:
-        timer.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
-
-
-def until(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    pytest.fail(f"the process ended before it said {text!r}: {process.stderr.read()}")
-
-
-@pytest.mark.parametrize("restarts", [0, 1])
-def test_a_killed_process_ends_the_job_and_a_restart_finishes_it(root, jobs, tmp_path, start, restarts):
-    changes = changes_for(root, tmp_path / "run", **{"TRAIN.checkpoint_iters": 2})
-    arguments = ["--gpus", "cpu", *words(changes)]
-    job = start([*TORCHRUN, f"--max-restarts={restarts}", ROOT / "train.py", *arguments])
-    until(job, "Epoch: [1][5/12]")
-    victim = workers_of(job.pid)[-1]
-    killed = time.perf_counter()
-    os.kill(victim, signal.SIGKILL)
-    output, errors = job.communicate(timeout=120)
-    if restarts:
-        assert job.returncode == 0, errors
-        assert re.search(r"continuing .*resume\.pth at step [46] of 24", output)
-        assert same(weights(tmp_path / "run"), weights(jobs[0] / "processes"))
-    else:
-        assert job.returncode != 0
-        assert time.perf_counter() - killed < 60
-        assert re.search(rf"(?s)exitcode *: -9 \(pid: {victim}\).*SIGKILL", errors)
-
-
 def test_a_restart_does_not_continue_what_another_job_has_left(root, jobs, tmp_path):
     """The first attempt refuses to write over the run in the folder; so does the second."""
     folder = jobs[0] / "processes"
@@ -337,43 +247,6 @@ def test_a_restart_does_not_continue_what_another_job_has_left(root, jobs, tmp_p
     assert done.returncode != 0
     assert done.stderr.count("already holds a run: add TRAIN.resume auto") >= 2
     assert (folder / "resume.pth").read_bytes() == before
-
-
-def test_a_hanging_process_ends_the_job_with_its_stack(root, tmp_path, start):
-    changes = changes_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "TRAIN.timeout": 4, "TRAIN.eval_epoch": 0})
-    job = start([*TORCHRUN, ROOT / "train.py", "--gpus", "cpu", *words(changes)])
-    until(job, "Epoch: [1][3/50]")
-    waits, hangs = workers_of(job.pid)
-    os.kill(hangs, signal.SIGSTOP)
-    report = []
-    while not report or "work.wait()" not in report[-1]:  # where the other one waits
-        report.append(job.stdout.readline())
-        assert report[-1], "".join(report) + job.stderr.read()
-    while Path(f"/proc/{waits}/stat").exists() and Path(f"/proc/{waits}/stat").read_text().split()[2] != "Z":
-        time.sleep(0.05)
-    os.kill(hangs, signal.SIGCONT)  # torchrun's SIGTERM reaches it
-    _, errors = job.communicate(timeout=60)
-    assert job.returncode != 0
-    assert re.search(
-        r"error: \[rank \d\] process \d of 2 ended or does not answer, so this one .* cannot go on", errors
-    )
-    assert re.search(r"no progress for 4 s in step \d+; this process is at\n.*train\.py", "".join(report))
-
-
-def test_a_killed_loader_process_is_reported_and_a_restart_finishes(root, tmp_path):
-    changes = changes_for(root, tmp_path / "run", **{"TRAIN.checkpoint_iters": 2})
-    whole = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "DIR": tmp_path / "whole"}))
-    assert whole.returncode == 0, whole.stderr
-    job = Job("train.py", "--gpus", "cpu", *words(changes), env=ENV)
-    job.until("Epoch: [1][5/12]")
-    os.kill(children(job.pid)[-1], signal.SIGKILL)
-    done = job.end(60)
-    assert done.returncode == 2
-    assert "error: reading data: a loader process was killed" in done.stderr
-    assert "Traceback" not in done.stderr
-    done = on_one_thread("train.py", "--gpus", "cpu", *words({**changes, "TRAIN.resume": "auto"}))
-    assert done.returncode == 0, done.stderr
-    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
 def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
@@ -386,7 +259,7 @@ def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
     while not any("many" in str(p) for p in result.rglob("*.png")):
         assert job.returncode is None, job.errors()
         time.sleep(0.02)
-    os.kill(workers_of(job.pid)[-1], signal.SIGKILL)
+    os.kill(children(job.pid)[-1], signal.SIGKILL)
     done = job.end(60)
     assert done.returncode == 2
     assert re.search(
@@ -443,7 +316,7 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
 def test_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 8)
     dataset = ValDataset.__new__(ValDataset)
-    dataset.records = list(range(7))
+    dataset.records, dataset.left_out = list(range(7)), []
     assert [make_loader(dataset, workers=16, processes=n).num_workers for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     assert make_loader(dataset, workers=0).num_workers == 0
     assert [dataset.part(i, 3).records for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]

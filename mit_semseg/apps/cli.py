@@ -1,6 +1,7 @@
 """What the scripts share: parsers, logging, and how they end."""
 
 import argparse
+import hashlib
 import logging
 import os
 import platform
@@ -26,6 +27,11 @@ LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
 COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # yellow and red, of terminals
 EXIT_CODES = (
     "exit codes: 0 done, 1 something was left out, 2 a mistake that the last line explains, 130 Ctrl-C, 143 SIGTERM"
+)
+
+SMALLER = (
+    "in training lower TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
+    "TRAIN.workers, elsewhere set INFERENCE.window"
 )
 
 # The options that are changed most often, for the help of the scripts.
@@ -150,7 +156,11 @@ def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
     """Options of a run that torchrun has started again (--max-restarts): it goes on from what it has saved.
 
     Only what this very job has saved: an older run in the folder is treated as TRAIN.resume says.
+
+    Raises:
+        UserError: see `compare`.
     """
+    compare(cfg, processes)
     saved = processes.main and processes.place.restarts and files.resume.is_file()
     own = bool(saved and read_resume(files.resume).get("job") == processes.place.job)
     if not processes.collect(own, "looking for a checkpoint")[0]:
@@ -160,6 +170,30 @@ def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
     cfg.TRAIN.resume, cfg.TRAIN.start_epoch = "auto", 0
     cfg.freeze()
     return cfg
+
+
+# What may be another on every machine.
+OF_THE_MACHINE = ("DATASET.root_dataset", "DATASET.list_train", "DATASET.list_val")
+
+
+def compare(cfg: Config, processes: Processes) -> None:
+    """Check that all processes of a job have the same options and the same code.
+
+    Raises:
+        UserError: they differ; names in what.
+    """
+    if processes.size == 1:
+        return
+    values = {key: cfg.option(key) for key in OPTIONS if key not in OF_THE_MACHINE}
+    processes.agree({"the version of PyTorch": torch.__version__, "the code of mit_semseg": _code(), **values})
+
+
+def _code() -> str:
+    """A number of the package's code."""
+    package, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def refuse_torchrun(message: str) -> None:
@@ -209,11 +243,12 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
             raise
         _fail(f"{error.filename}: {error.strerror}")
     except torch.OutOfMemoryError as error:
-        _fail(
-            f"the GPU is out of memory ({str(error).splitlines()[0]}); in training lower "
-            f"TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize or DATASET.crop_size, elsewhere set "
-            f"INFERENCE.window"
-        )
+        _fail(f"the GPU is out of memory ({str(error).splitlines()[0]}); {SMALLER}")
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
+        _fail(f"this machine is out of memory ({reason or 'MemoryError'}); {SMALLER}")
     except KeyboardInterrupt as interruption:
         what, code = ("ended by SIGTERM", 143) if isinstance(interruption, Terminated) else ("interrupted", 130)
         print(f"{what}{f': {kept}' if kept else ''}", file=sys.stderr)

@@ -20,6 +20,13 @@ class Config(CfgNode):
     Like any `CfgNode` it can be cloned, frozen, dumped, and given new attributes.
     """
 
+    def option(self, key: str) -> object:
+        """Value of an option by its dotted name, e.g. `TRAIN.seed`."""
+        node = self
+        for part in key.split("."):
+            node = node[part]
+        return node
+
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
         """Merge a YAML file (and the files it is based on).
 
@@ -89,7 +96,7 @@ def _merge(node: Config, given: list[tuple[str, object, str]]) -> None:
                 accepted[key] = convert(key, value)
         except ValueError as error:
             problems.append(f"{error} [{origin}]")
-    values = {key: _get(node, key) for key in OPTIONS} | accepted
+    values = {key: node.option(key) for key in OPTIONS} | accepted
     problems += contradictions(values)
     if problems:
         raise ConfigError(problems)
@@ -99,12 +106,6 @@ def _merge(node: Config, given: list[tuple[str, object, str]]) -> None:
         for section in sections:
             target = target[section]
         target[leaf] = value
-
-
-def _get(node: Config, key: str) -> object:
-    for part in key.split("."):
-        node = node[part]
-    return node
 
 
 def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:

@@ -6,12 +6,10 @@ One process drives one device. On its own, without torchrun, a process is a job 
 import logging
 import os
 import socket
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -123,6 +121,25 @@ class Processes:
             dist.all_gather_object(values, value, group=self._patient if patient else self._group)
         return values
 
+    def agree(self, values: Mapping[str, object]) -> None:
+        """Check that all processes have been started alike.
+
+        Args:
+            values: to be the same everywhere, by what they are called.
+
+        Raises:
+            UserError: in all processes, naming those that differ.
+        """
+        mine = {name: str(value) for name, value in values.items()}
+        everywhere = self.collect(mine, "comparing how the processes were started")
+        different = [name for name in everywhere[0] if len({theirs.get(name) for theirs in everywhere}) > 1]
+        if different:
+            told = (
+                f"{name} ({', '.join(f'rank {rank}: {theirs.get(name)}' for rank, theirs in enumerate(everywhere))})"
+                for name in different
+            )
+            raise UserError(f"the processes of the job were not started alike, they differ in {'; '.join(told)}")
+
     @contextmanager
     def waiting(self, doing: str) -> Iterator[None]:
         """Turn the errors of a collective into `ProcessStopped`."""
@@ -136,16 +153,26 @@ class Processes:
             raise ProcessStopped(f"{doing}: {first_sentence(error)}") from error
 
     def missing(self) -> list[int]:
-        """Ranks that do not answer any more; called by those that have noticed that the job is broken."""
-        limit, missing = time.monotonic() + LAST_WORDS, list(range(self.size))
-        try:
-            self.store.set(f"here/{self.rank}", str(os.getpid()))
-            while missing and time.monotonic() < limit:
-                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
-                time.sleep(0.05)
-        except RuntimeError:  # the store has gone with the machine that kept it
-            return []
-        return missing
+        """Ranks that do not answer any more; called by those that have noticed that the job is broken.
+
+        Empty where that cannot be told: the store has gone with the machine that kept it, or the network to it has.
+        """
+        found: list[list[int]] = []
+
+        def ask() -> None:
+            limit, missing = time.monotonic() + LAST_WORDS, list(range(self.size))
+            with suppress(RuntimeError):
+                self.store.set(f"here/{self.rank}", str(os.getpid()))
+                while missing and time.monotonic() < limit:
+                    missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+                    time.sleep(0.05)
+                found.append(missing)
+
+        # A store behind a cut cable does not answer for many minutes, whatever time-out it was given.
+        asking = threading.Thread(target=ask, name="asking who is there", daemon=True)
+        asking.start()
+        asking.join(2 * LAST_WORDS)
+        return found[0] if found else []
 
 
 def _of_a_collective(error: RuntimeError) -> bool:
@@ -256,40 +283,3 @@ def gradient_exchange(runner: UserScatteredDataParallel, wanted: bool):
     """Context in which the gradients of a backward pass are exchanged between processes, or only gathered here."""
     module = runner.module
     return nullcontext() if wanted or not isinstance(module, DistributedDataParallel) else module.no_sync()
-
-
-class Watchdog:
-    """Prints where this process is when it has made no progress for a time: the stack of who waits.
-
-    Args:
-        processes: of the job; a process on its own is not watched.
-    """
-
-    def __init__(self, processes: Processes):
-        self.processes, self.doing = processes, ""
-        self._beat, self._ended = time.monotonic(), threading.Event()
-        self._thread, self._watched = None, threading.get_ident()
-        # A little earlier than the exchange gives up, so that the stack comes before the end.
-        self._patience = 0.9 * processes.timeout
-
-    def __enter__(self) -> "Watchdog":
-        if self.processes.size > 1:
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            self._thread.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._ended.set()
-
-    def progress(self, doing: str) -> None:
-        """Something has been done; `doing` comes next."""
-        self.doing, self._beat = doing, time.monotonic()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(max(0.1, self._beat + self._patience - time.monotonic())):
-            if time.monotonic() - self._beat >= self._patience:
-                stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
-                logger.warning(
-                    "no progress for %.0f s in %s; this process is at\n%s", self._patience, self.doing, stack
-                )
-                self._beat = time.monotonic()

@@ -1,15 +1,20 @@
-"""What surrounds the steps of a run: signals that wait for the end of a step, and a check for repeatable operations."""
+"""What surrounds the steps of a run: signals that wait for the end of a step, a check for repeatable operations, and
+who says where a process hangs."""
 
 import logging
 import os
 import signal
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from ..lib.utils import UserError
+from .distributed import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +32,7 @@ class Interruption:
     """Ctrl-C and SIGTERM are kept until what was learnt is saved; the second time they end the run at once.
 
     Args:
-        active: False leaves the signals alone, e.g. in one process of several, which cannot end a step by itself.
+        active: False leaves the signals alone.
     """
 
     def __init__(self, active: bool = True):
@@ -56,10 +61,16 @@ class Interruption:
         """Whether the run is to end."""
         return self._asked is not None
 
-    def carry_out(self) -> None:
-        """Do what the signal would have done at once: usually raise `KeyboardInterrupt`. Nothing if there was none."""
+    def carry_out(self, *, anyway: bool = False) -> None:
+        """Do what the signal would have done at once: usually raise `KeyboardInterrupt`. Nothing if there was none.
+
+        Args:
+            anyway: raise it also where the signal was for another process of the job.
+        """
         if self._asked is not None:
             self._carry_out(self._asked, None)
+        if anyway:
+            raise KeyboardInterrupt
 
     def _carry_out(self, number: int, frame) -> None:
         handler = self._before[number]
@@ -94,3 +105,40 @@ def deterministic(wanted: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+class Watchdog:
+    """Prints where this process is when it has made no progress for a time: the stack of who waits.
+
+    Args:
+        processes: of the job; a process on its own is not watched.
+    """
+
+    def __init__(self, processes: Processes):
+        self.processes, self.doing = processes, ""
+        self._beat, self._ended = time.monotonic(), threading.Event()
+        self._thread, self._watched = None, threading.get_ident()
+        # A little earlier than the exchange gives up, so that the stack comes before the end.
+        self._patience = 0.9 * processes.timeout
+
+    def __enter__(self) -> "Watchdog":
+        if self.processes.size > 1:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._ended.set()
+
+    def progress(self, doing: str) -> None:
+        """Something has been done; `doing` comes next."""
+        self.doing, self._beat = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(max(0.1, self._beat + self._patience - time.monotonic())):
+            if time.monotonic() - self._beat >= self._patience:
+                stack = "".join(traceback.format_stack(sys._current_frames()[self._watched]))
+                logger.warning(
+                    "no progress for %.0f s in %s; this process is at\n%s", self._patience, self.doing, stack
+                )
+                self._beat = time.monotonic()

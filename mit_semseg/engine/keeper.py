@@ -12,8 +12,8 @@ from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
 from ..evaluation.inference import WHOLE, View
 from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
-from .distributed import Processes, Watchdog, share_buffers
-from .guards import Interruption
+from .distributed import Processes, share_buffers
+from .guards import Interruption, Watchdog
 from .optim import learning_rates
 from .run import Run, Settings
 
@@ -103,7 +103,11 @@ class Keeper:
             ) from None
 
     def after_step(self, clock: "Clock", watchdog: Watchdog, *, ending: bool = False) -> None:
-        """Whatever is due after the step that was just done; its state is saved where the run is ending."""
+        """Whatever is due after the step that was just done.
+
+        Raises:
+            KeyboardInterrupt: the run is ending; the state of this step has been saved.
+        """
         report, save, end = self._due()
         if report:
             self._report(clock)
@@ -111,6 +115,9 @@ class Keeper:
             self.end_epoch(watchdog)
         elif save or ending:
             self._save_state()
+        if ending:
+            self.processes.collect(None, "waiting for the last files")
+            self.interruption.carry_out(anyway=True)
 
     def needs_figures(self) -> bool:
         """Whether something is due after the last step that needs to know its loss."""

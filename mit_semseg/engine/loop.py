@@ -14,8 +14,8 @@ from ..dataset.samplers import BatchNumbers
 from ..evaluation.inference import WHOLE, View
 from ..lib.utils import UserError
 from .checkpoint import RunFiles
-from .distributed import Processes, Watchdog, parallel
-from .guards import Interruption, deterministic
+from .distributed import Processes, parallel
+from .guards import Interruption, Watchdog, deterministic
 from .keeper import Clock, Keeper, Recorder
 from .optim import schedule, set_learning_rates
 from .run import Run, Settings, seed_step
@@ -48,7 +48,7 @@ def fit(
 ) -> Run:
     """Train to the end, saving after every epoch.
 
-    In a job of one process, Ctrl-C and SIGTERM end the run after the step in hand, with its state saved.
+    Ctrl-C and SIGTERM, in any process, end the run after the step in hand, with its state saved.
 
     Args:
         module: a `SegmentationModule` on the first of the devices.
@@ -68,10 +68,10 @@ def fit(
     processes = processes or Processes(timeout=settings.timeout)
     own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
     run = Run(module, optimizer, devices[0], scale_loss=settings.amp == "fp16", **own)
-    interruption = Interruption(active=processes.size == 1)
+    interruption = Interruption()
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)
     clock = Clock(settings.disp_iter)
-    keeper.start(resume, dataset.left_out)
+    keeper.start(resume, getattr(dataset, "left_out", ()))
     batches = items(_loader(dataset, run.step, settings, devices, processes))
     with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
         runner = parallel(module, devices, processes)
@@ -80,15 +80,14 @@ def fit(
             keeper.end_epoch(watchdog)
         while run.step < settings.total:
             watchdog.progress(f"step {run.step + 1}")
-            _take_step(run, runner, batches, clock, devices, processes, settings)
-            # A GPU goes on with the next step while this one's figures are not needed.
-            ending = interruption.asked  # a signal that comes later waits for the next step
+            _take_step(run, runner, batches, clock, devices, processes, settings, interruption.asked)
+            # A GPU goes on with the next step while this one's figures are not needed. All processes end after the same
+            # step; a signal that comes later waits for the next one.
+            ending = run.pending[-1].ending or (processes.size == 1 and interruption.asked)
             if ending or devices[0].type in READ_AT_ONCE or _are_needed(run, keeper):
                 _settle(run, settings, processes, files)
             clock.step_done()
             keeper.after_step(clock, watchdog, ending=ending)
-            if ending:
-                interruption.carry_out()
             clock.resume()
         keeper.end()
     return run
@@ -121,6 +120,7 @@ def _take_step(
     devices: Sequence[torch.device],
     processes: Processes,
     settings: Settings,
+    ending: bool,
 ) -> None:
     """The next step, whose figures may still be on their way."""
     rates = schedule(run.step, settings.total, settings.lr_pow, settings.warmup_iters)
@@ -129,7 +129,13 @@ def _take_step(
     chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
     clock.data_arrived()
     run.leave_out(sentence for chunk in chunks for batch in chunk for sentence in batch.get("left_out", ()))
-    where = {"devices": devices, "processes": processes, "settings": settings, "loss": run.module.crit}
+    where = {
+        "devices": devices,
+        "processes": processes,
+        "settings": settings,
+        "loss": run.module.crit,
+        "ending": ending,
+    }
     run.pending.append(train_step(runner, chunks, run.optimizer, run.scaler, **where))
     run.step += 1
 

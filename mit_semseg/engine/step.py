@@ -40,6 +40,7 @@ class StepFigures:
         files: of every batch.
         skipped: the step changed nothing: its values were too large for float16.
         labelled: pixels, in all processes.
+        ending: a process has been asked to end the run after this step.
     """
 
     shares: Tensor
@@ -47,6 +48,7 @@ class StepFigures:
     files: Sequence[Sequence[str]]
     skipped: bool = False
     labelled: float = 0.0
+    ending: bool = False
 
 
 class _Statistics:
@@ -88,6 +90,7 @@ def train_step(
     processes: Processes,
     settings: Settings,
     loss: nn.Module | None = None,
+    ending: bool = False,
 ) -> StepFigures:
     """One update from several batches, in which every labelled pixel of all devices and processes counts the same, or
     as much as the loss says (see `losses.weight_of`). Waits for the device in float16 only, as `GradScaler` does. A
@@ -99,6 +102,7 @@ def train_step(
         devices: of this process.
         settings: of the run; its amp, channels_last and clip_grad are used.
         loss: the runner's.
+        ending: whether this process has been asked to end the run; all of them get to know it.
 
     Raises:
         ProcessStopped: another process ended or did not answer in time.
@@ -109,7 +113,8 @@ def train_step(
         [[[float(weight_of(x, batch["seg_label"])) for x in (loss, None)] for batch in chunk] for chunk in chunks],
         dtype=torch.float64,
     )  # of the loss, and of the accuracy: (chunks, devices, 2)
-    totals = torch.tensor(processes.sum(counts.sum((0, 1)).tolist(), "counting labelled pixels"))
+    *sums, asked = processes.sum([*counts.sum((0, 1)).tolist(), float(ending)], "counting labelled pixels")
+    totals = torch.tensor(sums)
     shares, losses_seen = [], []
     for number, (chunk, parts) in enumerate(zip(chunks, counts / totals.where(totals > 0, 1), strict=True)):
         weights, parts = parts.float().to(devices[0]).unbind(1)
@@ -128,8 +133,8 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     files = [batch.get("info", []) for chunk in chunks for batch in chunk]
-    labelled = totals[1].item()
-    return StepFigures(torch.stack(shares).sum(0), torch.cat(losses_seen), files, statistics.settled(), labelled)
+    known = {"skipped": statistics.settled(), "labelled": sums[1], "ending": asked > 0}
+    return StepFigures(torch.stack(shares).sum(0), torch.cat(losses_seen), files, **known)
 
 
 def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[float, float]]:
