@@ -58,7 +58,7 @@ def changes_for(root, folder, **changes):
         "DATASET.imgSizes": 40,
         "DATASET.random_flip": False,
         "TRAIN.batch_size_per_gpu": 2,
-        "TRAIN.epoch_iters": 12,
+        "TRAIN.epoch_iters": 8,
         "TRAIN.disp_iter": 1,
         "TRAIN.workers": 1,
         "TRAIN.eval_epoch": 1,
