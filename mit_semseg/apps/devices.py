@@ -9,6 +9,8 @@ from ..engine import Processes
 from ..engine.distributed import Place
 from ..lib.utils import UserError
 
+MOST_DEVICES = 1024
+
 
 class NotSupportedCliException(UserError, ValueError):
     """A device that is not of a known form."""
@@ -33,6 +35,8 @@ def parse_devices(input_devices: str) -> list[str]:
             names = [f"gpu{text.removeprefix('gpu')}"]
         elif match:
             low, high = sorted((int(match[2]), int(match[3])))
+            if high - low >= MOST_DEVICES:
+                raise NotSupportedCliException(f'"{text}" are {high - low + 1} devices: more than any machine has')
             names = [f"gpu{i}" for i in range(low, high + 1)]
         else:
             raise NotSupportedCliException(

@@ -130,15 +130,16 @@ def peculiarities(path: str | os.PathLike) -> list[str]:
     """
     found = []
     with _open(path) as image:
-        if getattr(image, "n_frames", 1) > 1:
-            found.append("animated or of several pages, the first of which is used")
         if image.mode != "RGB":
             found.append(f"mode {image.mode}, converted to RGB")
         if min(image.size) < SMALL_SIDE:
             found.append(f"a side below {SMALL_SIDE} pixels")
-        if image.getexif().get(ORIENTATION_TAG, 1) != 1:
-            found.append("turned as its EXIF says")
     try:
+        with _open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                found.append("animated or of several pages, the first of which is used")
+            if image.getexif().get(ORIENTATION_TAG, 1) != 1:
+                found.append("turned as its EXIF says")
         with _open(path) as image:
             image.verify()  # also checksums that no decoder looks at
     except _DAMAGE as error:

@@ -124,7 +124,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
         kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
     plain = OrderedDict((key.removeprefix("module."), value) for key, value in state.items())
-    plain._metadata = getattr(state, "_metadata", {})  # tells in-place norms
+    about = getattr(state, "_metadata", {})  # tells in-place norms
+    sound = isinstance(about, dict) and all(isinstance(entry, dict) for entry in about.values())
+    plain._metadata = about if sound else {}
     return plain
 
 

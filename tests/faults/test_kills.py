@@ -26,7 +26,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     two processes any one is killed, and the other ends by itself."""
     write_data_set(tmp_path)
     changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2}
-    changes |= {"MODEL.norm": "batch", "TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto", "TRAIN.timeout": 60}
+    changes |= {
+        "MODEL.norm": "batch",
+        "TRAIN.workers": 1,
+        "TRAIN.eval_epoch": 1,
+        "TRAIN.resume": "auto",
+        "TRAIN.timeout": 60,
+    }
 
     def start(folder):
         return start_ranks("train.py", words({**changes, "DIR": folder}), count=count)
