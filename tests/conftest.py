@@ -1,5 +1,7 @@
+import logging
 import os
 
+import pytest
 import torch
 
 torch.set_num_threads(2)
@@ -7,3 +9,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run in the interpreter; read at Triton's import
 
 pytest_plugins = ["server"]
+
+
+@pytest.fixture(autouse=True)
+def _log_as_it_was():
+    """Scripts that run in this process set the toolkit's logger up; every test finds it as Python makes it."""
+    logger = logging.getLogger("mit_semseg")
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

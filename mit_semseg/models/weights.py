@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
+FOLDER = 0x10  # attribute of a zip file's member
+
 # Beginnings of the decoder's keys in a network of the Cityscapes toolbox, and ours; the rest is the encoder's.
 TOOLBOX_MARK = "head.1.weight"
 TOOLBOX_DECODER = (
@@ -97,18 +99,21 @@ def _check_sums(path: Path) -> None:
 
     Files in the form of before PyTorch 1.6, as the published ones are, have none.
     """
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):  # raises, too, at some damage
+            return
         with zipfile.ZipFile(path) as archive:
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-            damaged = None if packed else archive.testzip()
+            members = archive.infolist()
+            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            # What is marked as a folder, PyTorch 2.6 does not read, and takes what happens to be in memory for it.
+            folders = [member.filename for member in members if member.external_attr & FOLDER]
+            damaged = None if packed else next(iter(folders), None) or archive.testzip()
     except Exception as error:  # the reader meets damaged bytes with any exception there is
         raise WeightsError(f"{path} cannot be read, it is damaged: {str(error)[:200]}") from None
     if packed:
         raise WeightsError(f"{path} was refused: it is compressed, as no checkpoint is, and may unpack to any size")
     if damaged:
-        raise WeightsError(f"{path} is damaged: {damaged} in it does not have its checksum")
+        raise WeightsError(f"{path} is damaged: {damaged} in it is not what was saved")
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:

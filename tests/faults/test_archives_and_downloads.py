@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import here
 
@@ -69,6 +69,7 @@ WRITERS = {"zip": write_zip, "tar": write_tar}
         ("good.txt", b"again", 0, "is there twice"),
         ("zeros", bytes(40 * 2**20), 0, "decompression bombs"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,
 )
 def test_a_member_that_is_not_plain_is_refused(tmp_path, kind, name, content, mode, message):
     archive = WRITERS[kind](tmp_path / f"a.{kind}", [("good.txt", b"good", 0), (name, content, mode)])
@@ -178,7 +179,7 @@ def test_download_is_whole_or_nothing(site, tmp_path):
 
 
 @given(cuts=st.lists(st.integers(1, len(CONTENT) // 2), max_size=4))
-@settings(max_examples=20, deadline=None, suppress_health_check=["function_scoped_fixture"])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_an_interrupted_download_goes_on(site, tmp_path, cuts):
     (site.folder / "a.bin").write_bytes(CONTENT)
     target = tmp_path / "b.bin"
