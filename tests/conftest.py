@@ -1,8 +1,11 @@
 import logging
 import os
 
+import offline
 import pytest
 import torch
+
+offline.forbid()
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():

@@ -19,9 +19,12 @@ from multiprocessing import get_context, get_start_method, set_start_method
 from pathlib import Path
 from unittest import mock
 
+import offline
 import torch
 
 from mit_semseg.apps import cli
+
+offline.forbid()  # also in the process that the scripts are forked from
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {

@@ -1,6 +1,8 @@
 """The house rule: who may import whom, and nothing happens at import."""
 
 import ast
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +99,21 @@ print(len(segkit.models.ENCODERS), segkit.config.cfg.DATASET.num_class)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == [str(len(ENCODER_NAMES)), "150"], done.stderr
+
+
+def test_the_network_is_out_of_reach():
+    """Of the tests, which would otherwise not notice that something asks other machines."""
+    with pytest.raises(PermissionError, match="tests do not use the network"):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)
+    with pytest.raises(PermissionError, match="tests do not use the network"):
+        socket.getaddrinfo("example.org", 80)
+
+
+def test_importing_asks_no_other_machine():
+    """Also what is only imported when it is needed."""
+    modules = [path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in FILES]
+    modules = [name.removesuffix(".__init__") for name in modules if name.startswith("mit_semseg")]
+    code = f"import offline; offline.forbid()\nfor name in {modules!r}: __import__(name)\nimport hubconf"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

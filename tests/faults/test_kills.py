@@ -20,6 +20,7 @@ from mit_semseg.engine.checkpoint import RunFiles, read_resume
 KILLS = int(os.environ.get("KILLS", "2"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("count", [1, 2], ids=["alone", "two processes"])
 def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, count):
     """Also while it starts, saves, validates, and starts its loader processes: any moment is as likely as any other. Of

@@ -137,6 +137,7 @@ def narrow(before: str, root, folder) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_too_little_shared_memory_is_said(root, tmp_path):
     small = "mount -t tmpfs -o size=8k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
@@ -152,6 +153,7 @@ def test_too_little_shared_memory_is_said(root, tmp_path):
     assert "--shm-size" in done.stderr
 
 
+@pytest.mark.long
 def test_too_few_open_files_are_said(root, tmp_path):
     assert narrow("ulimit -S -n 20", root, tmp_path / "soft").returncode == 0  # the limit of this process is raised
     done = narrow("ulimit -n 12", root, tmp_path / "hard")
@@ -159,6 +161,7 @@ def test_too_few_open_files_are_said(root, tmp_path):
     assert re.search(r"too many open files: raise the limit \(ulimit -n", done.stderr, re.IGNORECASE), done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_however_loader_processes_start(root, tmp_path, undisturbed, method):
     changes = changes_for(root, tmp_path, **{"TRAIN.workers": 2})

@@ -73,6 +73,7 @@ def test_a_killed_process_ends_the_job(root, tmp_path, undisturbed, victim):
         goes_on(root, tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_torchrun_restarts_a_job_that_a_process_was_killed_of(root, tmp_path, undisturbed):
     arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path, **{"TRAIN.resume": "off"}))]
     command = [*TORCHRUN, "--max-restarts=1", str(ROOT / "train.py"), *map(str, arguments)]
@@ -87,6 +88,7 @@ def test_torchrun_restarts_a_job_that_a_process_was_killed_of(root, tmp_path, un
     assert same(weights(tmp_path), undisturbed)
 
 
+@pytest.mark.long
 def test_torchrun_s_sigterm_saves_the_last_step(root, tmp_path, undisturbed):
     """As when a machine is taken back: torchrun passes the signal on."""
     arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path, **{"TRAIN.checkpoint_iters": 0}))]
@@ -179,6 +181,7 @@ def test_processes_with_other_options_do_not_start(root, tmp_path):
     assert not tmp_path.joinpath("log.txt").exists()
 
 
+@pytest.mark.long
 def test_processes_with_other_code_do_not_start(root, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(ROOT / "mit_semseg", copy / "mit_semseg", ignore=shutil.ignore_patterns("__pycache__"))
@@ -238,6 +241,7 @@ class Network:
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 def test_a_cut_network_ends_both_sides_and_the_run_goes_on(root, tmp_path, undisturbed):
     if not shutil.which("ip"):
         pytest.skip("needs iproute2")
