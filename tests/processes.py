@@ -100,5 +100,9 @@ def start_ranks(name: str, arguments: Sequence[str], *, count: int = 2, own: Seq
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
-    return [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    """Processes that a process has started; none if it has ended."""
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []

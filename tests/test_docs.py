@@ -59,7 +59,9 @@ def test_every_page_has_its_commands_run_or_says_why_not():
             assert page.stem in RUN or not is_run_here(note), (page.name, command)
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "exporting" else name for name in RUN]
+)
 def test_commands(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for command, note in commands(ROOT / "docs" / f"{name}.md"):

@@ -41,6 +41,7 @@ def test_programs(tmp_path):
     assert json.loads(extra["about.json"]) == {"classes": "[1]"}
 
 
+@pytest.mark.long
 def test_onnx_runs_without_this_package(folder, tmp_path):  # noqa: F811
     """The lines of the documentation, in a process that does not know the package."""
     pytest.importorskip("onnxruntime", reason="of the extra `export`")

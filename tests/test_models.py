@@ -72,6 +72,19 @@ def test_every_pair_trains_and_infers(encoder, decoder):
         scores = module({"img_data": torch.randn(1, 3, *size)}, segSize=size)
     assert scores.shape == (1, NUM_CLASS, *size)
     torch.testing.assert_close(scores.sum(1), torch.ones(1, *size))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_single_pair_infers_at_random_odd_sizes(encoder):
+    enc, rng = encoder_of(encoder), random.Random(encoder)
+    for decoder in DECODERS:
+        dec = ModelBuilder.build_decoder(decoder, num_class=NUM_CLASS, in_channels=enc.out_channels)
+        size = rng.randrange(33, 64, 2), rng.randrange(33, 64, 2)
+        with torch.inference_mode():
+            scores = SegmentationModule(enc, dec, None).eval()({"img_data": torch.randn(1, 3, *size)}, segSize=size)
+        assert scores.shape == (1, NUM_CLASS, *size), decoder
+        torch.testing.assert_close(scores.sum(1), torch.ones(1, *size))
     enc.zero_grad(set_to_none=True)
 
 

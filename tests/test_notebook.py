@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from test_segmenter import write_weights
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "DemoSegmenter.ipynb"
@@ -14,6 +15,7 @@ NAME = "ade20k-resnet50dilated-ppm_deepsup"
 SMALL = "ade20k-resnet18dilated-c1_deepsup"  # in its place: the same lines in less time
 
 
+@pytest.mark.long
 def test_the_notebook_runs(tmp_path):
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert all(not cell.get("outputs") for cell in cells), "it is kept without outputs"

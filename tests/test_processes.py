@@ -238,6 +238,7 @@ def test_a_picture_that_cannot_be_read_is_counted_wherever_it_is(jobs, root, tmp
     assert re.search(r"not segmented: .*02\.png: no readable image", done.stdout)
 
 
+@pytest.mark.long
 def test_a_restart_does_not_continue_what_another_job_has_left(root, jobs, tmp_path):
     """The first attempt refuses to write over the run in the folder; so does the second."""
     folder = jobs[0] / "processes"
@@ -249,6 +250,7 @@ def test_a_restart_does_not_continue_what_another_job_has_left(root, jobs, tmp_p
     assert (folder / "resume.pth").read_bytes() == before
 
 
+@pytest.mark.long
 def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
     folder, _ = jobs
     write_pairs(tmp_path / "many", [(60, 40)] * 30, seed=5)
@@ -282,6 +284,7 @@ def _square(device, number, parts, send, base):
     return base + number
 
 
+@pytest.mark.long
 def test_work_is_shared_out_over_worker_processes():
     messages = []
     assert share_out(_square, [CPU, CPU], Processes(), 5, [10], messages.append) == [10, 11]

@@ -328,6 +328,7 @@ def bash(folder, name, **env):
     return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     """The real script against a local server that holds a picture and a (random) pair of the published shape."""
     from mit_semseg.models import ModelBuilder

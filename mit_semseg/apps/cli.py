@@ -29,6 +29,7 @@ EXIT_CODES = (
     "exit codes: 0 done, 1 something was left out, 2 a mistake that the last line explains, 130 Ctrl-C, 143 SIGTERM"
 )
 
+NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")  # the last is oneDNN's way to say it
 SMALLER = (
     "in training lower TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
     "TRAIN.workers, elsewhere set INFERENCE.window"
@@ -245,9 +246,9 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
     except torch.OutOfMemoryError as error:
         _fail(f"the GPU is out of memory ({str(error).splitlines()[0]}); {SMALLER}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
             raise
-        reason = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
+        reason = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         _fail(f"this machine is out of memory ({reason or 'MemoryError'}); {SMALLER}")
     except KeyboardInterrupt as interruption:
         what, code = ("ended by SIGTERM", 143) if isinstance(interruption, Terminated) else ("interrupted", 130)

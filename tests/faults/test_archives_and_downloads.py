@@ -262,6 +262,7 @@ def test_no_room_is_said_before_anything_is_written(site, tmp_path, monkeypatch)
     assert [p.name for p in tmp_path.iterdir()] == ["site"]
 
 
+@pytest.mark.long
 def test_several_processes_download_once(site, tmp_path):
     (site.folder / "a.bin").write_bytes(CONTENT)
     context = multiprocessing.get_context("spawn")

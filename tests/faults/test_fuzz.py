@@ -264,7 +264,7 @@ def test_lists_are_read_as_they_were_written(tmp_path, names):
     assert load_records(tmp_path / "list.odgt") == records
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "test.py", "mit_semseg.export"])
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "test.py", "mit_semseg.export", "mit_semseg.demo"])
 def test_a_script_that_is_given_a_malicious_checkpoint(tmp_path, script):
     """However it comes to it: weights to start from, to continue from, to evaluate, to export."""
     torch.save({"x": _Evil()}, tmp_path / "evil.pth")
@@ -289,6 +289,7 @@ def test_a_script_that_is_given_a_malicious_checkpoint(tmp_path, script):
             ["--imgs", tmp_path / "a.png", "TEST.checkpoint", tmp_path / "evil.pth"],
         ],
         "mit_semseg.export": [[]],
+        "mit_semseg.demo": [[]],
     }
     for way in ways[script]:
         flags = [word for word in way if str(word).startswith("--")]

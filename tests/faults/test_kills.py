@@ -1,17 +1,20 @@
 """SIGKILL at random moments: nothing of what was saved is lost, and what comes out is as if nothing had happened.
 
-`KILLS=30 pytest tests/faults/test_kills.py` does it more often than the suite.
+`KILLS=30 pytest -s -m long tests/faults/test_kills.py` does it more often than `pytest -m long`.
 """
 
 import os
 import random
 import signal
+import subprocess
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
-from processes import start_ranks
-from runs import SMALL, Job, weights, words
+from processes import ENV, TORCHRUN, children, start_ranks
+from runs import ROOT, SMALL, Job, weights, words
 from runs import same as equal
 from scenes import write_data_set
 
@@ -20,51 +23,95 @@ from mit_semseg.engine.checkpoint import RunFiles, read_resume
 KILLS = int(os.environ.get("KILLS", "2"))
 
 
+class Alone:
+    """One process."""
+
+    def __init__(self, arguments):
+        self.jobs = start_ranks("train.py", arguments, count=1)
+
+    def running(self) -> bool:
+        return any(job.returncode is None for job in self.jobs)
+
+    def kill_one(self, rng: random.Random) -> None:
+        rng.choice(self.jobs).send(signal.SIGKILL)
+
+    def end(self) -> bool:
+        """Wait for all of it; whether it went well."""
+        return [job.end().returncode for job in self.jobs] == [0] * len(self.jobs)
+
+
+class Two(Alone):
+    """Two processes, any of which is killed; the other ends by itself."""
+
+    def __init__(self, arguments):
+        self.jobs: list[Job] = start_ranks("train.py", arguments)
+
+
+class Torchrun:
+    """Two processes of torchrun, any of which is killed, or torchrun with all that is below it."""
+
+    def __init__(self, arguments):
+        command = [*TORCHRUN, str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
+        self.job = subprocess.Popen(
+            command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def running(self) -> bool:
+        return self.job.poll() is None
+
+    def kill_one(self, rng: random.Random) -> None:
+        below = children(self.job.pid)
+        if below and rng.random() < 0.7:
+            with suppress(ProcessLookupError):
+                os.kill(rng.choice(below), signal.SIGKILL)
+            return
+        for pid in (self.job.pid, *below, *(child for each in below for child in children(each))):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> bool:
+        return self.job.wait(200) == 0
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("count", [1, 2], ids=["alone", "two processes"])
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, count):
-    """Also while it starts, saves, validates, and starts its loader processes: any moment is as likely as any other. Of
-    two processes any one is killed, and the other ends by itself."""
+@pytest.mark.parametrize("kind", [Alone, Two, Torchrun])
+def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, kind):
+    """Also while it starts, saves, validates, and starts its loader processes: any moment is as likely as any other."""
     write_data_set(tmp_path)
     changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2}
-    changes |= {
-        "MODEL.norm": "batch",
-        "TRAIN.workers": 1,
-        "TRAIN.eval_epoch": 1,
-        "TRAIN.resume": "auto",
-        "TRAIN.timeout": 60,
-    }
+    changes |= {"MODEL.norm": "batch", "TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto"}
+    changes |= {"TRAIN.timeout": 60}
 
     def start(folder):
-        return start_ranks("train.py", words({**changes, "DIR": folder}), count=count)
+        return kind(words({**changes, "DIR": folder}))
 
     began = time.perf_counter()
-    assert [job.end().returncode for job in start(tmp_path / "whole")] == [0] * count
+    assert start(tmp_path / "whole").end()
     lifetime, rng, kills, runs = time.perf_counter() - began, random.Random(0), 0, 0
-    while kills < (KILLS if count == 1 else (KILLS + 1) // 2):
+    while kills < KILLS:
         runs += 1
         folder = tmp_path / f"run_{runs}"
         while True:
-            jobs = start(folder)
-            if all_end(jobs, rng.uniform(0, lifetime) if kills < KILLS else 120):
+            job = start(folder)
+            if ended(job, rng.uniform(0, lifetime) if kills < KILLS else 120):
                 break
-            rng.choice(jobs).send(signal.SIGKILL)
-            for job in jobs:
-                job.end()
+            job.kill_one(rng)
             kills += 1
+            if job.end():
+                break  # it was over just then
             state = RunFiles(folder).resume
             assert not state.exists() or read_resume(state)["step"] % 2 == 0  # whole, whenever it happened
-        assert [job.end().returncode for job in jobs] == [0] * count, jobs[0].errors()
+        assert job.end()
         assert equal(weights(folder), weights(tmp_path / "whole"))
         histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
         assert histories[0] == histories[1]
-        assert not list(folder.rglob("*.partial"))
-    print(f"{kills} kills survived in {runs} runs of {count} processes")
+        assert not list(Path(folder).rglob("*.partial"))
+    print(f"{kind.__name__}: {kills} kills survived in {runs} runs")
 
 
-def all_end(jobs: list[Job], seconds: float) -> bool:
-    """Whether jobs end within so many seconds."""
+def ended(job, seconds: float) -> bool:
+    """Whether a job ends within so many seconds."""
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end and any(job.returncode is None for job in jobs):
+    while time.perf_counter() < end and job.running():
         time.sleep(0.01)
-    return all(job.returncode is not None for job in jobs)
+    return not job.running()

@@ -194,6 +194,7 @@ class Watch:
         self.seen.append((resident(), threading.active_count(), len(descendants(os.getpid())), files))
 
 
+@pytest.mark.long
 def test_nothing_grows_in_a_long_run(root, tmp_path):
     """Training, saving and validating again and again, with loader processes."""
     module, watch = tiny_module(crit=MaskedNLLLoss()), Watch()

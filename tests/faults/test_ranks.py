@@ -118,6 +118,7 @@ def test_a_signal_to_any_process_ends_all_after_the_same_step(root, tmp_path, un
         goes_on(root, tmp_path, undisturbed)
 
 
+@pytest.mark.long
 def test_a_hanging_process_ends_the_job_with_the_stack_of_who_waits(root, tmp_path):
     changes = options_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "TRAIN.timeout": 4, "TRAIN.eval_epoch": 0})
     waits, hangs = start_ranks("train.py", words(changes))
@@ -151,6 +152,7 @@ def _trained_slowly(rank, root, folder):
     ).step
 
 
+@pytest.mark.long
 def test_a_slow_process_is_waited_for(root, tmp_path):
     """The time-out is of every exchange, not of all of them."""
     assert in_processes(2, tmp_path, _trained_slowly, root, tmp_path / "run") == [4, 4]
