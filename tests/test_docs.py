@@ -60,7 +60,8 @@ def test_every_page_has_its_commands_run_or_says_why_not():
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name == "exporting" else name for name in RUN]
+    "name",
+    [name if name == "own-data" else pytest.param(name, marks=pytest.mark.long) for name in RUN],
 )
 def test_commands(name, folder, monkeypatch):
     monkeypatch.chdir(folder)

@@ -33,6 +33,7 @@ def module_of(encoder, decoder):
     return lively(SegmentationModule(enc, dec, None)).float()
 
 
+@pytest.mark.long
 def test_programs(tmp_path):
     path = tmp_path / "network.pt2"
     assert export(module_of("resnet18", "ppm_deepsup"), path, kind="torch_export", about={"classes": "[1]"}) < 1e-5

@@ -32,8 +32,9 @@ FEW |= {
 }
 # The toolbox's heads are built from the channels alone, as PPM is: some encoders will do.
 TOOLBOX = dict.fromkeys(("psp", "psp_deepsup", "aspp", "aspp_deepsup"), ("mobilenetv2dilated", "resnet18", "hrnetv2"))
+LARGEST = (("vgg16_dilated8", "upernet_lite"), ("vgg19_dilated8", "c1_bilinear"))
 PAIRS = [
-    (encoder, decoder)
+    pytest.param(encoder, decoder, marks=[pytest.mark.long] * ((encoder, decoder) in LARGEST))
     for encoder in ENCODERS
     for decoder in FEW.get(encoder, DECODERS)
     if encoder in FEW or encoder in TOOLBOX.get(decoder, ENCODERS)

@@ -29,7 +29,9 @@ def features_of(name):
     return own_keys(encoder), sum(p.numel() for p in encoder.parameters()), maps
 
 
-@pytest.mark.parametrize("name", MODELS["encoders"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * ("vgg19" in name)) for name in MODELS["encoders"]]
+)
 def test_encoder(name):
     gold = MODELS["encoders"][name]
     keys, count, maps = features_of(name)

@@ -289,6 +289,7 @@ def test_generated_scenes(tmp_path):
     assert seen == set(range(8))
 
 
+@pytest.mark.long
 def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):
     folder, address = site
     for split in ("training", "validation"):

@@ -111,10 +111,10 @@ class Keeper:
         report, save, end = self._due()
         if report:
             self._report(clock)
-        if end:
+        if end and not ending:
             self.end_epoch(watchdog)
-        elif save or ending:
-            self._save_state()
+        elif save or end or ending:
+            self._save_state()  # what is missing of an epoch is done when the run goes on, see `epoch_unfinished`
         if ending:
             self.processes.collect(None, "waiting for the last files")
             self.interruption.carry_out(anyway=True)

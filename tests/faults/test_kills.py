@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -39,6 +40,9 @@ class Alone:
         """Wait for all of it; whether it went well."""
         return [job.end().returncode for job in self.jobs] == [0] * len(self.jobs)
 
+    def errors(self) -> str:
+        return "\n".join(job.errors() for job in self.jobs)
+
 
 class Two(Alone):
     """Two processes, any of which is killed; the other ends by itself."""
@@ -52,25 +56,30 @@ class Torchrun:
 
     def __init__(self, arguments):
         command = [*TORCHRUN, str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
-        self.job = subprocess.Popen(
-            command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (for as long as the job)
+        self.job = subprocess.Popen(command, env=ENV, stdout=self.said, stderr=subprocess.STDOUT)
 
     def running(self) -> bool:
         return self.job.poll() is None
 
     def kill_one(self, rng: random.Random) -> None:
-        below = children(self.job.pid)
-        if below and rng.random() < 0.7:
-            with suppress(ProcessLookupError):
+        with suppress(ProcessLookupError):
+            self.job.send_signal(signal.SIGSTOP)  # it starts no process while those there are are looked for
+            below = children(self.job.pid)
+            if below and rng.random() < 0.7:
                 os.kill(rng.choice(below), signal.SIGKILL)
-            return
-        for pid in (self.job.pid, *below, *(child for each in below for child in children(each))):
+                self.job.send_signal(signal.SIGCONT)
+                return
+        for pid in (*(child for each in below for child in children(each)), *below, self.job.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def end(self) -> bool:
         return self.job.wait(200) == 0
+
+    def errors(self) -> str:
+        self.said.seek(0)
+        return self.said.read()
 
 
 @pytest.mark.long
@@ -101,7 +110,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
                 break  # it was over just then
             state = RunFiles(folder).resume
             assert not state.exists() or read_resume(state)["step"] % 2 == 0  # whole, whenever it happened
-        assert job.end()
+        assert job.end(), job.errors()
         assert equal(weights(folder), weights(tmp_path / "whole"))
         histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
         assert histories[0] == histories[1]

@@ -63,7 +63,7 @@ def ended(pid: int) -> bool:
     ("number", "message"),
     [
         (signal.SIGKILL, "a loader process was killed"),
-        (signal.SIGSTOP, "a loader process hangs"),
+        pytest.param(signal.SIGSTOP, "a loader process hangs", marks=pytest.mark.long),
     ],
 )
 def test_a_run_whose_loader_process_dies_or_hangs_ends_and_goes_on(root, tmp_path, undisturbed, number, message):

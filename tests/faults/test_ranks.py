@@ -55,7 +55,7 @@ def goes_on(root, folder, undisturbed):
     assert not list(Path(folder).rglob("*.partial"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_killed_process_ends_the_job(root, tmp_path, undisturbed, victim):
     jobs = start_ranks("train.py", words(options_for(root, tmp_path)))
     jobs[0].until("Epoch: [1][5/8]")
