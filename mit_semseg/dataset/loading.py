@@ -109,12 +109,15 @@ class _Patience:
     def with_processes(self, processes: Sequence[BaseProcess]) -> Iterator[None]:
         """In here the processes are watched; afterwards there are none."""
         self._processes = processes
+        thread = threading.Thread(target=self._watch, name="loader patience", daemon=True)
         if processes and self._seconds:
-            threading.Thread(target=self._watch, name="loader patience", daemon=True).start()
+            thread.start()
         try:
             yield
         finally:
             self._ended.set()
+            if thread.ident:
+                thread.join()
             for process in processes:
                 with suppress(RuntimeError):  # PyTorch hears of their end, and says that they were killed
                     if process.is_alive():

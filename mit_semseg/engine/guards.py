@@ -129,6 +129,8 @@ class Watchdog:
 
     def __exit__(self, *error) -> None:
         self._ended.set()
+        if self._thread:
+            self._thread.join()  # a thread that still runs when Python ends may take the process down
 
     def progress(self, doing: str) -> None:
         """Something has been done; `doing` comes next."""

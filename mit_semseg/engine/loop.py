@@ -74,10 +74,11 @@ def fit(
     keeper.start(resume, getattr(dataset, "left_out", ()))
     batches = items(_loader(dataset, run.step, settings, devices, processes))
     with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
-        runner = parallel(module, devices, processes)
-        module.train()
         if keeper.epoch_unfinished():  # the run was stopped while it saved or validated
             keeper.end_epoch(watchdog)
+        # None where nothing is left to do: processes that end as soon as they have met may abort in PyTorch.
+        runner = parallel(module, devices, processes) if run.step < settings.total else None
+        module.train()
         while run.step < settings.total:
             watchdog.progress(f"step {run.step + 1}")
             _take_step(run, runner, batches, clock, devices, processes, settings, interruption.asked)
