@@ -1,6 +1,6 @@
 """Loader processes that die or hang, too little of what they need, and runs that take long.
 
-`STEPS=10000 pytest tests/faults/test_loaders.py -k grows` runs as long as the promise says.
+`STEPS=10000 pytest -s -m long tests/faults/test_loaders.py -k grows` runs as long as the promise says.
 """
 
 import gc
