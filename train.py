@@ -20,6 +20,7 @@ def main() -> int:
     cfg = load_config(args.cfg, args.opts)
     devices, files = pick_devices(args.device), RunFiles(cfg.DIR)
     with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
+        cli.compare(cfg, processes)
         cfg = cli.after_restart(cfg, files, processes)
         train = cfg.TRAIN
         # Refuses to write over a run before anything is loaded or logged.

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from processes import ENV, changes_for, children, in_processes, start_ranks, torchrun
+from processes import ENV, changes_for, children, in_processes, start_ranks, torchrun, write_pictures
 from runs import Job, here, script, words
 from scenes import options, tiny_module, write_pairs
 
@@ -27,11 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Pictures of one size, with unlabelled pixels: any two batches of two are one batch of four."""
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
-    write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("data"))
 
 
 # The same training

@@ -157,11 +157,7 @@ def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
     """Options of a run that torchrun has started again (--max-restarts): it goes on from what it has saved.
 
     Only what this very job has saved: an older run in the folder is treated as TRAIN.resume says.
-
-    Raises:
-        UserError: see `compare`.
     """
-    compare(cfg, processes)
     saved = processes.main and processes.place.restarts and files.resume.is_file()
     own = bool(saved and read_resume(files.resume).get("job") == processes.place.job)
     if not processes.collect(own, "looking for a checkpoint")[0]:

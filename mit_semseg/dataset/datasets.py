@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -126,29 +126,25 @@ class TrainDataset(LabelledRecords):
     def _usable(
         self, wanted: dict, rng: np.random.Generator, left_out: list[str]
     ) -> tuple[dict, Image.Image, Image.Image]:
-        """A record with its picture and label: the one wanted or, with `on_error` skip, another of its orientation.
-
-        What is drawn for it is the batch's own, and changes nothing of the other draws.
-        """
-        tried = [wanted]
-        while True:
+        """The first record that can be used, of the one wanted and those in its place, with its picture and label."""
+        for record in self._in_order(wanted, rng):
             try:
-                return tried[-1], *self.pair(tried[-1])
+                return record, *self.pair(record)
             except UNUSABLE as error:
                 if not self.skip:
                     raise
                 left_out.append(str(error))
-            if len(tried) == 1:
-                fit = self.order.upright == self._is_upright(wanted)
-                others = np.flatnonzero(fit) if not self.augmentation.crop else np.arange(len(self.records))
-                others = iter(rng.spawn(1)[0].permutation(others)[:MOST_TRIES])
-            number = next(others, None)
-            if number is None:
-                raise ImageFileError(
-                    f"{len(tried)} images one after the other cannot be used, DATASET.on_error skip finds none to go "
-                    f"on with; the last: {left_out[-1]}"
-                )
-            tried.append(self.records[number])
+        raise ImageFileError(
+            f"{len(left_out)} images one after the other cannot be used, DATASET.on_error skip finds none to go on "
+            f"with; the last: {left_out[-1]}"
+        )
+
+    def _in_order(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
+        """A record, and what may take its place: others of its orientation. Drawing them changes no other draw."""
+        yield wanted
+        fit = (self.order.upright == self._is_upright(wanted)) | bool(self.augmentation.crop)
+        for number in rng.spawn(1)[0].permutation(np.flatnonzero(fit))[:MOST_TRIES]:
+            yield self.records[number]
 
 
 def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:

@@ -69,9 +69,10 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
                 return _fetch(address, path, part, sha256)
             except DownloadError as error:
                 logger.info("%s; trying without encryption", error)
+        _fetch(last, path, part, sha256)
         if encrypted and not sha256:
-            logger.warning("%s comes unencrypted, and there is no SHA-256 to compare it with", last)
-        return _fetch(last, path, part, sha256)
+            logger.warning("%s came unencrypted, and there is no SHA-256 to compare it with", last)
+        return path
 
 
 class _Part:

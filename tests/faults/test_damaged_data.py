@@ -6,9 +6,11 @@ import resource
 import pytest
 import torch
 from damage import write_unusable, write_unusual
+from PIL import Image
 from runs import SMALL, here, same, weights, words
 from scenes import options, tiny_module, write_data_set
 
+from mit_semseg.config import OPTIONS
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.files import ImageFileError, ImageLimits, read_image
 from mit_semseg.dataset.layouts import ListError
@@ -58,6 +60,7 @@ def test_the_doctor_names_each(data):
         plain = any(word in name for word in ("exif_1", "späße", "nnn", "label_of"))  # nothing is unusual about these
         assert (name in notes) != plain, name
     assert "checksum" in notes
+    print(f"{len(data.faults)} kinds of damage, {len(data.oddities)} of oddity")
 
 
 @pytest.mark.parametrize("kind", [TrainDataset, ValDataset])
@@ -171,6 +174,13 @@ def test_limits_of_pixels_and_bytes(data):
         read_image(path, limits=ImageLimits(pixels=2399))
     with pytest.raises(ImageFileError, match=rf"00\.png: the file has {size} bytes.*max_bytes \(now {size - 1}\)"):
         read_image(path, limits=ImageLimits(bytes=size - 1))
+
+
+def test_the_limits_are_pillow_s_and_the_options_are_the_readers():
+    """The same numbers stand in three places, which do not import each other."""
+    assert OPTIONS["DATASET.max_pixels"].default == OPTIONS["DATASET.max_pixels"].high == ImageLimits().pixels
+    assert OPTIONS["DATASET.max_bytes"].default == ImageLimits().bytes
+    assert ImageLimits().pixels == 2 * Image.MAX_IMAGE_PIXELS
 
 
 def test_a_bomb_takes_no_memory(data):

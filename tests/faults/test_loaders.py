@@ -140,12 +140,12 @@ def narrow(before: str, root, folder) -> subprocess.CompletedProcess:
 @pytest.mark.long
 def test_too_little_shared_memory_is_said(root, tmp_path):
     small = "mount -t tmpfs -o size=8k tmpfs /dev/shm"
-    if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
+    if subprocess.run(["unshare", "-rm", "sh", "-c", small], capture_output=True).returncode:
         pytest.skip("needs the right to mount a disk in memory")
     changes = changes_for(root, tmp_path, **{"TRAIN.workers": 1, "TRAIN.timeout": 30})
     command = [sys.executable, str(ROOT / "train.py"), "--gpu", "cpu", *words(changes)]
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{small} && exec "$@"', "sh", *command],
+        ["unshare", "-rm", "sh", "-c", f'{small} && exec "$@"', "sh", *command],
         env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr

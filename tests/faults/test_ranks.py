@@ -13,9 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ENV, TORCHRUN, changes_for, children, free_port, in_processes, rank_environment, start_ranks
+from processes import (
+    ENV,
+    TORCHRUN,
+    changes_for,
+    children,
+    free_port,
+    in_processes,
+    rank_environment,
+    start_ranks,
+    write_pictures,
+)
 from runs import ROOT, same, weights, words
-from scenes import options, tiny_module, write_pairs
+from scenes import options, tiny_module
 
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit
@@ -27,10 +37,7 @@ BROKEN = r"error: \[rank {rank}\] .*process {other} of 2 ended or does not answe
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
-    write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("data"))
 
 
 def options_for(root, folder, **changes):
