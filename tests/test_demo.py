@@ -19,7 +19,8 @@ from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
 from mit_semseg.apps.demo import checkpoints_of, examples_of
-from mit_semseg.apps.page import Limits, Networks, build_page, called, launch, segment, uploads
+from mit_semseg.apps.page import Networks, build_page, launch, segment
+from mit_semseg.apps.uploads import Limits, called, uploads
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
 
@@ -127,6 +128,18 @@ def test_nothing_but_uploads_is_read(networks, folder, page):
     said = "".join(sent(page, {"path": private}, function) for function in functions)
     assert "is no upload of this page" in said
     assert "data:image" not in said
+
+
+@pytest.mark.parametrize("address", ["http://example.com/a.png", "HTTPS://example.com/a.png"])
+def test_nothing_is_fetched_for_a_visitor(address, page):
+    """Neither a picture nor anything hidden in another value."""
+    file = {"path": address, "url": address, "meta": {"_type": "gradio.FileData"}}
+    with urllib.request.urlopen(f"{page}config", timeout=30) as answer:
+        functions = [entry["id"] for entry in json.load(answer)["dependencies"] if entry["inputs"]]
+    assert len(functions) > 1  # the examples' too
+    for what in (file, {"deep": [{"down": file}]}):
+        for function in functions:
+            assert "this page fetches no pictures from elsewhere" in sent(page, what, function)
 
 
 def sent(page, what, function):

@@ -20,8 +20,9 @@ from ..engine import RunFiles
 from ..lib.utils import UserError
 from .cli import make_parser, run, setup_logger
 from .devices import describe, pick_devices
-from .page import Limits, Networks, build_page, launch
+from .page import Networks, build_page, launch
 from .predictor import Segmenter
+from .uploads import Limits
 
 logger = logging.getLogger(__name__)
 

@@ -1,56 +1,33 @@
-"""The page of `demo.py`: what it says of an upload, what the viewer in the browser gets, and how it is served."""
+"""The page of `demo.py`: what the viewer in the browser gets, and how it is served."""
 
-import atexit
 import base64
 import io
 import json
 import logging
-import os
-import re
-import shutil
-import tempfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from ..dataset.files import image_size, read_image
 from ..lib.utils import UserError
 from .predictor import Segmenter
 from .results import Result
+from .uploads import LONGEST_NAME, Limits, called, names_an_address, read_upload, uploads
 
 logger = logging.getLogger(__name__)
 
 VIEWER = Path(__file__).parent / "viewer"
 TITLE = "Scene parsing"
 WELCOME = "Choose, drop, paste or photograph a picture."
-LONGEST_NAME = 80  # characters of a picture's name that are kept
 QUALITY = 92  # of the JPEG that travels to the browser
-# Of files that visitors may send: none that start other programs, as EPS does, or that nobody's camera makes.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 KEPT_NETWORKS = 2  # in memory
 KEPT_SESSIONS = 32  # visitors whose last result Gradio holds in memory, to show it again after a lost connection
 UPLOADS_CHECKED, UPLOADS_KEPT = 120, 600  # seconds
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What visitors may ask for.
-
-    Attributes:
-        upload: megabytes (10^6 bytes) of a file.
-        pixels: of a picture, in millions.
-        waiting: pictures in the queue; more are turned away with a sentence.
-    """
-
-    upload: float = 20
-    pixels: float = 25
-    waiting: int = 20
 
 
 class Networks:
@@ -85,64 +62,6 @@ class Networks:
         self._loaded[name] = self._load(name)
         while len(self._loaded) > KEPT_NETWORKS:
             self._loaded.popitem(last=False)
-
-
-def called(name) -> str:
-    """A name fit to be shown and to be that of a file, of whatever a visitor's browser says the picture is called."""
-    last = PurePosixPath(str(name or "").replace("\\", "/")).name
-    return re.sub(r"[^\w. ()-]", "_", last)[:LONGEST_NAME].lstrip(".") or "picture"
-
-
-def read_upload(given, name: str, limits: Limits) -> Image.Image:
-    """A picture that came from a visitor.
-
-    Args:
-        given: what the visitor's browser says there is, which may be anything: a dict with the `path` of an upload.
-        name: that messages call it.
-        limits: of the picture.
-
-    Raises:
-        UserError: no upload of this page, no picture, or one that is too large.
-    """
-    path = given.get("path") if isinstance(given, dict) else None
-    # Any path may be asked for, but only what was uploaded is looked at.
-    if not _is_upload(path):
-        raise UserError(f"{name} is no upload of this page: choose the picture again")
-    if not Path(path).is_file():
-        raise UserError(f"{name} has been deleted in the meantime: choose the picture again")
-    if (size := Path(path).stat().st_size) > limits.upload * 1e6:
-        raise UserError(f"{name} has {size / 1e6:.1f} MB; this page takes up to {limits.upload:g} MB")
-    try:
-        width, height = image_size(path, _formats())
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), name)) from None
-    if width * height > limits.pixels * 1e6:
-        raise UserError(
-            f"{name} has {width} x {height} pixels ({width * height / 1e6:.1f} million); this page takes up to "
-            f"{limits.pixels:g} million: make it smaller"
-        )
-    return read_image(path, name, _formats())
-
-
-def _is_upload(path) -> bool:
-    try:
-        return isinstance(path, str) and Path(path).resolve().is_relative_to(uploads())
-    except (OSError, ValueError):  # no path at all
-        return False
-
-
-def _formats() -> list[str]:
-    """Those of `FORMATS` that this Pillow reads."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def uploads() -> Path:
-    """The folder of the uploads: of this process and its user alone, and deleted at its end."""
-    if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="mit_semseg-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
 
 
 def shown(result: Result) -> dict:
@@ -223,7 +142,15 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
     def work(given, checkpoint, progress=gr.Progress()):  # noqa: B008  (how Gradio hands it over)
         return segment(networks, limits, given, checkpoint, lambda share, text: progress(share, desc=text))
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(UPLOADS_CHECKED, UPLOADS_KEPT)) as page:
+    class Page(gr.Blocks):
+        """Blocks that fetch nothing: Gradio would download a picture whose path is said to be a public address."""
+
+        def validate_inputs(self, block_fn, inputs):
+            if names_an_address(inputs):
+                raise gr.Error("this page fetches no pictures from elsewhere: upload it", print_exception=False)
+            super().validate_inputs(block_fn, inputs)
+
+    with Page(title=TITLE, analytics_enabled=False, delete_cache=(UPLOADS_CHECKED, UPLOADS_KEPT)) as page:
         gr.Markdown(f"# {TITLE}\n{about} Pictures of up to {limits.upload:g} MB and {limits.pixels:g} million pixels.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):

@@ -1,6 +1,7 @@
 """Where the figures of a training run are shown: curves and panels as PNG, and TensorBoard."""
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ class RunRecorder:
                     "TRAIN.tensorboard is on, but TensorBoard is not installed: pip install tensorboard"
                 ) from None
             self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            _leave_to_the_writer()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Training figures at a step."""
@@ -103,3 +105,14 @@ class RunRecorder:
         if self.writer:
             with self._optional():
                 self.writer.close()
+
+
+def _leave_to_the_writer() -> None:
+    """No traceback of TensorBoard's own thread when there is no room: the next write raises the same, and is caught."""
+    report = threading.excepthook
+
+    def reported(failed: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
+            report(failed)
+
+    threading.excepthook = reported
