@@ -181,6 +181,24 @@ def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
         resumed(module=tiny_module(5, crit=MaskedNLLLoss()))
 
 
+def test_what_is_other_when_a_run_goes_on_is_said(root, tmp_path):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1}
+    changes |= {
+        "DATASET.list_train": "train",
+        "DATASET.classes": "['sea','land','sky']",
+        "DATASET.ignore_values": "[0]",
+    }
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    same_options = here("train.py", "--gpu", "cpu", *words({**changes, "TRAIN.resume": "auto"}))
+    assert "other options" not in same_options.stdout
+    changes |= {"TRAIN.resume": "auto", "TRAIN.num_epoch": 2, "DATASET.classes": "['sea','sky','land']"}
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    said = next(line for line in done.stdout.splitlines() if "going on with other options than before" in line)
+    assert "TRAIN.num_epoch 2 (was 1)" in said
+    assert "names of the classes ['sea', 'sky', 'land'] (was ['sea', 'land', 'sky'])" in said
+
+
 def test_nothing_is_written_over_unasked(root, tmp_path):
     files = RunFiles(tmp_path)
     run(root, tmp_path, settings={"num_epoch": 3, "eval_epoch": 1}, val_dataset=ValDataset(root, "val", options()))

@@ -4,8 +4,9 @@ from dataclasses import fields
 
 import torch
 
-from ..config import Config
+from ..config import OPTIONS, Config
 from ..dataset import TrainDataset, ValDataset
+from ..dataset.pairs import table_of
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
 from ..evaluation import View
 from ..lib.nn import recompute
@@ -15,6 +16,7 @@ from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
 from ..models.weights import read_state_dict
 
+HOW_IT_GOES_ON = ("TRAIN.resume", "TRAIN.start_epoch")
 COMPILED_SIZES = 64  # sides of batches are multiples of this where the network is compiled for every size
 
 
@@ -116,8 +118,14 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         beta1=train.beta1,
         weight_decay=train.weight_decay,
     )
-    values = {field.name: train[field.name] for field in fields(Settings)}
-    return optimizer, Settings(**values)
+    values = {field.name: train[field.name] for field in fields(Settings) if field.name in train}
+    return optimizer, Settings(**values, options=_of_the_run(cfg))
+
+
+def _of_the_run(cfg: Config) -> dict[str, object]:
+    """The options that make a run what it is, and the names of its classes."""
+    keys = [key for key in OPTIONS if key.startswith(("DATASET.", "MODEL.", "TRAIN.")) and key not in HOW_IT_GOES_ON]
+    return {**{key: cfg.option(key) for key in keys}, "names of the classes": list(table_of(cfg.DATASET).names)}
 
 
 def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:

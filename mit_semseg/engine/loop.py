@@ -67,6 +67,7 @@ def fit(
     """
     processes = processes or Processes(timeout=settings.timeout)
     own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
+    own["options"] = settings.options
     run = Run(module, optimizer, devices[0], scale_loss=settings.amp == "fp16", **own)
     interruption = Interruption()
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)

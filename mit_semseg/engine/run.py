@@ -1,8 +1,9 @@
 """State of a training run: what is saved to continue it, bit for bit."""
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +19,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know beside model, optimizer and data; meanings as of the TRAIN options."""
+    """What a run needs to know beside model, optimizer and data; meanings as of the TRAIN options.
+
+    Attributes:
+        options: plain values that are kept with the run's state; those that are others when it goes on are said.
+    """
 
     num_epoch: int = 20
     epoch_iters: int = 5000
@@ -36,6 +41,7 @@ class Settings:
     timeout: float = TIMEOUT
     seed: int = 304
     deterministic: bool = False
+    options: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -53,6 +59,7 @@ class Run:
         scale_loss: scale the loss so that float16 gradients do not underflow.
         batches: per step, over all devices, processes and accumulated steps.
         job: see `Place.job`.
+        options: see `Settings`.
     """
 
     def __init__(
@@ -64,8 +71,10 @@ class Run:
         scale_loss: bool = False,
         batches: int = 1,
         job: str = "",
+        options: Mapping[str, object] | None = None,
     ):
         self.module, self.optimizer, self.device, self.batches, self.job = module, optimizer, device, batches, job
+        self.options = dict(options or {})
         self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
@@ -91,6 +100,7 @@ class Run:
             "batches": self.batches,
             "norm": self._norm(),
             "job": self.job,
+            "options": self.options,
             "left_out": list(self.left_out),
             "skipped": (self.skipped, self.skipped_in_a_row),
         }
@@ -152,6 +162,11 @@ class Run:
                 state["batches"],
                 self.batches,
             )
+        saved = state.get("options", {})
+        other = [key for key, value in self.options.items() if saved.get(key, value) != value]
+        if other:
+            changes = [f"{key} {reprlib.repr(self.options[key])} (was {reprlib.repr(saved[key])})" for key in other]
+            logger.info("going on with other options than before: %s", ", ".join(changes))
 
 
 def seed_step(seed: int, step: int, devices: Sequence[torch.device], first: int = 0) -> None:
