@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -31,10 +32,16 @@ def fill_value(key: str, shape, gain: float) -> np.ndarray:
     return rng.normal(0, math.sqrt(gain / int(np.prod(shape[1:]))), shape).astype(np.float32)
 
 
+def empty(build: Callable[..., torch.nn.Module], *args, **options) -> torch.nn.Module:
+    """A module without values, to be filled: drawing those of a large one takes as long as its forward pass."""
+    with torch.device("meta"):
+        return build(*args, **options)
+
+
 def fill(module: torch.nn.Module, gain: float) -> torch.nn.Module:
     """Give every entry of a module its golden value."""
     state = {k: torch.from_numpy(np.asarray(fill_value(k, v.shape, gain))) for k, v in module.state_dict().items()}
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
     return module
 
 

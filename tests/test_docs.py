@@ -59,10 +59,8 @@ def test_every_page_has_its_commands_run_or_says_why_not():
             assert page.stem in RUN or not is_run_here(note), (page.name, command)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "own-data" else pytest.param(name, marks=pytest.mark.long) for name in RUN],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUN)
 def test_commands(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
     for command, note in commands(ROOT / "docs" / f"{name}.md"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from golden import fill, golden, golden_input, sample
+from golden import empty, fill, golden, golden_input, sample
 from torch import nn
 
 from mit_semseg.models import ModelBuilder, SegmentationModule
@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def encoder_of(name):
-    return ModelBuilder.build_encoder(arch=name, pretrained=False)
+    return empty(ModelBuilder.build_encoder, arch=name, pretrained=False)
 
 
 def published_keys(entries):
@@ -35,7 +35,7 @@ def test_encoder_keys(name):
 @pytest.mark.parametrize("name", KEYS["decoders"])
 def test_decoder_keys(name):
     arch, dim = name.split("/fc")
-    decoder = ModelBuilder.build_decoder(arch=arch, fc_dim=int(dim), num_class=150)
+    decoder = empty(ModelBuilder.build_decoder, arch=arch, fc_dim=int(dim), num_class=150)
     assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
     if name in MODELS["decoders"]:
         assert sum(p.numel() for p in decoder.parameters()) == MODELS["decoders"][name]["params"]
@@ -59,7 +59,7 @@ def built_pair(name):
     pair = MODELS["pairs"][name]
     gains = MODELS["_about"]["gains"][pair["encoder"]]
     encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
-    decoder = fill(ModelBuilder.build_decoder(arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
+    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
     return SegmentationModule(encoder, decoder, nn.NLLLoss(ignore_index=-1), pair["soft"]["deep_sup_scale"]).eval()
 
 

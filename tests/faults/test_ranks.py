@@ -165,6 +165,7 @@ def test_a_slow_process_is_waited_for(root, tmp_path):
     assert in_processes(2, tmp_path, _trained_slowly, root, tmp_path / "run") == [4, 4]
 
 
+@pytest.mark.long
 def test_a_process_without_memory_says_so_and_ends_the_job(root, tmp_path, undisturbed):
     jobs = start_ranks("train.py", words(options_for(root, tmp_path, **{"TRAIN.workers": 0})))
     jobs[0].until("Epoch: [1][3/8]")
