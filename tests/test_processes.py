@@ -172,7 +172,7 @@ def on_one_thread(*arguments):
 def jobs(root, tmp_path_factory):
     """The same run on two replicas of one process and on two processes; returns its options for both folders."""
     folder = tmp_path_factory.mktemp("jobs")
-    done = here("train.py", "--gpus", "cpu,cpu", *words(changes_for(root, folder / "replicas")))
+    done = script("train.py", "--gpus", "cpu,cpu", *words(changes_for(root, folder / "replicas")), env=ENV)
     assert done.returncode == 0, done.stderr
     done = torchrun("train.py", *words(changes_for(root, folder / "processes")))
     assert done.returncode == 0, done.stderr

@@ -62,7 +62,8 @@ def goes_on(root, folder, undisturbed):
     assert not list(Path(folder).rglob("*.partial"))
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_job(root, tmp_path, undisturbed, victim):
     jobs = start_ranks("train.py", words(options_for(root, tmp_path)))
     jobs[0].until("Epoch: [1][5/8]")
