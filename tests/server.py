@@ -21,6 +21,9 @@ class Site:
         cuts: for a path, the bytes after which its next connections end, one after the other.
         marked: whether it says by what a file is known again.
         ranges: whether it sends parts of files.
+        careless: it sends the part that is asked for of whatever file it has now.
+        lengths: whether it says how long a file is.
+        answer: to everything, instead.
     """
 
     folder: Path
@@ -29,6 +32,9 @@ class Site:
     cuts: dict[str, list[int]] = field(default_factory=dict)
     marked: bool = True
     ranges: bool = True
+    careless: bool = False
+    lengths: bool = True
+    answer: int = 0
 
     def __iter__(self):
         return iter((self.folder, self.address))
@@ -44,18 +50,21 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         site, wanted = self.site, self.headers.get("Range")
         site.requests.append((self.path, wanted))
         path = site.folder / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
+        if site.answer or not path.is_file():
+            self.send_error(site.answer or 404)
             return
         content = path.read_bytes()
         mark, first = f'"{hashlib.sha256(content).hexdigest()[:16]}"', 0
-        if wanted and site.ranges and self.headers.get("If-Range") == mark:
+        if wanted and site.ranges and (site.careless or self.headers.get("If-Range") == mark):
             first = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         if first >= len(content) > 0:
             self.send_error(416)
             return
         self.send_response(206 if first else 200)
-        self.send_header("Content-Length", str(len(content) - first))
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        if site.lengths:
+            self.send_header("Content-Length", str(len(content) - first))
         if site.marked:
             self.send_header("ETag", mark)
         self.end_headers()

@@ -16,6 +16,7 @@ from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
 from ..models.weights import read_state_dict
 
+OF_THE_RUN = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
 HOW_IT_GOES_ON = ("TRAIN.resume", "TRAIN.start_epoch")
 COMPILED_SIZES = 64  # sides of batches are multiples of this where the network is compiled for every size
 
@@ -123,8 +124,8 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
 
 
 def _of_the_run(cfg: Config) -> dict[str, object]:
-    """The options that make a run what it is, and the names of its classes."""
-    keys = [key for key in OPTIONS if key.startswith(("DATASET.", "MODEL.", "TRAIN.")) and key not in HOW_IT_GOES_ON]
+    """The options that make a run and its validations what they are, and the names of its classes."""
+    keys = [key for key in OPTIONS if key.startswith(OF_THE_RUN) and key not in HOW_IT_GOES_ON]
     return {**{key: cfg.option(key) for key in keys}, "names of the classes": list(table_of(cfg.DATASET).names)}
 
 

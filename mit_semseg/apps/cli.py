@@ -193,6 +193,12 @@ def _code() -> str:
     return digest.hexdigest()[:12]
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this is how Python, PyTorch or one of its libraries says that there is no memory left."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in NO_MEMORY)
+
+
 def refuse_torchrun(message: str) -> None:
     """Raise a `UserError` with the message if torchrun has started this process."""
     if Place.of_this_process().size > 1:
@@ -242,7 +248,7 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
     except torch.OutOfMemoryError as error:
         _fail(f"the GPU is out of memory ({str(error).splitlines()[0]}); {SMALLER}")
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in NO_MEMORY):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
         _fail(f"this machine is out of memory ({reason or 'MemoryError'}); {SMALLER}")

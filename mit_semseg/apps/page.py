@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from ..lib.utils import UserError
+from .cli import is_out_of_memory
 from .predictor import Segmenter
 from .results import Result
 from .uploads import LONGEST_NAME, Limits, called, names_an_address, read_upload, uploads
@@ -115,7 +115,9 @@ def segment(networks: Networks, limits: Limits, given: dict | None, checkpoint: 
         return shown(result)
     except UserError as error:
         return {"message": str(error), "wrong": True}
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         logger.exception("out of memory")
         return {"message": f"{name} is too large for the memory of this machine: make it smaller", "wrong": True}
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -91,9 +92,11 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+@cache
 def uploads() -> Path:
-    """The folder of the uploads: of this process and its user alone, and deleted at its end."""
-    if "GRADIO_TEMP_DIR" not in os.environ:
-        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(prefix="mit_semseg-")
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(os.environ["GRADIO_TEMP_DIR"]).resolve()
+    """The folder of the uploads, where Gradio has its place for files or else the system: of this process and its user
+    alone, and deleted at its end."""
+    folder = tempfile.mkdtemp(prefix="mit_semseg-", dir=os.environ.get("GRADIO_TEMP_DIR"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    return Path(folder).resolve()

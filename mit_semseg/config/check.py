@@ -3,6 +3,7 @@
 import ast
 import difflib
 import math
+import sys
 from collections.abc import Mapping
 
 import yaml
@@ -72,8 +73,9 @@ def _as_kind(kind: type, value: object) -> object | None:
     if kind is bool:
         return value if isinstance(value, bool) else None
     if kind is tuple:
-        return tuple(value) if isinstance(value, (list, tuple)) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        plain = isinstance(value, (list, tuple)) and all(isinstance(x, (str, int, float, tuple, list)) for x in value)
+        return tuple(value) if plain else None  # no dates, which YAML makes of 2024-01-02
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         return None
     if kind is int:
         return int(value) if value == int(value) else None
@@ -83,7 +85,7 @@ def _as_kind(kind: type, value: object) -> object | None:
 def _literal(text: str) -> object:
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         if text.strip().startswith("["):
             return _yaml_list(text)
         words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -94,7 +96,7 @@ def _yaml_list(text: str) -> object:
     """A list whose words have no quotes, [road, car], as YAML files write it."""
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except Exception:  # any, see `loader`
         return text
 
 

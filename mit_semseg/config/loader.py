@@ -120,15 +120,15 @@ def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
 
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, object, str]]:
     """(key, value, origin) of a YAML file, those of the file it is based on first."""
-    chain = (*above, path.resolve())
-    if path.resolve() in above:
-        raise ConfigError([f"{path} is based on itself: {' -> '.join(p.name for p in chain)}"])
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        chain = (*above, path.resolve())
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.resolve() not in above else None
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror or error}"]) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # the reader meets what it does not understand, a 31st of June, with any exception
         raise ConfigError([f"{path} is no YAML file: {' '.join(str(error).split())}"]) from None
+    if chain[-1] in above:
+        raise ConfigError([f"{path} is based on itself: {' -> '.join(p.name for p in chain)}"])
     if content is None:
         content = {}
     if not isinstance(content, Mapping):

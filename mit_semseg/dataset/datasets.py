@@ -140,11 +140,14 @@ class TrainDataset(LabelledRecords):
         )
 
     def _in_order(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
-        """A record, and what may take its place: others of its orientation. Drawing them changes no other draw."""
+        """A record, and what may take its place: others of its orientation, then all others. Drawing them changes no
+        other draw."""
         yield wanted
         fit = (self.order.upright == self._is_upright(wanted)) | bool(self.augmentation.crop)
-        for number in rng.spawn(1)[0].permutation(np.flatnonzero(fit))[:MOST_TRIES]:
-            yield self.records[number]
+        own = rng.spawn(1)[0]
+        for which in (fit, ~fit):
+            for number in own.permutation(np.flatnonzero(which))[:MOST_TRIES]:
+                yield self.records[number]
 
 
 def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:

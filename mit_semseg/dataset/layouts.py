@@ -75,9 +75,12 @@ def read_split(path: Path, root: str | os.PathLike = "", problems: list[str] | N
         raise ListError(f"{path}: {len(missing)} files are missing: {some(missing, 3)}")
     if not pairs:
         raise ListError(f"list {path} is empty")
+    there = [pair for pair in pairs if all(p.is_file() for p in pair)]
+    if not there:
+        raise ListError(f"{path}: all files are missing: {some(missing, 3)}")
     if missing:
         problems += [f"{file} is missing" for file in missing]
-    return _records([pair for pair in pairs if all(p.is_file() for p in pair)], root, str(path))
+    return _records(there, root, str(path))
 
 
 def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
@@ -103,6 +106,8 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] |
     if not by_stem:
         raise ListError(f"{images}: no images")
     stems = sorted(by_stem.keys() & labels.keys())
+    if not stems:
+        raise ListError(f"{images} and {annotations}: no files pair up: {some(found, 3)}")
     return _records([(by_stem[stem], labels[stem]) for stem in stems], root, str(folder))
 
 

@@ -28,7 +28,12 @@ def new_history() -> dict:
 
 def save_atomic(obj, path: Path) -> None:
     """`torch.save` that leaves the old file or the new one under the name, never a part of one."""
-    with whole_file(path) as partial, open(partial, "wb") as out:
+    with whole_file(path) as partial:
+        _save(obj, partial)
+
+
+def _save(obj, path: Path) -> None:
+    with open(path, "wb") as out:
         torch.save(obj, out)
         out.flush()
         os.fsync(out.fileno())
@@ -58,7 +63,7 @@ class RunFiles:
 
     def remove_partial(self) -> None:
         """Remove what a killed run left half-written."""
-        for path in self.folder.glob("*.partial"):
+        for path in self.folder.rglob("*.partial"):
             logger.info("removing %s, left by an interrupted save", path)
             path.unlink()
 
@@ -66,6 +71,27 @@ class RunFiles:
         """Epochs whose weights are in the folder, ascending."""
         names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
         return sorted(int(match[1]) for match in names if match)
+
+    def last_saved(self) -> str:
+        """What there is to go on from, for the sentence that ends a run."""
+        epochs = self.epochs()
+        weights = f"the last good checkpoint is epoch_{epochs[-1]}.pth in {self.folder}" if epochs else ""
+        state = f"the last state to continue from {self.resume}" if self.resume.is_file() else ""
+        return ", ".join(filter(None, (weights or "nothing was saved yet", state)))
+
+    def check_numbers(self, step: int, epoch_iters: int) -> None:
+        """Refuse to go on from a step where epochs that are there would be written over, as they had fewer steps.
+
+        Raises:
+            CheckpointError: epochs of higher numbers are there.
+        """
+        epochs, epoch = self.epochs(), step // epoch_iters
+        if epochs and epochs[-1] > epoch:
+            raise CheckpointError(
+                f"{self.folder} holds epochs up to {epochs[-1]}, but step {step} with TRAIN.epoch_iters {epoch_iters} "
+                f"is in epoch {epoch + 1}, which would write over them: use the TRAIN.epoch_iters of the saved run, or "
+                f"move those files away"
+            )
 
     def pair(self, suffix: str) -> tuple[Path, Path]:
         """Encoder and decoder files of a suffix.
@@ -94,9 +120,11 @@ class RunFiles:
         return paths
 
     def save_weights(self, module, suffix: str) -> None:
-        """Write encoder and decoder of a `SegmentationModule`."""
-        save_atomic(module.encoder.state_dict(), self.part("encoder", suffix))
-        save_atomic(module.decoder.state_dict(), self.part("decoder", suffix))
+        """Write encoder and decoder of a `SegmentationModule`; both are on the disk before one takes its name."""
+        encoder, decoder = (self.part(name, suffix) for name in ("encoder", "decoder"))
+        with whole_file(encoder) as first, whole_file(decoder) as second:
+            _save(module.encoder.state_dict(), first)
+            _save(module.decoder.state_dict(), second)
 
     def load_epoch(self, module, epoch: int) -> dict:
         """Load the weights of an epoch and return its history (a new one if there is no history file)."""

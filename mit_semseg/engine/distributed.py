@@ -195,7 +195,7 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if place.size == 1:
-        yield Processes(place)
+        yield Processes(place, timeout=timeout)
         return
     processes = _meet(place, device, timeout)
     try:

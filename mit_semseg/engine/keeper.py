@@ -15,7 +15,7 @@ from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
 from .distributed import Processes, share_buffers
 from .guards import Interruption, Watchdog
 from .optim import learning_rates
-from .run import Run, Settings
+from .run import AGAINST_DIVERGENCE, Run, Settings, TrainingStopped
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ class Keeper:
         elif path:
             run.restore(self._readable(path))
             self._continues_here = path.resolve() == files.resume.resolve()
+            files.check_numbers(run.step, settings.epoch_iters)
             logger.info("continuing %s at step %d of %d", path, run.step, settings.total)
             if run.step >= settings.total:
                 logger.info("the run in %s is complete: nothing to train", files.folder)
@@ -257,6 +258,11 @@ class Keeper:
             self.run.left_out |= dict.fromkeys(sentences)
 
     def _save_state(self) -> None:
+        for name in filter(None, self.processes.collect(self.run.not_finite(), "looking at the weights")):
+            raise TrainingStopped(
+                f"step {self.run.step}: {name} is not finite any more, so nothing of this step was saved; "
+                f"{self.files.last_saved()}. {AGAINST_DIVERGENCE}"
+            )
         self._share_left_out("saving")
         if self.processes.main:
             save_atomic(self.run.state(), self.files.resume)

@@ -12,13 +12,12 @@ from ..dataset import TrainDataset, ValDataset
 from ..dataset.loading import explained, items, make_loader
 from ..dataset.samplers import BatchNumbers
 from ..evaluation.inference import WHOLE, View
-from ..lib.utils import UserError
 from .checkpoint import RunFiles
 from .distributed import Processes, parallel
 from .guards import Interruption, Watchdog, deterministic
 from .keeper import Clock, Keeper, Recorder
 from .optim import schedule, set_learning_rates
-from .run import Run, Settings, seed_step
+from .run import AGAINST_DIVERGENCE, Run, Settings, TrainingStopped, seed_step
 from .step import NonFiniteLoss, settle, train_step
 
 logger = logging.getLogger(__name__)
@@ -26,10 +25,6 @@ logger = logging.getLogger(__name__)
 READ_AT_ONCE = ("cpu",)  # devices whose figures are there when a step ends
 MOST_PENDING = 100  # steps whose figures may wait elsewhere
 MOST_SKIPPED = 25  # steps one after the other that are too large for float16: halving the scale so often does not help
-
-
-class TrainingStopped(UserError, RuntimeError):
-    """A run that could not go on; the message names step, files and what can be continued from."""
 
 
 def fit(
@@ -66,9 +61,8 @@ def fit(
         Unrepeatable: `settings.deterministic`, and an operation cannot be so. KeyboardInterrupt: a signal ended it.
     """
     processes = processes or Processes(timeout=settings.timeout)
-    own = {"batches": len(devices) * processes.size * settings.accumulate, "job": processes.place.job}
-    own["options"] = settings.options
-    run = Run(module, optimizer, devices[0], scale_loss=settings.amp == "fp16", **own)
+    batches_per_step = len(devices) * processes.size * settings.accumulate
+    run = Run(module, optimizer, devices[0], settings, batches=batches_per_step, job=processes.place.job)
     interruption = Interruption()
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)
     clock = Clock(settings.disp_iter)
@@ -163,7 +157,7 @@ def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles)
     if run.skipped_in_a_row >= MOST_SKIPPED:
         raise TrainingStopped(
             f"step {run.step}: {run.skipped_in_a_row} steps one after the other were too large for float16 and "
-            f"skipped; {_last_saved(files)}. TRAIN.amp bf16 has the range of float32; a smaller learning rate, or "
+            f"skipped; {files.last_saved()}. TRAIN.amp bf16 has the range of float32; a smaller learning rate, or "
             f"TRAIN.amp off, may help as well"
         )
     run.pending.clear()
@@ -176,14 +170,6 @@ def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFile
     step = run.step - error.steps
     epoch, iteration = divmod(step - 1, settings.epoch_iters)
     return (
-        f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): {error}; {_last_saved(files)}. Nothing of this "
-        f"step was saved. A smaller learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
+        f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): {error}; {files.last_saved()}. Nothing of this "
+        f"step was saved. {AGAINST_DIVERGENCE}"
     )
-
-
-def _last_saved(files: RunFiles) -> str:
-    epochs = files.epochs()
-    last = (
-        f"the last good checkpoint is epoch_{epochs[-1]}.pth in {files.folder}" if epochs else "nothing was saved yet"
-    )
-    return last + (f", the last state to continue from {files.resume}" if files.resume.is_file() else "")

@@ -11,10 +11,18 @@ from torch import nn
 
 from ..evaluation import AverageMeter
 from ..lib.nn.inplace_abn import is_of_inplace_norms
+from ..lib.utils import UserError
 from .checkpoint import CheckpointError, new_history
 from .distributed import TIMEOUT
 
 logger = logging.getLogger(__name__)
+
+
+AGAINST_DIVERGENCE = "A smaller learning rate, TRAIN.warmup_iters or TRAIN.clip_grad usually help"
+
+
+class TrainingStopped(UserError, RuntimeError):
+    """A run that could not go on; the message names step, files and what can be continued from."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,9 @@ class Run:
         module: a `SegmentationModule` on `device`.
         optimizer: over its parameters.
         device: where both are.
-        scale_loss: scale the loss so that float16 gradients do not underflow.
+        settings: of the run; with `amp` fp16 the loss is scaled so that gradients do not underflow.
         batches: per step, over all devices, processes and accumulated steps.
         job: see `Place.job`.
-        options: see `Settings`.
     """
 
     def __init__(
@@ -67,15 +74,14 @@ class Run:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         device: torch.device,
+        settings: Settings,
         *,
-        scale_loss: bool = False,
         batches: int = 1,
         job: str = "",
-        options: Mapping[str, object] | None = None,
     ):
         self.module, self.optimizer, self.device, self.batches, self.job = module, optimizer, device, batches, job
-        self.options = dict(options or {})
-        self.scaler = torch.amp.GradScaler(device.type, enabled=scale_loss)
+        self.options = dict(settings.options)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "fp16")
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
@@ -104,6 +110,12 @@ class Run:
             "left_out": list(self.left_out),
             "skipped": (self.skipped, self.skipped_in_a_row),
         }
+
+    def not_finite(self) -> str:
+        """Name of a weight, or running statistic, that is infinite or no number; '' for none."""
+        values = [(name, value) for name, value in self.module.state_dict().items() if value.is_floating_point()]
+        finite = torch.stack([value.isfinite().all() for _, value in values])
+        return "" if finite.all() else values[int(finite.int().argmin())][0]
 
     def leave_out(self, sentences: Iterable[str]) -> None:
         """Note what could not be used (DATASET.on_error skip), and say it the first time."""

@@ -19,12 +19,37 @@ from .utils import DISK_TROUBLE, UserError, WriteError, progress_bar
 MOST_ENTRIES = 1_000_000
 MOST_BYTES = 200 * 2**30
 PIECE = 1 << 20
+# Members of a tar file that hold what does not fit into the header of the next one, and how large one may be.
+LONG_NAMES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
+LONGEST_NAME = 1 << 20
 LONGEST_END = 22 + 65_535 + 20 + 56  # bytes of a zip file's end: record, comment, and what large files have before
 MOST_GROWTH = 100  # pictures hardly shrink when they are packed; bombs do a thousand times and more
 
 
 class ArchiveError(UserError, RuntimeError):
     """An archive that is not unpacked; the message names it, its member, and why."""
+
+
+class _TarInfo(tarfile.TarInfo):
+    """Headers of a tar file. `tarfile` takes a damaged one for the end, and reads names of any length into memory."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        try:
+            info = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a header in it is damaged ({error})") from None
+        if info.type in LONG_NAMES and info.size > LONGEST_NAME:
+            raise tarfile.ReadError(f"a name in it takes {info.size} bytes")
+        return info
 
 
 @dataclass(frozen=True)
@@ -84,7 +109,7 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
                 _check_count(archive, opened)
                 yield opened
         else:
-            with tarfile.open(archive) as opened:
+            with tarfile.open(archive, tarinfo=_TarInfo) as opened:
                 yield opened
     except UserError:
         raise

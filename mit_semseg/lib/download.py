@@ -59,9 +59,13 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
     Raises:
         DownloadError: the server does not answer, what came is not the file, or there is no room for it.
     """
+    if not path.name or path.is_dir():
+        raise DownloadError(f"{path} is a folder: name the file to write {url} to")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _Part(path) as part:
-        if path.is_file():  # another process has brought it in the meantime
+        if path.is_file():  # another process may have brought it in the meantime
+            if sha256 and not (digest := _digest(path)).startswith(sha256.lower()):
+                raise DownloadError(f"{path} is there already, but its SHA-256 is {digest}, expected {sha256}: move it")
             return path
         *encrypted, last = addresses_of(url)
         for address in encrypted:
@@ -165,6 +169,13 @@ def _mark(headers: Message) -> str:
     return tag if tag.startswith('"') else headers.get("Last-Modified", "")
 
 
+def _is_the_rest(headers: Message, there: int, mark: str) -> bool:
+    """Whether a part that came is what follows, of the same file."""
+    return bool(
+        there and headers.get("Content-Range", "").startswith(f"bytes {there}-") and _mark(headers) in ("", mark)
+    )
+
+
 def _receive(url: str, part: _Part) -> None:
     """One connection: the rest of a part, or all of the file."""
     there, mark = part.received(url)
@@ -176,15 +187,22 @@ def _receive(url: str, part: _Part) -> None:
         try:
             response = urllib.request.urlopen(request, timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
-            if error.code != 416:  # no bytes from there on: the part is not of this file
+            if error.code != 416 or not there:  # no bytes from there on: the part is not of this file
                 raise
             part.drop()
             return _receive(url, part)
         with response:
             if url.startswith("https:") and not response.url.startswith("https:"):
                 raise DownloadError(f"{url} leads to {response.url}, which is not encrypted")
-            goes_on = response.status == 206 and there > 0
+            goes_on = response.status == 206
+            if goes_on and not _is_the_rest(response.headers, there, mark):
+                if not there:
+                    raise DownloadError(f"{url}: the server sends a part, and was asked for the whole")
+                part.drop()
+                return _receive(url, part)
             length = int(response.headers.get("Content-Length") or 0)
+            if not {"content-length", "transfer-encoding"} & set(map(str.lower, response.headers)):
+                logger.warning("%s: the server does not say how long it is, only a SHA-256 tells if it is whole", url)
             if not goes_on:
                 there = 0
                 part.begin(url, _mark(response.headers))

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,9 @@ class WriteError(UserError):
     """A file that could not be written; the message names it and says why."""
 
 
-# The disk is full, a quota is, the file is too large for it, it is read-only, or it fails.
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# The disk is full, a quota is, the file is too large for it, it is read-only, it fails, or the name is too long for it.
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+LONGEST_NAME = 200  # bytes, of the 255 that most file systems take
 
 
 @contextmanager
@@ -36,10 +38,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         The folder is made if needed.
 
     Raises:
-        WriteError: the disk is full or cannot be written to.
+        WriteError: the disk is full or cannot be written to, or the path is a folder's or too long.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    if not path.name or path.is_dir():
+        raise WriteError(f"{path} is a folder: name the file to write")
+    partial = path.with_name(f"{_short(path.name)}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -50,6 +54,13 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _short(name: str) -> str:
+    """A name that has room for an ending: itself, or its beginning and what tells it from others."""
+    if len(os.fsencode(name)) < LONGEST_NAME:
+        return name
+    return f"{name[:40]}.{zlib.crc32(os.fsencode(name)):08x}"
 
 
 def _disk_trouble(error: BaseException | None) -> str:

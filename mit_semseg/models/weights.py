@@ -125,7 +125,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     state = read_checkpoint(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
         kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
     plain = OrderedDict((key.removeprefix("module."), value) for key, value in state.items())
@@ -133,6 +133,11 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     sound = isinstance(about, dict) and all(isinstance(entry, dict) for entry in about.values())
     plain._metadata = about if sound else {}
     return plain
+
+
+def _is_entry(entry: tuple) -> bool:
+    key, value = entry
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from runs import here
+from scenes import write_pairs
 
 from mit_semseg.lib import download as downloads
 from mit_semseg.lib.archives import ArchiveError, unpack
@@ -40,7 +42,7 @@ def write_zip(path, members):
 
 def write_tar(path, members):
     types = {stat.S_IFLNK: tarfile.SYMTYPE, stat.S_IFCHR: tarfile.CHRTYPE, stat.S_IFIFO: tarfile.FIFOTYPE}
-    with tarfile.open(path, "w:gz") as archive:
+    with tarfile.open(path, "w" if path.name.startswith("plain") else "w:gz") as archive:
         for name, content, kind in members:
             info = tarfile.TarInfo(name)
             info.type = types.get(kind, tarfile.REGTYPE)
@@ -134,6 +136,42 @@ def test_a_damaged_archive_leaves_nothing(tmp_path, kind):
     assert refused > 100
 
 
+def test_no_damaged_header_of_a_plain_tar_file_loses_a_file(tmp_path):
+    """`tarfile` takes it for the end; what is in the files themselves has no checksum."""
+    files = [(f"{i}.bin", bytes([i]) * 700, 0) for i in range(3)]
+    whole = write_tar(tmp_path / "plain", files).read_bytes()
+    headers = [512 * block + bit for block in (0, 3, 6) for bit in range(512)]
+    for position in headers[::7]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        (tmp_path / "a").write_bytes(damaged)
+        with pytest.raises(ArchiveError):
+            unpack(tmp_path / "a", tmp_path / "out")
+    for length in range(0, 9 * 512, 256):
+        (tmp_path / "a").write_bytes(whole[:length])
+        with pytest.raises(ArchiveError):
+            unpack(tmp_path / "a", tmp_path / "out")
+    assert unpack(tmp_path / "plain", tmp_path / "out") == 3
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_bomb_for_a_name_takes_no_memory(tmp_path, kind):
+    """It is read before any member is seen."""
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, 200 * 2**20
+        archive.fileobj.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(200):
+            archive.fileobj.write(bytes(2**20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ArchiveError, match="a name in it takes 209715200 bytes"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "out")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
 def test_no_flipped_bit_of_a_zip_file_s_end_loses_a_file(tmp_path):
     """The list of the members, at its end, is what `zipfile` goes by."""
     files = [(f"{i}.bin", bytes([i]) * 20, 0) for i in range(3)]
@@ -209,16 +247,58 @@ def test_the_next_call_goes_on(site, tmp_path):
     assert (tmp_path / "b.bin").read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("change", ["other content", "no ranges", "shorter"])
+@pytest.mark.parametrize("change", ["other content", "no ranges", "shorter", "other content, sent carelessly"])
 def test_what_has_changed_meanwhile_is_fetched_anew(site, tmp_path, change):
     (site.folder / "a.bin").write_bytes(CONTENT)
     site.cuts["/a.bin"] = [1000, 0, 0, 0]
     with pytest.raises(DownloadError):
         download(f"{site.address}/a.bin", tmp_path / "b.bin")
-    new = {"other content": CONTENT[::-1], "no ranges": CONTENT, "shorter": CONTENT[:10]}[change]
-    site.ranges = change != "no ranges"
+    new = {"no ranges": CONTENT, "shorter": CONTENT[:10]}.get(change, CONTENT[::-1])
+    site.ranges, site.careless = change != "no ranges", "carelessly" in change
     (site.folder / "a.bin").write_bytes(new)
     assert download(f"{site.address}/a.bin", tmp_path / "b.bin").read_bytes() == new
+
+
+def test_a_file_that_is_there_has_the_right_hash(site, tmp_path):
+    (site.folder / "a.bin").write_bytes(CONTENT)
+    (tmp_path / "a.bin").write_bytes(b"older")
+    with pytest.raises(DownloadError, match=r"a\.bin is there already, but its SHA-256 is .*: move it"):
+        download(f"{site.address}/a.bin", tmp_path / "a.bin", sha256=DIGEST)
+    assert (tmp_path / "a.bin").read_bytes() == b"older"
+    assert not site.requests
+
+
+@pytest.mark.parametrize("target", [".", "folder"])
+def test_a_folder_is_no_file_to_download_to(site, tmp_path, monkeypatch, target):
+    (site.folder / "a.bin").write_bytes(CONTENT)
+    (tmp_path / "folder").mkdir()
+    write_pairs(tmp_path / "data", [(20, 20)])
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    for words in (["file", f"{site.address}/a.bin"], ["list", "data"]):
+        done = here("mit_semseg.apps.fetch", *words, "--to", target)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {target} is a folder: name the file to write"), done.stderr
+    assert set(tmp_path.rglob("*")) == before
+    assert not site.requests
+
+
+def test_a_server_that_does_not_say_how_long_a_file_is(site, tmp_path, caplog):
+    (site.folder / "a.bin").write_bytes(CONTENT)
+    site.lengths = False
+    download(f"{site.address}/a.bin", tmp_path / "a.bin")
+    assert (tmp_path / "a.bin").read_bytes() == CONTENT
+    assert "does not say how long it is" in caplog.text
+
+
+@pytest.mark.parametrize("answer", [416, 206, 500])
+def test_an_answer_to_something_else_is_named(site, tmp_path, answer):
+    """416 and 206 are about parts, which nobody has asked for."""
+    site.answer = answer
+    with pytest.raises(DownloadError, match=rf"{site.address}/a\.bin: "):
+        download(f"{site.address}/a.bin", tmp_path / "a.bin")
+    assert len(site.requests) == 1
+    assert not (tmp_path / "a.bin").exists()
 
 
 def test_a_part_that_is_too_long_is_not_used(site, tmp_path):
