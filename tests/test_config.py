@@ -190,6 +190,25 @@ def test_values_are_read_as_what_they_say(tmp_path):
     assert (train.optim, train.lr_decoder, train.fix_bn) == ("AdamW", 1.0, True)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DIR: 2024-31-12",
+        "TRAIN: {seed: " + 5000 * "1" + "}",
+        "DATASET: {palette_labels: !!bool x}",
+        "DIR: " + 3000 * "[",
+        '_BASE_: "a\\0b"',
+        "DATASET: {num_class: 2, classes: [car, 2024-01-02]}",
+        "TRAIN: {lr_encoder: " + 400 * "1" + "}",
+        "TRAIN: {lr_encoder: '{[]}'}",
+    ],
+    ids=lambda text: text[:24],
+)
+def test_what_yaml_stumbles_over_is_a_problem_like_any_other(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"c\.yaml|b is no YAML file"):
+        load_config(write(tmp_path / "c.yaml", text))
+
+
 def test_base_files(tmp_path):
     write(tmp_path / "base.yaml", "TRAIN: {num_epoch: 3, seed: 5}\nDIR: a")
     write(tmp_path / "middle.yaml", "_BASE_: base.yaml\nTRAIN: {seed: 6}")

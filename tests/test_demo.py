@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 import threading
@@ -160,6 +161,26 @@ def test_a_network_that_cannot_be_loaded_says_nothing_of_this_machine(folder):
 
     value = segment(Networks(["a"], broken), LIMITS, given(folder / "street.png"), "a", print)
     assert value == {"message": "the network a cannot be loaded now: choose another", "wrong": True}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_picture_that_finds_no_memory_gets_a_sentence(folder, error):
+    class Full:
+        def __call__(self, picture):
+            raise error
+
+    value = segment(Networks(["a"], lambda name: Full()), LIMITS, given(folder / "street.png"), "a", print)
+    assert value["wrong"]
+    assert "street.png is too large for the memory of this machine" in value["message"]
+
+
+def test_uploads_have_a_folder_of_their_own(tmp_path, monkeypatch):
+    """Also where Gradio has been given one, which other programs may use."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    folder = uploads.__wrapped__()
+    assert folder.parent == tmp_path
+    assert folder.stat().st_mode & 0o077 == 0
+    assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
 
 
 def test_only_the_checkpoints_of_the_list_are_read(networks, folder):

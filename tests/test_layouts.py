@@ -138,6 +138,9 @@ def test_pascal_voc(tmp_path):
     problems = []
     assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
     assert problems == [f"{tmp_path / 'JPEGImages/2007_000063.jpg'} is missing"]
+    (tmp_path / "ImageSets/gone.txt").write_text("2007_000001\n2007_000002\n")
+    with pytest.raises(ListError, match=r"gone\.txt: all files are missing: .*JPEGImages/2007_000001\.jpg"):
+        load_records("ImageSets/gone.txt", tmp_path, [])
     # Other extensions, and the lists of the augmented set, which name both files.
     (tmp_path / "JPEGImages/2007_000039.jpg").rename(tmp_path / "JPEGImages/2007_000039.JPG")
     (tmp_path / "ImageSets/aug.txt").write_text(

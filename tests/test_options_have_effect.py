@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mit_semseg.apps import building
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
-from mit_semseg.engine import MaskedNLLLoss
+from mit_semseg.engine import MaskedNLLLoss, distributed
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import SegmentationModule
 
@@ -325,6 +325,8 @@ def effect_of_workers(runs, baseline):
 
 def effect_of_timeout(runs, baseline):
     assert [loader_of(runs, TRAIN__workers=1, TRAIN__timeout=n).timeout for n in (7.5, 60)] == [7.5, 60]
+    with distributed.join(torch.device("cpu"), 7.5) as processes:
+        assert processes.timeout == 7.5  # that of the replicas of one process
 
 
 def loader_of(runs, **changes):

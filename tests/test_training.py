@@ -1,5 +1,6 @@
 """The training loop: optimizer, schedule, freezing, resuming after a kill, and what happens when the loss explodes."""
 
+import errno
 import os
 import signal
 
@@ -17,6 +18,7 @@ from mit_semseg.engine import (
     RunFiles,
     Settings,
     build_optimizer,
+    checkpoint,
     fit,
     freeze_batch_norm,
     learning_rates,
@@ -29,7 +31,7 @@ from mit_semseg.engine.distributed import parallel
 from mit_semseg.engine.guards import Interruption, deterministic
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.engine.optim import schedule, set_learning_rates
-from mit_semseg.lib.utils import UserError
+from mit_semseg.lib.utils import UserError, WriteError
 
 CPU = torch.device("cpu")
 
@@ -191,12 +193,68 @@ def test_what_is_other_when_a_run_goes_on_is_said(root, tmp_path):
     assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
     same_options = here("train.py", "--gpu", "cpu", *words({**changes, "TRAIN.resume": "auto"}))
     assert "other options" not in same_options.stdout
-    changes |= {"TRAIN.resume": "auto", "TRAIN.num_epoch": 2, "DATASET.classes": "['sea','sky','land']"}
+    changes |= {
+        "TRAIN.resume": "auto",
+        "TRAIN.num_epoch": 2,
+        "INFERENCE.flip": True,
+        "DATASET.classes": "['sea','sky','land']",
+    }
     done = here("train.py", "--gpu", "cpu", *words(changes))
     assert done.returncode == 0, done.stderr
     said = next(line for line in done.stdout.splitlines() if "going on with other options than before" in line)
     assert "TRAIN.num_epoch 2 (was 1)" in said
+    assert "INFERENCE.flip True (was False)" in said
     assert "names of the classes ['sea', 'sky', 'land'] (was ['sea', 'land', 'sky'])" in said
+
+
+def test_weights_that_are_not_finite_are_not_saved(root, tmp_path):
+    """The loss before the last update was: what was saved earlier is what there is to go on from."""
+    run(root, tmp_path, settings={"num_epoch": 1})
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+    module = tiny_module(crit=MaskedNLLLoss())
+    module.decoder.cbr.append(nn.Dropout2d(0.2))
+    optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=1e38, lr_decoder=1e38, weight_decay=10)
+    dataset, settings = TrainDataset(root, "train", options()), Settings(num_epoch=5, epoch_iters=4, checkpoint_iters=1)
+    with pytest.raises(
+        TrainingStopped, match=r"step 5: \S+ is not finite any more.* epoch_1\.pth .*resume\.pth\. A smaller"
+    ):
+        fit(module, optimizer, dataset, RunFiles(tmp_path), settings, devices=[CPU], resume="auto")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == kept
+
+
+def test_another_length_of_epochs_writes_over_none(root, tmp_path):
+    run(root, tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"holds epochs up to 2, but step 8 with TRAIN\.epoch_iters 8 is in epoch 2"
+    ):
+        run(root, tmp_path, settings={"epoch_iters": 8}, resume="auto")
+    run(root, tmp_path, settings={"epoch_iters": 2, "num_epoch": 5}, resume="auto")
+    assert RunFiles(tmp_path).epochs() == [1, 2, 4, 5]
+
+
+def test_what_a_killed_run_left_is_removed_wherever_it_is(root, tmp_path):
+    run(root, tmp_path, settings={"num_epoch": 1})
+    left = tmp_path / "vis" / "epoch_1" / "a.png.12.partial"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    run(root, tmp_path, settings={"num_epoch": 1}, resume="auto")
+    assert not left.exists()
+
+
+def test_encoder_and_decoder_are_replaced_together(tmp_path, monkeypatch):
+    files, save = RunFiles(tmp_path), checkpoint._save
+    files.save_weights(tiny_module(seed=0), "best.pth")
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def no_room(obj, path):
+        save(obj, path)
+        if "decoder" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_save", no_room)
+    with pytest.raises(WriteError, match=r"decoder_best\.pth cannot be written"):
+        files.save_weights(tiny_module(seed=1), "best.pth")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
 
 
 def test_nothing_is_written_over_unasked(root, tmp_path):

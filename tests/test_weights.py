@@ -14,7 +14,7 @@ from torch import nn
 from mit_semseg.lib.download import DownloadError
 from mit_semseg.models import ModelBuilder, published
 from mit_semseg.models.published import fetch_published
-from mit_semseg.models.weights import WeightsError, load_weights, read_checkpoint
+from mit_semseg.models.weights import WeightsError, load_weights, read_checkpoint, read_state_dict
 
 
 @pytest.fixture
@@ -123,6 +123,12 @@ def test_damaged_files_are_named(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"x\.pth"):
         read_checkpoint(tmp_path / "x.pth")
+
+
+def test_names_that_are_none(tmp_path):
+    torch.save({0: torch.zeros(1)}, tmp_path / "x.pth")
+    with pytest.raises(WeightsError, match=r"x\.pth holds no state dict .* but keys 0"):
+        read_state_dict(tmp_path / "x.pth")
 
 
 def test_no_flipped_bit_goes_unnoticed(encoder_file):

@@ -147,7 +147,8 @@ class TrainDataset(LabelledRecords):
         own = rng.spawn(1)[0]
         for which in (fit, ~fit):
             for number in own.permutation(np.flatnonzero(which))[:MOST_TRIES]:
-                yield self.records[number]
+                if self.records[number] is not wanted:
+                    yield self.records[number]
 
 
 def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:

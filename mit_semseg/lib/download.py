@@ -59,7 +59,7 @@ def download(url: str, path: Path, *, sha256: str = "") -> Path:
     Raises:
         DownloadError: the server does not answer, what came is not the file, or there is no room for it.
     """
-    if not path.name or path.is_dir():
+    if not path.name or os.path.isdir(path):
         raise DownloadError(f"{path} is a folder: name the file to write {url} to")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _Part(path) as part:

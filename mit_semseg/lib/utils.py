@@ -41,13 +41,15 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
         WriteError: the disk is full or cannot be written to, or the path is a folder's or too long.
     """
     path = Path(path)
-    if not path.name or path.is_dir():
+    if not path.name or os.path.isdir(path):
         raise WriteError(f"{path} is a folder: name the file to write")
     partial = path.with_name(f"{_short(path.name)}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
+    except WriteError:  # of another file, inside this block
+        raise
     except Exception as error:
         if reason := _disk_trouble(error):
             raise WriteError(f"{path} cannot be written: {reason}; what was there before is as it was") from None

@@ -8,7 +8,7 @@ import torch
 from damage import write_unusable, write_unusual
 from PIL import Image
 from runs import SMALL, here, same, weights, words
-from scenes import options, tiny_module, write_data_set
+from scenes import options, tiny_module, write_data_set, write_pairs
 
 from mit_semseg.config import OPTIONS
 from mit_semseg.dataset import TrainDataset, ValDataset
@@ -146,6 +146,25 @@ def test_what_takes_a_picture_s_place_is_of_its_orientation(data):
                 assert torch.equal(
                     batch["img_data"][i, :, :height, :width], expected["img_data"][i, :, :height, :width]
                 )
+
+
+def test_the_only_picture_of_its_orientation_is_replaced_by_another(tmp_path):
+    write_pairs(tmp_path / "train", [(60, 40)] * 3 + [(40, 60)])
+    (tmp_path / "train" / "images" / "03.png").write_bytes(b"")
+    dataset = TrainDataset(tmp_path, "train", options(on_error="skip"), 1)
+    for number in range(8):
+        assert dataset[number]["info"] != ["train/images/03.png"]
+    with pytest.raises(ImageFileError, match=r"03\.png"):
+        [TrainDataset(tmp_path, "train", options(), 1)[number] for number in range(8)]
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_folders_in_which_nothing_pairs_up(tmp_path, skip):
+    write_pairs(tmp_path / "train", [(60, 40)] * 2)
+    for path in (tmp_path / "train" / "annotations").iterdir():
+        path.rename(path.with_stem(f"{path.stem}_label"))
+    with pytest.raises(ListError, match=r"(no|4) files (do not )?pair up: .*00\.png has no partner"):
+        TrainDataset(tmp_path, "train", options(on_error="skip" if skip else "stop"))
 
 
 @pytest.mark.parametrize("name", ["train.py", "eval.py"])

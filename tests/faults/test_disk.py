@@ -66,6 +66,19 @@ def test_a_file_is_whole_or_what_was_there_before(disk, save, content):
     assert [p.name for p in disk.folder.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("length", [240, 255, 256])
+def test_long_names(tmp_path, length):
+    """As long as the disk takes them, which the file that is being written fits beside."""
+    path = tmp_path / (length // 3 * "景" + length % 3 * "x")
+    if length > 255:
+        with pytest.raises(WriteError, match="cannot be written: File name too long"):
+            save_text("new", path)
+    else:
+        save_text("new", path)
+        assert path.read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == (length <= 255)
+
+
 def options_for(root, folder, **changes):
     return {
         **SMALL, "DATASET.root_dataset": root, "DIR": folder, "TRAIN.epoch_iters": 4, "TRAIN.checkpoint_iters": 2,
