@@ -18,11 +18,16 @@ dependencies = ["torch", "torchvision", "numpy", "scipy", "cv2", "yacs", "tqdm",
 def _entry(name: str):
     encoder_name, decoder_name = name.split("-")[1:]
 
-    def load(pretrained: bool = True, num_class: int = 150, **kwargs) -> _SegmentationModule:
+    def load(pretrained: bool = True, num_class: int = 150, new_head: bool = False, **kwargs) -> _SegmentationModule:
         files = _fetch_published(name) if pretrained else ("", "")
         encoder = _ModelBuilder.build_encoder(encoder_name, weights=str(files[0]), pretrained=False, **kwargs)
         decoder = _ModelBuilder.build_decoder(
-            decoder_name, num_class=num_class, weights=str(files[1]), in_channels=encoder.out_channels, **kwargs
+            decoder_name,
+            num_class=num_class,
+            weights=str(files[1]),
+            in_channels=encoder.out_channels,
+            new_head=new_head,
+            **kwargs,
         )
         return _SegmentationModule(encoder, decoder, None).eval()
 
@@ -30,7 +35,8 @@ def _entry(name: str):
     load.__doc__ = f"""{encoder_name} and {decoder_name}, published for ADE20K.
 
         pretrained: with the published weights, downloaded at the first use; False starts from random ones.
-        num_class: of the classifier; 150 with the published weights.
+        num_class: of the classifier; 150 with the published weights, unless it is started anew.
+        new_head: start the classifier anew.
         kwargs: passed to encoder and decoder, e.g. `norm_layer`.
     """
     return load

@@ -33,6 +33,7 @@ def main() -> int:
     add_result_arguments(parser)
     args = parser.parse_intermixed_args()
     cfg, endings = load_config(args.cfg, args.opts), endings_of(args)
+    video.check_arguments(args)
     devices = pick_devices(args.device)
     if video.is_video(args.imgs):
         cli.setup_logger(0, None, args.level)
@@ -43,7 +44,6 @@ def main() -> int:
         logger.info("devices: %s", describe_all(devices, processes))
         found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None
         plan = processes.collect(found, "looking for pictures")[0]  # one list for all
-
         with progress_bar(total=len(plan), desc="segmenting", unit="img", shown=processes.main) as bar:
             say = bar.write if args.level <= INFO else bar.set_postfix_str  # a quiet bar is not shown
             arguments = segment_share, devices, processes, len(plan), (args.cfg, args.opts, plan, endings)

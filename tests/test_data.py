@@ -1,6 +1,8 @@
 """Lists, class tables, files of every kind, batches and their order."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -239,6 +241,22 @@ def test_labels_of_other_kinds_say_what_to_do(tmp_path, mode, message):
     path = save(tmp_path / "label.tiff", label.convert(mode))
     with pytest.raises(ImageFileError, match=rf"label\.tiff: .*{message}"):
         read_label(path)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_labels_of_few_bits_keep_their_values(tmp_path, bits):
+    """Pillow spreads them over 0 to 255."""
+    values = (np.arange(4 * 8).reshape(4, 8) % 2**bits).astype(np.uint8)
+    packed = np.packbits(np.unpackbits(values[..., None], axis=-1)[..., -bits:].reshape(4, -1), axis=-1)
+    rows = zlib.compress(b"".join(b"\0" + row.tobytes() for row in packed))
+    header = struct.pack(">IIBBBBB", 8, 4, bits, 0, 0, 0, 0)
+    path = tmp_path / "a.png"
+    with path.open("wb") as out:
+        out.write(b"\x89PNG\r\n\x1a\n")
+        for kind, content in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b"")):
+            out.write(struct.pack(">I", len(content)) + kind + content)
+            out.write(struct.pack(">I", zlib.crc32(kind + content)))
+    assert np.array_equal(np.asarray(read_label(path)), values)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])

@@ -95,6 +95,18 @@ def test_eight_bits(folder, tmp_path):  # noqa: F811
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "network.int8.onnx", "network.onnx"]
 
 
+def test_eight_bits_of_a_set_with_a_broken_picture(folder, tmp_path):  # noqa: F811
+    pytest.importorskip("onnx", reason="of the extra `export`")
+    write_pairs(tmp_path / "data", [(96, 72)] * 3, values=(0, 1, 2))
+    (tmp_path / "data" / "images" / "01.png").write_bytes(b"")
+    done = here("mit_semseg.export", "--cfg", folder / "own.yaml", "--out", tmp_path / "network.onnx", "--int8",
+                "DATASET.root_dataset", tmp_path / "data", "DATASET.list_train", ".", "DATASET.list_val", ".",
+                "DATASET.on_error", "skip", "DATASET.imgSizes", 72)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("left out: ") == 2
+    assert "on 2 validation pictures" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_segmenter import write_weights
 
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models.published import PUBLISHED
@@ -28,6 +29,16 @@ def test_a_network_without_its_weights(name):
         scores = module({"img_data": torch.randn(1, 3, 64, 72)}, segSize=(60, 70))
     assert scores.shape == (1, 7, 60, 70)
     torch.testing.assert_close(scores.sum(1), torch.ones(1, 60, 70))
+
+
+def test_a_classifier_is_started_anew(tmp_path, monkeypatch):
+    name = "ade20k-resnet18dilated-c1_deepsup"
+    write_weights(tmp_path / "pytorch" / name, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", tmp_path.as_uri())
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
+    module = torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", num_class=7, new_head=True)
+    with torch.inference_mode():
+        assert module({"img_data": torch.randn(1, 3, 64, 64)}, segSize=(64, 64)).shape == (1, 7, 64, 64)
 
 
 def test_weights_that_cannot_be_had_are_named(monkeypatch, tmp_path):

@@ -263,7 +263,7 @@ def effect_of_ignore_values(runs, baseline):
 
 def effect_of_on_error(runs, baseline):
     (runs.data / "gone.odgt").write_text('{"fpath_img": "gone.png", "width": 4, "height": 5}\n' * 3)
-    for mode, message in (("stop", "has no fpath_segm"), ("skip", "4 images one after the other cannot be used")):
+    for mode, message in (("stop", "has no fpath_segm"), ("skip", "3 images one after the other cannot be used")):
         with pytest.raises(UserError, match=message):
             runs.train(**{"DATASET.list_train": "gone.odgt", "DATASET.on_error": mode})
 

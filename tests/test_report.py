@@ -1,6 +1,7 @@
 """The page of an evaluation says what the counts say, and nothing in a name becomes part of the page."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -55,6 +56,15 @@ def test_the_page(tmp_path):
     assert text.index("pictures/19&lt;.jpg", best) < text.index("pictures/18&lt;.jpg", best)
     assert re.findall(r'<img loading="lazy" src="([^"]+)"', text) == ["pictures/0%3C.png"]
     assert Image.open(tmp_path / "confusion.png").size[0] > 200
+
+
+def test_a_picture_without_labels_is_none_of_the_worst(tmp_path):
+    evaluation = evaluation_of([[9, 1], [6, 20]], ["a", "b"])
+    scores = [Score("sound.png", 0.5, 0.5), Score("unlabelled.png", 0.0, 0.0, labelled=False)]
+    write_report(replace(evaluation, scores=scores), tmp_path, "run", {})
+    text = (tmp_path / "report.html").read_text()
+    assert "sound.png" in text
+    assert "unlabelled.png" not in text
 
 
 def test_many_classes_and_perfect_scores(tmp_path):

@@ -1,12 +1,15 @@
 """The scripts as a user runs them: from lists and folders to checkpoints, figures and pictures."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 from PIL import Image
 from runs import ROOT, SMALL, here, in_process, script, words
 from scenes import options, tiny_module, write_data_set, write_pairs
@@ -21,6 +24,7 @@ from mit_semseg.apps.visualize import (
     save_curves,
 )
 from mit_semseg.dataset import ValDataset, class_table
+from mit_semseg.dataset.records import load_records
 from mit_semseg.dataset.samplers import shards
 from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
 from mit_semseg.evaluation import evaluate, label_map, multi_scale_scores
@@ -184,6 +188,48 @@ def test_names_of_results_never_meet():
     assert str(stems["b.jpg"]) == "b"
     assert str(stems["x/c.png"]) == "x/c.png"
     assert not any(stem.is_absolute() or ".." in stem.parts for stem in stems.values())
+
+
+NAME = st.from_regex(r"(x/|\.\./)?[ab](\.jpg|\.png|_overlay|_2){0,3}", fullmatch=True)
+
+
+@hypothesis.given(st.lists(NAME, unique=True, max_size=12))
+def test_names_of_any_results_never_meet(names):
+    stems = result_names(names)
+    written = [f"{stem}{ending}" for stem in stems.values() for ending in ENDINGS]
+    assert len(set(written)) == len(written)
+
+
+@pytest.mark.parametrize("words", [["new", "--size", "0x0"], ["new", "--size", "x"], ["file"], ["file/below"]])
+def test_scenes_that_cannot_be_written(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    done = here("mit_semseg.dataset.synthetic", *words)
+    assert done.returncode == 2
+    assert "error: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_names_that_are_no_text(trained, tmp_path):
+    """As of an old archive: they are shown, and kept in JSON files as they are."""
+    folder = tmp_path / "data"
+    write_pairs(folder, [(40, 50)] * 2)
+    name = os.fsdecode(b"M\xfcller.png")
+    for kind in ("images", "annotations"):
+        (folder / kind / "00.png").rename(folder / kind / name)
+    done = segment(trained, tmp_path / "out", folder / "images", "--json")
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "out" / os.fsdecode(b"M\xfcller.json")).read_text())
+    assert told["image"] == str(folder / "images" / name)
+    done = here("mit_semseg.apps.fetch", "list", folder, "--root", folder, "--to", tmp_path / "list.odgt")
+    assert done.returncode == 0, done.stderr
+    assert {Path(record["fpath_img"]).name for record in load_records(tmp_path / "list.odgt")} == {name, "01.png"}
+    changes = {"DATASET.root_dataset": folder, "DATASET.list_val": tmp_path / "list.odgt", "VAL.visualize": True}
+    done = script("eval.py", "--gpu", "cpu", *words({**trained, **changes}), env={"PYTHONIOENCODING": "utf-8"})
+    assert done.returncode == 0, done.stderr
+    page = (Path(trained["DIR"]) / "result" / "report.html").read_text()
+    assert 'src="images/M%FCller.png"' in page
+    assert "images/M\\udcfcller.png: mean IoU" in page
 
 
 @pytest.mark.parametrize(

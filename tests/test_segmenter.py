@@ -95,6 +95,22 @@ def test_what_a_result_can_do(segmenter, tmp_path):
     assert all(p.is_file() for p in written)
 
 
+def test_a_result_takes_the_place_of_nothing_but_results(segmenter, folder, tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30, 20), "red").save(tmp_path / name / "1.png")
+    before = (tmp_path / "x" / "1.png").read_bytes()
+    results = segmenter([tmp_path / "x" / "1.png", tmp_path / "y" / "1.png"])
+    with pytest.raises(UserError, match=r"would be written over .*1\.png, which is no result"):
+        segmenter(tmp_path / "x" / "1.png").save(tmp_path / "x")
+    assert (tmp_path / "x" / "1.png").read_bytes() == before
+    written = [path for result in results for path in result.save(tmp_path / "out")]
+    assert len(set(written)) == 2
+    assert all(path.is_file() for path in written)
+    alone = segmenter([tmp_path / "x" / "1.png"])[0]
+    assert alone.save(tmp_path / "out") == alone.save(tmp_path / "out") == [tmp_path / "out" / "1.png"]
+
+
 @pytest.mark.parametrize("view", [{}, {"INFERENCE.window": "32", "INFERENCE.flip": "True"}])
 def test_probabilities(folder, view):
     opts = [word for pair in view.items() for word in pair]

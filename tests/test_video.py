@@ -4,10 +4,12 @@ import signal
 import time
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
+from processes import free_port, rank_environment
 from runs import Job, here
 from test_segmenter import folder  # noqa: F401
 
@@ -164,6 +166,10 @@ def test_mistakes_are_named(folder, tmp_path, segmenter):  # noqa: F811
         (["--imgs", tmp_path / "no.mp4"], "cannot be opened as a video"),
         (["--imgs", tmp_path / "gone.mp4"], "there is no such file"),
         (["--imgs", tmp_path / "no.mp4", "--smoothing", "2"], "--smoothing 2: give a share"),
+        (["--imgs", tmp_path / "no.mp4", "--overlay", "--no-panel"], "--overlay, --no-panel: for pictures"),
+        (["--imgs", tmp_path / "a.png", "--smoothing", "0.5"], "--smoothing 0.5 is for videos"),
+        (["--imgs", "20240101123456"], "no such file or folder"),
+        (["--imgs", "²"], "no such file or folder"),
     ):
         done = here("test.py", *words, "--cfg", folder / "own.yaml", "TEST.result", tmp_path / "out")
         assert done.returncode == 2
@@ -172,6 +178,48 @@ def test_mistakes_are_named(folder, tmp_path, segmenter):  # noqa: F811
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(VideoError, match="camera 77: cannot be opened"):
         segment_video(segmenter, "77", tmp_path / "out.mp4", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "rate"), [((81, 61), 25), ((64, 48), 119.8834), ((64, 48), 66.6667), ((64, 48), 1 / 7)]
+)
+def test_any_size_and_rate(segmenter, tmp_path, monkeypatch, size, rate):
+    """The codec takes even sides and rates of few digits: nothing is cut, and the rate is nearly the same."""
+    picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    opened = cv2.VideoCapture
+    source = SimpleNamespace(
+        isOpened=lambda: True,
+        get=lambda key: {
+            cv2.CAP_PROP_FRAME_WIDTH: size[0],
+            cv2.CAP_PROP_FRAME_HEIGHT: size[1],
+            cv2.CAP_PROP_FPS: rate,
+            cv2.CAP_PROP_FRAME_COUNT: 3,
+        }[key],
+        read=lambda: (True, picture),
+        release=lambda: None,
+    )
+    monkeypatch.setattr(cv2, "VideoCapture", lambda given: source if given == "given.mp4" else opened(given))
+    segment_video(segmenter, "given.mp4", tmp_path / "out.mp4", progress=False)
+    frames, there = frames_of(tmp_path / "out.mp4")
+    assert len(frames) == 3
+    assert frames[0].shape[1::-1] == tuple(side + side % 2 for side in size)
+    assert there == pytest.approx(rate, rel=1e-3)
+
+
+def test_a_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    (tmp_path / "x.mp4").mkdir()
+    assert not is_video("2024")
+    assert not is_video("x.mp4")
+
+
+def test_one_process_segments_a_video(folder, monkeypatch):  # noqa: F811
+    for name, value in rank_environment(1, 2, free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    done = here("test.py", "--imgs", "0", "--cfg", folder / "own.yaml")
+    assert done.returncode == 2
+    assert "a video is segmented by one process: python test.py --imgs 0" in done.stderr
 
 
 def test_what_is_a_video():

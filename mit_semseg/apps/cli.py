@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import logging
 import os
 import platform
@@ -20,7 +21,7 @@ from ..config import OPTIONS, Config, add_config_arguments
 from ..engine import Processes, RunFiles
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
-from ..lib.utils import UserError
+from ..lib.utils import TEXT, UserError
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
@@ -142,7 +143,7 @@ def setup_logger(
     handlers: list[tuple[logging.Handler, int]] = [(logging.StreamHandler(sys.stdout), level)]
     if filename:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append((_LogFile(filename, encoding="utf-8"), min(level, logging.INFO)))
+        handlers.append((_LogFile(filename, **TEXT), min(level, logging.INFO)))
     for handler, least in handlers:
         handler.setLevel(max(least, logging.WARNING) if distributed_rank else least)
         kind = _Colored if handler is handlers[0][0] and _takes_colors(sys.stdout) else logging.Formatter
@@ -235,6 +236,9 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
     Args:
         kept: what is there after Ctrl-C, and how to go on.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files that are no text
     try:
         with _terminable():
             sys.exit(main())

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -164,9 +165,7 @@ def description(cfg: Config, table: ClassTable, output: str) -> dict[str, str]:
         "classes": list(table.names),
         "colors": table.colors.tolist(),
         "network": f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
-        "short_sides": list(cfg.DATASET.imgSizes)
-        if not isinstance(cfg.DATASET.imgSizes, int)
-        else cfg.DATASET.imgSizes,
+        "short_sides": np.atleast_1d(cfg.DATASET.imgSizes).tolist(),
     }
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
 

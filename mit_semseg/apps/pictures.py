@@ -1,7 +1,6 @@
 """Finding the pictures that are to be segmented, wherever they come from, and where their results go."""
 
 import io
-import json
 import logging
 from collections.abc import Sequence
 from glob import glob, has_magic
@@ -14,7 +13,7 @@ from PIL import Image
 from ..dataset.files import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
 from ..dataset.layouts import find_images
 from ..lib.utils import UserError
-from .results import named
+from .results import named, refuse_overwriting
 from .visualize import is_result, result_names
 
 logger = logging.getLogger(__name__)
@@ -107,7 +106,8 @@ def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str,
         raise UserError(f"--imgs {given}: no pictures there")
     names = result_names([str(p.relative_to(base)) for p in found])
     plan = {str(p): result / names[str(p.relative_to(base))] for p in found}
-    _refuse_overwriting(plan, endings)
+    for picture, stem in plan.items():
+        refuse_overwriting(picture, [named(stem, ending) for ending in endings])
     return plan
 
 
@@ -115,21 +115,3 @@ def _fixed_parts(pattern: Path) -> tuple[str, ...]:
     parts = pattern.parts
     first = next(i for i, part in enumerate(parts) if has_magic(part))
     return parts[:first]
-
-
-def _refuse_overwriting(plan: dict[str, Path], endings: Sequence[str]) -> None:
-    for picture, stem in plan.items():
-        for path in (named(stem, ending) for ending in endings):
-            if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
-                raise UserError(
-                    f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
-                    f"choose another folder in TEST.result"
-                )
-
-
-def _is_shares(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and {"image", "classes"} <= set(content)

@@ -24,7 +24,7 @@ from .background import Background
 from .building import build_module, view_of
 from .devices import auto_device
 from .pictures import as_picture
-from .results import Result, named
+from .results import Result, named, with_own_names
 
 SMALLEST_SHARE = 0.001  # classes below are not printed
 
@@ -119,7 +119,7 @@ class Segmenter:
             PictureError: something that is no picture.
         """
         if isinstance(picture, (list, tuple)):
-            return [self._segment(one, f"picture_{number}") for number, one in enumerate(picture)]
+            return with_own_names([self._segment(one, f"picture_{number}") for number, one in enumerate(picture)])
         return self._segment(picture, "picture")
 
     def _segment(self, picture, name: str) -> Result:

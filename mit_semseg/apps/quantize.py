@@ -133,6 +133,9 @@ def quantize(source: Path, path: Path, pictures: ValDataset) -> None:
 def _views(pictures: ValDataset) -> Iterator[dict[str, np.ndarray]]:
     items = read_items(pictures, device="cpu", workers=0)
     for item in progress_bar(items, total=len(pictures), desc="calibrating", unit="img"):
+        if "error" in item:
+            logger.warning("left out: %s", item["error"])
+            continue
         for view in item["img_data"]:
             yield {"image": view.contiguous().numpy()}
 
@@ -158,7 +161,9 @@ def _check(source: Path, path: Path, shapes: Sequence[tuple[int, ...]] = ((1, 3,
 def cost(source: Path, path: Path, dataset: ValDataset, *, align_corners: bool, view: View = WHOLE) -> Cost:
     """Mean IoU of both files on a data set, as eval.py computes it of the network."""
     exact, rounded = (
-        evaluate(OnnxNetwork(file, align_corners=align_corners), dataset, view=view, workers=0).summary.mean_iou
+        evaluate(OnnxNetwork(file, align_corners=align_corners), dataset, view=view, workers=0)
         for file in (source, path)
     )
-    return Cost(exact, rounded, len(dataset))
+    for sentence in exact.left_out:
+        logger.warning("left out: %s", sentence)
+    return Cost(exact.summary.mean_iou, rounded.summary.mean_iou, exact.images)

@@ -1,5 +1,6 @@
 """The page of an evaluation: figures, a table of classes, what is taken for what, the worst and the best pictures."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -9,7 +10,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ..evaluation.evaluator import Evaluation, Score
-from ..lib.utils import whole_file
+from ..lib.utils import TEXT, whole_file
 
 PAIRS = 20  # most confused pairs shown
 PICTURES = 12  # worst and best pictures shown
@@ -88,14 +89,16 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
     save_confusion(evaluation, folder / "confusion.png")
     parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_left_out(evaluation)]
     parts += [*_classes(evaluation), *_confusions(evaluation)]
-    ranked = sorted(evaluation.scores, key=lambda score: (score.mean_iou, score.accuracy))
+    ranked = sorted(
+        (score for score in evaluation.scores if score.labelled), key=lambda score: (score.mean_iou, score.accuracy)
+    )
     for name, scores in (("Worst", ranked[:PICTURES]), ("Best", ranked[::-1][:PICTURES])):
         parts += _pictures(name, scores, panels)
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     body = "".join([*parts, f"<script>{SCRIPT}</script>"])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>'
     with whole_file(folder / "report.html") as partial:
-        partial.write_text(page + "\n", encoding="utf-8")
+        partial.write_text(page + "\n", **TEXT)
 
 
 def _figures(evaluation: Evaluation) -> list[str]:
@@ -177,7 +180,11 @@ def _pictures(name: str, scores: Sequence[Score], panels: dict[str, str]) -> lis
     for score in scores:
         caption = f"{escape(score.name)}: mean IoU {score.mean_iou:.2%}, pixel accuracy {score.accuracy:.2%}"
         image = panels.get(score.name)
-        shown = f'<img loading="lazy" src="{quote(image)}" alt="picture, annotation, prediction">' if image else ""
+        shown = (
+            f'<img loading="lazy" src="{quote(os.fsencode(image))}" alt="picture, annotation, prediction">'
+            if image
+            else ""
+        )
         parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
     return parts
 

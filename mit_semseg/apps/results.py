@@ -3,15 +3,15 @@
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..dataset import ClassTable
-from ..lib.utils import UserError, whole_file
-from .visualize import class_shares, colorEncode, overlay, panel, result_names, save_picture
+from ..lib.utils import TEXT, UserError, whole_file
+from .visualize import class_shares, colorEncode, is_result, overlay, panel, result_names, save_picture
 
 OPACITY = 0.55  # of the colours over a picture
 
@@ -25,6 +25,7 @@ class Result:
         image: (H, W, 3) uint8 RGB.
         label_map: (H, W) int64 class indices.
         table: class names and colours.
+        stem: path without extension of what `save` writes; None is the picture's name.
     """
 
     path: str
@@ -32,6 +33,7 @@ class Result:
     label_map: np.ndarray
     table: ClassTable
     _look_again: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
+    stem: Path | None = field(default=None, repr=False)
 
     @property
     def classes(self) -> list[dict]:
@@ -75,7 +77,7 @@ class Result:
         return self._look_again(self.image, top)
 
     def save(self, folder: str | Path, endings: Sequence[str] = (".png",)) -> list[Path]:
-        """Write files into a folder, named after the picture.
+        """Write files into a folder, named after the picture; those of an earlier result of that name are replaced.
 
         Args:
             folder: is made if needed.
@@ -83,9 +85,12 @@ class Result:
 
         Returns:
             What was written.
+
+        Raises:
+            UserError: a file is there that is no result; nothing is written.
         """
-        name = result_names([Path(self.path).name or "picture"])
-        return self.save_as(Path(folder, *name.values()), endings)
+        stem = self.stem or result_names([Path(self.path).name or "picture"]).popitem()[1]
+        return self.save_as(Path(folder, stem), endings)
 
     def save_as(self, stem: Path, endings: Sequence[str] = (".png",)) -> list[Path]:
         """Write `<stem><ending>` for every ending.
@@ -95,8 +100,12 @@ class Result:
             endings: of `.png` (the panel), `_overlay.png` (the tinted picture with a legend), `_index.png` (class
                 indices as grey values, 8 bits, 16 above 256 classes), `_label.png` (the same with the label values of
                 the data set, as evaluation servers read them) and `.json` (the classes with their shares).
+
+        Raises:
+            UserError: see `save`.
         """
         paths = [named(stem, ending) for ending in endings]
+        refuse_overwriting(self.path, paths)
         for ending, path in zip(endings, paths, strict=True):
             if ending == ".json":
                 self._save_shares(path)
@@ -116,12 +125,43 @@ class Result:
 
     def _save_shares(self, path: Path) -> None:
         with whole_file(path) as partial:
-            partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+            partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), **TEXT)
 
     def as_dict(self) -> dict:
         """Plain values for a JSON file: the picture's name and size, its classes with their shares."""
         height, width = self.label_map.shape
         return {"image": self.path, "width": width, "height": height, "classes": self.classes}
+
+
+def with_own_names(results: Sequence[Result]) -> list[Result]:
+    """Results of which `save` writes none over another: with folders where the names of the pictures are the same."""
+    names = [Path(result.path).name for result in results]
+    if len(set(names)) < len({result.path for result in results}):
+        names = [result.path for result in results]
+    stems = result_names(names)
+    return [replace(result, stem=stems[name]) for result, name in zip(results, names, strict=True)]
+
+
+def refuse_overwriting(picture: str, paths: Sequence[Path]) -> None:
+    """Check that what is written for a picture takes the place of nothing but results.
+
+    Raises:
+        UserError: a file is there that is none.
+    """
+    for path in paths:
+        if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
+            raise UserError(
+                f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
+                f"choose another folder"
+            )
+
+
+def _is_shares(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"image", "classes"} <= set(content)
 
 
 def named(stem: Path, ending: str) -> Path:

@@ -11,7 +11,7 @@ from ..dataset import ValDataset
 from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
-from ..lib.utils import progress_bar, whole_file
+from ..lib.utils import TEXT, progress_bar, whole_file
 from .background import Background
 from .building import build_module, view_of
 from .report import write_report
@@ -98,8 +98,8 @@ def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None
     with whole_file(results / "results.json") as partial:
         how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    names = result_names([score.name for score in evaluation.scores]) if cfg.VAL.visualize else {}
+        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), **TEXT)
+    names = result_names([record["fpath_img"] for record in _dataset(cfg).records]) if cfg.VAL.visualize else {}
     panels = {name: f"{stem.as_posix()}.png" for name, stem in names.items()}
     write_report(evaluation, results, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
     more = ", a panel per image" if cfg.VAL.visualize else ""

@@ -1,6 +1,8 @@
 """Segmenting videos and cameras: every frame tinted with the colours of its classes."""
 
+import argparse
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 
 from ..config import Config
 from ..lib.utils import UserError, WriteError, progress_bar, whole_file
+from .cli import refuse_torchrun
 from .devices import describe
 from .predictor import Segmenter
 
@@ -44,12 +47,33 @@ class Written:
 
 def is_video(given: str) -> bool:
     """Whether `--imgs` names a video file or a camera (a number)."""
-    return given.isdigit() or given.lower().endswith(ENDINGS)
+    return not Path(given).is_dir() and (_is_camera(given) or given.lower().endswith(ENDINGS))
+
+
+def _is_camera(given: str) -> bool:
+    return re.fullmatch("[0-9]{1,4}", given) is not None
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse what the command line asks for that the kind of `args.imgs` does not have.
+
+    Raises:
+        UserError: names it.
+    """
+    if not is_video(args.imgs):
+        if args.smoothing:
+            raise UserError(f"--smoothing {args.smoothing:g} is for videos, and {args.imgs} is none")
+        return
+    refuse_torchrun(f"a video is segmented by one process: python test.py --imgs {args.imgs} ...")
+    of_pictures = ("overlay", "index", "labels", "json", "no-panel")
+    given = [f"--{name}" for name in of_pictures if vars(args)[name.replace("-", "_")]]
+    if given:
+        raise UserError(f"{', '.join(given)}: for pictures; a video becomes a tinted video")
 
 
 def output_path(given: str, folder: Path) -> Path:
     """Where the segmented video goes."""
-    stem = f"camera_{given}" if given.isdigit() else Path(given).stem
+    stem = f"camera_{given}" if _is_camera(given) else Path(given).stem
     return folder / f"{stem}_segmented.mp4"
 
 
@@ -67,7 +91,7 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
         raise VideoError(f"--smoothing {smoothing:g}: give a share of 0 (none) to below 1")
     if smoothing and any(np.atleast_1d(cfg.INFERENCE.window)):
         raise VideoError("--smoothing needs the whole picture: set INFERENCE.window 0")
-    if not given.isdigit() and not Path(given).is_file():
+    if not _is_camera(given) and not Path(given).is_file():
         raise VideoError(f"--imgs {given}: there is no such file")
     logger.info("device: %s", describe(device))
     path = output_path(given, Path(cfg.TEST.result))
@@ -90,7 +114,7 @@ def segment_video(
     most: int | None = None,
     progress: bool = True,
 ) -> Written:
-    """Write a video whose frames are tinted, of the same size and frame rate.
+    """Write a video whose frames are tinted, of the same size (odd sides get one more) and frame rate.
 
     One that is interrupted has the frames so far. A frame that cannot be read is shown as the one before, and counted.
 
@@ -107,21 +131,20 @@ def segment_video(
         WriteError: the disk is full.
         KeyboardInterrupt: before the first frame.
     """
-    source = cv2.VideoCapture(int(given) if given.isdigit() else given)
+    source = cv2.VideoCapture(int(given) if _is_camera(given) else given)
     interruption, count = None, 0
     try:
         frames = _Frames(source, given, most)
         with whole_file(path) as partial:
             # OpenCV chooses the container by the ending.
             own = partial.with_name(partial.name + path.suffix)
-            writer = cv2.VideoWriter(str(own), cv2.VideoWriter_fourcc(*CODEC), frames.rate, frames.size)
+            writer = _Writer(own, frames.size, frames.rate)
             try:
-                if not writer.isOpened():
+                if not writer.opened:
                     raise VideoError(f"{path}: OpenCV cannot write a video there ({CODEC}, {frames.size})")
                 with progress_bar(total=frames.total, desc="segmenting", unit="frame", shown=progress) as bar:
                     for result in segmenter.frames(frames, smoothing=smoothing):
-                        tinted = np.asarray(result.overlay(alpha, legend=False))
-                        writer.write(cv2.cvtColor(tinted, cv2.COLOR_RGB2BGR))
+                        writer.write(np.asarray(result.overlay(alpha, legend=False)))
                         count += 1
                         bar.update()
             except KeyboardInterrupt as caught:
@@ -140,6 +163,28 @@ def segment_video(
     finally:
         source.release()
     return Written(path, count, frames.broken, interruption)
+
+
+class _Writer:
+    """A new video of (H, W, 3) uint8 RGB frames.
+
+    Args:
+        path: of the file.
+        size: (width, height); odd sides, which the codec does not take, get one more, and nothing is cut.
+        rate: frames per second, of which the codec knows no more than 65,535 parts.
+    """
+
+    def __init__(self, path: Path, size: tuple[int, int], rate: float):
+        self._right, self._below = size[0] % 2, size[1] % 2
+        size = size[0] + self._right, size[1] + self._below
+        rate = rate if rate <= 65 else round(rate, 1)
+        self._video = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*CODEC), rate, size)
+        self.opened, self.release = self._video.isOpened(), self._video.release
+
+    def write(self, frame: np.ndarray) -> None:
+        """Add a frame."""
+        frame = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        self._video.write(cv2.copyMakeBorder(frame, 0, self._below, 0, self._right, cv2.BORDER_REPLICATE))
 
 
 def _holds(path: Path, count: int) -> bool:
@@ -163,9 +208,9 @@ class _Frames(Iterable):
     def __init__(self, source: cv2.VideoCapture, name: str, most: int | None):
         width, height = (int(source.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
         if not source.isOpened() or not width or not height:
-            what = f"camera {name}" if name.isdigit() else name
+            what = f"camera {name}" if _is_camera(name) else name
             raise VideoError(
-                f"{what}: cannot be opened as a video{'' if name.isdigit() else ' (damaged, or missing?)'}"
+                f"{what}: cannot be opened as a video{'' if _is_camera(name) else ' (damaged, or missing?)'}"
             )
         self.source, self.size, self.broken = source, (width, height), 0
         rate = source.get(cv2.CAP_PROP_FPS)

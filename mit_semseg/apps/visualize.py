@@ -1,7 +1,8 @@
 """Every picture the toolkit draws: colour maps, panels, overlays with a legend, curves."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -136,10 +137,23 @@ def result_names(names: Sequence[str]) -> dict[str, Path]:
     full = {name: Path(*(part if part != ".." else "_parent" for part in _inside(Path(name)))) for name in names}
     claims = Counter(f"{path.with_suffix('')}{ending}" for path in full.values() for ending in ENDINGS)
 
-    def is_safe(path: Path) -> bool:
-        return all(claims[f"{path.with_suffix('')}{ending}"] == 1 for ending in ENDINGS)
+    whole = {f"{path}{ending}" for path in full.values() for ending in ENDINGS if path.suffix}
 
-    return {name: path.with_suffix("") if is_safe(path) else path for name, path in full.items()}
+    def is_safe(stem: Path) -> bool:
+        return all(claims[f"{stem}{ending}"] == 1 and f"{stem}{ending}" not in whole for ending in ENDINGS)
+
+    def candidates(path: Path) -> Iterator[Path]:
+        if is_safe(path.with_suffix("")):
+            yield path.with_suffix("")
+        yield path
+        for number in count(2):
+            yield path.with_name(f"{path.name}_{number}")
+
+    stems, taken = {}, set()
+    for name, path in full.items():
+        stems[name] = next(stem for stem in candidates(path) if not any(f"{stem}{e}" in taken for e in ENDINGS))
+        taken |= {f"{stems[name]}{ending}" for ending in ENDINGS}
+    return stems
 
 
 def _inside(path: Path) -> tuple[str, ...]:

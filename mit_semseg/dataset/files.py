@@ -186,12 +186,13 @@ def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageL
         ImageFileError: no readable image, or not single-channel of 8 or 16 bits; says how to convert it.
     """
     with _open(path, limits=limits) as image:
+        scale = _SCALED.get(str(image.tile[0][3]), 1) if image.tile else 1  # no more to be seen once it is loaded
         try:
             image.load()
         except _DAMAGE as error:
             raise ImageFileError(f"{path}: the label image is damaged ({_said(error)})") from None
         if image.mode in ("L", "P") and (image.mode == "L" or palette):
-            return Image.fromarray(np.asarray(image))
+            return Image.fromarray(np.asarray(image) // np.uint8(scale))
         if image.mode.startswith("I"):
             values = np.asarray(image)
             if values.min() >= 0 and values.max() <= FULL_16_BIT:
@@ -199,6 +200,8 @@ def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageL
         raise ImageFileError(f"{path}: {_LABEL_FIX.get(image.mode, _OTHER_FIX).format(mode=image.mode)}")
 
 
+# Grey values of PNG files with 2 or 4 bits per pixel, which Pillow spreads over 0 to 255.
+_SCALED = {"L;2": 85, "L;4": 17}
 _LABEL_FIX = {
     "P": "the label is a palette image (mode P); if its indices are the raw values set DATASET.palette_labels True, "
     "else save it as 8-bit grey",

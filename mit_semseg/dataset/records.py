@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..lib.utils import whole_file
+from ..lib.utils import TEXT, whole_file
 from .layouts import VOC_IMAGES, VOC_LABELS, VOC_LISTS, ListError, Record, read_lines, read_split, scan_pairs
 
 
@@ -98,4 +98,4 @@ def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
     """Write records to an odgt file, one JSON object a line; the file appears whole or not at all."""
     with whole_file(path) as partial:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        partial.write_text("".join(lines), encoding="utf-8")
+        partial.write_text("".join(lines), **TEXT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..lib.utils import whole_file
+from ..lib.utils import UserError, whole_file
 
 # raw label value = position + 1; 0 is unlabelled (a thin border between classes, as in PASCAL VOC)
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
@@ -153,6 +153,8 @@ def write_dataset(
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) >= 16 and int(height) >= 16):
+        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT of 16 pixels and more, such as 160x120")
     return int(width), int(height)
 
 
@@ -165,7 +167,12 @@ def main() -> None:
     parser.add_argument("--size", type=_size, default=(160, 120), metavar="WxH", help="of a picture (default 160x120)")
     parser.add_argument("--seed", type=int, default=0, help="of the scenes (default %(default)s)")
     args = parser.parse_args()
-    write_dataset(args.folder, train=args.train, val=args.val, size=args.size, seed=args.seed)
+    try:
+        write_dataset(args.folder, train=args.train, val=args.val, size=args.size, seed=args.seed)
+    except OSError as error:
+        parser.error(f"{error.filename}: {error.strerror}")
+    except UserError as error:
+        parser.error(str(error))
     print(f"{args.train} training and {args.val} validation scenes written to {args.folder}")
 
 

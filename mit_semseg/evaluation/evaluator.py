@@ -24,11 +24,13 @@ MOST_WORKERS = 4  # loader processes; the network is the slower part
 
 @dataclass(frozen=True)
 class Score:
-    """Of one picture: its name, the mean IoU over the classes in its label, and the pixel accuracy; in 0..1."""
+    """Of one picture: its name, the mean IoU over the classes in its label, and the pixel accuracy; in 0..1. Where no
+    pixel is labelled both are 0 and say nothing."""
 
     name: str
     mean_iou: float
     accuracy: float
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -218,4 +220,4 @@ def _scored(item: dict, prediction: np.ndarray, metric: SegmentationMetric) -> S
     own.add(prediction, item["seg_label"][0].numpy())
     metric.merge(own)
     summary = own.summary()
-    return Score(item["info"], summary.mean_iou_present, summary.pixel_accuracy)
+    return Score(item["info"], summary.mean_iou_present, summary.pixel_accuracy, bool(summary.present.any()))

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+# How text is written. The name of a file may hold bytes that are no text; JSON files keep them, as \\udcXX.
+TEXT = {"encoding": "utf-8", "errors": "backslashreplace"}
+
 
 class UserError(Exception):
     """A mistake the user can correct: the message says what was given, what is allowed and what to do.
