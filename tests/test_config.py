@@ -174,6 +174,7 @@ VAL: 3
         (["TRAIN.warmup_iters", "100000"], "not shorter"),
         (["TRAIN.lr_encoder", "nan"], "is no number"),
         (["TRAIN.fix_bn", "3"], "no True or False"),
+        (["TRAIN.compile", "True", "TRAIN.recompute", "True"], "TRAIN.compile cannot compile what TRAIN.recompute"),
     ],
 )
 def test_contradictions_and_wrong_values(opts, message):

@@ -394,6 +394,8 @@ def effect_of_train_compile(runs, baseline):
         runs.train(TRAIN__compile=True)
     assert len(sizes) == 6
     assert all(side % building.COMPILED_SIZES == 0 for size in sizes for side in size)
+    with pytest.raises(UserError, match=r"TRAIN\.compile does not work with several devices of one process"):
+        in_process("train", runs.monkeypatch, "--gpus", "cpu,cpu", *words(runs.options({"TRAIN.compile": True})))
 
 
 def effect_of_channels_last(runs, baseline):

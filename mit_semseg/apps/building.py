@@ -110,6 +110,7 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         recompute(module.encoder)
     if train.compile:
         module.encoder.compile()
+        module.encoder.compiled = True
     optimizer = build_optimizer(
         module.encoder,
         module.decoder,

@@ -163,6 +163,8 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
             "TRAIN.recompute True is for encoders of blocks (not VGG) with MODEL.norm sync or batch: leave it out, or "
             "change these"
         )
+    if v["TRAIN.recompute"] and v["TRAIN.compile"]:
+        problems.append("TRAIN.compile cannot compile what TRAIN.recompute computes again: use one of them")
     if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
         problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
     if v["TRAIN.eval_epoch"] > v["TRAIN.num_epoch"]:

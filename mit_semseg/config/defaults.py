@@ -240,7 +240,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.compile": Option(
         False,
         "compile the encoder (torch.compile), half a minute or more for every size of a batch; sizes are rounded up to "
-        "a multiple of 64, so that there are few",
+        "a multiple of 64, so that there are few; not for several devices of one process, nor with recompute",
     ),
     "TRAIN.eval_epoch": Option(0, "epochs between two validations; 0 never validates", low=0),
     "TRAIN.visualize": Option(False, "write panels of every validation during training to DIR/vis"),

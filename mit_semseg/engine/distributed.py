@@ -247,14 +247,15 @@ def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Proc
         devices: of this process; one only, where there are several processes.
 
     Raises:
-        UserError: several devices in this process, and blocks that are recomputed.
+        UserError: several devices in this process, and blocks that are recomputed or compiled.
         ValueError: several devices in several processes.
     """
-    if len(devices) > 1 and any(getattr(part, "recomputed", False) for part in module.modules()):
-        raise UserError(
-            "TRAIN.recompute does not work with several devices of one process: start a process per device "
-            "(torchrun --nproc_per_node=...), or leave it out"
-        )
+    for done in ("recomputed", "compiled") if len(devices) > 1 else ():
+        if any(getattr(part, done, False) for part in module.modules()):
+            raise UserError(
+                f"TRAIN.{done.removesuffix('d')} does not work with several devices of one process: start a process "
+                f"per device (torchrun --nproc_per_node=...), or leave it out"
+            )
     if processes.size == 1:
         return UserScatteredDataParallel(module, devices, timeout=processes.timeout)
     if len(devices) > 1:

@@ -144,7 +144,7 @@ def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[flo
     Raises:
         NonFiniteLoss: in all processes, of the first step whose loss is not finite.
     """
-    own = torch.stack([step.shares for step in steps]).double().cpu()
+    own = torch.stack([step.shares for step in steps]).cpu().double()
     values = torch.tensor(processes.sum(own.flatten().tolist(), "adding up losses")).view(-1, 2).tolist()
     for number, (loss, _) in enumerate(values):
         if not math.isfinite(loss) and not steps[number].skipped:

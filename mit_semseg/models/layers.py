@@ -134,7 +134,13 @@ def _averages(side: int, bins: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=64)  # some KB each
 def _cached_averages(side: int, bins: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # a tensor of inference mode could not be used in training
-        return _averages(side, bins, device)
+        place = torch.device("cpu") if device.type == "mps" else device
+        return on_device(_averages(side, bins, place), device)
+
+
+def on_device(matrix: Tensor, device: torch.device) -> Tensor:
+    """A float64 matrix on a device, in float32 on Apple's GPUs, which know no other."""
+    return matrix.float().to(device) if device.type == "mps" else matrix.to(device)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

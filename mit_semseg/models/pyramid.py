@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import is_symbolic, resize
+from .layers import is_symbolic, on_device, resize
 
 GAIN = 2.0  # times fewer multiplications that a map needs to go this way: they are in smaller matrices
 CACHED_MATRICES = 64  # up to some 100 KB each; a few sizes of pictures come again and again
@@ -134,4 +134,4 @@ def _arrivals(source: int, target: int, taps: int, align_corners: bool, device: 
         shown = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)
         padded = F.pad(shown, (taps // 2, taps // 2))
         matrix = torch.stack([padded[:, tap : tap + target] for tap in range(taps)])  # (taps, source, target)
-        return matrix.flatten(0, 1).T.contiguous().to(device)
+        return on_device(matrix.flatten(0, 1).T.contiguous(), device)
