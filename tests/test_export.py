@@ -71,6 +71,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_eight_bits(folder, tmp_path):  # noqa: F811
     """Nearly the same label maps from a quarter of the bytes; what the file says of itself is kept."""
     onnx = pytest.importorskip("onnx", reason="of the extra `export`")
@@ -95,6 +96,7 @@ def test_eight_bits(folder, tmp_path):  # noqa: F811
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "network.int8.onnx", "network.onnx"]
 
 
+@pytest.mark.long
 def test_eight_bits_of_a_set_with_a_broken_picture(folder, tmp_path):  # noqa: F811
     pytest.importorskip("onnx", reason="of the extra `export`")
     write_pairs(tmp_path / "data", [(96, 72)] * 3, values=(0, 1, 2))

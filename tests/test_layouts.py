@@ -175,6 +175,7 @@ REDUCED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["cityscapes-resnet101-pspnet", "cityscapes-resnet101-deeplabv3"])
 def test_recipe_from_training_to_the_server(recipe, cityscapes, tmp_path):
     """Trains, resumes, evaluates through windows, and writes labelIds under names the server knows."""
