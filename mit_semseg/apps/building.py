@@ -120,7 +120,7 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         beta1=train.beta1,
         weight_decay=train.weight_decay,
     )
-    values = {field.name: train[field.name] for field in fields(Settings) if field.name in train}
+    values = {field.name: train[field.name] for field in fields(Settings) if field.name != "options"}
     return optimizer, Settings(**values, options=_of_the_run(cfg))
 
 

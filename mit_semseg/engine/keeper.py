@@ -258,7 +258,8 @@ class Keeper:
             self.run.left_out |= dict.fromkeys(sentences)
 
     def _save_state(self) -> None:
-        for name in filter(None, self.processes.collect(self.run.not_finite(), "looking at the weights")):
+        names = self.processes.collect(self.run.not_finite(), "looking at the weights")
+        if name := next(filter(None, names), ""):
             raise TrainingStopped(
                 f"step {self.run.step}: {name} is not finite any more, so nothing of this step was saved; "
                 f"{self.files.last_saved()}. {AGAINST_DIVERGENCE}"
