@@ -1,6 +1,6 @@
 """Evaluate a trained network: python eval.py --cfg config/NAME.yaml [--gpu 0] [KEY VALUE ...]"""
 
-from mit_semseg.apps import cli, scoring
+from mit_semseg.apps import cli, logs, scoring
 from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
@@ -18,7 +18,7 @@ def main() -> int:
     devices = pick_devices(args.device)
     with distributed.join(devices[0]) as processes:
         cli.compare(cfg, processes)
-        logger = cli.setup_logger(processes.rank, None, args.level)
+        logger = logs.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         evaluation = scoring.score(args.cfg, args.opts, devices, processes)
         if processes.main:

@@ -1,6 +1,6 @@
 """Evaluate a trained network on several devices: python eval_multipro.py --gpus 0-3 --cfg config/NAME.yaml"""
 
-from mit_semseg.apps import cli, scoring
+from mit_semseg.apps import cli, logs, scoring
 from mit_semseg.apps.devices import describe, pick_devices
 from mit_semseg.config import load_config
 
@@ -15,7 +15,7 @@ def main() -> int:
     cfg = load_config(args.cfg, args.opts)
     cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
     devices = pick_devices(args.device)
-    cli.setup_logger(0, None, args.level).info("devices: %s", ", ".join(map(describe, devices)))
+    logs.setup_logger(0, None, args.level).info("devices: %s", ", ".join(map(describe, devices)))
     evaluation = scoring.score(args.cfg, args.opts, devices)
     scoring.report(cfg, args.cfg, evaluation)
     return 1 if evaluation.left_out else 0

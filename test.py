@@ -3,7 +3,7 @@
 from logging import INFO
 from pathlib import Path
 
-from mit_semseg.apps import cli, video
+from mit_semseg.apps import cli, logs, video
 from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.apps.pictures import find_pictures
 from mit_semseg.apps.predictor import segment_share
@@ -36,11 +36,11 @@ def main() -> int:
     video.check_arguments(args)
     devices = pick_devices(args.device)
     if video.is_video(args.imgs):
-        cli.setup_logger(0, None, args.level)
+        logs.setup_logger(0, None, args.level)
         return video.run(cfg, args.imgs, devices[0], args.smoothing)
     with distributed.join(devices[0]) as processes:
         cli.compare(cfg, processes)
-        logger = cli.setup_logger(processes.rank, None, args.level)
+        logger = logs.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))
         found = find_pictures(args.imgs, Path(cfg.TEST.result), endings) if processes.main else None
         plan = processes.collect(found, "looking for pictures")[0]  # one list for all

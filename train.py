@@ -2,7 +2,7 @@
 
 import torch
 
-from mit_semseg.apps import building, cli
+from mit_semseg.apps import building, cli, logs
 from mit_semseg.apps.devices import describe_all, pick_devices
 from mit_semseg.apps.recorder import RunRecorder
 from mit_semseg.config import load_config
@@ -27,7 +27,7 @@ def main() -> int:
         continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
         dataset, validation = building.build_data(cfg)
 
-        logger = cli.setup_logger(processes.rank, f"{cfg.DIR}/log.txt", args.level)
+        logger = logs.setup_logger(processes.rank, f"{cfg.DIR}/log.txt", args.level)
         logger.info("options:\n%s", cfg.dump())
         logger.info("devices: %s", describe_all(devices, processes))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))

@@ -1,7 +1,7 @@
 """Old names, kept where others import them; each lives elsewhere."""
 
-from .apps.cli import setup_logger
 from .apps.devices import NotSupportedCliException, parse_devices
+from .apps.logs import setup_logger
 from .apps.visualize import colorEncode
 from .dataset.layouts import find_recursive
 from .evaluation.metrics import AverageMeter, accuracy, intersectionAndUnion

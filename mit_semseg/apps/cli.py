@@ -1,17 +1,17 @@
-"""What the scripts share: parsers, logging, and how they end."""
+"""What the scripts share: parsers, what is compared at the start, and how they end."""
 
 import argparse
 import hashlib
 import io
 import logging
+import multiprocessing
 import os
-import platform
 import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,11 +21,10 @@ from ..config import OPTIONS, Config, add_config_arguments
 from ..engine import Processes, RunFiles
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
-from ..lib.utils import TEXT, UserError
+from ..lib.utils import UserError
+from .logs import colored, takes_colors
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
-LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
-COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # yellow and red, of terminals
 EXIT_CODES = (
     "exit codes: 0 done, 1 something was left out, 2 a mistake that the last line explains, 130 Ctrl-C, 143 SIGTERM"
 )
@@ -92,66 +91,6 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         (("-q", "--quiet"), logging.WARNING, "say less: results and warnings only, no progress"),
     ):
         given.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)
-
-
-class _LogFile(logging.FileHandler):
-    """A log on a disk that may become full: said once, and the run goes on."""
-
-    _failed = False
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not self._failed:
-            self._failed = True
-            print(f"warning: {self.baseFilename} cannot be written: {sys.exc_info()[1]}", file=sys.stderr)
-
-
-class _Colored(logging.Formatter):
-    """Warnings and errors in colour."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return colored(super().format(record), record.levelno)
-
-
-def colored(text: str, level: int) -> str:
-    """Text in the colour that messages of a level have on a terminal."""
-    return f"\033[{COLORS[level]}m{text}\033[0m" if level in COLORS else text
-
-
-def _takes_colors(stream) -> bool:
-    return stream.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
-
-
-def setup_logger(
-    distributed_rank: int = 0, filename: str | None = "log.txt", level: int = logging.INFO
-) -> logging.Logger:
-    """Log to the terminal and, if a name is given, to a file (appended to).
-
-    Args:
-        distributed_rank: of this process; all but 0 log warnings only, with their rank, to the same file.
-        filename: of the log; None logs to the terminal alone.
-        level: of what is logged; the file gets messages of level INFO in any case.
-
-    Returns:
-        The toolkit's logger.
-    """
-    log = logging.getLogger(__package__.split(".")[0])
-    log.propagate = False
-    for handler in log.handlers[:]:
-        log.removeHandler(handler)
-        handler.close()
-    form = LOG_FORMAT.replace("]", f" rank {distributed_rank}]") if distributed_rank else LOG_FORMAT
-    handlers: list[tuple[logging.Handler, int]] = [(logging.StreamHandler(sys.stdout), level)]
-    if filename:
-        Path(filename).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append((_LogFile(filename, **TEXT), min(level, logging.INFO)))
-    for handler, least in handlers:
-        handler.setLevel(max(least, logging.WARNING) if distributed_rank else least)
-        kind = _Colored if handler is handlers[0][0] and _takes_colors(sys.stdout) else logging.Formatter
-        handler.setFormatter(kind(form, "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(handler)
-    log.setLevel(min(handler.level for handler in log.handlers))
-    log.debug("Python %s, PyTorch %s on %s", platform.python_version(), torch.__version__, platform.platform())
-    return log
 
 
 def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
@@ -239,9 +178,16 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files that are no text
+    with _left_at_once():
+        code = _outcome(main, kept)
+    sys.exit(code)
+
+
+def _outcome(main: Callable[[], int | None], kept: str) -> int | None:
+    """What a script's main function returns; exits where it fails, see `run`."""
     try:
         with _terminable():
-            sys.exit(main())
+            return main()
     except UserError as error:
         # A loader process puts its traceback before the message.
         _fail(str(error).split(f"{type(error).__name__}: ")[-1].strip())
@@ -262,11 +208,38 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
         sys.exit(code)
 
 
+@contextmanager
+def _left_at_once() -> Iterator[None]:
+    """In here a process of a job of several that fails ends with its exit code, whatever still runs in it.
+
+    The threads of its process groups cannot be waited for where the others do not answer any more, and such a thread
+    that lets go of a tensor while Python ends takes the process down (SIGABRT in place of the exit code).
+    """
+    try:
+        yield
+    except BaseException as error:
+        if Place.of_this_process().size == 1:
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        elif isinstance(code, str):
+            print(code, file=sys.stderr)
+        for process in multiprocessing.active_children():  # of the loaders
+            process.kill()
+            process.join()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # a pipe that nobody reads any more
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 def _fail(text: str) -> NoReturn:
     """Print what is wrong, while an error is handled, and exit."""
     if {"-v", "--verbose"} & set(sys.argv):  # also before the log is set up
         traceback.print_exc()
     place = Place.of_this_process()
     text = f"error: {f'[rank {place.rank}] ' if place.size > 1 else ''}{text}"
-    print(colored(text, logging.ERROR) if _takes_colors(sys.stderr) else text, file=sys.stderr, flush=True)
+    print(colored(text, logging.ERROR) if takes_colors(sys.stderr) else text, file=sys.stderr, flush=True)
     sys.exit(2)

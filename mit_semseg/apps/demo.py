@@ -18,8 +18,9 @@ from ..dataset import ValDataset
 from ..dataset.layouts import find_images
 from ..engine import RunFiles
 from ..lib.utils import UserError
-from .cli import make_parser, run, setup_logger
+from .cli import make_parser, run
 from .devices import describe, pick_devices
+from .logs import setup_logger
 from .page import Networks, build_page, launch
 from .predictor import Segmenter
 from .uploads import Limits

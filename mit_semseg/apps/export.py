@@ -24,7 +24,8 @@ from ..lib.utils import UserError, whole_file
 from ..models.folding import folded
 from . import quantize
 from .building import build_module, view_of
-from .cli import DEFAULT_CONFIG, add_verbosity, run, setup_logger
+from .cli import DEFAULT_CONFIG, add_verbosity, run
+from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import torch
 from ..dataset.samplers import shards
 from ..engine import Processes
 from ..lib.utils import UserError, available_cores
-from .cli import setup_logger
+from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
 

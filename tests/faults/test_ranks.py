@@ -216,6 +216,54 @@ def test_processes_with_other_code_do_not_start(root, tmp_path):
         assert re.search(r"they differ in the code of mit_semseg \(rank 0: \w{12}, rank 1: \w{12}\)", errors), errors
 
 
+FAILING = """
+import atexit, multiprocessing, os, sys, time
+import torch
+from mit_semseg.apps import cli
+from mit_semseg.engine.distributed import join
+from mit_semseg.lib.utils import UserError
+
+def main():
+    atexit.register(os.abort)
+    with join(torch.device("cpu"), 60):
+        child = multiprocessing.Process(target=time.sleep, args=(60,), daemon=True)
+        child.start()
+        print(child.pid, end="")
+        raise {error}
+
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        ("UserError('no such list')", 2, "error: [rank {rank}] no such list"),
+        ("KeyError('bug')", 1, "KeyError: 'bug'"),
+        ("KeyboardInterrupt", 130, "interrupted"),
+        ("SystemExit('enough')", 1, "enough"),
+    ],
+)
+def test_failing_processes_do_not_wait_for_threads_of_their_groups(error, code, told):
+    """Such a thread, still at work while Python ends, aborted one process in a hundred; here `abort` stands for it."""
+    port = free_port()
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, "-c", FAILING.format(error=error)],
+            env={**rank_environment(rank, 2, port), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank, job in enumerate(jobs):
+        child, errors = job.communicate(timeout=60)
+        assert job.returncode == code, errors
+        assert errors.splitlines()[-1] == told.format(rank=rank)
+        assert not Path(f"/proc/{child}").exists()
+
+
 class Network:
     """Two network namespaces of their own, and a cable between them."""
 
