@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 
 from ..config import OPTIONS, Config, add_config_arguments
 from ..engine import Processes, RunFiles
@@ -210,7 +211,7 @@ def _outcome(main: Callable[[], int | None], kept: str) -> int | None:
 
 @contextmanager
 def _left_at_once() -> Iterator[None]:
-    """In here a process of a job of several that fails ends with its exit code, whatever still runs in it.
+    """In here a process that has joined a job and fails ends with its exit code, whatever still runs in it.
 
     The threads of its process groups cannot be waited for where the others do not answer any more, and such a thread
     that lets go of a tensor while Python ends takes the process down (SIGABRT in place of the exit code).
@@ -218,7 +219,7 @@ def _left_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if Place.of_this_process().size == 1:
+        if not (dist.is_available() and dist.is_initialized()):
             raise
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):

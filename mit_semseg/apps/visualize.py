@@ -135,12 +135,16 @@ def result_names(names: Sequence[str]) -> dict[str, Path]:
     are added. Folders are kept; `..` becomes a plain name.
     """
     full = {name: Path(*(part if part != ".." else "_parent" for part in _inside(Path(name)))) for name in names}
-    claims = Counter(f"{path.with_suffix('')}{ending}" for path in full.values() for ending in ENDINGS)
 
-    whole = {f"{path}{ending}" for path in full.values() for ending in ENDINGS if path.suffix}
+    def results(stem: Path) -> set[str]:
+        """What disks would call them that take a.png and A.png for one (those of Windows and macOS)."""
+        return {f"{stem}{ending}".casefold() for ending in ENDINGS}
+
+    claims = Counter(result for path in full.values() for result in results(path.with_suffix("")))
+    whole = {result for path in full.values() if path.suffix for result in results(path)}
 
     def is_safe(stem: Path) -> bool:
-        return all(claims[f"{stem}{ending}"] == 1 and f"{stem}{ending}" not in whole for ending in ENDINGS)
+        return all(claims[result] == 1 and result not in whole for result in results(stem))
 
     def candidates(path: Path) -> Iterator[Path]:
         if is_safe(path.with_suffix("")):
@@ -151,8 +155,8 @@ def result_names(names: Sequence[str]) -> dict[str, Path]:
 
     stems, taken = {}, set()
     for name, path in full.items():
-        stems[name] = next(stem for stem in candidates(path) if not any(f"{stem}{e}" in taken for e in ENDINGS))
-        taken |= {f"{stems[name]}{ending}" for ending in ENDINGS}
+        stems[name] = next(stem for stem in candidates(path) if not results(stem) & taken)
+        taken |= results(stems[name])
     return stems
 
 
