@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import ROOT, SMALL, Job
+from runs import ROOT, SMALL, Job, forked
 from scenes import write_pairs
-from torch.multiprocessing import get_context
 
 # One thread each: rounding does not depend on how the work is split.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -36,10 +35,9 @@ def _work(rank: int, count: int, store: str, timeout: float, function: Callable,
 
 def in_processes(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
     """Results of `function(rank, *arguments)` in `count` gloo processes; plain values, the errors as tracebacks."""
-    context = get_context("spawn")
-    results, store = context.Queue(), folder / f"store-{function.__name__}"
+    results, store = forked.Queue(), folder / f"store-{function.__name__}"
     processes = [
-        context.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
+        forked.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
         for rank in range(count)
     ]
     for process in processes:

@@ -47,8 +47,9 @@ SMALL = {
 }
 
 
-_processes = get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "mit_semseg.apps.scoring", "mit_semseg.apps.video", "runs"])
+# Starts processes that have torch already.
+forked = get_context("forkserver")
+forked.set_forkserver_preload(["torch", "mit_semseg.apps.scoring", "mit_semseg.apps.video", "runs"])
 
 
 def _as_main(
@@ -99,7 +100,7 @@ class Job:
         env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
         how = str(cwd), env, start_method or get_start_method()
         arguments = name, [str(word) for word in arguments], *how, *map(str, self._files)
-        self._process = _processes.Process(target=_as_main, args=arguments)
+        self._process = forked.Process(target=_as_main, args=arguments)
         self._process.start()
         self.pid = self._process.pid
 

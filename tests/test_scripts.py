@@ -62,7 +62,7 @@ def without_times(result):
     return {key: value for key, value in result.items() if "second" not in key}
 
 
-@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu", "cpu,cpu,cpu,cpu"])
+@pytest.mark.parametrize("gpus", ["cpu", pytest.param("cpu,cpu", marks=pytest.mark.long), "cpu,cpu,cpu,cpu"])
 def test_shared_out_evaluation_gives_the_same_counts(trained, gpus):
     """Three pictures on one, two and four processes: every picture once, the figures of eval.py."""
     path = Path(trained["DIR"]) / "result" / "results.json"

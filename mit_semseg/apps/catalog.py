@@ -9,7 +9,8 @@ The networks are built without memory (on PyTorch's meta device), so this takes 
 import argparse
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -42,27 +43,35 @@ Every key of a YAML file and of the end of a command line (`TRAIN.num_epoch 10`)
 """
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """A part of a network, what it gives for a picture of `SIZE`, and the GFLOPs of that."""
+
+    part: nn.Module
+    output: object
+    cost: float
+
+    @classmethod
+    def of(cls, part: nn.Module, call: Callable, *arguments, **options) -> "_Counted":
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            output = call(*arguments, **options)
+        return cls(part, output, counter.get_total_flops() / 1e9)
+
+
 @cache
-def _encoder(name: str) -> tuple[nn.Module, float]:
+def _encoder(name: str) -> _Counted:
     with torch.device("meta"):
         encoder = ModelBuilder.build_encoder(name, pretrained=False).eval()
-        return encoder, _gigaflops(encoder, torch.empty(1, 3, *SIZE), return_feature_maps=True)
+        return _Counted.of(encoder, encoder, torch.empty(1, 3, *SIZE), return_feature_maps=True)
 
 
 @cache
-def _decoder(name: str, encoder_name: str, num_class: int = 150) -> tuple[nn.Module, float]:
-    encoder = _encoder(encoder_name)[0]
-    with torch.device("meta"), torch.no_grad():
-        options = {"in_channels": encoder.out_channels, "output_stride": encoder.output_stride}
+def _decoder(name: str, encoder_name: str, num_class: int = 150) -> _Counted:
+    below = _encoder(encoder_name)
+    with torch.device("meta"):
+        options = {"in_channels": below.part.out_channels, "output_stride": below.part.output_stride}
         decoder = ModelBuilder.build_decoder(name, num_class=num_class, **options).eval()
-        features = encoder(torch.empty(1, 3, *SIZE), return_feature_maps=True)
-        return decoder, _gigaflops(decoder.head, features)
-
-
-def _gigaflops(call, *arguments, **options) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        call(*arguments, **options)
-    return counter.get_total_flops() / 1e9
+        return _Counted.of(decoder, decoder.head, below.output)
 
 
 def _millions(*modules: nn.Module) -> float:
@@ -103,10 +112,13 @@ def _encoders() -> Iterator[str]:
     yield "## Encoders\n"
     rows = []
     for name in ENCODERS:
-        encoder, cost = _encoder(name)
+        counted = _encoder(name)
+        encoder = counted.part
         channels = ", ".join(map(str, encoder.out_channels))
         base = "yes" if has_imagenet_base(name) else "no"
-        rows.append((f"`{name}`", f"{_millions(encoder):.2f}", f"{cost:.1f}", channels, encoder.output_stride, base))
+        rows.append(
+            (f"`{name}`", f"{_millions(encoder):.2f}", f"{counted.cost:.1f}", channels, encoder.output_stride, base)
+        )
     yield from _table(("Encoder", "parameters", "GFLOPs", "channels", "output stride", "ImageNet base known"), rows)
 
 
@@ -114,8 +126,8 @@ def _decoders() -> Iterator[str]:
     yield f"\n## Decoders\n\nOn top of `{REFERENCE}`, 150 classes.\n"
     rows = []
     for name in DECODERS:
-        decoder, cost = _decoder(name, REFERENCE)
-        rows.append((f"`{name}`", f"{_millions(decoder):.2f}", f"{cost:.1f}"))
+        decoder = _decoder(name, REFERENCE)
+        rows.append((f"`{name}`", f"{_millions(decoder.part):.2f}", f"{decoder.cost:.1f}"))
     yield from _table(("Decoder", "parameters", "GFLOPs"), rows)
 
 
@@ -127,10 +139,10 @@ def _recipes() -> Iterator[str]:
     rows = []
     for path in sorted(CONFIGS.glob("*.yaml")):
         cfg = load_config(path)
-        encoder, cost = _encoder(cfg.MODEL.arch_encoder)
-        decoder, more = _decoder(cfg.MODEL.arch_decoder, cfg.MODEL.arch_encoder, cfg.DATASET.num_class)
-        score = published_score(path.read_text(encoding="utf-8"))
-        rows.append((f"`{path.stem}`", f"{_millions(encoder, decoder):.2f}", f"{cost + more:.1f}", score))
+        encoder = _encoder(cfg.MODEL.arch_encoder)
+        decoder = _decoder(cfg.MODEL.arch_decoder, cfg.MODEL.arch_encoder, cfg.DATASET.num_class)
+        size, cost = _millions(encoder.part, decoder.part), encoder.cost + decoder.cost
+        rows.append((f"`{path.stem}`", f"{size:.2f}", f"{cost:.1f}", published_score(path.read_text(encoding="utf-8"))))
     yield from _table(("Config", "parameters", "GFLOPs", "published"), rows)
 
 

@@ -224,8 +224,6 @@ def _left_at_once() -> Iterator[None]:
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        elif isinstance(code, str):
-            print(code, file=sys.stderr)
         for process in multiprocessing.active_children():  # of the loaders
             process.kill()
             process.join()
@@ -233,7 +231,7 @@ def _left_at_once() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # a pipe that nobody reads any more
                 stream.flush()
-        os._exit(code if isinstance(code, int) else int(code is not None))
+        os._exit(code or 0)
 
 
 def _fail(text: str) -> NoReturn:

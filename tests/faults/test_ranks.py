@@ -240,8 +240,6 @@ cli.run(main)
     [
         ("UserError('no such list')", 2, "error: [rank {rank}] no such list"),
         ("KeyError('bug')", 1, "KeyError: 'bug'"),
-        ("KeyboardInterrupt", 130, "interrupted"),
-        ("SystemExit('enough')", 1, "enough"),
     ],
 )
 def test_failing_processes_do_not_wait_for_threads_of_their_groups(error, code, told):
