@@ -202,6 +202,8 @@ def test_values_are_read_as_what_they_say(tmp_path):
         "DATASET: {num_class: 2, classes: [car, 2024-01-02]}",
         "TRAIN: {lr_encoder: " + 400 * "1" + "}",
         "TRAIN: {lr_encoder: '{[]}'}",
+        "".join(f"x{n}: &x{n} [{9 * f'*x{n - 1}, '}0]\n" for n in range(1, 15)).replace("*x0", "0") + "VAL: *x14",
+        "VAL: &x [*x]",
     ],
     ids=lambda text: text[:24],
 )

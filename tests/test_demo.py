@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -141,6 +142,25 @@ def test_nothing_is_fetched_for_a_visitor(address, page):
     for what in (file, {"deep": [{"down": file}]}):
         for function in functions:
             assert "this page fetches no pictures from elsewhere" in sent(page, what, function)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "file=https://example.com/a.png",
+        "file=HTTP%3A//example.com/a.png",
+        "file=%20https://example.com",
+        "proxy=x.hf.space",
+        "process_recording",
+        "run-history/records",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["gradio_api/", ""])
+def test_no_route_fetches_for_a_visitor(page, prefix, route):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(f"{page}{prefix}{route}", timeout=30)
+    assert refused.value.code == 403
+    assert refused.value.read() == b"this page fetches nothing from elsewhere\n"
 
 
 def sent(page, what, function):

@@ -47,8 +47,25 @@ def test_without_triton_strips_do_it(monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "mit_semseg.evaluation.fused", None)
     upsampling._fused.cache_clear()
     with caplog.at_level("INFO"):
-        assert upsampling._fused() is None
+        assert upsampling._fused(torch.device("cpu")) is None
     assert "strip by strip" in caplog.text
+    upsampling._fused.cache_clear()
+
+
+def test_where_the_kernel_cannot_be_compiled_strips_do_it(monkeypatch, caplog):
+    def fails(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
+
+    monkeypatch.setattr("mit_semseg.evaluation.fused.fused_label_map", fails)
+    upsampling._fused.cache_clear()
+    assert upsampling._fused(torch.device("cpu")) is None
+    assert "strip by strip, without Triton's kernel (RuntimeError: Failed to find C compiler" in caplog.text
+    upsampling._fused.cache_clear()
+
+
+def test_the_kernel_is_tried_before_it_is_taken():
+    upsampling._fused.cache_clear()
+    assert upsampling._fused(torch.device(DEVICE)) is sys.modules["mit_semseg.evaluation.fused"].fused_label_map
     upsampling._fused.cache_clear()
 
 

@@ -111,6 +111,19 @@ def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
     assert LovaszLoss()(logits.log_softmax(1), label).item() == pytest.approx(np.mean(losses), rel=1e-12)
 
 
+def test_gradients_of_lovasz_in_16_bits_are_those_in_64():
+    """Counts of pixels beyond 256 are no numbers of bfloat16."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(1, 4, 64, 64, dtype=torch.float64), torch.randint(0, 4, (1, 64, 64))
+    gradients = []
+    for kind in (torch.float64, torch.bfloat16):
+        x = logits.to(kind, copy=True).requires_grad_()
+        LovaszLoss()(x.log_softmax(1), label).backward()
+        gradients.append(x.grad.double().flatten())
+    assert F.cosine_similarity(*gradients, dim=0) > 0.99
+    assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.05)
+
+
 @pytest.mark.parametrize("hard", [True, False])
 def test_lovasz_and_dice_of_certain_predictions(hard):
     """Nearly one-hot predictions: Lovász is one minus the IoU, Dice one minus the Dice coefficient."""

@@ -65,6 +65,15 @@ def test_a_step_too_large_for_float16_is_skipped_and_counted(root, tmp_path, nor
     assert again.skipped == 3
 
 
+def test_the_first_step_of_all_may_be_skipped(root, tmp_path):
+    """It leaves no momenta: fused SGD would have made some, of whatever was in the memory (here NaN)."""
+    done = trained(root, tmp_path, {0}, deterministic=True)
+    assert done.skipped == 1
+    assert finite(done.module.state_dict())
+    momenta = [state["momentum_buffer"] for state in done.optimizer.state.values()]
+    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in momenta)
+
+
 def one_step(rank, folder=None):
     """A step whose pictures are too large in one of the processes, with norms that learn from each device alone."""
     module = to_batchnorm(tiny_module(crit=MaskedNLLLoss()))

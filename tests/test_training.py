@@ -276,8 +276,11 @@ def test_nothing_is_written_over_unasked(root, tmp_path):
     with pytest.raises(CheckpointError, match=r"no resume\.pth .* TRAIN\.start_epoch 3"):
         files.find_resume("auto")
     assert {p.name for p in tmp_path.iterdir()} == set(kept) - {"resume.pth"}
+    mine = {"encoder_imagenet.pth", "film.partial"}
+    for name in (*mine, "resume.pth.77.partial"):
+        (tmp_path / name).touch()
     run(root, tmp_path, settings={"num_epoch": 1}, resume="restart")
-    names = {f"{part}_epoch_1.pth" for part in ("encoder", "decoder", "history")} | {"resume.pth"}
+    names = {f"{part}_epoch_1.pth" for part in ("encoder", "decoder", "history")} | {"resume.pth", *mine}
     assert {p.name for p in tmp_path.iterdir()} == names  # nothing of the old run is left to be taken for the new one's
 
 

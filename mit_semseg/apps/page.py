@@ -17,7 +17,7 @@ from ..lib.utils import UserError
 from .cli import is_out_of_memory
 from .predictor import Segmenter
 from .results import Result
-from .uploads import LONGEST_NAME, Limits, called, names_an_address, read_upload, uploads
+from .uploads import LONGEST_NAME, Gate, Limits, called, names_an_address, read_upload, uploads
 
 logger = logging.getLogger(__name__)
 
@@ -198,6 +198,7 @@ def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
         UserError: the port is taken, or cannot be served at.
     """
     import gradio as gr
+    from starlette.middleware import Middleware
 
     try:
         _, address, _ = page.launch(
@@ -208,6 +209,8 @@ def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
             # Fonts of the visitor's machine: the page fetches nothing from elsewhere.
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             footer_links=[],
+            app_kwargs={"middleware": [Middleware(Gate)]},
+            run_history=False,
             share=False,
             ssr_mode=False,
             quiet=True,

@@ -43,7 +43,7 @@ class RunRecorder:
     ):
         self.folder, self.table, self.main = Path(folder), table, main
         self._names = result_names(pictures)
-        self.writer, self._pictures = None, []
+        self.writer, self._pictures, self._open = None, [], None
         if tensorboard and main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -51,19 +51,19 @@ class RunRecorder:
                 raise UserError(
                     "TRAIN.tensorboard is on, but TensorBoard is not installed: pip install tensorboard"
                 ) from None
-            self.writer = SummaryWriter(str(self.folder / "tensorboard"))
+            self._open = SummaryWriter
             _leave_to_the_writer()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Training figures at a step."""
-        if self.writer:
+        if self._writes():
             with self._optional():
                 for name, value in values.items():
                     self.writer.add_scalar(f"train/{name}", value, step)
 
     def picture(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
         """A validation result; TensorBoard gets the first few with the next `epoch`."""
-        shown = self.writer and len(self._pictures) < PICTURES
+        shown = self._writes() and len(self._pictures) < PICTURES
         panel = result_panel(item, prediction, self.table) if shown or self._names else None
         if shown:
             self._pictures.append(panel)
@@ -75,12 +75,21 @@ class RunRecorder:
         if not self.main:
             return
         save_curves(history, self.folder / "curves.png")
-        if self.writer:
+        if self._writes():
             with self._optional():
                 if evaluation is not None:
                     self._write_scores(epoch, evaluation.summary)
                 self.writer.flush()
         self._pictures = []
+
+    def _writes(self) -> bool:
+        """Whether there are events to be written. Their file is begun with the first: a run that starts anew has then
+        removed those of the one before."""
+        if self._open:
+            begin, self._open = self._open, None
+            with self._optional():
+                self.writer = begin(str(self.folder / "tensorboard"))
+        return self.writer is not None
 
     def _write_scores(self, epoch: int, summary) -> None:
         self.writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)

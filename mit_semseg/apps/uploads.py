@@ -92,6 +92,28 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+class Gate:
+    """ASGI middleware in front of the page: refuses the routes of Gradio that fetch an address of the web for whoever
+    asks, or start a program on a file, none of which the page uses.
+
+    Args:
+        app: of the page.
+    """
+
+    closed = re.compile(r"/(file=\s*[a-z][a-z0-9+.-]+:|proxy=|process_recording|run-history)", re.IGNORECASE)
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http" or not self.closed.search(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        head = [(b"content-type", b"text/plain")]
+        await send({"type": "http.response.start", "status": 403, "headers": head})
+        await send({"type": "http.response.body", "body": b"this page fetches nothing from elsewhere\n"})
+
+
 @cache
 def uploads() -> Path:
     """The folder of the uploads, where Gradio has its place for files or else the system: of this process and its user

@@ -249,7 +249,10 @@ OPTIONS: dict[str, Option] = {
         "off", "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file"
     ),
     "TRAIN.timeout": Option(
-        1800.0, "seconds that processes, replicas and data loading wait for one another before the run ends", low=0.1
+        1800.0,
+        "seconds that processes, replicas and data loading wait for one another before the run ends",
+        low=0.1,
+        high=1e6,  # queues of Python count no further than 2 ** 31 milliseconds
     ),
     "TRAIN.tensorboard": Option(False, "write scalars and pictures for TensorBoard to DIR/tensorboard"),
     # Validation

@@ -12,6 +12,7 @@ from .check import ConfigError, contradictions, convert, unknown_key
 from .defaults import OPTIONS
 
 BASE_KEY = "_BASE_"
+MOST_VALUES = 100_000  # of a YAML file, whose lists of class names are its longest
 
 
 class Config(CfgNode):
@@ -122,7 +123,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, obje
     """(key, value, origin) of a YAML file, those of the file it is based on first."""
     try:
         chain = (*above, path.resolve())
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.resolve() not in above else None
+        content = _loaded(path.read_text(encoding="utf-8")) if path.resolve() not in above else None
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror or error}"]) from None
     except Exception as error:  # the reader meets what it does not understand, a 31st of June, with any exception
@@ -137,6 +138,32 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, obje
     base = content.pop(BASE_KEY, None)
     inherited = _read_yaml(path.parent / str(base), chain) if base else []
     return inherited + list(_flatten(content, str(path)))
+
+
+def _loaded(text: str) -> object:
+    """The values of a YAML text.
+
+    Raises:
+        ValueError: with what its aliases stand for it would be a huge one: some lines can stand for gigabytes.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and _size(node, {}) > MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _size(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values below a node, those of an alias counted wherever it stands."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # of one that is part of itself
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _flatten(content: Mapping, origin: str, prefix: str = ""):

@@ -72,7 +72,7 @@ class TrainDataset(LabelledRecords):
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
         try:
-            width, height = image_size(self.path(record, "fpath_img"))
+            width, height = image_size(self.path(record, "fpath_img"), limits=self.limits)
         except ImageFileError:
             if not self.skip:
                 raise

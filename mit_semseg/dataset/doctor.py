@@ -81,7 +81,7 @@ def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.nda
     """Size, pixels per class and notes of a record that can be used, or why it cannot."""
     try:
         image, label = dataset.pair(record)
-        notes = peculiarities(dataset.path(record, "fpath_img"))
+        notes = peculiarities(dataset.path(record, "fpath_img"), dataset.limits)
     except UserError as error:
         return str(error)
     paths = [Path(record[key]) for key in ("fpath_img", "fpath_segm")]

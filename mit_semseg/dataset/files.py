@@ -80,17 +80,20 @@ def _said(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
+def image_size(
+    path: str | os.PathLike, formats: Sequence[str] | None = None, limits: ImageLimits = STANDARD_LIMITS
+) -> tuple[int, int]:
     """(width, height) as the picture is seen, from its header.
 
     Args:
         path: of the file.
         formats: that it may have, as Pillow calls them; None takes all that Pillow reads.
+        limits: of the picture.
 
     Raises:
-        ImageFileError: no readable image.
+        ImageFileError: no readable image, or one above the limits.
     """
-    with _open(path, formats=formats) as image:
+    with _open(path, formats=formats, limits=limits) as image:
         width, height = image.size
         if image.format == "PNG" and "exif" not in image.info:
             return width, height  # asking further would decode the pixels
@@ -122,25 +125,25 @@ def read_image(
         return as_rgb(image, name or str(path))
 
 
-def peculiarities(path: str | os.PathLike) -> list[str]:
+def peculiarities(path: str | os.PathLike, limits: ImageLimits = STANDARD_LIMITS) -> list[str]:
     """What is unusual about a readable picture, and what is made of it.
 
     Raises:
-        ImageFileError: no readable image.
+        ImageFileError: no readable image, or one above the limits.
     """
     found = []
-    with _open(path) as image:
+    with _open(path, limits=limits) as image:
         if image.mode != "RGB":
             found.append(f"mode {image.mode}, converted to RGB")
         if min(image.size) < SMALL_SIDE:
             found.append(f"a side below {SMALL_SIDE} pixels")
     try:
-        with _open(path) as image:
+        with _open(path, limits=limits) as image:
             if getattr(image, "n_frames", 1) > 1:
                 found.append("animated or of several pages, the first of which is used")
             if image.getexif().get(ORIENTATION_TAG, 1) != 1:
                 found.append("turned as its EXIF says")
-        with _open(path) as image:
+        with _open(path, limits=limits) as image:
             image.verify()  # also checksums that no decoder looks at
     except _DAMAGE as error:
         found.append(f"can be read, but is not quite as its format wants it ({_said(error)})")

@@ -57,7 +57,8 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, processes
 
 def _of_its_own(number: int) -> None:
     """Ctrl-C on a terminal, and signals to a group of processes, are for those that end the loader processes."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -64,8 +64,10 @@ class RunFiles:
     def remove_partial(self) -> None:
         """Remove what a killed run left half-written."""
         for path in self.folder.rglob("*.partial"):
+            if not re.fullmatch(r".+\.\d+\.partial", path.name):  # none of ours
+                continue
             logger.info("removing %s, left by an interrupted save", path)
-            path.unlink()
+            path.unlink(missing_ok=True)
 
     def epochs(self) -> list[int]:
         """Epochs whose weights are in the folder, ascending."""
@@ -176,8 +178,9 @@ class RunFiles:
 
     def remove_run(self) -> None:
         """Remove what the run in the folder has written, so that none of it is taken for a new one's; its log stays."""
-        written = ("encoder_*.pth", "decoder_*.pth", "history_epoch_*.pth", self.resume.name, "curves.png")
-        for pattern in (*written, "vis/epoch_*/**/*.png", "tensorboard/events.*"):
+        weights = (f"{part}_{which}.pth" for part in ("encoder", "decoder") for which in ("epoch_[0-9]*", "best"))
+        others = ("history_epoch_[0-9]*.pth", self.resume.name, "curves.png", "vis/epoch_*/**/*.png")
+        for pattern in (*weights, *others, "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 

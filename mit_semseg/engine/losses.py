@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.layers import at_least_float32
 from .cross_entropy import likelihood_sum
 
 LOSSES = ("ce", "ohem", "dice", "lovasz", "ce+dice", "ce+lovasz")
@@ -147,6 +148,7 @@ class LovaszLoss(nn.Module):
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Scalar loss in 0..1; arguments as of `MaskedNLLLoss`."""
         labelled = label.flatten() != self.ignore_index
+        log_probs = at_least_float32(log_probs)  # 16 bits cannot count pixels
         losses, present = [], []
         for number in range(log_probs.size(1)):  # one class at a time: sorting all at once needs many times the memory
             truth = ((label.flatten() == number) & labelled).to(log_probs)

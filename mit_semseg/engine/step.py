@@ -58,11 +58,13 @@ class _Statistics:
 
     Args:
         runner: whose buffers they are.
+        optimizer: of the run.
         scaler: of the run; where it scales nothing, nothing is kept.
     """
 
-    def __init__(self, runner: nn.Module, scaler: torch.amp.GradScaler):
-        self._scaler, self._active = scaler, scaler.is_enabled()
+    def __init__(self, runner: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler):
+        self._scaler, self._active, self._optimizer = scaler, scaler.is_enabled(), optimizer
+        self._fresh = not any(optimizer.state.values())
         self._buffers = list(runner.buffers()) if self._active else []
         self._before, self._scale = [buffer.clone() for buffer in self._buffers], scaler.get_scale()
 
@@ -77,6 +79,8 @@ class _Statistics:
         if skipped:
             for buffer, before in zip(self._buffers, self._before, strict=True):
                 buffer.copy_(before)
+            if self._fresh:  # fused SGD that skips its first step leaves momenta of whatever was in the memory
+                self._optimizer.state.clear()
         return skipped
 
 
@@ -108,7 +112,7 @@ def train_step(
         ProcessStopped: another process ended or did not answer in time.
     """
     optimizer.zero_grad(set_to_none=True)
-    statistics = _Statistics(runner, scaler)
+    statistics = _Statistics(runner, optimizer, scaler)
     counts = torch.tensor(
         [[[float(weight_of(x, batch["seg_label"])) for x in (loss, None)] for batch in chunk] for chunk in chunks],
         dtype=torch.float64,

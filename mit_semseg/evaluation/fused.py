@@ -44,8 +44,8 @@ def _kernel(
     logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, labels, C, H, W,
     VIEWS: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    y = tl.program_id(1)
-    xs = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    y = tl.program_id(0)
+    xs = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     slots = tl.arange(0, SLOTS)[:, None]
     divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # logarithms of the softmax's, of every view
     if VIEWS > 1:
@@ -103,7 +103,7 @@ def fused_label_map(logits: Sequence[Tensor], size: tuple[int, int], places: Seq
     )
     labels = torch.empty(size, dtype=torch.int64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _kernel[(triton.cdiv(width, PIXELS), height)](
+        _kernel[(height, triton.cdiv(width, PIXELS))](  # of the second there can be 65,535
             flat, starts, *sides, lows[0], shares[0], lows[1], shares[1], labels, len(logits[0]), height, width,
             VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES, PIXELS=PIXELS,
         )  # fmt: skip

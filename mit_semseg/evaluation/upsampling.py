@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lib.nn.sync import first_sentence
 from ..models.layers import at_least_float32
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     logits = [at_least_float32(x.detach()) for x in logits]
     first = logits[0]
     plain = first.device.type == "cpu" and first.dtype == torch.float32 and max(*size, *first.shape) <= CV_LIMIT
-    if first.device.type == "cuda" and first.dtype == torch.float32 and (fused := _fused()):
+    if first.device.type == "cuda" and first.dtype == torch.float32 and (fused := _fused(first.device)):
         sides = [[places(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
         return fused(logits, size, sides)
     if not plain:
@@ -60,12 +61,22 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
 
 
 @cache
-def _fused() -> Callable | None:
-    """The kernel for GPUs; None where Triton, which comes with PyTorch for Linux, is missing."""
+def _fused(device: torch.device) -> Callable | None:
+    """The kernel for GPUs; None where Triton, which comes with PyTorch for Linux, is missing, or cannot compile it (it
+    needs a C compiler and Python's headers, and a GPU that is not too old)."""
     try:
         from .fused import fused_label_map
-    except ImportError:
-        logger.info("Triton is not installed: label maps are made strip by strip")
+
+        one = torch.zeros(2, 1, 1, device=device)
+        fused_label_map([one], (1, 1), [[places(1, 1, False)] * 2])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, of the compiler, of the driver
+        logger.warning(
+            "label maps are made strip by strip, without Triton's kernel (%s: %s)",
+            type(error).__name__,
+            first_sentence(error),
+        )
         return None
     return fused_label_map
 

@@ -1,5 +1,6 @@
 """Unpacking zip and tar archives that come from elsewhere: all of it, inside its folder, or nothing."""
 
+import errno
 import io
 import os
 import re
@@ -11,10 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .utils import DISK_TROUBLE, UserError, WriteError, progress_bar
+from .utils import DISK_TROUBLE, UserError, WriteError, is_running, progress_bar
 
 MOST_ENTRIES = 1_000_000
 MOST_BYTES = 200 * 2**30
@@ -83,8 +85,9 @@ def unpack(
         raise ArchiveError(f"{folder} is there already: move it away, or choose another folder")
     if not archive.is_file():
         raise ArchiveError(f"there is no archive {archive}")
-    unpacking = folder.with_name(f"{folder.name}.unpacking")
-    shutil.rmtree(unpacking, ignore_errors=True)  # of an interrupted run
+    # A folder of its own: others may be unpacking the same.
+    unpacking = folder.with_name(f"{folder.name}.{os.getpid()}.unpacking")
+    _remove_what_was_left(folder)
     try:
         with _opened(archive) as opened:
             members = _checked(archive, _members(opened), most_bytes, most_entries)
@@ -94,10 +97,23 @@ def unpack(
             unpacking.mkdir(parents=True)
             for member in progress_bar(members, desc=f"unpacking {archive.name}", unit="file"):
                 _extract(member, unpacking)
-        os.replace(_inside(unpacking, archive) if strip else unpacking, folder)
+        try:
+            os.replace(_inside(unpacking, archive) if strip else unpacking, folder)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            raise ArchiveError(f"{folder} has been made by somebody else in the meantime") from None
     finally:
         shutil.rmtree(unpacking, ignore_errors=True)
     return sum(member.what == "file" for member in members)
+
+
+def _remove_what_was_left(folder: Path) -> None:
+    """Remove what interrupted processes of this machine have unpacked of a folder."""
+    for path in folder.parent.glob(f"{escape(folder.name)}.*.unpacking"):
+        number = path.name.split(".")[-2]
+        if number.isdecimal() and (int(number) == os.getpid() or not is_running(int(number))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

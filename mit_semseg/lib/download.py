@@ -110,6 +110,8 @@ class _Part:
         return False
 
     def __exit__(self, *_) -> None:
+        if not fcntl:  # Windows removes no file that is open
+            self._held.close()
         self._lock.unlink(missing_ok=True)
         self._held.close()
 

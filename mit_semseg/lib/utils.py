@@ -5,7 +5,7 @@ import logging
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,21 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             raise WriteError(f"{path} cannot be written: {reason}; what was there before is as it was") from None
         raise
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that has become read-only; what was wrong has been said
+            partial.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether this machine has a process of that number; taken for granted where asking would end it (Windows)."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _short(name: str) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import at_least_float32
+
 
 class SegmentationModule(nn.Module):
     """Encoder and decoder, called with a batch dict.
@@ -49,7 +51,9 @@ class SegmentationModule(nn.Module):
 
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
         of_logits = getattr(self.crit, "of_logits", None)
-        return of_logits(logits, label) if of_logits else self.crit(F.log_softmax(logits, dim=1), label)
+        if of_logits:
+            return of_logits(logits, label)
+        return self.crit(F.log_softmax(at_least_float32(logits), dim=1), label)  # a CPU's autocast leaves 16 bits
 
     def logits(self, feed_dict: dict) -> Tensor:
         """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import multiprocessing
+import os
 import random
 import stat
 import tarfile
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from runs import here
 from scenes import write_pairs
 
+from mit_semseg.lib import archives
 from mit_semseg.lib import download as downloads
 from mit_semseg.lib.archives import ArchiveError, unpack
 from mit_semseg.lib.download import DownloadError, addresses_of, download
@@ -109,6 +111,31 @@ def test_a_good_archive_is_unpacked_whole(tmp_path, kind):
         with pytest.raises(ArchiveError, match=message):
             unpack(archive, tmp_path / "x", **limit)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "all", "inner"]
+
+
+def test_who_unpacks_the_same_is_left_alone(tmp_path, monkeypatch):
+    """Whoever is first has the folder, whole; what interrupted processes have left goes."""
+    files = {f"{i}.bin": random.Random(i).randbytes(i * 100) for i in range(20)}
+    archive = WRITERS["zip"](tmp_path / "a", [(name, content, 0) for name, content in files.items()])
+    left, others = tmp_path / "out.99999999.unpacking", tmp_path / f"out.{os.getppid()}.unpacking"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / "file").touch()
+
+    def first(*arguments):
+        with monkeypatch.context() as context:
+            context.setattr(archives.os, "getpid", lambda: 99999998)
+            context.setattr(archives, "_extract", extract)
+            assert unpack(archive, tmp_path / "out") == 20
+        monkeypatch.setattr(archives, "_extract", extract)
+        extract(*arguments)
+
+    extract = archives._extract
+    monkeypatch.setattr(archives, "_extract", first)
+    with pytest.raises(ArchiveError, match="out has been made by somebody else in the meantime"):
+        unpack(archive, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "out", others.name]
 
 
 @pytest.mark.parametrize("kind", WRITERS)

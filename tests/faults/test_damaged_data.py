@@ -195,6 +195,13 @@ def test_limits_of_pixels_and_bytes(data):
         read_image(path, limits=ImageLimits(bytes=size - 1))
 
 
+def test_sizes_are_read_within_the_limits_of_the_options(data):
+    """Where a list names none: the limits are those that were asked for, not the reader's own."""
+    record = {"fpath_img": "images/00.png", "fpath_segm": "annotations/00.png"}
+    with pytest.raises(ImageFileError, match=r"DATASET\.max_bytes \(now 20\)"):
+        TrainDataset(data.folder / "train", [record], options(max_bytes=20), 1)
+
+
 def test_the_limits_are_pillow_s_and_the_options_are_the_readers():
     """The same numbers stand in three places, which do not import each other."""
     assert OPTIONS["DATASET.max_pixels"].default == OPTIONS["DATASET.max_pixels"].high == ImageLimits().pixels
