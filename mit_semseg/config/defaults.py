@@ -226,7 +226,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.deterministic": Option(
         False,
         "the same weights bit for bit on the same hardware, also on GPUs; an operation that cannot is named. On a CPU "
-        "that is so without it",
+        "that is so without it, but for dropout in several replicas of one process",
     ),
     "TRAIN.accumulate": Option(1, "batches whose gradients are averaged before a step", low=1),
     "TRAIN.clip_grad": Option(0.0, "largest norm of the gradient; 0 does not clip", low=0),

@@ -38,7 +38,9 @@ class Writer:
     def add(self, name: str, picture=None, label=None, *, size=SIZE, **how) -> None:
         """A record; picture and label are images, the bytes of files, or good ones."""
         image, annotation = self.folder / "images" / name, self.folder / "labels" / f"{name.rpartition('.')[0]}.png"
-        for path, content in ((image, picture or self.picture(size)), (annotation, label or self.label(size))):
+        for path, content in ((image, picture), (annotation, label)):
+            if content is None:
+                content = self.picture(size) if path == image else self.label(size)
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:
@@ -67,7 +69,7 @@ def write_unusable(root) -> list[str]:
     to.picture((200, 160)).save(whole)
     to.add("truncated.jpg", whole.read_bytes()[:2000], size=(200, 160))
     whole.unlink()
-    to.add("zero_bytes.png", b"\x00")
+    to.add("zero_bytes.png", b"")
     wrong = bytearray(_png(*SIZE, b"\x00" + bytes(SIZE[0])))
     wrong[29] ^= 1  # of the header's checksum
     to.add("checksum.png", bytes(wrong))

@@ -1,5 +1,6 @@
 """A disk that is full or read-only: what is said, what is kept, and that the run goes on when there is room again."""
 
+import re
 import subprocess
 from types import SimpleNamespace
 
@@ -142,6 +143,28 @@ def test_a_read_only_folder_is_named(root, disk, tmp_path):
         assert done.returncode == 2
         assert str(disk.folder) in done.stderr
         assert "Read-only file system" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_what_is_optional_on_a_read_only_disk_is_left_out_and_results_name_it(root, disk, tmp_path):
+    disk.change("ro")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("tensorboard", "result"):
+        (run / name).symlink_to(disk.folder)
+    changes = options_for(root, run, **{"TRAIN.num_epoch": 2, "TRAIN.tensorboard": True})
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("TensorBoard's events cannot be written any more, the run goes on without") == 1
+    assert (run / "encoder_epoch_2.pth").is_file()
+    pictures = ("--imgs", root / "val" / "images", "TEST.result", disk.folder)
+    for script, arguments in (("eval.py", ()), ("test.py", pictures)):
+        done = here(script, "--gpu", "cpu", *words(changes), *arguments)
+        assert done.returncode == 2
+        assert re.search(
+            rf"error: .*{disk.folder}.* cannot be written: Read-only file system|error: .*result.*Read-only",
+            done.stderr,
+        )
         assert "Traceback" not in done.stderr
 
 

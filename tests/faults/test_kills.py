@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     lifetime, rng, kills, runs = time.perf_counter() - began, random.Random(0), 0, 0
     while kills < KILLS:
         runs += 1
-        folder = tmp_path / f"run_{runs}"
+        folder, reached = tmp_path / f"run_{runs}", 0
         while True:
             job = start(folder)
             if ended(job, rng.uniform(0, lifetime) if kills < KILLS else 120):
@@ -108,8 +108,13 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
             kills += 1
             if job.end():
                 break  # it was over just then
+            for path in folder.glob("*.pth"):
+                torch.load(path, weights_only=True)  # whole, whenever it happened
             state = RunFiles(folder).resume
-            assert not state.exists() or read_resume(state)["step"] % 2 == 0  # whole, whenever it happened
+            step = read_resume(state)["step"] if state.exists() else 0
+            assert step >= reached
+            assert step % 2 == 0
+            reached = step
         assert job.end(), job.errors()
         assert equal(weights(folder), weights(tmp_path / "whole"))
         histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
