@@ -16,7 +16,7 @@ def main() -> int:
     args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices = pick_devices(args.device)
-    with distributed.join(devices[0]) as processes:
+    with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
         cli.compare(cfg, processes)
         logger = logs.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))

@@ -38,7 +38,7 @@ def main() -> int:
     if video.is_video(args.imgs):
         logs.setup_logger(0, None, args.level)
         return video.run(cfg, args.imgs, devices[0], args.smoothing)
-    with distributed.join(devices[0]) as processes:
+    with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
         cli.compare(cfg, processes)
         logger = logs.setup_logger(processes.rank, None, args.level)
         logger.info("devices: %s", describe_all(devices, processes))

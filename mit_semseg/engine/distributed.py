@@ -5,12 +5,10 @@ One process drives one device. On its own, without torchrun, a process is a job 
 
 import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
 
@@ -23,50 +21,15 @@ from ..lib.nn import ProcessStopped, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
 from ..lib.nn.sync import first_sentence
 from ..lib.utils import UserError
+from .place import Place
+from .pulse import Pulse
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 1800.0  # seconds, the default of gloo
 PATIENCE = 6 * 3600.0  # seconds that shares of work may differ by; a process that dies is noticed at once
+POLL = 0.02  # seconds between two looks at whether all are there
 LAST_WORDS = 2.0  # seconds for the processes of a broken job to say that they are still there
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where torchrun has put this process; the defaults are those of a process on its own.
-
-    Attributes:
-        rank, size: of this process and of the job.
-        local_rank, local_size: on this machine.
-        restarts: how often torchrun has started the job anew.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    restarts: int = 0
-
-    @classmethod
-    def of_this_process(cls) -> "Place":
-        """As the environment says."""
-        env = os.environ
-        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
-            return cls()
-        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        return cls(
-            rank,
-            size,
-            int(env.get("LOCAL_RANK", rank)),
-            int(env.get("LOCAL_WORLD_SIZE", size)),
-            int(env.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        )
-
-    @property
-    def job(self) -> str:
-        """What tells this job, with its restarts, from others: its --rdzv_id, else the torchrun above this process."""
-        name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-        return f"{socket.gethostname()}:{os.getppid()}" if name in ("", "none") else name
 
 
 class Processes:
@@ -76,10 +39,17 @@ class Processes:
         place: of this process.
         store: where all of them can leave words; None for a process on its own.
         timeout: seconds that one waits for the others.
+        pulse: that tells which of them have fallen silent, where one waits longer; None where that is not known.
     """
 
-    def __init__(self, place: Place | None = None, store: dist.Store | None = None, timeout: float = TIMEOUT):
-        self.place, self.store, self.timeout = place or Place(), store, timeout
+    def __init__(
+        self,
+        place: Place | None = None,
+        store: dist.Store | None = None,
+        timeout: float = TIMEOUT,
+        pulse: Pulse | None = None,
+    ):
+        self.place, self.store, self.timeout, self.pulse = place or Place(), store, timeout, pulse
         self.rank, self.size = self.place.rank, self.place.size
         # Plain values travel over gloo, also where the gradients go over NCCL.
         self._group = self._patient = None
@@ -112,14 +82,25 @@ class Processes:
         """A value of every process, any that can be pickled, in the order of the ranks; errors as of `sum`.
 
         Args:
-            patient: the others may need much longer than this process.
+            patient: the others may need much longer than this process, as long as they give signs of life.
         """
         if self.size == 1:
             return [value]
         values = [None] * self.size
         with self.waiting(doing):
-            dist.all_gather_object(values, value, group=self._patient if patient else self._group)
+            if patient:
+                self._wait_for_all()
+            dist.all_gather_object(values, value, group=self._group)
         return values
+
+    def _wait_for_all(self) -> None:
+        """Wait until all processes have come here."""
+        meeting = dist.all_reduce(torch.zeros(1), group=self._patient, async_op=True)
+        while self.pulse and not meeting.is_completed():
+            if silent := self.pulse.silent():
+                raise ProcessStopped(f"no sign of life for {self.timeout:g} s of process {', '.join(map(str, silent))}")
+            time.sleep(POLL)
+        meeting.wait()
 
     def agree(self, values: Mapping[str, object]) -> None:
         """Check that all processes have been started alike.
@@ -199,7 +180,8 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
         return
     processes = _meet(place, device, timeout)
     try:
-        yield processes
+        with processes.pulse:
+            yield processes
     except ProcessStopped as error:
         missing = processes.missing()
         who = f"process {', '.join(map(str, missing))}" if missing else "a process"
@@ -213,13 +195,14 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
 def _meet(place: Place, device: torch.device, timeout: float) -> Processes:
     """Find the other processes, through torchrun's store where it keeps one, else through one that rank 0 opens."""
     host, port, limit = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timedelta(seconds=timeout)
-    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    kept, store_name = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", f"mit_semseg/{place.restarts}"
     try:
         tcp = dist.TCPStore(host, int(port), place.size, is_master=place.rank == 0 and not kept, timeout=limit)
-        store = dist.PrefixStore(f"mit_semseg/{place.restarts}", tcp)
+        store = dist.PrefixStore(store_name, tcp)
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
-        return Processes(place, store, timeout)
+        own = dist.PrefixStore(store_name, dist.TCPStore(host, int(port), timeout=limit))
+        return Processes(place, store, timeout, Pulse(own, place.rank, place.size, timeout))
     except RuntimeError as error:
         raise ProcessStopped(
             f"rank {place.rank} could not meet the other {place.size - 1} processes at {host}:{port} "

@@ -220,6 +220,53 @@ def test_processes_with_other_code_do_not_start(root, tmp_path):
         assert re.search(r"they differ in the code of mit_semseg \(rank 0: \w{12}, rank 1: \w{12}\)", errors), errors
 
 
+WAITING = """
+import os, signal, time
+import torch
+from mit_semseg.apps import cli
+from mit_semseg.engine.distributed import join
+
+def main():
+    with join(torch.device("cpu"), {timeout}) as processes:
+        if processes.rank:
+            {what}
+        processes.collect(None, "waiting for the shares of the others", patient=True)
+
+cli.run(main)
+"""
+
+
+def waiting(timeout, what):
+    """Two processes, of which the second does something before the first has its share."""
+    code, port = WAITING.format(timeout=timeout, what=what), free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env={**rank_environment(rank, 2, port), "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_a_process_stopped_in_its_share_is_noticed():
+    """Nobody knows how long a share may take; but a process at work gives signs of life."""
+    first, second = waiting(4, "os.kill(os.getpid(), signal.SIGSTOP)")
+    _, errors = first.communicate(timeout=40)
+    second.kill()
+    second.communicate()
+    assert first.returncode == 2
+    assert re.search(BROKEN.format(rank=0, other=1), errors), errors
+    assert "waiting for the shares of the others: no sign of life for 4 s of process 1" in errors
+
+
+def test_a_share_may_take_longer_than_the_time_out():
+    for job in waiting(2, "time.sleep(7)"):
+        _, errors = job.communicate(timeout=60)
+        assert job.returncode == 0, errors
+
+
 FAILING = """
 import atexit, multiprocessing, os, sys, time
 import torch
