@@ -2,31 +2,20 @@
 
 import json
 import os
-import zipfile
+import re
+import shutil
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import strategies as st
 from PIL import Image
 from runs import ROOT, SMALL, here, in_process, script, words
 from scenes import options, tiny_module, write_data_set, write_pairs
 
-from mit_semseg.apps.visualize import (
-    ENDINGS,
-    class_shares,
-    colorEncode,
-    overlay,
-    panel,
-    result_names,
-    save_curves,
-)
-from mit_semseg.dataset import ValDataset, class_table
+from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.records import load_records
 from mit_semseg.dataset.samplers import shards
-from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
 from mit_semseg.evaluation import evaluate, label_map, multi_scale_scores
 
 
@@ -122,6 +111,15 @@ def test_evaluation_is_brute_force_over_the_pictures(tmp_path):
     assert all(np.array_equal(f.iou, figures[0].iou) for f in figures)
 
 
+def test_a_damaged_checkpoint_is_named_and_another_offered(trained, tmp_path):
+    shutil.copytree(trained["DIR"], tmp_path / "run")
+    damaged = tmp_path / "run" / "decoder_epoch_2.pth"
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    done = here("eval.py", "--gpu", "cpu", *words({**trained, "DIR": tmp_path / "run"}))
+    assert done.returncode == 2
+    assert re.search(r"decoder_epoch_2\.pth .*damaged.*; epoch_1\.pth in .*run can be read", done.stderr), done.stderr
+
+
 # Segmenting pictures
 
 
@@ -178,37 +176,6 @@ def test_globs_single_files_and_results_inside_the_folder(trained, photos, tmp_p
             done = segment(trained, result, imgs, "--overlay", "--index")
             assert "5 of 5 pictures" in done.stdout, done.stderr
     assert "30 results of earlier runs left out" in done.stdout
-
-
-def test_names_of_results_never_meet():
-    names = ["a.jpg", "a_overlay.jpg", "b.jpg", "x/b.jpg", "x/c.jpg", "x/c.png", "../x/d.jpg", "x/d.jpg", "/x/e.jpg"]
-    stems = result_names(names)
-    written = [f"{stem}{ending}" for stem in stems.values() for ending in ENDINGS]
-    assert len(set(written)) == len(written)
-    assert str(stems["b.jpg"]) == "b"
-    assert str(stems["x/c.png"]) == "x/c.png"
-    assert not any(stem.is_absolute() or ".." in stem.parts for stem in stems.values())
-
-
-NAME = st.from_regex(r"(x/|X/|\.\./)?[abA](\.jpg|\.png|\.PNG|_overlay|_2){0,3}", fullmatch=True)
-
-
-@hypothesis.given(st.lists(NAME, unique=True, max_size=12))
-def test_names_of_any_results_never_meet(names):
-    """Nor on disks that take capital letters for small ones."""
-    stems = result_names(names)
-    written = [f"{stem}{ending}".casefold() for stem in stems.values() for ending in ENDINGS]
-    assert len(set(written)) == len(written)
-
-
-@pytest.mark.parametrize("words", [["new", "--size", "0x0"], ["new", "--size", "x"], ["file"], ["file/below"]])
-def test_scenes_that_cannot_be_written(tmp_path, monkeypatch, words):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
-    done = here("mit_semseg.dataset.synthetic", *words)
-    assert done.returncode == 2
-    assert "error: " in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_names_that_are_no_text(trained, tmp_path):
@@ -282,150 +249,3 @@ def test_help_shows_examples(name):
     done = here(name, "--help")
     assert done.returncode == 0
     assert done.stdout.count(f"python {name} ") >= 3
-
-
-# Data tools
-
-
-def test_doctor_names_every_fault(trained, tmp_path):
-    folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
-    (folder / "images" / "00.png").write_bytes(b"no picture")
-    Image.new("RGB", (9, 9)).save(folder / "images" / "lonely.png")
-    Image.new("L", (9, 9)).save(folder / "annotations" / "01.png")
-    Image.new("L", (40, 30), 9).save(folder / "annotations" / "02.png")
-    Image.new("RGB", (40, 30)).save(folder / "annotations" / "03.png")
-    changes = {"DATASET.root_dataset": tmp_path, "DATASET.list_train": "train", "DATASET.list_val": "train"}
-    done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
-    assert done.returncode == 1, done.stderr
-    for part in (
-        "train: 6 images, 5 unusable",
-        "lonely.png has no partner",
-        "width 30 to 40, height 30 to 40",
-        "1 upright (higher than wide), 1 lying",
-        "classes that no label has (1): class 3",
-        "00.png: no readable image",
-        "01.png: the label is 9x9",
-        "02.png: label values 9 are not in the class table (1-3, ignored 0)",
-        "03.png: the label is an RGB picture",
-    ):
-        assert part in done.stdout
-    clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
-    done = script(
-        "mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_train": clean, "DATASET.list_val": clean})
-    )
-    assert done.returncode == 0
-    assert "every file can be used" in done.stdout
-    done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
-    assert done.returncode == 2
-    assert f"there is no list {Path.cwd() / 'none'}" in done.stderr
-
-
-def test_generated_scenes(tmp_path):
-    write_dataset(tmp_path, train=6, val=3, size=(64, 48))
-    table = class_table(str(tmp_path / "classes.csv"), len(CLASSES))
-    assert table.names == CLASSES
-    image, label = make_scene((0, 1, 0), 64, 48)
-    again = make_scene((0, 1, 0), 64, 48)
-    assert image.tobytes() == again[0].tobytes()
-    assert label.tobytes() == again[1].tobytes()
-    seen = set()
-    for path in (tmp_path / "training" / "annotations").iterdir():
-        raw = np.asarray(Image.open(path))
-        assert (table.encode(raw) >= -1).all()
-        seen |= set(np.unique(raw).tolist())
-    assert seen == set(range(8))
-
-
-@pytest.mark.long
-def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):
-    folder, address = site
-    for split in ("training", "validation"):
-        write_pairs(tmp_path / split, [(20, 30), (30, 20)])
-    with zipfile.ZipFile(folder / "ade.zip", "w") as archive:
-        for split in ("training", "validation"):
-            for path in (tmp_path / split).rglob("*.png"):
-                archive.write(path, f"ADEChallengeData2016/{path.parent.name}/{split}/{path.name}")
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    (copy / "mit_semseg").symlink_to(ROOT / "mit_semseg")
-    (copy / "download_ade20k.sh").write_text((ROOT / "download_ade20k.sh").read_text())
-    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS=f"{address}/ade.zip")
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (copy / "data" / "training.odgt").read_text().splitlines()]
-    assert lines[0] == {
-        "fpath_img": "ADEChallengeData2016/images/training/00.png",
-        "fpath_segm": "ADEChallengeData2016/annotations/training/00.png",
-        "width": 20,
-        "height": 30,
-    }
-    assert sorted(p.name for p in (copy / "data").iterdir()) == [
-        "ADEChallengeData2016",
-        "training.odgt",
-        "validation.odgt",
-    ]
-    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # nothing is downloaded twice
-    assert done.returncode == 0, done.stderr
-
-
-def bash(folder, name, **env):
-    import os
-    import subprocess
-    import sys
-
-    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **env}
-    return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.long
-def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
-    """The real script against a local server that holds a picture and a (random) pair of the published shape."""
-    from mit_semseg.models import ModelBuilder
-
-    folder, _ = site
-    name = "ade20k-resnet50dilated-ppm_deepsup"
-    (folder / "model" / "pytorch" / name).mkdir(parents=True)
-    encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
-    torch.save(encoder.state_dict(), folder / "model" / "pytorch" / name / "encoder_epoch_20.pth")
-    decoder = ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048)
-    torch.save(decoder.state_dict(), folder / "model" / "pytorch" / name / "decoder_epoch_20.pth")
-    pictures = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (256, 8), "teal").save(pictures / "ADE_val_00001519.jpg")  # flat: small at every scale
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):
-        (copy / part).symlink_to(ROOT / part)
-    (copy / "demo_test.sh").write_text((ROOT / "demo_test.sh").read_text())
-    done = bash(copy, "demo_test.sh")
-    assert done.returncode == 0, done.stdout + done.stderr
-    last = "Picture and prediction: demo_result/ADE_val_00001519.png; tinted, with a legend"
-    assert done.stdout.splitlines()[-1].startswith(last)
-    assert (copy / "demo_result" / "ADE_val_00001519.png").is_file()
-
-
-# Pictures
-
-
-def test_panel_overlay_and_shares():
-    table = class_table("", 3)
-    image, label = np.full((60, 80, 3), 90, np.uint8), np.zeros((60, 80), np.int64)
-    label[:15], label[-15:] = 2, -1
-    assert class_shares(label, table) == [
-        {"class": "class 1", "index": 0, "share": 0.5, "color": table.colors[0].tolist()},
-        {"class": "class 3", "index": 2, "share": 0.25, "color": table.colors[2].tolist()},
-    ]
-    colored = colorEncode(label, table.colors)
-    assert colored[0, 0].tolist() == table.colors[2].tolist()
-    assert colored[-1, 0].tolist() == [0, 0, 0]
-    assert panel([image, colored]).size == (166, 60)
-    drawn = overlay(image, label, table)
-    assert drawn.height == 60
-    assert drawn.width > 80
-    overlay(image, np.full((60, 80), -1), table)  # nothing to name
-
-
-def test_curves(tmp_path):
-    points = {"epoch": [0.5, 1.0], "loss": [2.0, 1.0], "acc": [0.3, 0.6]}
-    save_curves({"train": points, "val": {"epoch": [1], "mean_iou": [0.4], "acc": [0.6]}}, tmp_path / "c.png")
-    save_curves({"train": points}, tmp_path / "d.png")  # a history of the original
-    assert Image.open(tmp_path / "c.png").size == (1100, 440)

@@ -36,15 +36,25 @@ def build_module(
     Raises:
         UserError: weights are missing or do not fit, or MODEL.fc_dim contradicts the encoder.
     """
-    model = cfg.MODEL
-    encoder_file, decoder_file = model.weights_encoder, model.weights_decoder
-    if checkpoint:
-        encoder_file, decoder_file = map(str, RunFiles(cfg.DIR).pair(checkpoint))
-        if model.norm == "inplace" and not is_of_inplace_norms(read_state_dict(encoder_file)):
+    if not checkpoint:
+        module = _assembled(cfg, cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder, continued, cfg.MODEL.new_head)
+        return module.to(device)
+    files = RunFiles(cfg.DIR)
+    encoder_file, decoder_file = map(str, files.pair(checkpoint))
+    with files.offering(checkpoint):
+        if cfg.MODEL.norm == "inplace" and not is_of_inplace_norms(read_state_dict(encoder_file)):
             raise UserError(
                 f"{encoder_file} was not trained with MODEL.norm inplace, which would compute something else from it: "
                 f"set MODEL.norm sync"
             )
+        return _assembled(cfg, encoder_file, decoder_file, continued, new_head=False).to(device)
+
+
+def _assembled(
+    cfg: Config, encoder_file: str, decoder_file: str, continued: bool, new_head: bool
+) -> SegmentationModule:
+    """The network, with the weights of files."""
+    model = cfg.MODEL
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
         weights=encoder_file,
@@ -59,10 +69,10 @@ def build_module(
         weights=decoder_file,
         in_channels=encoder.out_channels,
         output_stride=encoder.output_stride,
-        new_head=model.new_head and not checkpoint,
+        new_head=new_head,
         norm_layer=NORMS[model.norm],
     )
-    return SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale).to(device)
+    return SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale)
 
 
 def _loss_of(cfg: Config) -> torch.nn.Module:

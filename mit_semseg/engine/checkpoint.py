@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -74,6 +76,29 @@ class RunFiles:
         names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
         return sorted(int(match[1]) for match in names if match)
 
+    def is_whole(self, suffix: str) -> bool:
+        """Whether encoder and decoder of a suffix are there and can be read."""
+        try:
+            for path in set(self.pair(suffix)):
+                read_checkpoint(path)
+        except UserError:
+            return False
+        return True
+
+    def last_whole(self) -> int | None:
+        """The newest epoch whose weights can be read."""
+        return next((epoch for epoch in reversed(self.epochs()) if self.is_whole(f"epoch_{epoch}.pth")), None)
+
+    @contextmanager
+    def offering(self, suffix: str) -> Iterator[None]:
+        """In here a checkpoint that is damaged is refused with the name of the newest one that can be read."""
+        try:
+            yield
+        except UserError as error:
+            if self.is_whole(suffix) or not (epoch := self.last_whole()):
+                raise
+            raise CheckpointError(f"{error}; epoch_{epoch}.pth in {self.folder} can be read") from None
+
     def last_saved(self) -> str:
         """What there is to go on from, for the sentence that ends a run."""
         epochs = self.epochs()
@@ -131,8 +156,9 @@ class RunFiles:
     def load_epoch(self, module, epoch: int) -> dict:
         """Load the weights of an epoch and return its history (a new one if there is no history file)."""
         encoder, decoder = self.pair(f"epoch_{epoch}.pth")
-        load_weights(module.encoder, encoder, what="encoder")
-        load_weights(module.decoder, decoder, what="decoder")
+        with self.offering(f"epoch_{epoch}.pth"):
+            load_weights(module.encoder, encoder, what="encoder")
+            load_weights(module.decoder, decoder, what="decoder")
         path = self.part("history", f"epoch_{epoch}.pth")
         if not path.is_file():
             return new_history()

@@ -95,12 +95,12 @@ class Keeper:
         try:
             return read_resume(path)
         except CheckpointError as error:
-            epochs = self.files.epochs()
-            if not epochs:
+            epoch = self.files.last_whole()
+            if not epoch:
                 raise
             raise CheckpointError(
-                f"{error}; the weights of epoch {epochs[-1]} are there: TRAIN.resume off "
-                f"TRAIN.start_epoch {epochs[-1]} goes on from them"
+                f"{error}; the weights of epoch {epoch} are there: TRAIN.resume off TRAIN.start_epoch {epoch} goes on "
+                f"from them{', with later epochs moved away' if epoch < self.files.epochs()[-1] else ''}"
             ) from None
 
     def after_step(self, clock: "Clock", watchdog: Watchdog, *, ending: bool = False) -> None:

@@ -35,6 +35,21 @@ from mit_semseg.engine.distributed import Place
 BROKEN = r"error: \[rank {rank}\] .*process {other} of 2 ended or does not answer, so this one .* cannot go on"
 
 
+def started(*commands):
+    """Python with arguments, one process of a job for each; where the code is, and the arguments."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**rank_environment(rank, len(commands), port), "PYTHONPATH": str(place)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, (place, *arguments) in enumerate(commands)
+    ]
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("data"))
@@ -203,18 +218,8 @@ def test_processes_with_other_code_do_not_start(root, tmp_path):
     shutil.copy(ROOT / "train.py", copy)
     with open(copy / "mit_semseg" / "engine" / "losses.py", "a") as file:
         file.write("# changed\n")
-    port, arguments = free_port(), ["--gpus", "cpu", *words(options_for(root, tmp_path / "run"))]
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, str(place / "train.py"), *arguments],
-            env={**rank_environment(rank, 2, port), "PYTHONPATH": str(place)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, place in enumerate((ROOT, copy))
-    ]
-    for job in jobs:
+    arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path / "run"))]
+    for job in started(*((place, place / "train.py", *arguments) for place in (ROOT, copy))):
         _, errors = job.communicate(timeout=120)
         assert job.returncode == 2
         assert re.search(r"they differ in the code of mit_semseg \(rank 0: \w{12}, rank 1: \w{12}\)", errors), errors
@@ -238,16 +243,7 @@ cli.run(main)
 
 def waiting(timeout, what):
     """Two processes, of which the second does something before the first has its share."""
-    code, port = WAITING.format(timeout=timeout, what=what), free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env={**rank_environment(rank, 2, port), "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    return started(*[(ROOT, "-c", WAITING.format(timeout=timeout, what=what))] * 2)
 
 
 def test_a_process_stopped_in_its_share_is_noticed():
@@ -295,18 +291,7 @@ cli.run(main)
 )
 def test_failing_processes_do_not_wait_for_threads_of_their_groups(error, code, told):
     """Such a thread, still at work while Python ends, aborted one process in a hundred; here `abort` stands for it."""
-    port = free_port()
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", FAILING.format(error=error)],
-            env={**rank_environment(rank, 2, port), "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank, job in enumerate(jobs):
+    for rank, job in enumerate(started(*[(ROOT, "-c", FAILING.format(error=error))] * 2)):
         child, errors = job.communicate(timeout=60)
         assert job.returncode == code, errors
         assert errors.splitlines()[-1] == told.format(rank=rank)
