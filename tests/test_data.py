@@ -230,8 +230,7 @@ def test_damaged_files_are_named(tmp_path):
     ("mode", "message"),
     [
         ("P", "DATASET.palette_labels True"),
-        ("RGB", "RGB picture"),
-        ("1", "one bit"),
+        ("RGB", "RGB"),
         ("F", "astype"),
         ("RGBA", "RGB"),
     ],

@@ -14,6 +14,7 @@ from scenes import write_pairs
 from test_scripts import trained  # noqa: F401
 
 from mit_semseg.dataset import class_table
+from mit_semseg.dataset.doctor import grouped
 from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
 
 
@@ -46,7 +47,7 @@ def test_doctor_names_every_fault(trained, tmp_path):  # noqa: F811
         "00.png: no readable image",
         "01.png: the label is 9x9",
         "02.png: label values 9 are not in the class table (1-3, ignored 0)",
-        "03.png: the label is an RGB picture",
+        "03.png: the label is an RGB image",
     ):
         assert part in done.stdout
     clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
@@ -58,6 +59,16 @@ def test_doctor_names_every_fault(trained, tmp_path):  # noqa: F811
     done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
     assert done.returncode == 2
     assert f"there is no list {Path.cwd() / 'none'}" in done.stderr
+
+
+def test_doctor_groups_equal_causes():
+    problems = [f"a b/{i}.png: the label is {i}x9, its image 40x30" for i in range(60)]
+    problems += [f"images/{i}.png has no partner annotations/{i}.*" for i in range(5)]
+    problems += ["images/x.png: no such file"]
+    lines = grouped(problems)
+    assert lines == [
+        *problems[:3], "... and 57 more like it", *problems[60:63], "... and 2 more like it", problems[-1]
+    ]  # fmt: skip
 
 
 def test_generated_scenes(tmp_path):

@@ -8,9 +8,10 @@ a file cannot be used, 2 if a list cannot.
 """
 
 import argparse
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,11 @@ from ..lib.utils import UserError, some
 from .classes import IGNORE
 from .datasets import ValDataset
 from .files import peculiarities
+from .pairs import orientation_mismatch
 from .records import load_records
+
+EXAMPLES = 3  # problems listed of each cause
+_FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no partner .*|[0-9]+x?")
 
 
 @dataclass
@@ -55,7 +60,7 @@ class Diagnosis:
         if self.absent():
             lines.append(f"  classes that no label has ({len(self.absent())}): {', '.join(self.absent())}")
         lines += [f"  note: {what} ({len(names)}): {some(names, 20)}" for what, names in self.notes.items()]
-        lines += [f"  UNUSABLE {problem}" for problem in self.problems]
+        lines += [f"  UNUSABLE {line}" for line in grouped(self.problems)]
         return "\n".join(lines)
 
     def _class_lines(self) -> Iterator[str]:
@@ -66,6 +71,22 @@ class Diagnosis:
                 share = 100 * self.pixels[i] / total
                 yield f"  {self.labels[i]:<{width}}  {share:>13.3f} %  {self.in_images[i]:>6}"
         yield f"  {'(ignored)':<{width}}  {100 * self.pixels[-1] / total:>13.3f} %"
+
+
+def grouped(problems: Sequence[str], most: int = EXAMPLES) -> list[str]:
+    """The first problems of each cause, each cause followed by the number of its further ones.
+
+    Two problems have the same cause if their sentences differ in file names and numbers alone.
+    """
+    causes: dict[str, list[str]] = defaultdict(list)
+    for problem in problems:
+        causes[_FILES_AND_NUMBERS.sub("", problem)].append(problem)
+    lines = []
+    for same in causes.values():
+        lines += same[:most]
+        if len(same) > most:
+            lines.append(f"... and {len(same) - most} more like it")
+    return lines
 
 
 def _size_line(sizes: Counter) -> str:
@@ -82,6 +103,7 @@ def _inspect(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.nda
     try:
         image, label = dataset.pair(record)
         notes = peculiarities(dataset.path(record, "fpath_img"), dataset.limits)
+        notes += filter(None, [orientation_mismatch(image, label)])
     except UserError as error:
         return str(error)
     paths = [Path(record[key]) for key in ("fpath_img", "fpath_segm")]

@@ -1,7 +1,8 @@
-"""Reading image and label files: every kind of picture as RGB, every label as raw class values."""
+"""Decoding image and label files: any image as RGB, any label as the values stored in the file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -10,23 +11,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..lib.utils import UserError
 
-# Tag and values of the EXIF orientations that swap width and height.
-ORIENTATION_TAG, TRANSPOSED = 0x0112, (5, 6, 7, 8)
-FULL_16_BIT = 65535
-SMALL_SIDE = 16  # pixels below which a picture shows hardly anything
-# From this size on Pillow takes a picture for a decompression bomb: a small file that unpacks to fill the memory.
+# EXIF tag of the orientation, its value for an upright image, and the values that swap width and height.
+ORIENTATION_TAG, UPRIGHT, TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
+FULL_8_BIT, FULL_16_BIT = 255, 65535
+SMALL_SIDE = 16  # pixels; the doctor reports smaller images
+# Pillow refuses larger images as decompression bombs: small files that unpack to fill the memory.
 MOST_PIXELS = 2 * 89_478_485
 MOST_BYTES = 2**30
-# A decoder that meets damaged bytes raises any exception there is.
+# Decoders raise any type of exception for damaged bytes.
 _DAMAGE = Exception
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What is opened at most.
+    """Largest image that is opened.
 
     Attributes:
-        pixels: of an image, at most `MOST_PIXELS`.
+        pixels: of the image, at most `MOST_PIXELS`.
         bytes: of its file.
     """
 
@@ -41,67 +43,78 @@ class ImageFileError(UserError, ValueError):
     """An image or label that cannot be used; the message names the file and what to do."""
 
 
+@contextmanager
 def _open(
-    path: str | os.PathLike | BinaryIO,
+    source: str | os.PathLike | BinaryIO,
     name: str | None = None,
     formats: Sequence[str] | None = None,
     limits: ImageLimits = STANDARD_LIMITS,
-) -> Image.Image:
-    name = name or path
+) -> Iterator[Image.Image]:
+    name, is_path = name or source, isinstance(source, (str, os.PathLike))
     try:
-        size = os.stat(path).st_size if isinstance(path, (str, os.PathLike)) else 0
-        if size > limits.bytes:
-            raise ImageFileError(
-                f"{name}: the file has {size} bytes, more than are opened: raise DATASET.max_bytes (now "
-                f"{limits.bytes}), or save it smaller"
-            )
-        image = Image.open(path, formats=formats)
+        size = os.stat(source).st_size if is_path else 0
+        # A file object, not a path: Pillow maps uncompressed files opened by path into memory, with the wrong row
+        # length for TIFF orientations that swap the sides.
+        opened = open(source, "rb") if is_path else nullcontext(source)  # noqa: SIM115, closed below
     except FileNotFoundError:
         raise ImageFileError(f"{name}: no such file") from None
-    except UnidentifiedImageError:
-        raise ImageFileError(f"{name}: no readable image (its format is not known)") from None
-    except ImageFileError:
-        raise
-    except Image.DecompressionBombError:
-        raise ImageFileError(f"{name}: more than {MOST_PIXELS} pixels, cut it into tiles") from None
-    except _DAMAGE as error:
-        raise ImageFileError(f"{name}: no readable image ({_said(error)})") from None
-    if image.width * image.height > limits.pixels:
-        width, height = image.size
-        image.close()
-        raise ImageFileError(
-            f"{name}: {width}x{height} are {width * height} pixels, more than are opened: raise DATASET.max_pixels "
-            f"(now {limits.pixels}), or make it smaller"
-        )
-    return image
+    except (OSError, ValueError) as error:
+        raise ImageFileError(f"{name}: no readable image ({_reason(error)})") from None
+    with opened as file:
+        if size > limits.bytes:
+            raise ImageFileError(
+                f"{name}: the file has {size} bytes, DATASET.max_bytes allows {limits.bytes}: raise it, or save the "
+                f"image smaller"
+            )
+        try:
+            image = Image.open(file, formats=formats)
+        except UnidentifiedImageError:
+            raise ImageFileError(f"{name}: no readable image (unknown format)") from None
+        except Image.DecompressionBombError:
+            raise ImageFileError(f"{name}: more than {MOST_PIXELS} pixels, cut it into tiles") from None
+        except _DAMAGE as error:
+            raise ImageFileError(f"{name}: no readable image ({_reason(error)})") from None
+        with image:
+            if image.width * image.height > limits.pixels:
+                raise ImageFileError(
+                    f"{name}: {image.width}x{image.height} are {image.width * image.height} pixels, DATASET.max_pixels "
+                    f"allows {limits.pixels}: raise it, or make the image smaller"
+                )
+            yield image
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def image_size(
     path: str | os.PathLike, formats: Sequence[str] | None = None, limits: ImageLimits = STANDARD_LIMITS
 ) -> tuple[int, int]:
-    """(width, height) as the picture is seen, from its header.
+    """(width, height) after the EXIF or TIFF orientation is applied, from the header alone.
 
     Args:
         path: of the file.
-        formats: that it may have, as Pillow calls them; None takes all that Pillow reads.
-        limits: of the picture.
+        formats: allowed formats by Pillow's names; None allows all that Pillow reads.
+        limits: of the image.
 
     Raises:
         ImageFileError: no readable image, or one above the limits.
     """
     with _open(path, formats=formats, limits=limits) as image:
         width, height = image.size
-        if image.format == "PNG" and "exif" not in image.info:
-            return width, height  # asking further would decode the pixels
+        if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+            return width, height  # `getexif` would decode the pixels to look for a chunk behind them
         try:
-            turned = image.getexif().get(ORIENTATION_TAG) in TRANSPOSED
+            if image.format == "TIFF":  # whose `size` is transposed already in some versions of Pillow
+                width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+            transposed = _orientation(image) in TRANSPOSED
         except _DAMAGE as error:
-            raise ImageFileError(f"{path}: the image is damaged ({_said(error)})") from None
-    return (height, width) if turned else (width, height)
+            raise ImageFileError(f"{path}: the image is damaged ({_reason(error)})") from None
+    return (height, width) if transposed else (width, height)
+
+
+def _orientation(image: Image.Image) -> int:
+    return image.getexif().get(ORIENTATION_TAG, UPRIGHT)
 
 
 def read_image(
@@ -110,13 +123,16 @@ def read_image(
     formats: Sequence[str] | None = None,
     limits: ImageLimits = STANDARD_LIMITS,
 ) -> Image.Image:
-    """Any picture as RGB, 8 bits: turned as its EXIF says, transparency on white, 16-bit grey scaled.
+    """Any image as 8-bit RGB: EXIF orientation applied, transparency on white, 16-bit grey scaled.
 
     Args:
         path: or an open file.
-        name: that errors have; None is the path.
-        formats: as of `image_size`.
-        limits: of the picture.
+        name: used in errors; None is the path.
+        formats: as for `image_size`.
+        limits: of the image.
+
+    Returns:
+        The image; `info["orientation"]` is the EXIF orientation that was applied (1: none).
 
     Raises:
         ImageFileError: no readable image, one above the limits, or floating point pixels.
@@ -126,7 +142,7 @@ def read_image(
 
 
 def peculiarities(path: str | os.PathLike, limits: ImageLimits = STANDARD_LIMITS) -> list[str]:
-    """What is unusual about a readable picture, and what is made of it.
+    """Unusual properties of a readable image, and how `read_image` treats them.
 
     Raises:
         ImageFileError: no readable image, or one above the limits.
@@ -141,23 +157,32 @@ def peculiarities(path: str | os.PathLike, limits: ImageLimits = STANDARD_LIMITS
         with _open(path, limits=limits) as image:
             if getattr(image, "n_frames", 1) > 1:
                 found.append("animated or of several pages, the first of which is used")
-            if image.getexif().get(ORIENTATION_TAG, 1) != 1:
-                found.append("turned as its EXIF says")
+            if _orientation(image) != UPRIGHT:
+                found.append("orientation applied as in its EXIF")
+            if image.mode.startswith("I"):
+                low, high = image.getextrema()
+                if high <= FULL_16_BIT // 2:
+                    found.append(
+                        f"16-bit grey that uses {low} to {high} of 0 to {FULL_16_BIT} only: it is read as dark"
+                    )
         with _open(path, limits=limits) as image:
-            image.verify()  # also checksums that no decoder looks at
+            image.verify()  # also checksums that no decoder checks
     except _DAMAGE as error:
-        found.append(f"can be read, but is not quite as its format wants it ({_said(error)})")
+        found.append(f"can be read, but violates its format ({_reason(error)})")
     return found
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """An image as `read_image` gives it; errors likewise."""
+    """An image as returned by `read_image`; same errors."""
     try:
-        return _as_rgb(ImageOps.exif_transpose(image))
+        orientation = _orientation(image)
+        rgb = _as_rgb(ImageOps.exif_transpose(image))
     except ImageFileError as error:
         raise ImageFileError(f"{name}: {error}") from None
     except _DAMAGE as error:
-        raise ImageFileError(f"{name}: the image is damaged ({_said(error)})") from None
+        raise ImageFileError(f"{name}: the image is damaged ({_reason(error)})") from None
+    rgb.info["orientation"] = orientation
+    return rgb
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -177,43 +202,93 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+# Lossless formats that store one value per pixel, by Pillow's names (PPM includes PGM and PBM).
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")
+LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions
+_EXPORT_AGAIN = "export it again as PNG from where it was drawn: its values cannot be recovered from this file"
+_LABEL_FIX = {
+    "P": "the label is a palette image (mode P); if its indices are the label values set DATASET.palette_labels True, "
+    "else save it as 8-bit grey",
+    "RGB": "the label is an RGB image, but labels are grey, with one value per class; map its colours to values and "
+    "save it as mode L",
+    "LA": "the label has an alpha channel (mode LA); save its grey channel alone: "
+    "Image.open(f).getchannel('L').save('label.png')",
+    "F": "the label has floating point pixels (mode F); if all its values are whole and below 65536: "
+    "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save('label.png')",
+}
+_LABEL_FIX["RGBA"] = _LABEL_FIX["RGB"]
+_OTHER_FIX = "the label has mode {mode}, but labels are grey, of at most 16 bits; save it as an 8-bit grey PNG"
+
+
 def read_label(path: str | os.PathLike, *, palette: bool = False, limits: ImageLimits = STANDARD_LIMITS) -> Image.Image:
-    """A label file as a single-channel image of raw values: mode L where they are below 256, else I;16.
+    """A label file as a single-channel image of the values stored in it, whatever its bit depth and brightness scale.
 
     Args:
         path: the file.
         palette: read palette images by their indices.
         limits: of the image.
 
+    Returns:
+        Mode L where all values are below 256, else I;16, with the EXIF orientation applied as in `read_image`.
+
     Raises:
-        ImageFileError: no readable image, or not single-channel of 8 or 16 bits; says how to convert it.
+        ImageFileError: no readable image, lossy, or not single-channel of at most 16 bits; says how to convert it.
     """
     with _open(path, limits=limits) as image:
-        scale = _SCALED.get(str(image.tile[0][3]), 1) if image.tile else 1  # no more to be seen once it is loaded
+        if image.format in LOSSY_FORMATS or image.info.get("compression") in LOSSY_TIFF:
+            raise ImageFileError(f"{path}: {image.format} compression changes label values; {_EXPORT_AGAIN}")
+        if image.format not in LABEL_FORMATS:
+            raise ImageFileError(f"{path}: labels are not read from {image.format} files; save it as an 8-bit grey PNG")
         try:
+            _unpack_grey_bmp(image)
+            packing = image.tile[0] if image.tile else ("", (), 0, "")
+            orientation = _orientation(image)
             image.load()
         except _DAMAGE as error:
-            raise ImageFileError(f"{path}: the label image is damaged ({_said(error)})") from None
-        if image.mode in ("L", "P") and (image.mode == "L" or palette):
-            return Image.fromarray(np.asarray(image) // np.uint8(scale))
-        if image.mode.startswith("I"):
-            values = np.asarray(image)
-            if values.min() >= 0 and values.max() <= FULL_16_BIT:
-                return Image.fromarray(values.astype(np.uint8 if values.max() < 256 else np.uint16))
-        raise ImageFileError(f"{path}: {_LABEL_FIX.get(image.mode, _OTHER_FIX).format(mode=image.mode)}")
+            raise ImageFileError(f"{path}: the label image is damaged ({_reason(error)})") from None
+        if image.mode in ("F", "P") and not (image.mode == "P" and palette):
+            raise ImageFileError(f"{path}: {_LABEL_FIX[image.mode]}")
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise ImageFileError(f"{path}: {_LABEL_FIX.get(image.mode, _OTHER_FIX).format(mode=image.mode)}")
+        values = _stored_values(image, packing[0], packing[3])
+        low, high = values.min(), values.max()
+        if low < 0 or high > FULL_16_BIT:
+            raise ImageFileError(f"{path}: the label has values from {low} to {high}; allowed: 0 to {FULL_16_BIT}")
+        label = Image.fromarray(values.astype(np.uint8 if high <= FULL_8_BIT else np.uint16, copy=False))
+        if image.format != "TIFF" and orientation != UPRIGHT:  # Pillow transposes TIFF files when it loads them
+            label.getexif()[ORIENTATION_TAG] = orientation
+            label = ImageOps.exif_transpose(label)
+    label.info["orientation"] = orientation
+    return label
 
 
-# Grey values of PNG files with 2 or 4 bits per pixel, which Pillow spreads over 0 to 255.
-_SCALED = {"L;2": 85, "L;4": 17}
-_LABEL_FIX = {
-    "P": "the label is a palette image (mode P); if its indices are the raw values set DATASET.palette_labels True, "
-    "else save it as 8-bit grey",
-    "RGB": "the label is an RGB picture, but labels are grey, with one value per class; map its colours to values and "
-    "save it as mode L",
-    "1": "the label has one bit per pixel (mode 1); save it as 8-bit grey with the values of your classes",
-}
-_LABEL_FIX["RGBA"] = _LABEL_FIX["RGB"]
-_OTHER_FIX = (
-    "the label has mode {mode}, but labels are grey of 8 or 16 bits; if all its values are whole and below 65536: "
-    "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save(f)"
-)
+def _unpack_grey_bmp(image: Image.Image) -> None:
+    """Let Pillow unpack a grey BMP of 4 bits per pixel: it takes one whose palette has grey level i at index i for one
+    of 8 bits."""
+    if image.format == "BMP" and image.mode == "L" and image.tile[0][0] == "raw":
+        image.fp.seek(28)
+        if int.from_bytes(image.fp.read(2), "little") == 4:
+            codec, extents, offset, (_, *layout) = image.tile[0]
+            image.tile = [(codec, extents, offset, ("L;4", *layout))]
+
+
+def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:
+    """Values as stored in the file, integers (H, W): Pillow scales and inverts some to be brightnesses.
+
+    Args:
+        image: loaded, with one channel.
+        codec, arguments: of the image's tile, before it was loaded.
+    """
+    values = np.asarray(image)
+    if codec in ("ppm", "ppm_plain") and image.mode != "1":
+        full = FULL_8_BIT if image.mode == "L" else FULL_16_BIT
+        return np.rint(values * (arguments[1] / full)).astype(np.int64)
+    mode, _, bits = str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments).partition(";")
+    if mode == "1":
+        return (values ^ ("I" in bits)).astype(np.uint8)
+    if mode != "L":
+        return values
+    if "I" in bits:  # TIFF files whose photometric interpretation is WhiteIsZero
+        values = FULL_8_BIT - values
+    return values // {"2": 85, "4": 17}.get(bits[:1], 1)

@@ -1,6 +1,7 @@
 """Reading the picture and the label of a record, and what becomes of those that cannot be used."""
 
 import copy
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from .files import ImageFileError, ImageLimits, read_image, read_label
 from .layouts import ListError
 from .records import load_records
 from .transforms import scale_pyramid
+
+logger = logging.getLogger(__name__)
 
 
 def table_of(opt) -> ClassTable:
@@ -90,9 +93,13 @@ class LabelledRecords(Records):
         super().__init__(root, odgt, opt)
         self.table = table_of(opt)
         self.palette = getattr(opt, "palette_labels", False)
+        # In shared memory: of all loader workers, one logs.
+        self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
         """Image (RGB) and raw label (see `read_label`) of a record, of equal size, every value in the class table.
+
+        Both have their EXIF orientation applied. A pair whose orientations differ is logged, once per data set.
 
         Raises:
             ImageFileError: anything else; names the file and what to do.
@@ -102,11 +109,24 @@ class LabelledRecords(Records):
         image = read_image(self.path(record, "fpath_img"), limits=self.limits)
         label = read_label(path, palette=self.palette, limits=self.limits)
         check_label(image.size, label, path, self.table.of_file(path))
+        if (difference := orientation_mismatch(image, label)) and not self._orientation_logged:
+            self._orientation_logged.fill_(True)
+            logger.warning(
+                "%s: %s; further ones are not logged, python -m mit_semseg.dataset.doctor lists them all",
+                record["fpath_img"],
+                difference,
+            )
         return image, label
 
     def encode(self, label: Image.Image, record: dict) -> np.ndarray:
         """Class indices (H, W) int64 of a record's raw label, -1 where ignored."""
         return self.table.of_file(record["fpath_segm"]).encode(np.asarray(label))
+
+
+def orientation_mismatch(image: Image.Image, label: Image.Image) -> str:
+    """What differs between the orientations that were applied to an image and its label; empty if nothing does."""
+    own, other = image.info["orientation"], label.info["orientation"]
+    return f"EXIF orientation {own} of the image, {other} of its label" if own != other else ""
 
 
 def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
@@ -117,8 +137,8 @@ def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, tab
     """
     if image_size != label.size:
         raise ImageFileError(
-            f"{path}: the label is {label.width}x{label.height}, its image (as its EXIF turns it) "
-            f"{image_size[0]}x{image_size[1]}; both must have the same size"
+            f"{path}: the label is {label.width}x{label.height}, its image "
+            f"{image_size[0]}x{image_size[1]} (orientations applied); both must have the same size"
         )
     present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
     unknown = present[table.index[present] == UNKNOWN]

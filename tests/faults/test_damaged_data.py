@@ -189,16 +189,16 @@ def test_limits_of_pixels_and_bytes(data):
     path = data.folder / "train" / "images" / "00.png"  # 60 x 40
     size = path.stat().st_size
     assert read_image(path, limits=ImageLimits(pixels=2400, bytes=size)).size == (60, 40)
-    with pytest.raises(ImageFileError, match=r"00\.png: 60x40 are 2400 pixels.*DATASET\.max_pixels \(now 2399\)"):
+    with pytest.raises(ImageFileError, match=r"00\.png: 60x40 .*DATASET\.max_pixels allows 2399"):
         read_image(path, limits=ImageLimits(pixels=2399))
-    with pytest.raises(ImageFileError, match=rf"00\.png: the file has {size} bytes.*max_bytes \(now {size - 1}\)"):
+    with pytest.raises(ImageFileError, match=rf"00\.png: .*DATASET\.max_bytes allows {size - 1}"):
         read_image(path, limits=ImageLimits(bytes=size - 1))
 
 
 def test_sizes_are_read_within_the_limits_of_the_options(data):
     """Where a list names none: the limits are those that were asked for, not the reader's own."""
     record = {"fpath_img": "images/00.png", "fpath_segm": "annotations/00.png"}
-    with pytest.raises(ImageFileError, match=r"DATASET\.max_bytes \(now 20\)"):
+    with pytest.raises(ImageFileError, match=r"DATASET\.max_bytes allows 20"):
         TrainDataset(data.folder / "train", [record], options(max_bytes=20), 1)
 
 
