@@ -61,6 +61,38 @@ def test_cross_entropy_of_logits_in_other_cases(batch):
     torch.testing.assert_close(smooth.of_logits(logits, label), smooth(logits.log_softmax(1), label))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("class_weight", [1e-6, 1e-4, 1.0, 1e5, 1e6])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_gradients_under_autocast_are_pytorchs_for_any_class_weight(dtype, class_weight, smoothing):
+    """The factors that follow the loss (class weight, loss scale, weight of a device) are never rounded to 16 bits."""
+    torch.manual_seed(1)
+    features = torch.randn(2, 8, 24, 32)
+    label = torch.randint(-1, CLASSES, (2, 24, 32))
+    weights = torch.full((CLASSES,), class_weight)
+    weights[1::2] = 1
+    conv = torch.nn.Conv2d(8, CLASSES, 1)
+    scale = 2.0**16 * 0.7 if dtype == torch.float16 else 0.7
+
+    def gradient(loss_of):
+        with torch.autocast("cpu", dtype=dtype):
+            logits = conv(features)
+            assert logits.dtype == dtype
+            loss = loss_of(logits)
+        return torch.autograd.grad(loss * scale, logits)[0].double()
+
+    ours = gradient(lambda x: MaskedNLLLoss(weight=weights, label_smoothing=smoothing).of_logits(x, label))
+    theirs = gradient(
+        lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing)
+    )
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+    # No direction of its own: a factor common to all entries would be missed by a training run's learning rate only.
+    assert abs((ours * theirs).sum() / theirs.square().sum() - 1) < 1e-3
+    small = theirs.abs() > 0
+    assert (ours[small] != 0).double().mean() > 0.99
+
+
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
 def test_ohem_is_its_definition(batch, threshold, min_kept):

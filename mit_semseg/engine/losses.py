@@ -57,10 +57,9 @@ class MaskedNLLLoss(nn.Module):
         total = F.nll_loss(log_probs, label, weight, ignore_index=self.ignore_index, reduction="sum")
         count = self.normalizer(label)
         if self.label_smoothing:
-            # Every class has its share of the target; a class's weight goes with its share, as in PyTorch.
-            spread = (
-                log_probs.mean(1) if weight is None else torch.einsum("nchw,c->nhw", log_probs, weight / len(weight))
-            )
+            # Every class gets an equal fraction of the target, times its class weight, as in PyTorch. A product and a
+            # sum, no matrix product: autocast would compute that in 16 bits.
+            spread = (log_probs if weight is None else log_probs * weight.view(-1, 1, 1)).mean(1)
             total = (1 - self.label_smoothing) * total - self.label_smoothing * (spread * labelled).sum()
             total = total * (count > 0)  # all labelled pixels are of classes of weight 0: nothing to learn
         return total / _or_one(count)
