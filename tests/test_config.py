@@ -4,12 +4,14 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from yacs.config import CfgNode
 
 from mit_semseg.config import ConfigError, cfg, load_config
 from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.models import ModelBuilder
 
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = sorted(ROOT.glob("config/*.yaml"))
@@ -194,12 +196,10 @@ def test_values_are_read_as_what_they_say(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        "DIR: 2024-31-12",
         "TRAIN: {seed: " + 5000 * "1" + "}",
         "DATASET: {palette_labels: !!bool x}",
         "DIR: " + 3000 * "[",
         '_BASE_: "a\\0b"',
-        "DATASET: {num_class: 2, classes: [car, 2024-01-02]}",
         "TRAIN: {lr_encoder: " + 400 * "1" + "}",
         "TRAIN: {lr_encoder: '{[]}'}",
         "".join(f"x{n}: &x{n} [{9 * f'*x{n - 1}, '}0]\n" for n in range(1, 15)).replace("*x0", "0") + "VAL: *x14",
@@ -212,6 +212,80 @@ def test_what_yaml_stumbles_over_is_a_problem_like_any_other(tmp_path, text):
         load_config(write(tmp_path / "c.yaml", text))
 
 
+def test_words_of_yaml_are_text_as_written(tmp_path):
+    text = """
+DIR: 2024-31-12
+DATASET: {num_class: 6, classes: [no, yes, 010, 2024-01-02, ~, 'on']}
+VAL: {checkpoint: 1e3}
+"""
+    words = ("no", "yes", "010", "2024-01-02", "~", "on")
+    path = write(tmp_path / "a.yaml", text)
+    loaded = load_config(path)
+    assert (loaded.DIR, loaded.DATASET.classes, loaded.VAL.checkpoint) == ("2024-31-12", words, "1e3")
+    dumped = write(tmp_path / "dumped.yaml", loaded.dump())
+    assert load_config(dumped).DATASET.classes == words
+    merged = cfg.clone()
+    merged.merge_from_file(path)
+    assert merged.DATASET.classes == words
+    for listed in ("[no, yes, 010, 2024-01-02, ~, on]", "(no, yes, 010, 2024-01-02, ~, 'on')", str(list(words))):
+        opts = ["DATASET.classes", listed, "DATASET.num_class", "6"]
+        assert load_config(None, opts).DATASET.classes == words
+
+
+PATHS = [key for key, option in OPTIONS.items() if option.path]
+
+
+def test_every_path_expands_home_and_variables(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    assert {"DIR", "DATASET.root_dataset", "TEST.result", "MODEL.weights_encoder", "DATASET.classes"} <= set(PATHS)
+    lines = [f"  {key.split('.')[1]}: ~/x" for key in PATHS if key.startswith("DATASET.")]
+    (tmp_path / "base.yaml").write_text("\n".join(["DATASET:", *lines]))
+    (tmp_path / "a.yaml").write_text("_BASE_: ~/base.yaml")
+    others = [word for key in PATHS if "DATASET" not in key for word in (key, "${SCRATCH}/$USERS_x")]
+    loaded = load_config("~/a.yaml", others)
+    for key in PATHS:
+        expected = "x" if "DATASET" in key else "scratch/$USERS_x"  # a variable that is not set stays
+        assert get(loaded, key) == str(tmp_path / expected)
+
+
+def test_a_path_that_exists_as_written_is_not_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "$HOME").mkdir()
+    assert load_config(None, ["DIR", "$HOME"]).DIR == "$HOME"
+
+
+def test_options_may_be_joined_to_their_values():
+    opts = ["TRAIN.num_epoch=3", "DIR=a=b", "TRAIN.epoch_iters", "7", "TEST.result", "x=y"]
+    loaded = load_config(None, opts)
+    assert (loaded.TRAIN.num_epoch, loaded.DIR, loaded.TRAIN.epoch_iters, loaded.TEST.result) == (3, "a=b", 7, "x=y")
+    with pytest.raises(ConfigError, match=r"TRAIN\.num_epochs.*TRAIN\.num_epoch\?"):
+        load_config(None, ["TRAIN.num_epochs=3"])
+
+
+def test_a_missing_file_names_the_closest(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"config/ade20k-hrnetv2\.yaml"):
+        load_config("config/ade20k-hrnetv2-c1.yaml")
+    with pytest.raises(ConfigError, match=r"config/quickstart\.yaml"):
+        load_config("quikstart.yaml")
+
+
+def test_the_global_node_does_not_change_what_is_loaded(monkeypatch):
+    monkeypatch.setitem(cfg.DATASET, "num_class", 3)
+    assert load_config().DATASET.num_class == 150
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
+def test_shipped_files_state_what_other_programs_read(path):
+    """Programs read these with `yaml.safe_load` alone, without base files and defaults."""
+    own, loaded = yaml.safe_load(path.read_text()), load_config(path)
+    for key in ("DIR", "DATASET.num_class", "MODEL.fc_dim", "VAL.checkpoint", "TEST.checkpoint"):
+        assert get(own, key) == get(loaded, key), key
+    encoder = ModelBuilder.build_encoder(loaded.MODEL.arch_encoder, pretrained=False)
+    assert encoder.out_channels[-1] == loaded.MODEL.fc_dim
+
+
 def test_base_files(tmp_path):
     write(tmp_path / "base.yaml", "TRAIN: {num_epoch: 3, seed: 5}\nDIR: a")
     write(tmp_path / "middle.yaml", "_BASE_: base.yaml\nTRAIN: {seed: 6}")
@@ -220,8 +294,12 @@ def test_base_files(tmp_path):
     write(tmp_path / "base.yaml", "_BASE_: top.yaml")
     with pytest.raises(ConfigError, match=r"based on itself: top.yaml -> middle.yaml -> base.yaml -> top.yaml"):
         load_config(tmp_path / "top.yaml")
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load_config(write(tmp_path / "lost.yaml", "_BASE_: nowhere.yaml"))
+
+
+# A file under the name that the original gave it.
+PAIR_OF = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}
 
 
 def test_shipped_files_are_there():
@@ -235,9 +313,10 @@ def test_shipped_files_load(path):
     node = load_config(path)
     text = path.read_text()
     assert f"--cfg config/{path.name}" in text
-    assert path.stem == Path(node.DIR).name or path.stem == "own-folders"
+    name = PAIR_OF.get(path.stem, path.stem)
+    assert name == Path(node.DIR).name or name == "own-folders"
     if path.name.startswith("ade20k-"):
-        assert path.stem == f"ade20k-{node.MODEL.arch_encoder}-{node.MODEL.arch_decoder}"
+        assert name == f"ade20k-{node.MODEL.arch_encoder}-{node.MODEL.arch_decoder}"
         assert "Published" in text
         rate = 1 if "bilinear" in path.name else 8 if "dilated" in path.name else 4
         assert node.DATASET.segm_downsampling_rate == rate

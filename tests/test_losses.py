@@ -82,9 +82,7 @@ def test_gradients_under_autocast_are_pytorchs_for_any_class_weight(dtype, class
         return torch.autograd.grad(loss * scale, logits)[0].double()
 
     ours = gradient(lambda x: MaskedNLLLoss(weight=weights, label_smoothing=smoothing).of_logits(x, label))
-    theirs = gradient(
-        lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing)
-    )
+    theirs = gradient(lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing))
     assert theirs.norm() > 0
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
     # No direction of its own: a factor common to all entries would be missed by a training run's learning rate only.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import yaml
 
-from ..lib.utils import UserError
+from ..lib.utils import UserError, expand_path
 from .defaults import OPTIONS, Option
 
 SMALLEST_WINDOW = 32  # pixels: the largest output stride; smaller ones would also be thousands
@@ -40,8 +40,8 @@ def convert(key: str, value: object) -> object:
         ValueError: the value is not allowed; the message names key, value and what is allowed.
     """
     option = OPTIONS[key]
-    if option.default == "off" and value is False:
-        value = "off"  # YAML reads the bare word off as a truth value
+    if isinstance(value, str) and {str, tuple} <= set(option.types):
+        value = _words(value)
     for kind in option.types:
         result = _as_kind(kind, value)
         if result is not None:
@@ -51,6 +51,8 @@ def convert(key: str, value: object) -> object:
         raise ValueError(f"{key}: {value!r} is no {names}{_example(option)}")
     if option.choices:
         return _choose(key, option, result)
+    if option.path and isinstance(result, str):
+        return expand_path(result)
     _check_range(key, option, result)
     return result
 
@@ -98,6 +100,17 @@ def _yaml_list(text: str) -> object:
         return yaml.safe_load(text)
     except Exception:  # any, see `loader`
         return text
+
+
+def _words(text: str) -> object:
+    """The words of a list as they are written, [no, 010], or the text itself if it is no list."""
+    if text.strip()[:1] not in ("[", "("):
+        return text
+    try:
+        words = yaml.load("[" + text.strip()[1:-1] + "]", yaml.BaseLoader)
+    except yaml.YAMLError:
+        return text
+    return words if all(isinstance(word, str) for word in words) else text
 
 
 def _literal_list(text: str) -> bool:
@@ -173,7 +186,7 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         )
     if v["TRAIN.visualize"] and not v["TRAIN.eval_epoch"]:
         problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
-    if v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
+    if v["TRAIN.epoch_iters"] and v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
         problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
     if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:
         problems.append("MODEL.new_head True needs a file in MODEL.weights_decoder to take the rest from")

@@ -15,6 +15,7 @@ class Option:
         fractions: the numbers in a list need not be whole.
         choices: allowed values.
         kinds: types allowed, where the default's type is not the only one.
+        path: a path, in which `~` and environment variables are expanded.
     """
 
     default: object
@@ -24,6 +25,7 @@ class Option:
     choices: tuple = ()
     kinds: tuple[type, ...] = ()
     fractions: bool = False
+    path: bool = False
 
     @property
     def types(self) -> tuple[type, ...]:
@@ -70,22 +72,24 @@ DECODER_NAMES = (
 )
 
 OPTIONS: dict[str, Option] = {
-    "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "folder of checkpoints, log, curves and results"),
+    "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "folder of checkpoints, log and results", path=True),
     # Data
-    "DATASET.root_dataset": Option("./data/", "folder that the paths in the lists are relative to"),
+    "DATASET.root_dataset": Option("./data/", "folder that the paths in the lists are relative to", path=True),
     "DATASET.list_train": Option(
         "./data/training.odgt",
         "training list: an .odgt file, a folder with images/ and annotations/ (or one whose path has a part images), a "
         "folder of Cityscapes such as leftImg8bit/train, or a list of PASCAL VOC such as "
         "ImageSets/Segmentation/train.txt; below root_dataset, or as it stands",
+        path=True,
     ),
-    "DATASET.list_val": Option("./data/validation.odgt", "validation list, as list_train"),
+    "DATASET.list_val": Option("./data/validation.odgt", "validation list, as list_train", path=True),
     "DATASET.num_class": Option(150, "number of classes", low=1, high=32767),
     "DATASET.classes": Option(
         "",
         "class table: 'ade20k', 'cityscapes', 'pascal_voc', a CSV file (raw, name, color), or a list of names; '' is "
         "ADE20K for 150 classes and numbered classes otherwise, raw value 0 unlabelled",
         kinds=(str, tuple),
+        path=True,
     ),
     "DATASET.ignore_values": Option(
         (),
@@ -167,8 +171,8 @@ OPTIONS: dict[str, Option] = {
     # Model
     "MODEL.arch_encoder": Option("resnet50dilated", "encoder", choices=ENCODER_NAMES),
     "MODEL.arch_decoder": Option("ppm_deepsup", "decoder", choices=DECODER_NAMES),
-    "MODEL.weights_encoder": Option("", "file to start the encoder from; '' is the ImageNet base (see pretrained)"),
-    "MODEL.weights_decoder": Option("", "file to start the decoder from; '' is random weights"),
+    "MODEL.weights_encoder": Option("", "file of the encoder's initial weights; '' is MODEL.pretrained", path=True),
+    "MODEL.weights_decoder": Option("", "file of the decoder's initial weights; '' is random ones", path=True),
     "MODEL.fc_dim": Option(
         2048, "channels of the encoder's last map; not needed, but checked if set to anything but the default", low=1
     ),
@@ -187,7 +191,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.batch_size_per_gpu": Option(2, "images per device and step", low=1),
     "TRAIN.num_epoch": Option(20, "epochs to train", low=1),
     "TRAIN.start_epoch": Option(0, "continue from the files of this epoch in DIR (weights and history only)", low=0),
-    "TRAIN.epoch_iters": Option(5000, "steps per epoch", low=1),
+    "TRAIN.epoch_iters": Option(5000, "steps per epoch; 0 is once through the training images", low=0),
     "TRAIN.optim": Option("SGD", "optimizer", choices=("SGD", "AdamW")),
     "TRAIN.lr_encoder": Option(0.02, "initial learning rate of the encoder", low=0),
     "TRAIN.lr_decoder": Option(0.02, "initial learning rate of the decoder", low=0),
@@ -246,7 +250,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.visualize": Option(False, "write panels of every validation during training to DIR/vis"),
     "TRAIN.checkpoint_iters": Option(1000, "steps between two saves inside an epoch; 0 saves at its end only", low=0),
     "TRAIN.resume": Option(
-        "off", "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file"
+        "off",
+        "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file",
+        path=True,
     ),
     "TRAIN.timeout": Option(
         1800.0,
@@ -259,7 +265,7 @@ OPTIONS: dict[str, Option] = {
     "VAL.batch_size": Option(1, "images loaded per step; the figures do not depend on it", low=1),
     "VAL.num_val": Option(0, "validate on the first so many images during training; 0 takes all", low=0),
     "VAL.visualize": Option(False, "write panels [image | annotation | prediction] to DIR/result"),
-    "VAL.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to evaluate"),
+    "VAL.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to evaluate", path=True),
     # How the network looks at a picture in validation, evaluation and segmenting
     "INFERENCE.flip": Option(False, "average with the mirrored picture"),
     "INFERENCE.window": Option(
@@ -284,6 +290,6 @@ OPTIONS: dict[str, Option] = {
     "TEST.batch_size": Option(
         1, "pictures loaded per step; on a GPU those of one size go through the network together", low=1
     ),
-    "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with"),
-    "TEST.result": Option("./", "folder to write the results to"),
+    "TEST.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to segment with", path=True),
+    "TEST.result": Option("./", "folder to write the results to", path=True),
 }

@@ -1,17 +1,21 @@
 """Reading YAML files and command lines into a checked configuration."""
 
 import argparse
+import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
 from yacs.config import CfgNode
 
+from ..lib.utils import expand_path
 from .check import ConfigError, contradictions, convert, unknown_key
 from .defaults import OPTIONS
 
 BASE_KEY = "_BASE_"
+_NULL, _TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"
 MOST_VALUES = 100_000  # of a YAML file, whose lists of class names are its longest
 
 
@@ -64,15 +68,17 @@ cfg = _default_config()
 def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ()) -> Config:
     """The defaults, changed by a YAML file and then by a command line; checked and frozen.
 
+    The global `cfg`, which callers may have changed, is not read.
+
     Args:
         path: YAML file; None takes the defaults.
-        opts: `[key, value, ...]`, as at the end of a command line.
+        opts: `[key, value, ...]` or `["key=value", ...]`, as at the end of a command line.
 
     Raises:
         ConfigError: lists every unknown key, wrong type, number out of range and contradiction, with their origin.
     """
-    node = cfg.clone()
-    given = _read_yaml(Path(path)) if path else []
+    node = _default_config()
+    given = _read_yaml(Path(expand_path(os.fspath(path)))) if path else []
     _merge(node, [*given, *_read_list(list(opts))])
     node.freeze()
     return node
@@ -110,6 +116,7 @@ def _merge(node: Config, given: list[tuple[str, object, str]]) -> None:
 
 
 def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
+    opts = [word for opt in opts for word in _key_and_value(opt)]
     keys = [opt for opt in opts[::2] if isinstance(opt, str) and opt not in OPTIONS]
     files = [opt for opt in opts if isinstance(opt, str) and os.path.isfile(opt)]
     if len(files) > 1 and any(key in files for key in keys):
@@ -119,11 +126,20 @@ def _read_list(opts: list[str]) -> list[tuple[str, object, str]]:
     return [(key, value, "command line") for key, value in zip(opts[::2], opts[1::2], strict=True)]
 
 
+def _key_and_value(opt: object) -> list:
+    """`KEY=VALUE` as two words; any other word as it is."""
+    key, equals, value = opt.partition("=") if isinstance(opt, str) else ("", "", "")
+    is_key = equals and re.fullmatch(r"DIR|[A-Z]+\.\w+", key)
+    return [key, value] if is_key else [opt]
+
+
 def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, object, str]]:
     """(key, value, origin) of a YAML file, those of the file it is based on first."""
     try:
         chain = (*above, path.resolve())
         content = _loaded(path.read_text(encoding="utf-8")) if path.resolve() not in above else None
+    except FileNotFoundError:
+        raise ConfigError([f"{path}: there is no such file{_closest(path)}"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: {error.strerror or error}"]) from None
     except Exception as error:  # the reader meets what it does not understand, a 31st of June, with any exception
@@ -136,8 +152,15 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, obje
         raise ConfigError([f"{path}: expected sections such as TRAIN: and MODEL:, found {type(content).__name__}"])
     content = dict(content)
     base = content.pop(BASE_KEY, None)
-    inherited = _read_yaml(path.parent / str(base), chain) if base else []
+    inherited = _read_yaml(path.parent / expand_path(str(base)), chain) if base else []
     return inherited + list(_flatten(content, str(path)))
+
+
+def _closest(path: Path) -> str:
+    """The YAML file whose name is most like that of a missing one, in its folder or in config/."""
+    there = [found for folder in (path.parent, Path("config")) for found in sorted(folder.glob("*.y*ml"))]
+    near = difflib.get_close_matches(path.stem, [found.stem for found in there], n=1, cutoff=0.3)
+    return f"; did you mean {next(found for found in there if found.stem == near[0])}?" if near else ""
 
 
 def _loaded(text: str) -> object:
@@ -151,9 +174,25 @@ def _loaded(text: str) -> object:
         node = loader.get_single_node()
         if node is not None and _size(node, {}) > MOST_VALUES:
             raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
-        return None if node is None else loader.construct_document(node)
+        if node is None:
+            return None
+        _keep_words(node)
+        return loader.construct_document(node)
     finally:
         loader.dispose()
+
+
+def _keep_words(node: yaml.Node, prefix: str = "") -> None:
+    """Mark the values of options that take text as text: YAML reads no, 010 and 2024-01-02 as other things."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and not prefix:
+            _keep_words(value, f"{name}.")
+        elif name in OPTIONS and str in OPTIONS[name].types:
+            listed = isinstance(value, yaml.SequenceNode)
+            for word in value.value if listed else [value]:
+                if isinstance(word, yaml.ScalarNode) and (listed or word.tag != _NULL):
+                    word.tag = _TEXT
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

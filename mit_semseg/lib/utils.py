@@ -62,6 +62,11 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
+def expand_path(text: str) -> str:
+    """A path with `~` and environment variables (`$VAR`, `${VAR}`) expanded; a file of the literal name comes first."""
+    return text if os.path.exists(text) else os.path.expanduser(os.path.expandvars(text))
+
+
 def is_running(process: int) -> bool:
     """Whether this machine has a process of that number; taken for granted where asking would end it (Windows)."""
     if os.name != "posix":

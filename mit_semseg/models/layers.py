@@ -182,11 +182,17 @@ def dilation_of_stage(stride: int, current_stride: int, output_stride: int) -> t
     return stride * before // after, before, after
 
 
-def init_weights(module: nn.Module, *, norm_bias: float = 0.0) -> None:
-    """Kaiming-normal convolutions (He et al., 2015), zero biases, norms with weight 1 and the given bias."""
+def init_weights(module: nn.Module, *, mode: str = "fan_in", norm_bias: float = 0.0) -> None:
+    """Kaiming-normal convolutions (He et al., 2015), zero biases, norms with weight 1 and the given bias.
+
+    Args:
+        mode: 'fan_in' for decoders: a classifier of few classes then starts near the loss of equal probabilities, where
+            'fan_out' would scale its weights by their number. 'fan_out' for encoders, as in the ResNet paper.
+        norm_bias: initial bias of the norms.
+    """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(part.weight, mode=mode, nonlinearity="relu")
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine:

@@ -81,7 +81,7 @@ class HRNetV2(nn.Module):
         self.stage3 = self._stage(3, norm_layer)
         self.transition3 = self._new_branch(3, norm_layer)
         self.stage4 = self._stage(4, norm_layer)
-        init_weights(self)
+        init_weights(self, mode="fan_out")
 
     @staticmethod
     def _stage(branches: int, norm_layer: NormLayer) -> Blocks:

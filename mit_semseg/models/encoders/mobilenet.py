@@ -66,7 +66,7 @@ class MobileNetV2(nn.Module):
                 channels = planes
             reached *= nominal
         self.features = Blocks(*blocks)
-        init_weights(self)
+        init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         """Feature maps of pictures (N, 3, H, W): all five, or a list with the last only."""

@@ -135,7 +135,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", stage)
             channels, reached = planes * block.expansion, reached * nominal
         self.out_channels = tuple(64 * 2**i * block.expansion for i in range(4))
-        init_weights(self)
+        init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         """Feature maps of pictures (N, 3, H, W): all four, or a list with the last only."""

@@ -47,7 +47,7 @@ class VGG(nn.Module):
         self.conv6 = nn.Conv2d(WIDTHS[-1], FC, 7, padding=12, dilation=4)
         self.conv7 = nn.Conv2d(FC, FC, 1)
         self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.5)
-        init_weights(self)
+        init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         """Feature maps of pictures (N, 3, H, W): all four, or a list with the last only."""
