@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +68,36 @@ def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
         resumed("AdamW")
     with pytest.raises(CheckpointError, match=r"another model .*DATASET\.num_class"):
         resumed(module=tiny_module(5, crit=MaskedNLLLoss()))
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("first", [False, True])
+def test_resuming_with_another_memory_format_keeps_the_optimizer_state(root, tmp_path, name, first):
+    """A run that changes TRAIN.channels_last ends with the weights of one that does not, up to rounding."""
+    rates = {"SGD": 0.05, "AdamW": 0.001}
+
+    def trained(folder, formats):
+        dataset = TrainDataset(root, "train", options(), batch_per_gpu=2)
+        for epoch, channels_last in enumerate(formats, start=1):
+            module = tiny_module(crit=MaskedNLLLoss())
+            module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            parts = module.encoder, module.decoder
+            optimizer = build_optimizer(*parts, name=name, lr_encoder=rates[name], lr_decoder=rates[name])
+            settings = Settings(num_epoch=2, epoch_iters=3, channels_last=channels_last)
+            files = RunFiles(folder)
+            if epoch < len(formats):
+                settings = replace(settings, num_epoch=epoch)
+            done = fit(module, optimizer, dataset, files, settings, devices=[CPU], resume="auto")
+            for parameter, state in done.optimizer.state.items():
+                for value in state.values():
+                    assert value.dim() == 0 or value.stride() == parameter.stride()
+        return weights(folder)
+
+    expected = trained(tmp_path / "same", [first, first])
+    changed = trained(tmp_path / "changed", [first, not first])
+    for key, value in expected.items():
+        if value.is_floating_point():
+            assert (changed[key] - value).norm() <= 1e-3 * max(1e-3, value.norm()), key
 
 
 def test_what_is_other_when_a_run_goes_on_is_said(root, tmp_path):

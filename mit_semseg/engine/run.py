@@ -158,6 +158,7 @@ class Run:
                 f"restart"
             )
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+        _lay_out_like_parameters(self.optimizer)
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
@@ -179,6 +180,15 @@ class Run:
         if other:
             changes = [f"{key} {reprlib.repr(self.options[key])} (was {reprlib.repr(saved[key])})" for key in other]
             logger.info("going on with other options than before: %s", ", ".join(changes))
+
+
+def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Give every tensor of an optimizer's state the memory format of its parameter: fused kernels read both as if they
+    were laid out alike, and a saved state has the format of its own run (TRAIN.channels_last)."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def seed_step(seed: int, step: int, devices: Sequence[torch.device], first: int = 0) -> None:
