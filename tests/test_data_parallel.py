@@ -1,7 +1,11 @@
 """Scatter, replicas and gather over structures, on CPU replicas (and on GPUs where there are some)."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from mit_semseg.lib.nn import (
 from mit_semseg.lib.nn.scatter import gather, scatter
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[1]
 Pair = namedtuple("Pair", "first second")
 
 
@@ -203,3 +208,20 @@ def test_copies_to_a_gpu_wait_for_the_right_stream():
         copied = copy_to_device(host, device)
         assert copied["x"].sum().item() == n * 1e6
         assert torch.equal(copy_to_device(copied, device)["y"][0].cpu(), torch.ones(3))
+
+
+def test_a_short_program_with_cpu_replicas_ends_cleanly():
+    """Several at once, on cores that are busy with the others: no replica thread outlives the interpreter."""
+    program = """
+import torch
+from mit_semseg.lib.nn import UserScatteredDataParallel
+torch.set_num_threads(1)
+module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
+module([torch.randn(3, 4), torch.randn(5, 4)]).sum().backward()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    programs = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE) for _ in range(6)
+    ]
+    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in programs]
+    assert ends == [(b"", 0)] * 6

@@ -8,6 +8,7 @@ its replicas are threads that share the parameters.
 import copy
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -20,6 +21,8 @@ from torch import nn
 from .batchnorm import SynchronizedBatchNorm
 from .scatter import copy_to_device, gather, scatter
 from .sync import ReplicaGroup, ReplicaStopped
+
+UNWIND_SECONDS = 1.0  # that threads get to end once the outputs or an error are there; one may hang
 
 
 def join_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float = 120.0) -> ReplicaGroup:
@@ -104,14 +107,28 @@ def run_replicas(
         except BaseException as error:
             finished.put((rank, None, error))
 
-    # Daemons: a replica that hangs neither keeps the others waiting nor the process from ending.
-    for rank in range(len(replicas)):
-        threading.Thread(target=work, args=(rank,), name=f"replica {rank}", daemon=True).start()
-    outputs, stopped = [None] * len(replicas), None
-    running = set(range(len(replicas)))
+    # Daemons: a replica that hangs does not keep the process from ending.
+    threads = [
+        threading.Thread(target=work, args=(rank,), name=f"replica {rank}", daemon=True)
+        for rank in range(len(replicas))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        return _outputs(finished, len(replicas), group)
+    finally:
+        # A thread that still unwinds while the interpreter exits aborts the process.
+        deadline = time.monotonic() + UNWIND_SECONDS
+        for thread in threads:
+            thread.join(max(0, deadline - time.monotonic()))
+
+
+def _outputs(finished: queue.SimpleQueue, count: int, group: ReplicaGroup) -> list:
+    """Outputs of `count` replicas in the order of their ranks, from a queue of (rank, output, error)."""
+    outputs, stopped, running = [None] * count, None, set(range(count))
     while running:
         try:
-            rank, output, error = finished.get(timeout=None if len(running) == len(replicas) else group.timeout)
+            rank, output, error = finished.get(timeout=None if len(running) == count else group.timeout)
         except queue.Empty:
             group.stop()
             names = ", ".join(map(str, sorted(running)))
@@ -119,7 +136,7 @@ def run_replicas(
         running.discard(rank)
         outputs[rank] = output
         if isinstance(error, ReplicaStopped) and group.stopped:
-            stopped = error  # the one that failed will come, too
+            stopped = error  # the error that stopped the group follows
         elif error is not None:
             group.stop()
             raise error
