@@ -11,7 +11,7 @@ from mit_semseg.apps.results import add_result_arguments, endings_of
 from mit_semseg.apps.sharing import share_out
 from mit_semseg.config import load_config
 from mit_semseg.engine import distributed
-from mit_semseg.lib.utils import progress_bar
+from mit_semseg.lib.utils import expand_path, progress_bar
 
 EXAMPLES = """\
   python test.py --imgs street.jpg --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml
@@ -27,6 +27,7 @@ def main() -> int:
         "--imgs",
         required=True,
         metavar="PATH",
+        type=expand_path,
         help="a picture, a folder (recursive), a glob, a video, or a camera's number",
     )
     parser.add_argument("--smoothing", type=float, default=0, help="of a video: share of the previous frames, 0 to 1")
@@ -37,7 +38,8 @@ def main() -> int:
     devices = pick_devices(args.device)
     if video.is_video(args.imgs):
         logs.setup_logger(0, None, args.level)
-        return video.run(cfg, args.imgs, devices[0], args.smoothing)
+        video.run(cfg, args.imgs, devices[0], args.smoothing)
+        return 0
     with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
         cli.compare(cfg, processes)
         logger = logs.setup_logger(processes.rank, None, args.level)

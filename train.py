@@ -19,7 +19,7 @@ def main() -> int:
     args = cli.make_parser(__doc__, EXAMPLES, cli.TRAINING).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     devices, files = pick_devices(args.device), RunFiles(cfg.DIR)
-    with distributed.join(devices[0], cfg.TRAIN.timeout) as processes:
+    with distributed.join(devices[0], cfg.TRAIN.timeout) as processes, files.locked(processes):
         cli.compare(cfg, processes)
         cfg = cli.after_restart(cfg, files, processes)
         train = cfg.TRAIN

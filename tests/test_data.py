@@ -15,7 +15,7 @@ from scipy.io import loadmat
 from torch.utils.data import DataLoader
 
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_table, imresize
-from mit_semseg.dataset.classes import ClassTableError
+from mit_semseg.dataset.classes import ClassTableError, distinct_colors
 from mit_semseg.dataset.datasets import float_pictures
 from mit_semseg.dataset.files import ImageFileError, image_size, read_image, read_label
 from mit_semseg.dataset.layouts import ListError, find_images
@@ -111,6 +111,16 @@ def test_a_damaged_header_does_not_stop_the_listing(tmp_path):
     assert ["width" in record for record in records] == [False, True]
     (folder / "images" / "00.png").write_bytes(whole[:-200])  # the header is whole
     assert image_size(folder / "images" / "00.png") == SIZES[0]
+
+
+def test_default_colors_differ():
+    """In RGB, whose diagonal is 442, also from black; beyond the first 40 as much as so many colours can."""
+    for count, least in ((40, 60), (150, 38), (600, 20)):
+        colors = np.vstack([distinct_colors(count).astype(int), [(0, 0, 0)]])
+        distances = np.linalg.norm(colors[:, None] - colors, axis=2) + 1000 * np.eye(count + 1)
+        assert distances.min() >= least
+    assert len(np.unique(class_table("", 5000).colors, axis=0)) == 5000
+    assert len(distinct_colors(70_000)) == 70_000
 
 
 def test_a_folder_outside_the_root_is_absolute(tmp_path):

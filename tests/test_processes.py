@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from runs import Job, here, script, words
 from scenes import options, tiny_module, write_pairs
 
 from mit_semseg.apps import cli, devices
-from mit_semseg.apps.sharing import share_out
+from mit_semseg.apps.sharing import Share, share_out
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.loading import make_loader
 from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit, freeze_batch_norm
 from mit_semseg.engine.distributed import Place
 from mit_semseg.engine.loop import TrainingStopped
+from mit_semseg.evaluation.evaluator import read_items
 from mit_semseg.lib.nn import recompute
 from mit_semseg.lib.utils import UserError
 
@@ -276,11 +278,11 @@ def test_a_killed_worker_of_the_evaluation_is_named(jobs, root, tmp_path):
 # Sharing out
 
 
-def _square(device, number, parts, send, base):
-    send(f"{number} of {parts} on {device}")
-    if base < 0 and number == 1:
+def _square(share, send, base):
+    send(f"{share.number} of {share.parts} on {share.device}")
+    if base < 0 and share.number == 1:
         raise (UserError("a negative base") if base == -1 else KeyError("no key"))
-    return base + number
+    return base + share.number
 
 
 @pytest.mark.long
@@ -294,6 +296,25 @@ def test_work_is_shared_out_over_worker_processes():
         share_out(_square, [CPU, CPU], Processes(), 5, [-1])
     with pytest.raises(UserError, match=r"(?s)images 3 to 5 of 5 and had done 1 of them, failed:.*in _square.*no key"):
         share_out(_square, [CPU, CPU], Processes(), 5, [-2])
+
+
+def test_shares_know_how_many_of_them_are_on_this_machine(monkeypatch):
+    """Of 16 processes on two machines, eight share the cores of one."""
+    place = SimpleNamespace(local_size=8)
+    job = SimpleNamespace(size=16, rank=9, place=place, collect=lambda own, *_, **__: [own])
+    (share,) = share_out(lambda share, send: share, [CPU], job, 100)
+    assert share == Share(CPU, 9, 16, 8)
+    monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 64)
+    loaders = []
+
+    def seen(*arguments, **options):
+        loaders.append(make_loader(*arguments, **options))
+        return loaders[-1]
+
+    monkeypatch.setattr("mit_semseg.evaluation.evaluator.make_loader", seen)
+    for workers, expected in ((16, 8), (6, 6), (0, 0)):
+        next(read_items([{}] * 100, device="cpu", workers=workers, processes=share.local))
+        assert loaders[-1].num_workers == expected
 
 
 # Devices and data of a process

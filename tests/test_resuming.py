@@ -3,6 +3,9 @@
 import errno
 import os
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -25,7 +28,7 @@ from mit_semseg.engine import (
 from mit_semseg.engine.checkpoint import read_resume, save_atomic
 from mit_semseg.engine.guards import Interruption, deterministic
 from mit_semseg.engine.loop import TrainingStopped
-from mit_semseg.lib.utils import UserError, WriteError
+from mit_semseg.lib.utils import HOST, UserError, WriteError
 
 
 @pytest.fixture(scope="module")
@@ -151,11 +154,41 @@ def test_another_length_of_epochs_writes_over_none(root, tmp_path):
 
 def test_what_a_killed_run_left_is_removed_wherever_it_is(root, tmp_path):
     run(root, tmp_path, settings={"num_epoch": 1})
-    left = tmp_path / "vis" / "epoch_1" / "a.png.12.partial"
-    left.parent.mkdir(parents=True)
-    left.touch()
+    """Of dead processes of this machine, and of other machines after a day; never of one that may still write."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    vis = tmp_path / "vis" / "epoch_1"
+    vis.mkdir(parents=True)
+    names = f"a.{HOST}.{dead.pid}", f"b.{HOST}.{os.getppid()}", "c.elsewhere.1", "d.elsewhere.1", "film"
+    gone, alive, new, old, mine = (vis / f"{name}.partial" for name in names)
+    for path in (gone, alive, new, old, mine):
+        path.touch()
+    for path in (old, mine):
+        os.utime(path, (time.time() - 90_000,) * 2)
     run(root, tmp_path, settings={"num_epoch": 1}, resume="auto")
-    assert not left.exists()
+    assert sorted(vis.iterdir()) == sorted([alive, new, mine])
+
+
+def test_the_second_run_in_a_folder_is_refused(root, tmp_path):
+    """Also several that start at the same time; and the folder is free again when the first has been killed."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1000}
+    arguments = "train.py", "--gpu", "cpu", *words({**changes, "TRAIN.workers": 1, "TRAIN.resume": "auto"})
+    jobs = [Job(*arguments) for _ in range(3)]
+    deadline = time.monotonic() + 120
+    while sum(job.returncode is None for job in jobs) > 1 or not (tmp_path / "run" / "encoder_epoch_1.pth").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (running,) = [job for job in jobs if job.returncode is None]
+    for job in jobs:
+        if job is not running:
+            done = job.end(10)
+            assert done.returncode == 2
+            assert f"another training run (process {running.pid} on {HOST}) uses {tmp_path / 'run'}" in done.stderr
+            assert "Traceback" not in done.stderr
+    running.kill()
+    later = Job(*arguments)
+    assert any("continuing" in line for line in later.lines()), later.errors()
+    later.kill()
 
 
 def test_encoder_and_decoder_are_replaced_together(tmp_path, monkeypatch):
@@ -194,7 +227,7 @@ def test_nothing_is_written_over_unasked(root, tmp_path):
         files.find_resume("auto")
     assert {p.name for p in tmp_path.iterdir()} == set(kept) - {"resume.pth"}
     mine = {"encoder_imagenet.pth", "film.partial"}
-    for name in (*mine, "resume.pth.77.partial"):
+    for name in (*mine, f"resume.pth.{HOST}.{os.getpid()}.partial"):
         (tmp_path / name).touch()
     run(root, tmp_path, settings={"num_epoch": 1}, resume="restart")
     names = {f"{part}_epoch_1.pth" for part in ("encoder", "decoder", "history")} | {"resume.pth", *mine}

@@ -221,7 +221,7 @@ def test_wrong_inputs_are_answered_in_a_sentence(trained, photos, imgs, message)
     ("arguments", "message"),
     [
         (["TRAIN.lr_encodr", "1"], "did you mean TRAIN.lr_encoder?"),
-        (["--cfg", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--cfg", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
     ],
 )
 def test_mistakes_have_no_traceback(name, arguments, message):

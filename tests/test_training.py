@@ -1,7 +1,9 @@
 """The training loop: optimizer, schedule, freezing, and what happens when the loss explodes."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from runs import SMALL, here, in_process, same, weights, words
 from scenes import options, tiny_module, write_data_set, write_pairs
 from torch import nn
@@ -193,6 +195,29 @@ def test_unreadable_training_image_is_named_without_a_traceback(root, tmp_path):
         assert "Traceback" not in done.stderr
         assert done.stderr.startswith("error: ")
         assert "annotations/01.png: no readable image" in done.stderr
+
+
+def test_labels_of_a_single_class_are_said(tmp_path):
+    """Binary labels with 0 = background, of which the standard table makes one class and ignored pixels."""
+    root = write_data_set(tmp_path / "data")
+    for path in root.glob("*/annotations/*.png"):
+        Image.fromarray((np.array(Image.open(path)) > 1).astype(np.uint8)).save(path)
+    changes = {
+        **SMALL,
+        "DATASET.root_dataset": root,
+        "TRAIN.eval_epoch": 1,
+        "TRAIN.num_epoch": 1,
+        "VAL.checkpoint": "epoch_1.pth",
+    }
+    own = {"DATASET.num_class": 2, "DATASET.classes": "[background, object]"}
+    for name, more in (("two", {"DATASET.num_class": 2}), ("one", {"DATASET.num_class": 1}), ("own", own)):
+        options = words({**changes, **more, "DIR": tmp_path / name})
+        for program, warnings in (("train.py", 2), ("eval.py", 1)):
+            done = here(program, "--gpu", "cpu", *options)
+            assert done.returncode == 0, done.stderr
+            warned = done.stdout.count("all labelled pixels are of the class")
+            assert warned == (0 if name == "own" else warnings)
+            assert done.stdout.count("DATASET.classes [background, object]") == warned
 
 
 def test_optimizer_sees_no_frozen_parameters(root, tmp_path, monkeypatch):

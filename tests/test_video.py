@@ -1,5 +1,6 @@
 """Videos: as many frames, as large and as fast as the given one; broken and interrupted ones can be played."""
 
+import itertools
 import signal
 import time
 from itertools import pairwise
@@ -117,33 +118,85 @@ def test_a_camera_is_recorded_until_it_ends(clip, segmenter, tmp_path, monkeypat
     monkeypatch.setattr(cv2, "VideoCapture", Camera)
     written = segment_video(segmenter, "3", tmp_path / "out.mp4", progress=False)
     monkeypatch.undo()
-    assert (written.frames, written.broken, written.interruption) == (FRAMES, 0, None)
+    assert (written.frames, written.interruption) == (FRAMES, None)
     frames, rate = frames_of(tmp_path / "out.mp4")
     assert len(frames) == FRAMES
     assert rate == USUAL_RATE
 
 
-def test_frames_that_cannot_be_read_are_counted(clip, segmenter, tmp_path, monkeypatch):
-    """They show the one before them; those at the beginning have none, and are left out."""
-    opened = cv2.VideoCapture
+class _Header:
+    """`cv2.VideoCapture` with other answers for one file."""
 
-    class Damaged:
-        def __init__(self, *arguments):
-            self.source, self.number = opened(*arguments), -1
+    clip, answers, opened = "", {}, cv2.VideoCapture
 
-        def read(self):
+    def __init__(self, given):
+        self.source, self.wrong = type(self).opened(given), given == self.clip
+
+    def get(self, what):
+        return self.answers[what] if self.wrong and what in self.answers else self.source.get(what)
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+
+@pytest.mark.parametrize("claimed", [1, FRAMES, 60, -1, 0])
+def test_all_frames_are_written_whatever_the_header_says(clip, segmenter, tmp_path, monkeypatch, caplog, claimed):
+    answers = {cv2.CAP_PROP_FRAME_COUNT: claimed, cv2.CAP_PROP_FPS: 5.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "VideoCapture", type("Capture", (_Header,), {"clip": str(clip), "answers": answers}))
+        written = segment_video(segmenter, str(clip), tmp_path / "out.mp4", progress=False)
+    frames, rate = frames_of(tmp_path / "out.mp4")
+    assert (written.frames, len(frames), rate) == (FRAMES, FRAMES, pytest.approx(RATE))
+    assert ("its header says 60" in caplog.text) == (claimed == 60)
+
+
+def test_the_duration_stays_where_the_frame_rate_varies(segmenter, clip, tmp_path, monkeypatch):
+    """Frames at 0, 0.1, ... 0.5 and then every second: 10 frames in 4.5 s, and one more interval."""
+    times = [0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.5, 2.5, 3.5, 4.5]
+
+    class Varying(_Header):
+        number = -1
+
+        def grab(self):
             self.number += 1
-            there, frame = self.source.read()
-            return (False, None) if self.number in (0, 4, 5) else (there, frame)
+            return self.source.grab()
 
-        def __getattr__(self, name):
-            return getattr(self.source, name)
+        def get(self, what):
+            return 1000 * times[self.number] if what == cv2.CAP_PROP_POS_MSEC else self.source.get(what)
 
-    monkeypatch.setattr(cv2, "VideoCapture", Damaged)
-    written = segment_video(segmenter, str(clip), tmp_path / "out.mp4", progress=False)
-    monkeypatch.undo()
-    assert (written.frames, written.broken, written.interruption) == (FRAMES - 1, 3, None)
-    assert len(frames_of(tmp_path / "out.mp4")[0]) == FRAMES - 1
+    with monkeypatch.context() as patch:
+        patch.setattr(cv2, "VideoCapture", Varying)
+        segment_video(segmenter, str(clip), tmp_path / "out.mp4", progress=False)
+    frames, rate = frames_of(tmp_path / "out.mp4")
+    assert (len(frames) - 1) / rate == pytest.approx(4.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("ending", [".avi", ".mkv", ".mpg", ".ts", ".mov", ".wmv", ".m4v", ".3gp"])
+def test_containers(segmenter, tmp_path, ending):
+    """What OpenCV can write here, it reads: all frames arrive in order."""
+    path = tmp_path / f"given{ending}"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*("MJPG" if ending == ".avi" else "mp4v")), 25, SIZE)
+    if not writer.isOpened():
+        pytest.skip(f"this OpenCV writes no {ending}")
+    for number in range(8):
+        writer.write(np.full((*SIZE[::-1], 3), 30 * number, np.uint8))
+    writer.release()
+    assert is_video(str(path))
+    given, written = len(frames_of(path)[0]), segment_video(segmenter, str(path), tmp_path / "out.mp4", progress=False)
+    assert written.frames == len(frames_of(tmp_path / "out.mp4")[0]) == given >= 7
+
+
+def test_a_video_in_a_folder_of_pictures_is_named(folder, clip, tmp_path):  # noqa: F811
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((40, 60, 3), np.uint8))
+    for ending in ("mp4", "mpg", "MTS"):
+        (tmp_path / f"b.{ending}").write_bytes(clip.read_bytes())
+    words = "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", tmp_path / "out"
+    for given in (tmp_path, tmp_path / "*"):
+        done = here("test.py", "--imgs", given, *words)
+        assert done.returncode == 0, done.stderr
+        assert "1 of 1 pictures segmented" in done.stdout
+        assert "3 videos left out" in done.stdout + done.stderr
+        assert f"--imgs {tmp_path / 'b.MTS'}" in done.stdout + done.stderr
 
 
 def test_smoothing_takes_the_flicker_out(segmenter, clip):
@@ -168,12 +221,14 @@ def test_mistakes_are_named(folder, tmp_path, segmenter):  # noqa: F811
         (["--imgs", tmp_path / "no.mp4", "--overlay", "--no-panel"], "--overlay, --no-panel: for pictures"),
         (["--imgs", tmp_path / "a.png", "--smoothing", "0.5"], "--smoothing 0.5 is for videos"),
         (["--imgs", "20240101123456"], "no such file or folder"),
+        (["--imgs", "2007"], "camera 2007: cannot be opened"),
         (["--imgs", "²"], "no such file or folder"),
     ):
         done = here("test.py", *words, "--cfg", folder / "own.yaml", "TEST.result", tmp_path / "out")
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+        assert "VIDEOIO" not in done.stderr
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
     with pytest.raises(VideoError, match="camera 77: cannot be opened"):
         segment_video(segmenter, "77", tmp_path / "out.mp4", progress=False)
@@ -185,7 +240,8 @@ def test_mistakes_are_named(folder, tmp_path, segmenter):  # noqa: F811
 def test_any_size_and_rate(segmenter, tmp_path, monkeypatch, size, rate):
     """The codec takes even sides and rates of few digits: nothing is cut, and the rate is nearly the same."""
     picture = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    opened = cv2.VideoCapture
+    opened, left, ahead = cv2.VideoCapture, iter(range(3)), iter(range(3))
+    shown = itertools.count()
     source = SimpleNamespace(
         isOpened=lambda: True,
         get=lambda key: {
@@ -193,8 +249,10 @@ def test_any_size_and_rate(segmenter, tmp_path, monkeypatch, size, rate):
             cv2.CAP_PROP_FRAME_HEIGHT: size[1],
             cv2.CAP_PROP_FPS: rate,
             cv2.CAP_PROP_FRAME_COUNT: 3,
+            cv2.CAP_PROP_POS_MSEC: 1000 / rate * next(shown) if key == cv2.CAP_PROP_POS_MSEC else None,
         }[key],
-        read=lambda: (True, picture),
+        read=lambda: (next(left, None) is not None, picture),
+        grab=lambda: next(ahead, None) is not None,
         release=lambda: None,
     )
     monkeypatch.setattr(cv2, "VideoCapture", lambda given: source if given == "given.mp4" else opened(given))
@@ -205,11 +263,14 @@ def test_any_size_and_rate(segmenter, tmp_path, monkeypatch, size, rate):
     assert there == pytest.approx(rate, rel=1e-3)
 
 
-def test_a_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
+def test_a_file_or_folder_of_digits_is_no_camera(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "2024").mkdir()
     (tmp_path / "x.mp4").mkdir()
+    (tmp_path / "2007").write_bytes(b"")
     assert not is_video("2024")
+    assert not is_video("2007")
+    assert is_video("2008")
     assert not is_video("x.mp4")
 
 

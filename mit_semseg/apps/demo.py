@@ -17,7 +17,7 @@ from ..config import Config, load_config
 from ..dataset import ValDataset
 from ..dataset.layouts import find_images
 from ..engine import RunFiles
-from ..lib.utils import UserError
+from ..lib.utils import UserError, expand_path
 from .cli import make_parser, run
 from .devices import describe, pick_devices
 from .logs import setup_logger
@@ -69,7 +69,7 @@ def main() -> None:
     standard = Limits()
     parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for the whole network")
     parser.add_argument("--port", type=int, default=7860, help="port to serve at; 0 takes a free one")
-    parser.add_argument("--examples", metavar="FOLDER", help="pictures to choose from (default: validation pictures)")
+    parser.add_argument("--examples", metavar="FOLDER", type=expand_path, help="to choose from (default: validation)")
     parser.add_argument("--max-upload", type=float, default=standard.upload, metavar="MB", help="of a file")
     parser.add_argument("--max-pixels", type=float, default=standard.pixels, metavar="MILLIONS", help="of a picture")
     parser.add_argument("--max-waiting", type=int, default=standard.waiting, help="pictures in the queue")

@@ -20,7 +20,7 @@ from ..config import Config, add_config_arguments, load_config
 from ..dataset import ClassTable, ValDataset
 from ..dataset.pairs import table_of
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
-from ..lib.utils import UserError, whole_file
+from ..lib.utils import UserError, expand_path, whole_file
 from ..models.folding import folded
 from . import quantize
 from .building import build_module, view_of
@@ -178,7 +178,9 @@ def main() -> None:
     )
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="of the file (default: onnx)")
     parser.add_argument("--output", choices=OUTPUTS, default="logits", help="of the network (default: logits)")
-    parser.add_argument("--out", metavar="FILE", help="to write (default: network.onnx or network.pt2 in DIR)")
+    parser.add_argument(
+        "--out", metavar="FILE", type=expand_path, help="to write (default: network.onnx or network.pt2 in DIR)"
+    )
     parser.add_argument("--int8", action="store_true", help="also write the network in 8-bit integers (ONNX)")
     for name, default, what in (
         ("calibration", quantize.CALIBRATION, "training pictures that the ranges of 8-bit values are taken from"),

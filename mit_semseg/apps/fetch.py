@@ -16,6 +16,7 @@ from pathlib import Path
 from ..dataset.records import load_records, write_odgt
 from ..lib.archives import MOST_BYTES, MOST_ENTRIES, unpack
 from ..lib.download import download
+from ..lib.utils import expand_path
 from ..models.published import PUBLISHED, fetch_published, server
 from .cli import run
 
@@ -32,15 +33,17 @@ def main() -> None:
     file.add_argument("source", metavar="ADDRESS")
     file.add_argument("--sha256", default="", help="expected digest, or its beginning")
     listing = commands.add_parser("list", help="list (.odgt) of a folder of images and annotations")
-    listing.add_argument("source", metavar="FOLDER")
-    listing.add_argument("--root", default=".", help="folder that the paths are relative to (DATASET.root_dataset)")
+    listing.add_argument("source", metavar="FOLDER", type=expand_path)
+    listing.add_argument(
+        "--root", type=expand_path, default=".", help="folder that the paths are relative to (DATASET.root_dataset)"
+    )
     archive = commands.add_parser("unpack", help="all of an archive, or nothing")
-    archive.add_argument("source", metavar="ARCHIVE", help="zip or tar")
+    archive.add_argument("source", metavar="ARCHIVE", type=expand_path, help="zip or tar")
     archive.add_argument("--strip", action="store_true", help="leave out the one folder that everything is in")
     archive.add_argument("--most-bytes", type=int, default=MOST_BYTES, metavar="N", help="that it may unpack to")
     archive.add_argument("--most-entries", type=int, default=MOST_ENTRIES, metavar="N", help="that it may have")
     for command in (model, file, archive, listing):
-        command.add_argument("--to", required=True, metavar="PATH", help="where to write")
+        command.add_argument("--to", required=True, metavar="PATH", type=expand_path, help="where to write")
     args = parser.parse_args()
     if args.command == "model":
         fetch_published(args.source, args.to)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from ..dataset.files import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
-from ..dataset.layouts import find_images
-from ..lib.utils import UserError
+from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
+from ..lib.utils import UserError, some
 from .results import named, refuse_overwriting
 from .visualize import is_result, result_names
 
@@ -79,8 +79,8 @@ def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str,
     """Pictures that `--imgs` names, and for each the path without extension of its results.
 
     Args:
-        given: a file, a folder (searched recursively, any type Pillow reads), or a glob. Results of earlier runs in a
-            folder or glob are left out.
+        given: a file, a folder (searched recursively, any type Pillow reads), or a glob. Results of earlier runs and
+            videos in a folder or glob are left out; the log names the videos.
         result: folder of the results.
         endings: what will be written for every picture, e.g. `(".png", ".json")`.
 
@@ -96,10 +96,14 @@ def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str,
     elif path.is_dir() or has_magic(given):
         base = path if path.is_dir() else Path(*_fixed_parts(path))
         matches = find_images(path) if path.is_dir() else sorted(Path(p) for p in glob(given, recursive=True))
-        found = [p for p in matches if p.is_file() and not is_result(p)]
-        left_out = sum(p.is_file() for p in matches) - len(found)
-        if left_out:
-            logger.info("%d results of earlier runs left out", left_out)
+        files = [p for p in matches if p.is_file()]
+        videos = find_files(path, VIDEO_ENDINGS) if path.is_dir() else _videos(files)
+        found = [p for p in files if p not in videos and not is_result(p)]
+        if any(map(is_result, files)):
+            logger.info("%d results of earlier runs left out", sum(map(is_result, files)))
+        if videos:
+            names = some([str(p) for p in videos], 3)
+            logger.warning("%d videos left out, give each by itself (--imgs %s): %s", len(videos), videos[0], names)
     else:
         raise UserError(f"--imgs {given}: there is no such file or folder")
     if not found:
@@ -109,6 +113,10 @@ def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str,
     for picture, stem in plan.items():
         refuse_overwriting(picture, [named(stem, ending) for ending in endings])
     return plan
+
+
+def _videos(files: Sequence[Path]) -> list[Path]:
+    return [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
 
 
 def _fixed_parts(pattern: Path) -> tuple[str, ...]:

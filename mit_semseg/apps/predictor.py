@@ -25,6 +25,7 @@ from .building import build_module, view_of
 from .devices import auto_device
 from .pictures import as_picture
 from .results import Result, named, with_own_names
+from .sharing import Share
 
 SMALLEST_SHARE = 0.001  # classes below are not printed
 
@@ -191,16 +192,14 @@ class Segmenter:
 
 
 def segment_share(
-    device: torch.device,
-    number: int,
-    parts: int,
+    share: Share,
     send: Callable[[str], None],
     path: str | None,
     opts: Sequence[str],
     plan: dict[str, Path],
     endings: Sequence[str],
 ) -> list[str]:
-    """Segment share `number` of the pictures of a plan with TEST.checkpoint, and write the results.
+    """Segment a share of the pictures of a plan with TEST.checkpoint, and write the results.
 
     Args:
         send: called with what there is to say of every picture.
@@ -211,9 +210,10 @@ def segment_share(
         For every picture that cannot be read, the reason.
     """
     cfg, failed = load_config(path, opts), []
-    share = shards(len(plan), parts)[number]
-    pictures, segmenter = list(plan)[share.start : share.stop], Segmenter.of_options(cfg, cfg.TEST.checkpoint, device)
-    reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": parts}
+    part = shards(len(plan), share.parts)[share.number]
+    pictures = list(plan)[part.start : part.stop]
+    segmenter = Segmenter.of_options(cfg, cfg.TEST.checkpoint, share.device)
+    reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": share.local}
     reading["batch_size"] = cfg.TEST.batch_size
 
     def write(result: Result) -> None:

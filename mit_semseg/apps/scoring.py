@@ -15,7 +15,7 @@ from ..lib.utils import TEXT, progress_bar, whole_file
 from .background import Background
 from .building import build_module, view_of
 from .report import write_report
-from .sharing import share_out
+from .sharing import Share, share_out
 from .visualize import result_names, result_panel, save_picture
 
 
@@ -28,14 +28,12 @@ def _dataset(cfg: Config) -> ValDataset:
     return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET)
 
 
-def _score_share(
-    device: torch.device, number: int, parts: int, send: Callable, path: str | None, opts: Sequence[str]
-) -> Evaluation:
-    """Score share `number` of the validation list; sends the name of every image done."""
+def _score_share(share: Share, send: Callable, path: str | None, opts: Sequence[str]) -> Evaluation:
+    """Score a share of the validation list; sends the name of every image done."""
     cfg = load_config(path, opts)
     dataset, results = _dataset(cfg), result_folder(cfg)
     names = result_names([record["fpath_img"] for record in dataset.records])
-    module = build_module(cfg, device, checkpoint=cfg.VAL.checkpoint)
+    module = build_module(cfg, share.device, checkpoint=cfg.VAL.checkpoint)
 
     with Background() as later:
 
@@ -51,13 +49,13 @@ def _score_share(
 
         return evaluate(
             module,
-            dataset.part(number, parts),
-            device=device,
+            dataset.part(share.number, share.parts),
+            device=share.device,
             view=view_of(cfg),
             batch_size=cfg.VAL.batch_size,
             workers=cfg.TRAIN.workers,
             timeout=cfg.TRAIN.timeout,
-            processes=parts,
+            processes=share.local,
             progress=False,
             on_result=seen,
         )

@@ -7,6 +7,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -22,8 +23,24 @@ logger = logging.getLogger(__name__)
 
 LAST_WORDS = 10.0  # seconds for a worker to end by itself
 
-# work(device, number, parts, send, *arguments) does share `number` of `parts` and may send messages on the way.
-Work = Callable[..., Any]
+
+@dataclass(frozen=True)
+class Share:
+    """One part of a list.
+
+    Attributes:
+        device: that works on it.
+        number, parts: it is part `number` of `parts`.
+        local: parts that are worked on at the same time on this machine.
+    """
+
+    device: torch.device
+    number: int
+    parts: int
+    local: int
+
+
+Work = Callable[..., Any]  # work(share, send, *arguments) does a share and may send messages on the way
 
 
 class WorkerFailed(UserError, RuntimeError):
@@ -44,7 +61,7 @@ def share_out(
     single device.
 
     Args:
-        work: a function of a module; called as `work(device, number, parts, send, *arguments)`.
+        work: a function of a module; called as `work(share, send, *arguments)`.
         devices: of this process; the CPU may come more than once.
         processes: of the job.
         count: length of the list that is shared out, see `shards`.
@@ -58,11 +75,12 @@ def share_out(
         WorkerFailed: a worker process failed or was killed. The others are stopped.
     """
     if processes.size > 1:
-        own = work(devices[0], processes.rank, processes.size, on_message, *arguments)
+        share = Share(devices[0], processes.rank, processes.size, processes.place.local_size)
+        own = work(share, on_message, *arguments)
         return processes.collect(own, "waiting for the shares of the others", patient=True)
     devices = devices[: max(count, 1)]
     if len(devices) == 1:
-        return [work(devices[0], 0, 1, on_message, *arguments)]
+        return [work(Share(devices[0], 0, 1, 1), on_message, *arguments)]
     return _Workers(work, devices, count, arguments).results(on_message)
 
 
@@ -84,18 +102,16 @@ def _worker(
     start_method: str,
     level: int,
     work: Work,
-    device: str,
-    number: int,
-    parts: int,
+    share: Share,
     arguments: Sequence,
 ) -> None:
     """Main function of a worker process."""
     set_start_method(start_method, force=True)  # its loader processes start as those of a process on its own do
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its loader processes, too
     try:
-        setup_logger(number, None, level)
-        torch.set_num_threads(max(1, available_cores() // parts))
-        result = work(torch.device(device), number, parts, lambda m: connection.send(("message", m)), *arguments)
+        setup_logger(share.number, None, level)
+        torch.set_num_threads(max(1, available_cores() // share.local))
+        result = work(share, lambda m: connection.send(("message", m)), *arguments)
         connection.send(("result", result))
     except UserError as error:
         connection.send(("mistake", str(error)))
@@ -114,18 +130,10 @@ class _Workers:
         self.processes = []
         for number, device in enumerate(devices):
             receiver, sender = context.Pipe(duplex=False)
+            share = Share(device, number, len(devices), len(devices))
             process = context.Process(
                 target=_worker,
-                args=(
-                    sender,
-                    get_start_method(),
-                    logger.getEffectiveLevel(),
-                    work,
-                    str(device),
-                    number,
-                    len(devices),
-                    arguments,
-                ),
+                args=(sender, get_start_method(), logger.getEffectiveLevel(), work, share, arguments),
                 name=f"worker {number}",
             )
             self.unfinished[receiver] = number

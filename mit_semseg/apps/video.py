@@ -4,6 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ..config import Config
+from ..dataset.layouts import VIDEO_ENDINGS
 from ..lib.utils import UserError, WriteError, progress_bar, whole_file
 from .cli import refuse_torchrun
 from .devices import describe
@@ -19,7 +21,6 @@ from .predictor import Segmenter
 
 logger = logging.getLogger(__name__)
 
-ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 CODEC = "mp4v"  # MPEG-4, which OpenCV writes without further libraries
 USUAL_RATE = 25.0  # frames per second, where a camera does not say
 
@@ -35,23 +36,21 @@ class Written:
     Attributes:
         path: of the new one.
         frames: written.
-        broken: frames that could not be read; they show the one before, and are left out where there is none.
         interruption: that ended it before its end.
     """
 
     path: Path
     frames: int
-    broken: int
     interruption: KeyboardInterrupt | None = None
 
 
 def is_video(given: str) -> bool:
-    """Whether `--imgs` names a video file or a camera (a number)."""
-    return not Path(given).is_dir() and (_is_camera(given) or given.lower().endswith(ENDINGS))
+    """Whether `--imgs` names a video file or a camera (a number, unless a file or folder has that name)."""
+    return not Path(given).is_dir() and (_is_camera(given) or Path(given).suffix.lower() in VIDEO_ENDINGS)
 
 
 def _is_camera(given: str) -> bool:
-    return re.fullmatch("[0-9]{1,4}", given) is not None
+    return re.fullmatch("[0-9]{1,4}", given) is not None and not Path(given).exists()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -77,11 +76,8 @@ def output_path(given: str, folder: Path) -> Path:
     return folder / f"{stem}_segmented.mp4"
 
 
-def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
+def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> None:
     """Segment the video that `--imgs` names with TEST.checkpoint, into TEST.result.
-
-    Returns:
-        The exit code: 1 if frames could not be read.
 
     Raises:
         KeyboardInterrupt: there was one; the video has the frames until then.
@@ -97,11 +93,8 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
     path = output_path(given, Path(cfg.TEST.result))
     written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
     print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
-    if written.broken:
-        print(f"{written.broken} frames could not be read and show the one before")
     if written.interruption:
         raise written.interruption
-    return 1 if written.broken else 0
 
 
 def segment_video(
@@ -114,9 +107,10 @@ def segment_video(
     most: int | None = None,
     progress: bool = True,
 ) -> Written:
-    """Write a video whose frames are tinted, of the same size (odd sides get one more) and frame rate.
+    """Write a video whose frames are tinted: as many as can be decoded, of the same size (odd sides get one more).
 
-    One that is interrupted has the frames so far. A frame that cannot be read is shown as the one before, and counted.
+    The frame rate is constant, and such that the duration stays the same. A video that is interrupted has the frames so
+    far.
 
     Args:
         given: a video file, or the number of a camera, which is recorded until interrupted.
@@ -131,10 +125,9 @@ def segment_video(
         WriteError: the disk is full.
         KeyboardInterrupt: before the first frame.
     """
-    source = cv2.VideoCapture(int(given) if _is_camera(given) else given)
     interruption, count = None, 0
-    try:
-        frames = _Frames(source, given, most)
+    with _opened(given) as source:
+        frames = _Frames(source, given, most, progress)
         with whole_file(path) as partial:
             # OpenCV chooses the container by the ending.
             own = partial.with_name(partial.name + path.suffix)
@@ -160,9 +153,35 @@ def segment_video(
                 raise VideoError(f"{given}: not a single frame could be read")
             if not partial.exists():  # OpenCV does not say so
                 raise WriteError(f"{path} cannot be written to its end: is the disk full?")
+    return Written(path, count, interruption)
+
+
+@contextmanager
+def _opened(given: str) -> Iterator[cv2.VideoCapture]:
+    """A video file or camera.
+
+    Raises:
+        VideoError: it cannot be opened.
+    """
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # one sentence below says the same
+    try:
+        source = cv2.VideoCapture(int(given) if _is_camera(given) else given)
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    try:
+        if not source.isOpened() or not all(_size(source)):
+            if _is_camera(given):
+                raise VideoError(f"camera {given}: cannot be opened, and there is no file or folder of that name")
+            raise VideoError(f"{given}: cannot be opened as a video (damaged, or missing?)")
+        yield source
     finally:
         source.release()
-    return Written(path, count, frames.broken, interruption)
+
+
+def _size(source: cv2.VideoCapture) -> tuple[int, int]:
+    """(width, height)."""
+    return int(source.get(cv2.CAP_PROP_FRAME_WIDTH)), int(source.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
 
 class _Writer:
@@ -197,38 +216,43 @@ def _holds(path: Path, count: int) -> bool:
 
 
 class _Frames(Iterable):
-    """The frames of a video, (H, W, 3) uint8 RGB, as many as it says it has.
+    """The frames of a video, (H, W, 3) uint8 RGB, to its end.
 
     Args:
         source: opened.
-        name: that errors have.
+        given: the video file, or the number of a camera.
         most: end after so many; None takes all.
+        progress: show a progress bar while the times of the frames are read.
     """
 
-    def __init__(self, source: cv2.VideoCapture, name: str, most: int | None):
-        width, height = (int(source.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))
-        if not source.isOpened() or not width or not height:
-            what = f"camera {name}" if _is_camera(name) else name
-            raise VideoError(
-                f"{what}: cannot be opened as a video{'' if _is_camera(name) else ' (damaged, or missing?)'}"
-            )
-        self.source, self.size, self.broken = source, (width, height), 0
-        rate = source.get(cv2.CAP_PROP_FPS)
-        self.rate = rate if 0 < rate < 1000 else USUAL_RATE
-        said = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
-        counts = [n for n in (said, most) if n and n > 0]
-        self.total = min(counts) if counts else None
+    def __init__(self, source: cv2.VideoCapture, given: str, most: int | None, progress: bool):
+        self.source, self.size, self._most = source, _size(source), most
+        # Headers may be wrong about the count and the rate, and the rate may vary: the times of the frames say both.
+        times = [] if _is_camera(given) else _times(given, most, progress)
+        rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0
+        self.rate = next((r for r in (rate, source.get(cv2.CAP_PROP_FPS)) if 0 < r < 1000), USUAL_RATE)
+        self.total = len(times) or most  # for the progress bar
+        claimed = int(source.get(cv2.CAP_PROP_FRAME_COUNT))
+        if times and len(times) != (min(claimed, most) if most else claimed) and claimed > 0:
+            logger.warning("%s: %d frames can be decoded, its header says %d", given, len(times), claimed)
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        last, number = None, 0
-        while self.total is None or number < self.total:
+        number = 0
+        while number != self._most:
             there, frame = self.source.read()
+            if not there:
+                return
+            if frame.shape[1::-1] != self.size:  # streams may change it
+                frame = cv2.resize(frame, self.size, interpolation=cv2.INTER_AREA)
+            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             number += 1
-            if there and frame.shape[1::-1] == self.size:
-                last = cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-            elif self.total is None:
-                return  # a camera has ended
-            else:
-                self.broken += 1
-            if last is not None:
-                yield last
+
+
+def _times(path: str, most: int | None, progress: bool) -> list[float]:
+    """Seconds at which the frames of a video file are shown, of all that can be decoded."""
+    times = []
+    with _opened(path) as source, progress_bar(desc="reading times", unit="frame", shown=progress, leave=False) as bar:
+        while len(times) != most and source.grab():
+            times.append(source.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+            bar.update()
+    return times

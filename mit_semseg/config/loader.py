@@ -86,7 +86,9 @@ def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ())
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Give a parser `--cfg FILE` and the trailing `KEY VALUE ...`, to be handed to `load_config`."""
-    parser.add_argument("--cfg", metavar="FILE", default=default, help=f"YAML file (default: {default or 'none'})")
+    parser.add_argument(
+        "--cfg", metavar="FILE", type=expand_path, default=default, help=f"YAML file (default: {default or 'none'})"
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options to change, e.g. TRAIN.num_epoch 10")
 
 

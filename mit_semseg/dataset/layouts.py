@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,11 @@ LAYOUTS = (
     Layout("images", "annotations"),
     Layout("leftImg8bit", "gtFine", "_leftImg8bit", ("_gtFine_labelIds", "_gtFine_labelTrainIds")),  # Cityscapes
 )
+# Of videos that OpenCV reads. Pillow knows some of them, and nothing but their headers.
+VIDEO_ENDINGS = (
+    ".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".3g2", ".ts",
+    ".mts", ".m2ts", ".ogv", ".vob", ".mjpeg", ".mxf",
+)  # fmt: skip
 VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # PASCAL VOC
 
 
@@ -173,16 +179,19 @@ def _relative(path: Path, root: str | os.PathLike) -> str:
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
     """Every file below a folder whose extension Pillow reads, any case, sorted; hidden files are left out."""
-    known = set(Image.registered_extensions()) & {
-        ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN
-    }
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return find_files(folder, known.difference(VIDEO_ENDINGS))
+
+
+def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
+    """Every file below a folder with one of these extensions (".png"), any case, sorted; hidden files are left out."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if _is_loop(parent):
             folders.clear()
             continue
-        found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in known and not f.startswith(".")]
+        found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in endings and not f.startswith(".")]
     return found
 
 

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
-from ..lib.utils import UserError, whole_file
+from ..lib.utils import HOST, TEXT, UserError, is_abandoned, is_running, whole_file
 from ..models.weights import WeightsError, is_whole_network, load_weights, read_checkpoint
+from .distributed import Processes
 
 logger = logging.getLogger(__name__)
+
+UNLOCK_SECONDS = 20.0  # loader processes of a killed run notice after some seconds, and have its lock until then
 
 
 # Entries of a state to continue from.
@@ -41,6 +45,12 @@ def _save(obj, path: Path) -> None:
         os.fsync(out.fileno())
 
 
+def _may_run(holder: Path) -> bool:
+    """Whether the process that has last locked a folder may still run: not if it was killed on this machine."""
+    process, _, host = holder.read_text(**TEXT).partition(" ") if holder.is_file() else ("", "", "")
+    return not process.isdecimal() or host != HOST or is_running(int(process))
+
+
 class RunFiles:
     """The folder of a run.
 
@@ -64,12 +74,37 @@ class RunFiles:
         return self.folder / "resume.pth"
 
     def remove_partial(self) -> None:
-        """Remove what a killed run left half-written."""
-        for path in self.folder.rglob("*.partial"):
-            if not re.fullmatch(r".+\.\d+\.partial", path.name):  # none of ours
-                continue
+        """Remove what killed processes left half-written."""
+        for path in filter(is_abandoned, self.folder.rglob("*.partial")):
             logger.info("removing %s, left by an interrupted save", path)
             path.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, processes: Processes) -> Iterator[None]:
+        """In here no other training run can use the folder; all processes of a job call it alike.
+
+        Raises:
+            CheckpointError: another run uses it; names its process and machine.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
+        if processes.main:
+            try:
+                lock.acquire(timeout=0 if _may_run(holder) else UNLOCK_SECONDS)
+                holder.write_text(f"{os.getpid()} {HOST}", **TEXT)
+            except Timeout:
+                other = " on ".join(holder.read_text(**TEXT).split(" ", 1)) if holder.is_file() else "of unknown number"
+        if other := processes.collect(other, "locking DIR")[0]:
+            raise CheckpointError(
+                f"another training run (process {other}) uses {self.folder}: wait for its end, stop it, or set another "
+                f"DIR; the processes of one run are started by torchrun"
+            )
+        try:
+            yield
+        finally:
+            if processes.main:
+                holder.unlink(missing_ok=True)
+                lock.release()
 
     def epochs(self) -> list[int]:
         """Epochs whose weights are in the folder, ascending."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..dataset import ValDataset
+from ..dataset.classes import ONE_CLASS
 from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
 from ..evaluation.inference import WHOLE, View
@@ -56,7 +57,7 @@ class Keeper:
         self.interruption = interruption or Interruption(active=False)
         self.run, self.files, self.settings, self.processes = run, files, settings, processes
         self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
-        self._continues_here = False
+        self._continues_here, self._looked_at_classes = False, False
 
     def start(self, resume: str, left_out: Sequence[str] = ()) -> None:
         """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`.
@@ -139,6 +140,9 @@ class Keeper:
             return
         if not run.labelled:
             logger.warning("step %d: no pixel was labelled since the last line: nothing is learnt from that", run.step)
+        if not self._looked_at_classes and len(run.classes) == 1:
+            logger.warning(ONE_CLASS.format(f"number {min(run.classes)} so far"))
+        self._looked_at_classes = True
         run.labelled = 0.0
         epoch = (run.step - 1) // settings.epoch_iters + 1
         rates = learning_rates(run.optimizer)
@@ -231,6 +235,8 @@ class Keeper:
             accuracy * 100,
             f", {len(evaluation.left_out)} left out" if evaluation.left_out else "",
         )
+        if evaluation.only_class:
+            logger.warning(ONE_CLASS.format(evaluation.only_class))
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
             run.history["val"][key].append(value)
         if iou > run.best:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import nn
@@ -124,6 +124,8 @@ def _take_step(
     seed_step(settings.seed, run.step, devices, len(devices) * processes.rank)
     chunks = [list(islice(batches, len(devices))) for _ in range(settings.accumulate)]
     clock.data_arrived()
+    for batch in chain.from_iterable(chunks):
+        run.note_classes(batch["seg_label"])
     run.leave_out(sentence for chunk in chunks for batch in chunk for sentence in batch.get("left_out", ()))
     where = {
         "devices": devices,

@@ -87,6 +87,7 @@ class Run:
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
         self.skipped, self.skipped_in_a_row = 0, 0  # steps that were too large for float16
         self.labelled = 0.0  # pixels since the last line of the log
+        self.classes: set[int] = set()  # of labelled pixels; no more are looked for when there are two
         self.left_out: dict[str, None] = {}  # sentences about what could not be used, each once
 
     def state(self) -> dict:
@@ -116,6 +117,12 @@ class Run:
         values = [(name, value) for name, value in self.module.state_dict().items() if value.is_floating_point()]
         finite = torch.stack([value.isfinite().all() for _, value in values])
         return "" if finite.all() else values[int(finite.int().argmin())][0]
+
+    def note_classes(self, labels: torch.Tensor) -> None:
+        """Note classes that occur in labels (N, H, W), -1 where ignored."""
+        labelled = labels[labels >= 0] if len(self.classes) < 2 else labels[:0]
+        if labelled.numel():
+            self.classes |= {int(labelled.min()), int(labelled.max())}
 
     def leave_out(self, sentences: Iterable[str]) -> None:
         """Note what could not be used (DATASET.on_error skip), and say it the first time."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..dataset import ClassTable, ValDataset
+from ..dataset.classes import ONE_CLASS
 from ..dataset.datasets import float_pictures
 from ..dataset.files import ImageFileError
 from ..dataset.loading import explained, items, make_loader
@@ -19,7 +20,7 @@ from ..lib.utils import progress_bar
 from .inference import WHOLE, View, label_map
 from .metrics import SegmentationMetric, Summary
 
-MOST_WORKERS = 4  # loader processes; the network is the slower part
+DEFAULT_WORKERS = 4  # loader processes; the network is usually the slower part
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,12 @@ class Evaluation:
         return cls(total, images, seconds, shares[0].table, scores, left_out)
 
     @property
+    def only_class(self) -> str:
+        """Name of the class that all labelled pixels are of; '' for several, or none."""
+        present = np.flatnonzero(self.summary.present)
+        return self.table.names[present[0]] if len(present) == 1 else ""
+
+    @property
     def images_per_second(self) -> float:
         """Speed of the whole loop: reading, network, counting."""
         return self.images / self.seconds if self.seconds else 0.0
@@ -118,6 +125,7 @@ class Evaluation:
                 f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
                 f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
                 *([] if s.pixels else ["No pixel is labelled: the figures say nothing."]),
+                *([f"Warning: {ONE_CLASS.format(self.only_class)}"] if self.only_class else []),
                 *([f"{len(self.left_out)} left out, of which the figures say nothing:"] if self.left_out else []),
                 *(f"  {sentence}" for sentence in self.left_out),
             ]
@@ -129,7 +137,7 @@ def read_items(
     *,
     device: torch.device | str,
     batch_size: int = 1,
-    workers: int = MOST_WORKERS,
+    workers: int = DEFAULT_WORKERS,
     timeout: float = 0,
     processes: int = 1,
 ) -> Iterator[dict]:
@@ -138,7 +146,7 @@ def read_items(
     Args:
         dataset: its pictures travel as bytes if it can give them so (`of_bytes`).
         device: where the pictures go, and are normalized.
-        workers: loader processes; more than `MOST_WORKERS` are of no use.
+        workers: loader processes; no more than there are cores for, see `loading.make_loader`.
         timeout: seconds to wait for one, 0 for ever.
         processes: on this machine that read at the same time.
 
@@ -147,7 +155,7 @@ def read_items(
     """
     loader = make_loader(
         dataset.of_bytes() if hasattr(dataset, "of_bytes") else dataset,
-        workers=min(workers, MOST_WORKERS, len(dataset)),
+        workers=min(workers, len(dataset)),
         timeout=timeout,
         processes=processes,
         batch_size=batch_size,
@@ -167,7 +175,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     view: View = WHOLE,
     batch_size: int = 1,
-    workers: int = MOST_WORKERS,
+    workers: int = DEFAULT_WORKERS,
     timeout: float = 0,
     processes: int = 1,
     progress: bool = True,

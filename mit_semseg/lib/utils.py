@@ -3,6 +3,9 @@
 import errno
 import logging
 import os
+import re
+import socket
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,6 +32,7 @@ class WriteError(UserError):
 
 # The disk is full, a quota is, the file is too large for it, it is read-only, it fails, or the name is too long for it.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems take
 
 
@@ -46,7 +50,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     if not path.name or os.path.isdir(path):
         raise WriteError(f"{path} is a folder: name the file to write")
-    partial = path.with_name(f"{_short(path.name)}.{os.getpid()}.partial")
+    partial = path.with_name(f"{_short(path.name)}.{HOST}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
@@ -60,6 +64,22 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # of a disk that has become read-only; what was wrong has been said
             partial.unlink(missing_ok=True)
+
+
+def is_abandoned(partial: Path) -> bool:
+    """Whether a file that `whole_file` has begun will stay unfinished.
+
+    Its process has ended; or it is one of another machine, and has not written for a day.
+    """
+    match = re.search(r"\.(\d+)\.partial$", partial.name)
+    if not match:
+        return False
+    if partial.name[: match.start()].endswith(f".{HOST}"):
+        return int(match[1]) == os.getpid() or not is_running(int(match[1]))
+    try:
+        return time.time() - partial.stat().st_mtime > 24 * 60 * 60
+    except OSError:  # it has just been finished
+        return False
 
 
 def expand_path(text: str) -> str:
