@@ -37,21 +37,20 @@ def main() -> int:
         optimizer, settings = building.build_training(cfg, module)
         pictures = [record["fpath_img"] for record in validation.records] if validation and train.visualize else []
         show = {"tensorboard": train.tensorboard, "pictures": pictures, "main": processes.main}
-        recorder = RunRecorder(cfg.DIR, dataset.table, **show)
-        run = fit(
-            module,
-            optimizer,
-            dataset,
-            files,
-            settings,
-            devices=devices,
-            processes=processes,
-            resume=train.resume,
-            val_dataset=validation,
-            view=building.view_of(cfg),
-            recorder=recorder,
-        )
-        recorder.close()
+        with RunRecorder(cfg.DIR, dataset.table, **show) as recorder:
+            run = fit(
+                module,
+                optimizer,
+                dataset,
+                files,
+                settings,
+                devices=devices,
+                processes=processes,
+                resume=train.resume,
+                val_dataset=validation,
+                view=building.view_of(cfg),
+                recorder=recorder,
+            )
         logger.info("training is complete: %s", cfg.DIR)
     return 1 if run.left_out else 0
 

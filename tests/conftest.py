@@ -5,6 +5,8 @@ import offline
 import pytest
 import torch
 
+from mit_semseg.lib.utils import quiet_bars
+
 offline.forbid()
 
 torch.set_num_threads(2)
@@ -23,3 +25,4 @@ def _log_as_it_was():
         handler.close()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+    quiet_bars(False)

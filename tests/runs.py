@@ -163,7 +163,8 @@ def script(name: str, *arguments, **how) -> subprocess.CompletedProcess:
     return Job(name, *arguments, **how).end(300)
 
 
-def _load(name: str):
+def load_script(name: str):
+    """A script of the top folder, or a module, as a module."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", ROOT / name)
@@ -175,12 +176,12 @@ def _load(name: str):
 def in_process(name: str, monkeypatch, *arguments) -> int:
     """Run a script's main function here; returns its exit code (0 for None), its errors come through."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return _load(f"{name}.py").main() or 0
+    return load_script(f"{name}.py").main() or 0
 
 
 def here(name: str, *arguments) -> subprocess.CompletedProcess:
     """As `script`, in this process: without the seconds that a new interpreter takes to import torch."""
-    module, out, err, code = _load(name), io.StringIO(), io.StringIO(), 0
+    module, out, err, code = load_script(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
             cli.run(module.main)

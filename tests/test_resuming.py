@@ -67,7 +67,7 @@ def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
     group = optimizer.param_groups[0]
     assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.3, 0.2)
     assert all("momentum_buffer" in s for s in optimizer.state.values())
-    with pytest.raises(CheckpointError, match=r"used SGD .* AdamW"):
+    with pytest.raises(CheckpointError, match=r"saved: SGD .* now: AdamW"):
         resumed("AdamW")
     with pytest.raises(CheckpointError, match=r"another model .*DATASET\.num_class"):
         resumed(module=tiny_module(5, crit=MaskedNLLLoss()))

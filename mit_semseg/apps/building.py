@@ -9,6 +9,7 @@ from ..dataset import TrainDataset, ValDataset
 from ..dataset.pairs import table_of
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
 from ..evaluation import View
+from ..evaluation.network import lacks_bfloat16
 from ..lib.nn import recompute
 from ..lib.nn.inplace_abn import is_of_inplace_norms
 from ..lib.utils import UserError
@@ -31,14 +32,17 @@ def build_module(
         device: where to put it.
         checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`; None starts training, from the MODEL
             options.
-        continued: the weights will come from the run in DIR, so no ImageNet base is fetched.
+        continued: the weights will come from the run in DIR, so no others are read or fetched.
 
     Raises:
         UserError: weights are missing or do not fit, or MODEL.fc_dim contradicts the encoder.
     """
     if not checkpoint:
-        module = _assembled(cfg, cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder, continued, cfg.MODEL.new_head)
-        return module.to(device)
+        _check_device(cfg, device)
+        model = cfg.MODEL
+        # The files that a run has begun with may be gone when it goes on: its state holds everything.
+        initial = ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.new_head)
+        return _assembled(cfg, *initial, pretrained=model.pretrained and not continued).to(device)
     files = RunFiles(cfg.DIR)
     encoder_file, decoder_file = map(str, files.pair(checkpoint))
     with files.offering(checkpoint):
@@ -47,18 +51,30 @@ def build_module(
                 f"{encoder_file} was not trained with MODEL.norm inplace, which would compute something else from it: "
                 f"set MODEL.norm sync"
             )
-        return _assembled(cfg, encoder_file, decoder_file, continued, new_head=False).to(device)
+        return _assembled(cfg, encoder_file, decoder_file, new_head=False, pretrained=False).to(device)
+
+
+def _check_device(cfg: Config, device: torch.device) -> None:
+    """Refuse options that the device cannot train with.
+
+    Raises:
+        UserError: names option and device.
+    """
+    if cfg.MODEL.norm == "inplace" and device.type == "mps":
+        raise UserError("MODEL.norm inplace computes in float64, which mps does not have: set MODEL.norm sync")
+    if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
+        raise UserError(f"TRAIN.amp bf16: {device} has no bfloat16 arithmetic; set TRAIN.amp fp16, or off")
 
 
 def _assembled(
-    cfg: Config, encoder_file: str, decoder_file: str, continued: bool, new_head: bool
+    cfg: Config, encoder_file: str, decoder_file: str, new_head: bool, *, pretrained: bool
 ) -> SegmentationModule:
     """The network, with the weights of files."""
     model = cfg.MODEL
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
         weights=encoder_file,
-        pretrained=model.pretrained and not continued,
+        pretrained=pretrained,
         output_stride=model.output_stride or None,
         norm_layer=NORMS[model.norm],
     )

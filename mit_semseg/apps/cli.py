@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import io
 import logging
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from ..config import OPTIONS, Config, add_config_arguments
 from ..engine import Processes, RunFiles
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
-from ..lib.utils import UserError
+from ..lib.utils import UserError, prepare_streams
 from .logs import colored, takes_colors
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
@@ -176,9 +175,7 @@ def run(main: Callable[[], int | None], kept: str = "") -> None:
     Args:
         kept: what is there after Ctrl-C, and how to go on.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files that are no text
+    prepare_streams()
     with _left_at_once():
         code = _outcome(main, kept)
     sys.exit(code)

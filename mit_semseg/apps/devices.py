@@ -1,5 +1,6 @@
 """Which devices to work on: from names on the command line to `torch.device`s."""
 
+import os
 import re
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import torch
 
 from ..engine import Processes
 from ..engine.distributed import Place
+from ..lib.nn.scatter import as_device
 from ..lib.utils import UserError
 
 MOST_DEVICES = 1024
@@ -77,12 +79,21 @@ def _device_of_process(text: str | None, place: Place) -> torch.device:
     names = there if text is None else parse_devices(text)
     if names == ["cpu"]:
         return torch.device("cpu")
+    if names == ["gpu0"] and _sees_its_own():
+        return _device("gpu0")
     if len(names) < place.local_size or "cpu" in names:
         raise UserError(
             f"torchrun has started {place.local_size} processes on this machine, each of which takes one GPU, but "
             f"there are {', '.join(names)}: start fewer (--nproc_per_node), or give --gpus cpu"
         )
     return _device(names[place.local_rank])
+
+
+def _sees_its_own() -> bool:
+    """Whether whoever started this process has given it a GPU of its own (`srun --gpus-per-task=1`). All processes of a
+    torchrun see the same."""
+    given = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    return given and torch.cuda.device_count() == 1
 
 
 def _device(name: str) -> torch.device:
@@ -126,6 +137,7 @@ def auto_device(name: str | torch.device = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"device {name!r}: give auto, {', '.join(there)}") from None
-    if (str(device) not in there and device != torch.device("cuda")) or (device.type == "cuda" and len(there) == 1):
+    device = as_device(device) if torch.cuda.is_available() else device
+    if str(device) not in there:
         raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
     return device

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..lib.utils import TEXT
+from ..lib.utils import TEXT, is_terminal, quiet_bars
 
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
 COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # yellow and red, of terminals
@@ -39,7 +39,7 @@ def colored(text: str, level: int) -> str:
 
 def takes_colors(stream) -> bool:
     """Whether a stream is a terminal that may be written to in colours."""
-    return stream.isatty() and not os.environ.get("NO_COLOR")  # https://no-color.org
+    return is_terminal(stream) and not os.environ.get("NO_COLOR")  # https://no-color.org
 
 
 def setup_logger(
@@ -57,6 +57,7 @@ def setup_logger(
     """
     log = logging.getLogger(__package__.split(".")[0])
     log.propagate = False
+    quiet_bars(level > logging.INFO)
     for handler in log.handlers[:]:
         log.removeHandler(handler)
         handler.close()

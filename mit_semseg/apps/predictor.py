@@ -19,6 +19,7 @@ from ..dataset.samplers import shards
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes, view_logits
 from ..evaluation.upsampling import label_map_of
+from ..lib.nn.scatter import as_device
 from ..models.published import PUBLISHED, fetch_published, published_options
 from .background import Background
 from .building import build_module, view_of
@@ -59,7 +60,7 @@ class Segmenter:
         device: torch.device | str = "cpu",
         view: View = WHOLE,
     ):
-        self.table, self.device, self._options, self._view = table, torch.device(device), options, view
+        self.table, self.device, self._options, self._view = table, as_device(device), options, view
         self._network = view.network(module.to(self.device), self.device)
         self._scales = TestDataset([{"fpath_img": "given"}], options).of_bytes()
         self._lock = threading.Lock()

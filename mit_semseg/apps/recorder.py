@@ -10,7 +10,8 @@ import numpy as np
 
 from ..dataset import ClassTable
 from ..lib.utils import UserError
-from .visualize import result_names, result_panel, save_curves, save_picture
+from .plots import optional, save_curves
+from .visualize import result_names, result_panel, save_picture
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class RunRecorder:
     ):
         self.folder, self.table, self.main = Path(folder), table, main
         self._names = result_names(pictures)
-        self.writer, self._pictures, self._open = None, [], None
+        self.writer, self._pictures, self._open, self._report = None, [], None, None
         if tensorboard and main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -52,7 +53,6 @@ class RunRecorder:
                     "TRAIN.tensorboard is on, but TensorBoard is not installed: pip install tensorboard"
                 ) from None
             self._open = SummaryWriter
-            _leave_to_the_writer()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Training figures at a step."""
@@ -74,7 +74,8 @@ class RunRecorder:
         """End of an epoch: curves, validation scores and pictures."""
         if not self.main:
             return
-        save_curves(history, self.folder / "curves.png")
+        with optional("curves.png"):
+            save_curves(history, self.folder / "curves.png")
         if self._writes():
             with self._optional():
                 if evaluation is not None:
@@ -109,19 +110,22 @@ class RunRecorder:
             logger.warning("TensorBoard's events cannot be written any more, the run goes on without: %s", error)
             self.writer = None
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunRecorder":
+        """In here TensorBoard's own thread prints no traceback when there is no room: the next write raises the same,
+        and is caught."""
+        if self._open:
+            self._report = threading.excepthook
+            threading.excepthook = self._of_a_thread
+        return self
+
+    def __exit__(self, *_) -> None:
         """Finish the event file."""
         if self.writer:
             with self._optional():
                 self.writer.close()
+        if self._report:
+            threading.excepthook = self._report
 
-
-def _leave_to_the_writer() -> None:
-    """No traceback of TensorBoard's own thread when there is no room: the next write raises the same, and is caught."""
-    report = threading.excepthook
-
-    def reported(failed: threading.ExceptHookArgs) -> None:
+    def _of_a_thread(self, failed: threading.ExceptHookArgs) -> None:
         if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
-            report(failed)
-
-    threading.excepthook = reported
+            self._report(failed)

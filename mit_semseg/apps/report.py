@@ -11,10 +11,10 @@ import numpy as np
 
 from ..evaluation.evaluator import Evaluation, Score
 from ..lib.utils import TEXT, whole_file
+from .plots import optional, save_confusion
 
 PAIRS = 20  # most confused pairs shown
 PICTURES = 12  # worst and best pictures shown
-MATRIX_CLASSES = 40  # classes in the picture of the confusion matrix, the most frequent ones
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
@@ -86,7 +86,8 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
         title: of the page.
         panels: for pictures that have one, by their names, the panel's path below the folder.
     """
-    save_confusion(evaluation, folder / "confusion.png")
+    with optional("confusion.png"):
+        save_confusion(evaluation, folder / "confusion.png")
     parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_left_out(evaluation)]
     parts += [*_classes(evaluation), *_confusions(evaluation)]
     ranked = sorted(
@@ -187,24 +188,3 @@ def _pictures(name: str, scores: Sequence[Score], panels: dict[str, str]) -> lis
         )
         parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
     return parts
-
-
-def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """The confusion matrix as a PNG, shares of every row; of many classes the most frequent."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    confusion = evaluation.metric.confusion
-    chosen = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:MATRIX_CLASSES])
-    shares = confusion[np.ix_(chosen, chosen)] / np.maximum(confusion[chosen].sum(1, keepdims=True), 1)
-    names = [evaluation.table.labels[i] for i in chosen]
-    side = 2.5 + 0.28 * len(chosen)
-    figure = Figure(figsize=(side + 1, side), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    left = "" if len(chosen) == len(confusion) else f" (the {len(chosen)} most frequent of {len(confusion)} classes)"
-    axes.set(xlabel="prediction", ylabel="label", title=f"Confusion{left}")
-    figure.colorbar(image, shrink=0.8, label="share of the label's pixels")
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 
 from ..config import Config
 from ..dataset.layouts import VIDEO_ENDINGS
+from ..lib import opencv as cv2
 from ..lib.utils import UserError, WriteError, progress_bar, whole_file
 from .cli import refuse_torchrun
 from .devices import describe
@@ -157,7 +157,7 @@ def segment_video(
 
 
 @contextmanager
-def _opened(given: str) -> Iterator[cv2.VideoCapture]:
+def _opened(given: str) -> Iterator["cv2.VideoCapture"]:
     """A video file or camera.
 
     Raises:
@@ -179,7 +179,7 @@ def _opened(given: str) -> Iterator[cv2.VideoCapture]:
         source.release()
 
 
-def _size(source: cv2.VideoCapture) -> tuple[int, int]:
+def _size(source: "cv2.VideoCapture") -> tuple[int, int]:
     """(width, height)."""
     return int(source.get(cv2.CAP_PROP_FRAME_WIDTH)), int(source.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
@@ -225,7 +225,7 @@ class _Frames(Iterable):
         progress: show a progress bar while the times of the frames are read.
     """
 
-    def __init__(self, source: cv2.VideoCapture, given: str, most: int | None, progress: bool):
+    def __init__(self, source: "cv2.VideoCapture", given: str, most: int | None, progress: bool):
         self.source, self.size, self._most = source, _size(source), most
         # Headers may be wrong about the count and the rate, and the rate may vary: the times of the frames say both.
         times = [] if _is_camera(given) else _times(given, most, progress)

@@ -174,34 +174,3 @@ def result_panel(item: dict, prediction: np.ndarray, table: ClassTable) -> Image
     """
     parts = (item["seg_label"][0].numpy(), prediction)
     return panel([item["img_ori"], *(colorEncode(part, table.colors) for part in parts)])
-
-
-def save_curves(history: dict, path: Path) -> None:
-    """Loss, accuracy and validation scores against epochs as a PNG.
-
-    Args:
-        history: `train` with lists epoch, loss, acc; optionally `val` with epoch, mean_iou, acc.
-        path: of the PNG.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(10, 4))  # margins are given: to have them computed takes as long as the drawing
-    left, right = figure.subplots(1, 2)
-    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.13, top=0.91, wspace=0.2)
-    train, val = history["train"], history.get("val", {})
-    left.plot(train["epoch"], train["loss"], color="tab:blue")
-    left.set(title="Training loss", xlabel="epoch")
-    right.plot(train["epoch"], np.multiply(train["acc"], 100), label="pixel accuracy, training", color="tab:blue")
-    if val.get("epoch"):
-        right.plot(
-            val["epoch"], np.multiply(val["acc"], 100), "o-", label="pixel accuracy, validation", color="tab:orange"
-        )
-        right.plot(
-            val["epoch"], np.multiply(val["mean_iou"], 100), "o-", label="mean IoU, validation", color="tab:green"
-        )
-    right.set(title="Scores", xlabel="epoch", ylabel="%", ylim=(0, 100))
-    right.legend(loc="lower right")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=110)

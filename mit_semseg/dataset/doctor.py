@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import add_config_arguments, load_config
-from ..lib.utils import UserError, some
+from ..lib.utils import UserError, prepare_streams, some
 from .classes import IGNORE
 from .datasets import ValDataset
 from .files import peculiarities
@@ -151,7 +151,10 @@ def diagnose(dataset: ValDataset, source: str, progress: Callable = tqdm) -> Dia
 
 def main() -> int:
     """Check the lists of a configuration."""
-    parser = argparse.ArgumentParser(description="Check every image and label of a data set.")
+    prepare_streams()
+    parser = argparse.ArgumentParser(
+        "python -m mit_semseg.dataset.doctor", description="Check every image and label of a data set."
+    )
     add_config_arguments(parser)
     args = parser.parse_intermixed_args()
     code = 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..lib.utils import UserError, expand_path, whole_file
+from ..lib.utils import UserError, expand_path, prepare_streams, whole_file
 
 # raw label value = position + 1; 0 is unlabelled (a thin border between classes, as in PASCAL VOC)
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
@@ -160,12 +160,15 @@ def _size(text: str) -> tuple[int, int]:
 
 def main() -> None:
     """Write a data set from the command line."""
-    parser = argparse.ArgumentParser(description="Write a small data set of generated scenes.")
+    prepare_streams()
+    parser = argparse.ArgumentParser(
+        "python -m mit_semseg.dataset.synthetic", description="Write a small data set of generated scenes."
+    )
     parser.add_argument("folder", type=expand_path, help="to write the pictures, labels and classes.csv to")
-    parser.add_argument("--train", type=int, default=120, help="training pictures (default %(default)s)")
-    parser.add_argument("--val", type=int, default=20, help="validation pictures (default %(default)s)")
+    parser.add_argument("--train", type=int, default=120, metavar="N", help="training pictures (default %(default)s)")
+    parser.add_argument("--val", type=int, default=20, metavar="N", help="validation pictures (default %(default)s)")
     parser.add_argument("--size", type=_size, default=(160, 120), metavar="WxH", help="of a picture (default 160x120)")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default %(default)s)")
     args = parser.parse_args()
     try:
         write_dataset(args.folder, train=args.train, val=args.val, size=args.size, seed=args.seed)

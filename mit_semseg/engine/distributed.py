@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..lib.nn import ProcessStopped, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
-from ..lib.nn.sync import first_sentence
+from ..lib.nn.sync import first_sentence, is_of_exchange
 from ..lib.utils import UserError
 from .place import Place
 from .pulse import Pulse
@@ -129,7 +129,7 @@ class Processes:
         except ProcessStopped as error:
             raise ProcessStopped(f"{doing}: {error}") from error
         except RuntimeError as error:
-            if self.size == 1 or not _of_a_collective(error):
+            if self.size == 1 or not is_of_exchange(error):
                 raise
             raise ProcessStopped(f"{doing}: {first_sentence(error)}") from error
 
@@ -154,11 +154,6 @@ class Processes:
         asking.start()
         asking.join(2 * LAST_WORDS)
         return found[0] if found else []
-
-
-def _of_a_collective(error: RuntimeError) -> bool:
-    """Whether an error comes from the exchange with other processes (gloo raises plain RuntimeErrors, too)."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
 
 
 @contextmanager

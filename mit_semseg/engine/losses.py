@@ -52,9 +52,13 @@ class MaskedNLLLoss(nn.Module):
             log_probs: (N, C, H, W).
             label: (N, H, W) int64.
         """
+        log_probs = at_least_float32(log_probs)
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
-        total = F.nll_loss(log_probs, label, weight, ignore_index=self.ignore_index, reduction="sum")
+        # By `gather`: `F.nll_loss` has no deterministic form on GPUs.
+        known = label.where(labelled, 0)
+        chosen = log_probs.gather(1, known.unsqueeze(1)).squeeze(1).where(labelled, 0)
+        total = -(chosen if weight is None else chosen * weight[known]).sum()
         count = self.normalizer(label)
         if self.label_smoothing:
             # Every class gets an equal fraction of the target, times its class weight, as in PyTorch. A product and a
@@ -74,7 +78,7 @@ class MaskedNLLLoss(nn.Module):
         if self.weight is None:
             return labelled.sum()
         weight = self.weight if self.weight.device == label.device else self._weight.to(label.device)
-        return (weight[label.clamp(min=0)] * labelled).sum()
+        return (weight[label.where(labelled, 0)] * labelled).sum()
 
 
 class OhemLoss(nn.Module):
@@ -97,11 +101,13 @@ class OhemLoss(nn.Module):
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         """Scalar loss; arguments as of `MaskedNLLLoss`."""
         with torch.no_grad():
-            true = log_probs.gather(1, label.clamp(min=0).unsqueeze(1)).squeeze(1).exp()
+            labelled = label != self.ignore_index
+            true = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
             # Ignored pixels are easier than any labelled one: if they are among the first k, all labelled ones are.
-            true = true.masked_fill(label == self.ignore_index, 2)
-            hardest = true.flatten().kthvalue(min(self.min_kept, true.numel())).values
-            limit = hardest.clamp(min=self.threshold)
+            true = true.where(labelled, 2)
+            # Not `kthvalue`, which has no deterministic form on GPUs.
+            hardest = true.flatten().topk(min(self.min_kept, true.numel()), largest=False, sorted=False).values
+            limit = hardest.max().clamp(min=self.threshold)
             hard = torch.where(true <= limit, label, self.ignore_index)
         return self.likelihood(log_probs, hard)
 
@@ -124,7 +130,7 @@ class DiceLoss(nn.Module):
         """Scalar loss in 0..1; arguments as of `MaskedNLLLoss`."""
         labelled = (label != self.ignore_index).unsqueeze(1)
         probs = log_probs.exp() * labelled
-        target = torch.zeros_like(probs).scatter_(1, label.clamp(min=0).unsqueeze(1), 1) * labelled
+        target = torch.zeros_like(probs).scatter_(1, label.unsqueeze(1).where(labelled, 0), 1) * labelled
         axes = (0, 2, 3)
         sums = target.sum(axes)
         dice = 2 * (probs * target).sum(axes) / (probs.sum(axes) + sums).clamp(min=1e-12)
@@ -161,7 +167,8 @@ class LovaszLoss(nn.Module):
 
 def _jaccard_gradient(truth: Tensor) -> Tensor:
     """Growth of the Jaccard loss (one minus IoU) with every further error, hardest first: algorithm 1 of the paper."""
-    total, hits = truth.sum(), truth.cumsum(0)
+    # Whole numbers are added up: the sums of floats have no deterministic form on GPUs.
+    total, hits = truth.sum(), truth.long().cumsum(0).to(truth)
     position = torch.arange(1, len(truth) + 1, device=truth.device, dtype=truth.dtype)
     loss = 1 - (total - hits) / _or_one(total + position - hits)
     return torch.diff(loss, prepend=loss.new_zeros(1))

@@ -151,18 +151,18 @@ class Run:
         try:
             self.module.encoder.load_state_dict(state["encoder"])
             self.module.decoder.load_state_dict(state["decoder"])
-        except RuntimeError as error:
+        except RuntimeError:
             raise CheckpointError(
-                f"the saved run is of another model ({str(error).splitlines()[-1].strip()}): use its MODEL and "
-                f"DATASET.num_class options, or TRAIN.resume restart"
+                f"the saved run is of another model (saved: {_named(state.get('options', {}))}; now: "
+                f"{_named(self.options)}): use its MODEL and DATASET.num_class options, or TRAIN.resume restart"
             ) from None
         own, saved = self.optimizer.state_dict(), state["optimizer"]
         sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
         if sizes[0] != sizes[1] or state["optimizer_name"] != type(self.optimizer).__name__:
             raise CheckpointError(
-                f"the saved run used {state['optimizer_name']} on {sizes[1]} parameters, this one "
-                f"{type(self.optimizer).__name__} on {sizes[0]}: use its TRAIN.optim and TRAIN.fix_bn, or TRAIN.resume "
-                f"restart"
+                f"the saved run is of another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
+                f"now: {type(self.optimizer).__name__} of {sum(sizes[0])}): use its TRAIN.optim and TRAIN.fix_bn, or "
+                f"TRAIN.resume restart"
             )
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
         _lay_out_like_parameters(self.optimizer)
@@ -187,6 +187,15 @@ class Run:
         if other:
             changes = [f"{key} {reprlib.repr(self.options[key])} (was {reprlib.repr(saved[key])})" for key in other]
             logger.info("going on with other options than before: %s", ", ".join(changes))
+
+
+def _named(options: Mapping[str, object]) -> str:
+    """The model that options describe, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes`."""
+    if "MODEL.arch_encoder" not in options:
+        return "unknown"
+    stride = options.get("MODEL.output_stride")
+    name = f"{options['MODEL.arch_encoder']} + {options['MODEL.arch_decoder']}, {options['DATASET.num_class']} classes"
+    return f"{name}, output stride {stride}" if stride else name
 
 
 def _lay_out_like_parameters(optimizer: torch.optim.Optimizer) -> None:

@@ -3,8 +3,8 @@
 import copy
 import logging
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,11 +35,13 @@ def prepared(
         compiled: the encoder by `torch.compile`, at the first picture of every size: seconds to a minute each.
 
     Raises:
-        UserError: float16 on a CPU.
+        UserError: float16 on a CPU, or bfloat16 on a GPU that does not have it.
     """
     kind = torch.device(device).type
     if precision == "fp16" and kind == "cpu":
         raise UserError("INFERENCE.precision fp16 needs a GPU; on the CPU set bf16 (where it has it), or auto")
+    if precision == "bf16" and lacks_bfloat16(device):
+        raise UserError(f"INFERENCE.precision bf16: {device} has no bfloat16 arithmetic; set fp16, or auto")
     if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
         logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions; auto will be faster")
     network = folded(module)
@@ -83,6 +85,14 @@ def _convolutions(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d)]
 
 
+def lacks_bfloat16(device: torch.device | str) -> bool:
+    """Whether a device is a GPU that does not multiply bfloat16 numbers itself."""
+    if torch.device(device).type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 numbers itself (Linux; assumed elsewhere on Arm alone)."""
     path = Path("/proc/cpuinfo")
@@ -95,6 +105,24 @@ def cpu_has_bfloat16() -> bool:
         for word in line.split()
     }
     return bool(words & _BFLOAT16_FLAGS)
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """In here cuDNN's convolutions do not round their inputs to TF32; nothing else is changed, and all of it is undone.
+
+    A program may have said so by PyTorch's old switch (`allow_tf32`) or its new one (`fp32_precision`, from 2.9 on):
+    where the old one does not agree with the new one, PyTorch refuses to read it.
+    """
+    cudnn = torch.backends.cudnn
+    new, old = ("fp32_precision", "ieee"), ("allow_tf32", False)
+    switch, (name, strict) = (cudnn.conv, new) if hasattr(cudnn, "conv") else (cudnn, old)
+    before = getattr(switch, name)
+    setattr(switch, name, strict)
+    try:
+        yield
+    finally:
+        setattr(switch, name, before)
 
 
 @dataclass(frozen=True)
@@ -123,7 +151,7 @@ class View:
     def arithmetic(self, device: torch.device | str) -> AbstractContextManager:
         """Context in which the network is to run."""
         if self.precision == "fp32" and torch.device(device).type == "cuda":
-            return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+            return _without_tf32()
         return nullcontext()
 
 

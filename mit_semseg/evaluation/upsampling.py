@@ -6,21 +6,24 @@ one class, are at the picture's size at a time; the label map is the same but fo
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..lib import opencv as cv2
 from ..lib.nn.sync import first_sentence
 from ..models.layers import at_least_float32
 
 logger = logging.getLogger(__name__)
+_opencv_lock = threading.Lock()
 
 ELEMENTS = 2**21  # scores at the picture's size that are worked on at a time where OpenCV does not do it
 SAFE_RANGE = 100.0  # of logits, see `_View`
@@ -56,8 +59,10 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     # The softmax does not change the order of the classes, so one view needs none.
     small = size[0] * size[1] <= LARGE
     if small and len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
-        return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
-    return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
+        with _opencv_threads(torch.get_num_threads()):
+            return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
+    with _opencv_threads(1):  # in each of ours
+        return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
 
 
 @cache
@@ -83,7 +88,6 @@ def _fused(device: torch.device) -> Callable | None:
 
 def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Class of the largest resized logit, (H, W) uint8, one class after the other."""
-    _pin_opencv(torch.get_num_threads())
     height, width = size
     best, scores = (np.empty(size, np.float32) for _ in range(2))
     cv2.resize(logits[0], (width, height), dst=best, interpolation=cv2.INTER_LINEAR)
@@ -98,15 +102,20 @@ def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return labels
 
 
-def _pin_opencv(threads: int) -> None:
-    """Let OpenCV use so many threads: PyTorch's number, which may have been made small, or one in each of ours."""
-    if cv2.getNumThreads() != threads:
+@contextmanager
+def _opencv_threads(threads: int) -> Iterator[None]:
+    """In here OpenCV uses so many threads. The number is the whole process's, so one comes in at a time."""
+    with _opencv_lock:
+        before = cv2.getNumThreads()
         cv2.setNumThreads(threads)
+        try:
+            yield
+        finally:
+            cv2.setNumThreads(before)
 
 
 def _by_bands(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
     """Label map (H, W) int64 on the CPU: every thread has a band of rows."""
-    _pin_opencv(1)
     views = [_View(x, size, align_corners) for x in logits]
     labels = np.empty(size, np.int64)
     threads = min(torch.get_num_threads(), size[0])

@@ -1,10 +1,11 @@
 """Small things that every room needs."""
 
 import errno
-import logging
+import io
 import os
 import re
 import socket
+import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ class WriteError(UserError):
 # The disk is full, a quota is, the file is too large for it, it is read-only, it fails, or the name is too long for it.
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
+_bars = {"shown": True}
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems take
 
 
@@ -121,16 +123,35 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def prepare_streams() -> None:
+    """Let a program print what its terminal cannot show (names of files that are no text), and do without one."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # of services, and of pythonw
+            setattr(sys, name, open(os.devnull, "w", **TEXT))  # noqa: SIM115 (for the rest of the program)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def is_terminal(stream) -> bool:
+    """Whether a stream is a terminal; streams of other programs may not say."""
+    return bool(getattr(stream, "isatty", bool)())
+
+
 def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
-    """A progress bar with rate and remaining time: on a terminal only, and not where the toolkit logs warnings alone.
+    """A progress bar with rate and remaining time: on a terminal only, and not after `quiet_bars`.
 
     Args:
         iterable: to go through, see `tqdm`.
         shown: False shows nothing, e.g. in all processes but one.
         options: of `tqdm`.
     """
-    quiet = any(handler.level > logging.INFO for handler in logging.getLogger(__package__.split(".")[0]).handlers)
-    return tqdm(iterable, disable=None if shown and not quiet else True, **options)
+    return tqdm(iterable, disable=not (shown and _bars["shown"] and is_terminal(sys.stderr)), **options)
+
+
+def quiet_bars(quiet: bool = True) -> None:
+    """Show no progress bars from now on, or show them again."""
+    _bars["shown"] = not quiet
 
 
 def some(names: Sequence[str], most: int = 5) -> str:

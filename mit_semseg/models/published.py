@@ -1,6 +1,8 @@
 """Published weights: where they are, and how they become ours."""
 
+import logging
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 from ..lib.download import DownloadError, download
 from .weights import LoadReport, WeightsError, load_weights
+
+logger = logging.getLogger(__name__)
 
 SERVER = "http://sceneparsing.csail.mit.edu/model"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
@@ -54,10 +58,16 @@ SHA256 = {
 
 
 def cache_dir() -> Path:
-    """Folder of downloaded weights: `MIT_SEMSEG_HOME`, else `mit_semseg` in the user's cache directory."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mit_semseg"
+    """Folder of downloaded weights: `MIT_SEMSEG_HOME`, else `mit_semseg` in the user's cache directory, or in that of
+    temporary files for a user without a home directory."""
+    named = os.environ.get(CACHE_VARIABLE)
+    folder = named or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mit_semseg")
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        elsewhere = Path(tempfile.gettempdir(), "mit_semseg")
+        logger.warning("this user has no home directory: weights go to %s; %s names another", elsewhere, CACHE_VARIABLE)
+        return elsewhere
 
 
 def server(folder: str = "", elsewhere: str = "") -> str:

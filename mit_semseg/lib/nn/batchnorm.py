@@ -4,6 +4,7 @@ The classes are ordinary `torch.nn.BatchNorm*d` modules: same parameters, buffer
 they are PyTorch's own kernel, otherwise `normalize.py`.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -94,6 +95,13 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             name: what errors call this layer.
         """
         self._replicas, self._rank, self._name = replicas, rank, name
+
+    def __deepcopy__(self, memo: dict) -> "SynchronizedBatchNorm":
+        """A copy that synchronizes with the same processes: a process group cannot be copied."""
+        memo[id(self.process_group)] = self.process_group
+        memo[id(self)] = made = self.__class__.__new__(self.__class__)
+        made.__setstate__(copy.deepcopy(vars(self), memo))
+        return made
 
     def to_plain(self) -> None:
         """Become an `nn.BatchNorm*` with the same parameters and buffers."""

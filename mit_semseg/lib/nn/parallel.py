@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .batchnorm import SynchronizedBatchNorm
-from .scatter import copy_to_device, gather, scatter
+from .scatter import as_device, copy_to_device, gather, scatter
 from .sync import ReplicaGroup, ReplicaStopped
 
 UNWIND_SECONDS = 1.0  # that threads get to end once the outputs or an error are there; one may hang
@@ -67,7 +67,7 @@ def _share(module: nn.Module, count: int) -> list[nn.Module]:
 
 def as_devices(ids: Sequence) -> list[torch.device]:
     """Devices from GPU numbers, names or devices."""
-    return [torch.device("cuda", d) if isinstance(d, int) else torch.device(d) for d in ids]
+    return [as_device(device) for device in ids]
 
 
 def run_replicas(

@@ -11,6 +11,16 @@ def user_scattered_collate(batch: list) -> list:
     return batch
 
 
+def as_device(device: torch.device | str | int) -> torch.device:
+    """A device from its name, or the number of a GPU, also as digits; a GPU without a number is the current one."""
+    if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
+        return torch.device("cuda", int(device))
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
 def _map_tensors(function: Callable[[Tensor], Tensor], obj):
     """The same structure of dicts, lists and tuples, with every tensor replaced; anything else is passed through."""
     if isinstance(obj, Tensor):
@@ -29,7 +39,7 @@ def async_copy_to(obj, device, main_stream=None):
 
     Args:
         obj: a tensor, or (nested) dicts, lists and tuples of anything; what is not a tensor is passed through.
-        device: a `torch.device`, a string, or the index of a GPU.
+        device: a `torch.device`, a string, or the index of a GPU, also as digits.
         main_stream: CUDA stream that will use the copies; their memory is not reused before that stream is done.
 
     Returns:
@@ -37,7 +47,8 @@ def async_copy_to(obj, device, main_stream=None):
     """
 
     # Only towards a GPU: a copy to the host that nobody waits for would be read before it is there.
-    to_gpu = isinstance(device, int) or torch.device(device).type == "cuda"
+    device = as_device(device)
+    to_gpu = device.type == "cuda"
 
     def copied(tensor: Tensor) -> Tensor:
         result = tensor.to(device, non_blocking=to_gpu)
@@ -56,6 +67,7 @@ def copy_to_device(obj, device: torch.device):
     work that the GPU's current stream still has to do; that stream waits for the copies."""
     sources: set[str] = set()
     _map_tensors(lambda tensor: sources.add(tensor.device.type) or tensor, obj)
+    device = as_device(device)
     if device.type != "cuda" or sources != {"cpu"}:
         return async_copy_to(obj, device)
     if device not in _copy_streams:

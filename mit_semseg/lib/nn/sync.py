@@ -125,10 +125,20 @@ def first_sentence(error: BaseException) -> str:
     return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether an error comes from the exchange with other processes; gloo raises plain RuntimeErrors, too. Others, such
+    as a GPU without memory, are this process's own."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
 def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
     try:
         call()
     except RuntimeError as error:
+        if not is_of_exchange(error):
+            raise
         raise ProcessStopped(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
             f"ended or did not answer in time ({first_sentence(error)})"
