@@ -23,13 +23,8 @@ EXAMPLES = """\
 
 def main() -> int:
     parser = cli.make_parser(__doc__, EXAMPLES, cli.PICTURES)
-    parser.add_argument(
-        "--imgs",
-        required=True,
-        metavar="PATH",
-        type=expand_path,
-        help="a picture, a folder (recursive), a glob, a video, or a camera's number",
-    )
+    what = "a picture, a folder (recursive), a glob, a video, or a camera's number"
+    parser.add_argument("--imgs", required=True, metavar="PATH", type=expand_path, help=what)
     parser.add_argument("--smoothing", type=float, default=0, help="of a video: share of the previous frames, 0 to 1")
     add_result_arguments(parser)
     args = parser.parse_intermixed_args()

@@ -5,6 +5,7 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
+from mit_semseg.apps.plots import save_curves
 from mit_semseg.apps.visualize import (
     ENDINGS,
     class_shares,
@@ -12,7 +13,6 @@ from mit_semseg.apps.visualize import (
     overlay,
     panel,
     result_names,
-    save_curves,
 )
 from mit_semseg.dataset import class_table
 
@@ -60,4 +60,4 @@ def test_curves(tmp_path):
     points = {"epoch": [0.5, 1.0], "loss": [2.0, 1.0], "acc": [0.3, 0.6]}
     save_curves({"train": points, "val": {"epoch": [1], "mean_iou": [0.4], "acc": [0.6]}}, tmp_path / "c.png")
     save_curves({"train": points}, tmp_path / "d.png")  # a history of the original
-    assert Image.open(tmp_path / "c.png").size == (1100, 440)
+    assert Image.open(tmp_path / "c.png").size == (1210, 440)

@@ -48,6 +48,12 @@ def parse_devices(input_devices: str) -> list[str]:
     return devices
 
 
+def process_range(xpu: str, inp: Sequence[str | int]) -> list[str]:
+    """Names of devices from the first to the last number, e.g. `process_range("gpu", ("0", "2"))`: gpu0, gpu1, gpu2."""
+    low, high = sorted(map(int, inp))
+    return [f"{xpu}{number}" for number in range(low, high + 1)]
+
+
 def pick_devices(text: str | None) -> list[torch.device]:
     """The devices that this process works on.
 

@@ -57,7 +57,7 @@ class Keeper:
         self.interruption = interruption or Interruption(active=False)
         self.run, self.files, self.settings, self.processes = run, files, settings, processes
         self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
-        self._continues_here, self._looked_at_classes = False, False
+        self._continues_here = False
 
     def start(self, resume: str, left_out: Sequence[str] = ()) -> None:
         """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`.
@@ -140,9 +140,8 @@ class Keeper:
             return
         if not run.labelled:
             logger.warning("step %d: no pixel was labelled since the last line: nothing is learnt from that", run.step)
-        if not self._looked_at_classes and len(run.classes) == 1:
+        if len(run.classes) == 1 and not run.history["train"]["epoch"]:
             logger.warning(ONE_CLASS.format(f"number {min(run.classes)} so far"))
-        self._looked_at_classes = True
         run.labelled = 0.0
         epoch = (run.step - 1) // settings.epoch_iters + 1
         rates = learning_rates(run.optimizer)
@@ -226,15 +225,11 @@ class Keeper:
         )
         evaluation = Evaluation.merged(processes.collect(share, "validation", patient=True))
         run.leave_out(evaluation.left_out)
-        iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
-        logger.info(
-            "Validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%%s",
-            epoch,
-            iou,
-            evaluation.summary.mean_iou_present,
-            accuracy * 100,
-            f", {len(evaluation.left_out)} left out" if evaluation.left_out else "",
-        )
+        summary = evaluation.summary
+        iou, accuracy, present = summary.mean_iou, summary.pixel_accuracy, summary.mean_iou_present
+        scores = f"mean IoU {iou:.4f} ({present:.4f} over the classes present), pixel accuracy {accuracy * 100:.2f} %"
+        left_out = f", {len(evaluation.left_out)} left out" if evaluation.left_out else ""
+        logger.info("Validation after epoch %d: %s%s", epoch, scores, left_out)
         if evaluation.only_class:
             logger.warning(ONE_CLASS.format(evaluation.only_class))
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):

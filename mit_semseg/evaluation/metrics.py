@@ -122,6 +122,10 @@ class AverageMeter:
         self.val, self.sum, self.count = val, self.sum + val * weight, self.count + weight
         self.avg = self.sum / self.count if self.count else val
 
+    def add(self, val, weight=1) -> None:
+        """As `update`."""
+        self.update(val, weight)
+
     def value(self):
         """The last value."""
         return self.val
@@ -129,6 +133,11 @@ class AverageMeter:
     def average(self):
         """The weighted average."""
         return self.avg
+
+
+def unique(ar, return_index: bool = False, return_inverse: bool = False, return_counts: bool = False):
+    """`numpy.unique` of all elements."""
+    return np.unique(np.asarray(ar).ravel(), return_index, return_inverse, return_counts)
 
 
 def accuracy(preds: np.ndarray, label: np.ndarray) -> tuple[float, int]:

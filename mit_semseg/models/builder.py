@@ -8,6 +8,7 @@ from functools import partial
 from torch import nn
 
 from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
+from .decoders.base import NORM_BIAS
 from .encoders import (
     hrnetv2,
     mobilenetv2,
@@ -19,6 +20,7 @@ from .encoders import (
     vgg16,
     vgg19,
 )
+from .layers import init_layer
 from .published import load_imagenet_base
 from .weights import is_of_version_1, load_weights
 
@@ -76,6 +78,11 @@ def _lookup(table: dict[str, Callable], name: str, kind: str) -> Callable:
 
 class ModelBuilder:
     """Builds encoders and decoders by name."""
+
+    @staticmethod
+    def weights_init(m: nn.Module) -> None:
+        """Initialize a layer as those of decoders, for `module.apply`."""
+        init_layer(m, "fan_in", NORM_BIAS)
 
     @staticmethod
     def build_encoder(

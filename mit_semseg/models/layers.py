@@ -1,6 +1,6 @@
 """Building blocks that encoders and decoders share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 
 import torch
@@ -182,6 +182,28 @@ def dilation_of_stage(stride: int, current_stride: int, output_stride: int) -> t
     return stride * before // after, before, after
 
 
+def dilate(stages: Sequence[nn.Module], output_stride: int) -> None:
+    """Turn the strides of a network's last two stages, of strides 16 and 32, into dilation.
+
+    Args:
+        stages: both.
+        output_stride: 8 or 16 afterwards.
+
+    Raises:
+        ValueError: another output stride.
+    """
+    if output_stride not in (8, 16):
+        raise ValueError(f"output stride {output_stride}: choose 8 or 16")
+    for stage, current in zip(stages, (8, 16), strict=True):
+        stride, first, others = dilation_of_stage(2, current, output_stride)
+        for conv in (part for part in stage.modules() if isinstance(part, nn.Conv2d)):
+            dilation = first if conv.stride == (2, 2) else others
+            if conv.stride == (2, 2):
+                conv.stride = (stride, stride)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
+
+
 def init_weights(module: nn.Module, *, mode: str = "fan_in", norm_bias: float = 0.0) -> None:
     """Kaiming-normal convolutions (He et al., 2015), zero biases, norms with weight 1 and the given bias.
 
@@ -191,10 +213,15 @@ def init_weights(module: nn.Module, *, mode: str = "fan_in", norm_bias: float = 
         norm_bias: initial bias of the norms.
     """
     for part in module.modules():
-        if isinstance(part, nn.Conv2d):
-            nn.init.kaiming_normal_(part.weight, mode=mode, nonlinearity="relu")
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine:
-            nn.init.ones_(part.weight)
-            nn.init.constant_(part.bias, norm_bias)
+        init_layer(part, mode, norm_bias)
+
+
+def init_layer(part: nn.Module, mode: str, norm_bias: float) -> None:
+    """`init_weights` of one layer, without those inside it."""
+    if isinstance(part, nn.Conv2d):
+        nn.init.kaiming_normal_(part.weight, mode=mode, nonlinearity="relu")
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+    elif isinstance(part, nn.modules.batchnorm._BatchNorm) and part.affine:
+        nn.init.ones_(part.weight)
+        nn.init.constant_(part.bias, norm_bias)

@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from .layers import at_least_float32
 
 
-class SegmentationModule(nn.Module):
+class SegmentationModuleBase(nn.Module):
+    """What modules of encoder and decoder share."""
+
+    def pixel_acc(self, pred: Tensor, label: Tensor) -> Tensor:
+        """See `pixel_accuracy`."""
+        return pixel_accuracy(pred, label)
+
+
+class SegmentationModule(SegmentationModuleBase):
     """Encoder and decoder, called with a batch dict.
 
     Args:

@@ -1,9 +1,12 @@
 """C1: one 3x3 convolution, then the classifier."""
 
+import copy
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...lib.nn import to_batchnorm
 from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights
 from ..pyramid import through_map
 from .base import NORM_BIAS, Decoder
@@ -39,6 +42,28 @@ class C1(Decoder):
             self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
         init_weights(self, norm_bias=NORM_BIAS)
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script` takes in place of a `C1` without deep supervision."""
+        return self if hasattr(self, "cbr_deepsup") else _ScriptableC1(self)
+
     def head(self, features: list[Tensor]) -> Tensor:
         """Logits (N, num_class, h, w) at the resolution of the last feature map."""
         return self.conv_last(through_map(self.cbr, features))
+
+
+class _ScriptableC1(nn.Module):
+    """A `C1` in TorchScript's subset of Python: the same weights, and norms without synchronization."""
+
+    def __init__(self, decoder: C1):
+        super().__init__()
+        shared = {id(x): x for x in (*decoder.parameters(), *decoder.buffers())}
+        self.cbr = to_batchnorm(copy.deepcopy(decoder.cbr, shared))
+        self.conv_last, self.use_softmax = decoder.conv_last, decoder.use_softmax
+
+    def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None) -> Tensor:
+        """See `Decoder.forward`."""
+        scores = self.conv_last(self.cbr(features[-1]))
+        if segSize is not None:
+            size = [segSize[0], segSize[1]]
+            return F.interpolate(scores, size, mode="bilinear", align_corners=False).softmax(dim=1)
+        return scores.softmax(dim=1) if self.use_softmax else scores.log_softmax(dim=1)

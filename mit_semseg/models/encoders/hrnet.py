@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...lib.nn import Blocks
 from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, plain_norm, resize
 from ..pyramid import Concatenated
 from .resnet import BasicBlock, Bottleneck, make_layer
+
+# In a network traced by FX the resizing stays a call: it depends on sizes that the trace does not know.
+torch.fx.wrap("resize")
 
 WIDTHS = (48, 96, 192, 384)  # channels of the branches at strides 4, 8, 16, 32
 MODULES = (1, 4, 3)  # high-resolution modules in stages 2, 3, 4
@@ -101,8 +105,11 @@ class HRNetV2(nn.Module):
         maps = self.stage2([self.transition1["0"](x), self.transition1["1"](x)])
         maps = self.stage3([*maps, self.transition2["2"](maps[-1])])
         maps = self.stage4([*maps, self.transition3["3"](maps[-1])])
-        features = Concatenated(maps, {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride])
-        return features if lazily else list(features)
+        which = {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride]
+        if lazily is True:  # not a placeholder of a trace
+            return Concatenated(maps, which)
+        size = maps[which].shape[-2:]
+        return [torch.cat([resize(x, size) for x in maps], dim=1)]
 
 
 hrnetv2 = HRNetV2

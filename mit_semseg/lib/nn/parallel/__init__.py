@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .batchnorm import SynchronizedBatchNorm
-from .scatter import as_device, copy_to_device, gather, scatter
-from .sync import ReplicaGroup, ReplicaStopped
+from ..batchnorm import SynchronizedBatchNorm
+from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter, user_scattered_collate  # noqa: F401
+from ..sync import ReplicaGroup, ReplicaStopped
 
 UNWIND_SECONDS = 1.0  # that threads get to end once the outputs or an error are there; one may hang
 

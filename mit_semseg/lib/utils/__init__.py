@@ -118,6 +118,17 @@ def _disk_trouble(error: BaseException | None) -> str:
     return ""
 
 
+def mark_volatile(obj):
+    """Tensors that no gradient is computed for, also inside (nested) dicts, lists and tuples."""
+    if isinstance(obj, torch.Tensor):
+        return obj.detach()
+    if isinstance(obj, Mapping):
+        return {key: mark_volatile(value) for key, value in obj.items()}
+    if isinstance(obj, (list, tuple)):
+        return [mark_volatile(value) for value in obj]
+    return obj
+
+
 def available_cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

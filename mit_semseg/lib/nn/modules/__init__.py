@@ -1,0 +1,12 @@
+"""Old name of `mit_semseg.lib.nn`'s synchronized norms."""
+
+from ..batchnorm import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
+from ..parallel import DataParallelWithCallback, patch_replication_callback
+
+__all__ = [
+    "DataParallelWithCallback",
+    "SynchronizedBatchNorm1d",
+    "SynchronizedBatchNorm2d",
+    "SynchronizedBatchNorm3d",
+    "patch_replication_callback",
+]

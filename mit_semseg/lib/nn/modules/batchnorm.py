@@ -1,0 +1,10 @@
+"""Old name of `mit_semseg.lib.nn.batchnorm`."""
+
+from ..batchnorm import (
+    SynchronizedBatchNorm1d,
+    SynchronizedBatchNorm2d,
+    SynchronizedBatchNorm3d,
+    convert_sync_batchnorm,
+)
+
+__all__ = ["SynchronizedBatchNorm1d", "SynchronizedBatchNorm2d", "SynchronizedBatchNorm3d", "convert_sync_batchnorm"]

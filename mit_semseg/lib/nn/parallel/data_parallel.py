@@ -1,0 +1,6 @@
+"""Old name of `mit_semseg.lib.nn`'s data parallelism."""
+
+from ..scatter import async_copy_to, user_scattered_collate
+from . import DictGatherDataParallel, UserScatteredDataParallel
+
+__all__ = ["DictGatherDataParallel", "UserScatteredDataParallel", "async_copy_to", "user_scattered_collate"]
