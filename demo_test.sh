@@ -1,21 +1,25 @@
 #!/usr/bin/env bash
 # Segments a picture. With the published ResNet50dilated + PPM_deepsup when its server answers; else, or with --offline,
-# with a small network trained here on generated scenes (a few minutes).
+# with a small network trained here on generated scenes (a few minutes). DOWNLOAD_ONLY=1 ./demo_test.sh only fetches the
+# published model and its picture.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-$(command -v python || command -v python3)}
 result=${DEMO_RESULT:-demo_result}
+
+instead=${DOWNLOAD_ONLY:+.}
+instead=${instead:-: taking the built-in way instead.}
 
 published() {
     local name=ade20k-resnet50dilated-ppm_deepsup picture=ADE_val_00001519 message
     # The small file first: a server that does not answer is noticed at once.
     if ! message=$("$python" -m mit_semseg.apps.fetch file \
         "/data/ADEChallengeData2016/images/validation/$picture.jpg" --to "$result/$picture.jpg" 2>&1); then
-        echo "The published model cannot be downloaded (${message#error: }): taking the built-in way instead."
+        echo "The published model cannot be downloaded (${message#error: })${instead}"
         return 1
     fi
     if ! "$python" -m mit_semseg.apps.fetch model "$name" --to "ckpt/$name"; then
-        echo "The published model cannot be downloaded: taking the built-in way instead."
+        echo "The published model cannot be downloaded${instead}"
         return 1
     fi
     cfg=config/$name.yaml imgs=$result/$picture.jpg
@@ -33,6 +37,10 @@ Every validation scene (image, annotation, prediction): ckpt/quickstart/result/v
 Curves of the training: ckpt/quickstart/curves.png"
 }
 
+if [ -n "${DOWNLOAD_ONLY:-}" ]; then
+    published
+    exit
+fi
 summary=
 case "${1:-}" in
     --offline) built_in ;;

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -23,6 +24,7 @@ from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.dataset.samplers import BatchNumbers, OrientationBatches
 from mit_semseg.dataset.transforms import downsample_label, imresize_fast, normalize, pad_batch, scale_for
 from mit_semseg.evaluation.evaluator import read_items
+from mit_semseg.lib.utils import UserError
 
 SIZES = [(60, 40), (40, 60), (52, 44), (30, 70), (64, 64), (33, 47), (80, 41)]
 
@@ -59,7 +61,7 @@ def test_official_ade20k_layout(tmp_path):
     ("text", "message"),
     [
         ('{"fpath_img": "a"}\n{bad\n', "line 2: no JSON object"),
-        ("[1]\n", "line 1: expected a JSON object, found list"),
+        ("3\n", "line 1: expected a JSON object, found int"),
         ('{"width": 3}\n', "line 1: no fpath_img"),
         ("\n\n", "is empty"),
     ],
@@ -121,6 +123,40 @@ def test_default_colors_differ():
         assert distances.min() >= least
     assert len(np.unique(class_table("", 5000).colors, axis=0)) == 5000
     assert len(distinct_colors(70_000)) == 70_000
+
+
+def test_names_in_either_form_of_unicode_pair_up(tmp_path):
+    """Disks and archives of macOS take letters with accents apart."""
+    folder, stem = tmp_path / "d", "Stra\u00dfe \u00e9"
+    for part, form, ending in (("images", "NFC", "jpg"), ("annotations", "NFD", "png")):
+        (folder / part).mkdir(parents=True)
+        Image.new("L", (8, 6)).save(folder / part / f"{unicodedata.normalize(form, stem)}.{ending}")
+    (record,) = load_records(folder)
+    assert record["fpath_img"] != record["fpath_segm"]
+    assert (tmp_path / record["fpath_segm"]).is_file()
+
+
+def test_lists_of_other_tools(tmp_path):
+    write_pairs(tmp_path / "train", SIZES[:2])
+    lines = "train/images/00.png train/annotations/00.png\n\ntrain/images/01.png\ttrain/annotations/01.png"
+    (tmp_path / "pairs.txt").write_text(lines)
+    dataset = ValDataset(tmp_path, tmp_path / "pairs.txt", options())
+    assert [item["info"] for item in (dataset[0], dataset[1])] == ["train/images/00.png", "train/images/01.png"]
+    record = {"fpath_img": "train\\images\\00.png", "fpath_segm": "train\\annotations\\00.png"}
+    (tmp_path / "windows.odgt").write_text(json.dumps(record))
+    with pytest.raises(
+        UserError, match=r"no such file; the list has paths of Windows"
+    ):
+        ValDataset(tmp_path, tmp_path / "windows.odgt", options())[0]
+    (tmp_path / "array.json").write_text(json.dumps([record, record]))
+    with pytest.raises(ListError, match=r"array\.json is a JSON array; .*jq"):
+        load_records(tmp_path / "array.json")
+
+
+@pytest.mark.parametrize("name", ["road\u2028side", "road\nside", "road\r\n side", "road side"])
+def test_line_breaks_in_names_of_classes(tmp_path, name):
+    (tmp_path / "t.csv").write_bytes(f'raw,name\n0,"{name}"\n1,car\n'.encode())
+    assert class_table(str(tmp_path / "t.csv"), 2).names == ("road side", "car")
 
 
 def test_a_folder_outside_the_root_is_absolute(tmp_path):

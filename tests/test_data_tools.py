@@ -126,6 +126,10 @@ def bash(folder, name, **env):
     return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
+def test_both_names_of_the_download_are_the_same_script():
+    assert (ROOT / "download_ADE20K.sh").read_bytes() == (ROOT / "download_ade20k.sh").read_bytes()
+
+
 @pytest.mark.long
 def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     """The real script against a local server that holds a picture and a (random) pair of the published shape."""
@@ -146,6 +150,10 @@ def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):
         (copy / part).symlink_to(ROOT / part)
     (copy / "demo_test.sh").write_text((ROOT / "demo_test.sh").read_text())
+    done = bash(copy, "demo_test.sh", DOWNLOAD_ONLY="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(p.name for p in (copy / "ckpt" / name).iterdir()) == ["decoder_epoch_20.pth", "encoder_epoch_20.pth"]
+    assert [p.name for p in (copy / "demo_result").iterdir()] == ["ADE_val_00001519.jpg"]
     done = bash(copy, "demo_test.sh")
     assert done.returncode == 0, done.stdout + done.stderr
     last = "Picture and prediction: demo_result/ADE_val_00001519.png; tinted, with a legend"

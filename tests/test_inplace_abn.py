@@ -21,7 +21,8 @@ from mit_semseg.lib.nn import (
 from mit_semseg.lib.nn.inplace_abn import ACTIVATIONS, Activation, NormalizeInPlace
 from mit_semseg.lib.nn.normalize import Meeting, Normalize
 from mit_semseg.models.layers import NORMS
-from mit_semseg.models.weights import WeightsError, load_weights
+from mit_semseg.models.reading import WeightsError
+from mit_semseg.models.weights import load_weights
 
 SHAPE = (3, 4, 5, 6)
 

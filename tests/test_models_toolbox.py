@@ -10,7 +10,7 @@ from golden import fill_value, golden, golden_input, sample
 from mit_semseg.lib.nn import InPlaceABNSync
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.layers import resize
-from mit_semseg.models.weights import WeightsError
+from mit_semseg.models.reading import WeightsError
 
 GOLD, KEYS = golden("golden_toolbox")["models"], golden("state_dict_keys_toolbox")
 ARCHITECTURES = {"pspnet": "psp_deepsup", "deeplabv3": "aspp_deepsup"}

@@ -197,6 +197,16 @@ def test_unreadable_training_image_is_named_without_a_traceback(root, tmp_path):
         assert "annotations/01.png: no readable image" in done.stderr
 
 
+def test_an_encoder_without_a_learning_rate_stays_as_it_is(root, tmp_path):
+    """Its statistics, too."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 2, "TRAIN.lr_encoder": 0}
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    first, second = (weights(tmp_path, f"epoch_{n}.pth") for n in (1, 2))
+    same_keys = {key for key in first if torch.equal(first[key], second[key])}
+    assert {key for key in first if key.startswith("encoder.")} <= same_keys
+    assert "decoder.conv_last.weight" not in same_keys
+
+
 def test_labels_of_a_single_class_are_said(tmp_path):
     """Binary labels with 0 = background, of which the standard table makes one class and ignored pixels."""
     root = write_data_set(tmp_path / "data")

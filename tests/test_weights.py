@@ -3,18 +3,23 @@
 import os
 import pickle
 import random
+import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from runs import ROOT, here
 from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 from torch import nn
 
-from mit_semseg.lib.download import DownloadError
+from mit_semseg.engine import RunFiles
 from mit_semseg.models import ModelBuilder, published
 from mit_semseg.models.published import fetch_published
-from mit_semseg.models.weights import WeightsError, load_weights, read_checkpoint, read_state_dict
+from mit_semseg.models.reading import WeightsError, read_checkpoint, read_state_dict
+from mit_semseg.models.weights import load_weights
 
 
 @pytest.fixture
@@ -83,12 +88,91 @@ def test_a_file_saved_on_a_gpu_loads_without_one(encoder_file, tmp_path):
     assert all(torch.equal(v, expected[k]) for k, v in encoder.state_dict().items())
 
 
-def test_wrappers_of_other_tools_are_understood(tmp_path):
-    encoder = TinyEncoder()
-    torch.save({"state_dict": {f"module.{k}": v for k, v in encoder.state_dict().items()}}, tmp_path / "a.pth")
-    other = TinyEncoder()
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "module.module.", "_orig_mod.module."]
+)
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
+def test_wrappers_of_other_tools_are_understood(tmp_path, prefix, wrapper):
+    """Of data parallel and compiled models, and with NumPy's numbers beside the weights."""
+    encoder, other = TinyEncoder(), TinyEncoder()
+    state = {f"{prefix}{k}": v for k, v in encoder.state_dict().items()}
+    beside = {"epoch": 3, "best": np.float64(0.5), "seen": np.int64(7), "flag": np.bool_(True)}
+    torch.save({wrapper: state, **beside} if wrapper else state, tmp_path / "a.pth")
     load_weights(other, tmp_path / "a.pth")
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+
+
+def test_a_compiled_part_of_a_network(tmp_path):
+    encoder, other = TinyEncoder(), TinyEncoder()
+    compiled = {key.replace("stem.", "stem._orig_mod."): value for key, value in encoder.state_dict().items()}
+    torch.save(compiled, tmp_path / "a.pth")
+    load_weights(other, tmp_path / "a.pth")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+    torch.save({**compiled, **encoder.state_dict()}, tmp_path / "twice.pth")
+    with pytest.raises(WeightsError, match=r"twice\.pth .* differ in prefixes"):
+        load_weights(other, tmp_path / "twice.pth")
+
+
+def test_safetensors(tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    encoder, other = TinyEncoder(), TinyEncoder()
+    safetensors.save_file(encoder.state_dict(), tmp_path / "a.safetensors")
+    load_weights(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), other.parameters(), strict=True))
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:50])
+    with pytest.raises(WeightsError, match=r"b\.safetensors cannot be read"):
+        load_weights(other, tmp_path / "b.safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(WeightsError, match=r"a\.safetensors.*pip install safetensors"):
+        load_weights(other, tmp_path / "a.safetensors")
+
+
+def test_a_history_with_numbers_of_numpy(tmp_path):
+    """As programs wrote them that kept the means of NumPy."""
+    files, module = RunFiles(tmp_path), tiny_module()
+    files.save_weights(module, "epoch_2.pth")
+    numbers = {
+        "epoch": [np.float64(0.5), 1.0],
+        "loss": [np.float32(2.0), 1.5],
+        "acc": [np.float64(0.25), np.float16(0.5)],
+    }
+    val = {"epoch": [np.int64(1), 2], "mean_iou": [], "acc": []}
+    torch.save({"train": numbers, "val": val}, tmp_path / "history_epoch_2.pth")
+    history = files.load_epoch(module, 2)
+    assert history["train"] == {"epoch": [0.5, 1.0], "loss": [2.0, 1.5], "acc": [0.25, 0.5]}
+    assert history["val"]["epoch"] == [1, 2]
+    assert {type(x) for part in history.values() for points in part.values() for x in points} == {float, int}
+
+
+def test_a_published_recipe_downloads_its_weights(site, tmp_path, monkeypatch):
+    """Into DIR, by test.py and eval.py alike; the classes of another recipe are none of them."""
+    folder, _ = site
+    name = "ade20k-mobilenetv2dilated-c1_deepsup"
+    source = folder / "model" / "pytorch" / name
+    source.mkdir(parents=True)
+    monkeypatch.setattr("mit_semseg.models.published.SHA256", {})
+    encoder = ModelBuilder.build_encoder("mobilenetv2dilated", pretrained=False)
+    decoder = ModelBuilder.build_decoder("c1_deepsup", fc_dim=320)
+    for part, module in (("encoder", encoder), ("decoder", decoder)):
+        torch.save(module.state_dict(), source / f"{part}_epoch_20.pth")
+    Image.new("RGB", (64, 48), "teal").save(tmp_path / "a.png")
+    words = ["--cfg", ROOT / "config" / f"{name}.yaml", "--gpu", "cpu", "DATASET.imgSizes", "(40,)"]
+    given = [*words, "TEST.result", tmp_path / "out", "DIR", tmp_path / name]
+    done = here("test.py", "--imgs", tmp_path / "a.png", *given)
+    assert done.returncode == 0, done.stderr
+    assert f"downloading the published model {name} to {tmp_path / name}" in done.stdout
+    assert (tmp_path / name / "decoder_epoch_20.pth").is_file()
+    assert "downloading" not in here("test.py", "--imgs", tmp_path / "a.png", *given).stdout
+    done = here("test.py", "--imgs", tmp_path / "a.png", *given[:-1], tmp_path / "own")
+    assert done.returncode == 2
+    assert "encoder_epoch_20.pth" in done.stderr
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
+    (tmp_path / name / "decoder_epoch_20.pth").unlink()
+    (tmp_path / name / "encoder_epoch_20.pth").unlink()
+    done = here("test.py", "--imgs", tmp_path / "a.png", *given)
+    assert done.returncode == 2
+    for way in ("MIT_SEMSEG_MIRROR", "encoder_epoch_20.pth", str(tmp_path / name)):
+        assert way in done.stderr
 
 
 def test_another_number_of_classes(tmp_path):
@@ -244,6 +328,6 @@ def test_a_file_with_another_hash_is_not_kept(site, tmp_path):
     name = "ade20k-resnet18dilated-ppm_deepsup"
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
     (folder / "model" / "pytorch" / name / "encoder_epoch_20.pth").write_bytes(b"something else")
-    with pytest.raises(DownloadError, match="expected adcdcbf7530e"):
+    with pytest.raises(WeightsError, match=r"expected adcdcbf7530e.*MIT_SEMSEG_MIRROR"):
         fetch_published(name, tmp_path / "ckpt")
     assert list((tmp_path / "ckpt").iterdir()) == []

@@ -1,10 +1,11 @@
 """From options to objects: the network, its loss, the optimizer, and how inference looks at a picture."""
 
+import logging
 from dataclasses import fields
 
 import torch
 
-from ..config import OPTIONS, Config
+from ..config import OPTIONS, Config, load_config
 from ..dataset import TrainDataset, ValDataset
 from ..dataset.pairs import table_of
 from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
@@ -15,7 +16,10 @@ from ..lib.nn.inplace_abn import is_of_inplace_norms
 from ..lib.utils import UserError
 from ..models import ModelBuilder, SegmentationModule
 from ..models.layers import NORMS
-from ..models.weights import read_state_dict
+from ..models.published import PUBLISHED, fetch_published, published_options
+from ..models.reading import read_state_dict
+
+logger = logging.getLogger(__name__)
 
 OF_THE_RUN = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
 HOW_IT_GOES_ON = ("TRAIN.resume", "TRAIN.start_epoch")
@@ -30,8 +34,8 @@ def build_module(
     Args:
         cfg: configuration.
         device: where to put it.
-        checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`; None starts training, from the MODEL
-            options.
+        checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`, which are downloaded if they are those of
+            a published model; None starts training, from the MODEL options.
         continued: the weights will come from the run in DIR, so no others are read or fetched.
 
     Raises:
@@ -44,6 +48,9 @@ def build_module(
         initial = ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.new_head)
         return _assembled(cfg, *initial, pretrained=model.pretrained and not continued).to(device)
     files = RunFiles(cfg.DIR)
+    if name := _published(cfg, files, checkpoint):
+        logger.info("downloading the published model %s to %s", name, cfg.DIR)
+        fetch_published(name, cfg.DIR)
     encoder_file, decoder_file = map(str, files.pair(checkpoint))
     with files.offering(checkpoint):
         if cfg.MODEL.norm == "inplace" and not is_of_inplace_norms(read_state_dict(encoder_file)):
@@ -52,6 +59,16 @@ def build_module(
                 f"set MODEL.norm sync"
             )
         return _assembled(cfg, encoder_file, decoder_file, new_head=False, pretrained=False).to(device)
+
+
+def _published(cfg: Config, files: RunFiles, checkpoint: str) -> str:
+    """Name of the published model whose recipe the options are, if its weights are not in DIR; else ''."""
+    name, there = files.folder.name, [files.part(part, checkpoint).is_file() for part in ("encoder", "decoder")]
+    if any(there) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
+        return ""
+    wanted = load_config(None, published_options(name))
+    keys = ("MODEL.arch_encoder", "MODEL.arch_decoder", "DATASET.num_class")
+    return name if all(cfg.option(key) == wanted.option(key) for key in keys) else ""
 
 
 def _check_device(cfg: Config, device: torch.device) -> None:
@@ -132,6 +149,9 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         module.to(memory_format=torch.channels_last)
     if train.fix_bn:
         freeze_batch_norm(module)
+    if not train.lr_encoder:
+        freeze_batch_norm(module.encoder)
+        module.encoder.requires_grad_(False)
     if train.recompute:
         recompute(module.encoder)
     if train.compile:

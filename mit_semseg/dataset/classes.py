@@ -1,7 +1,9 @@
 """Class tables: name, colour, and which raw label value is which class."""
 
 import csv
+import io
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +26,7 @@ PALETTE = (
     "0fc3e1", "2d5a00", "1eb487", "96b44b", "d2f0b4", "690fa5", "871e00", "69784b", "69ff00", "3c3c87",
     "8787d2", "c369b4", "a5ff78", "ff4b78", "4ba5ff", "ffc33c", "a55a4b", "ff2de1", "5ad269", "4bc3c3",
 )  # fmt: skip
+_BREAKS = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")  # in a name, which stands in tables and logs
 ONE_CLASS = (
     "all labelled pixels are of the class {}: there is nothing to tell apart, and the scores say nothing. If raw value "
     "0 is a class (a background), name all classes from value 0 on, such as DATASET.num_class 2 DATASET.classes "
@@ -130,10 +133,10 @@ def read_csv(path: Path) -> ClassTable:
         ClassTableError: unreadable, or a row is wrong (named by its line).
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ClassTableError(f"class table {path} cannot be read: {error}") from None
-    reader = csv.DictReader(text.splitlines())
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     columns = {name.strip().lower(): name for name in reader.fieldnames or []}
     raw_column = columns.get("raw") or columns.get("idx")
     if not raw_column or "name" not in columns:
@@ -142,7 +145,8 @@ def read_csv(path: Path) -> ClassTable:
         )
     colors: dict[str, tuple[int, int, int] | None] = {}
     raw_of: dict[int, str] = {} if "raw" in columns else {0: ""}
-    for line, row in enumerate(reader, start=2):
+    for row in reader:
+        line = reader.line_num
         raw, name, color = _row(path, line, row, raw_column, columns)
         if raw_of.get(raw, name) != name:
             raise ClassTableError(f"class table {path}, line {line}: raw value {raw} stands there twice")
@@ -169,7 +173,7 @@ def _row(path: Path, line: int, row: Mapping, raw_column: str, columns: Mapping[
         color = ()
     if color is not None and len(color) != 3:
         raise ClassTableError(f"{where}: color {text!r} is not of the form #rrggbb")
-    return raw, (row[columns["name"]] or "").strip(), color
+    return raw, _BREAKS.sub(" ", (row[columns["name"]] or "").strip()), color
 
 
 def _from_names(names: Sequence[str], ignore_values: Sequence[int]) -> ClassTable:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import unicodedata
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,11 @@ def read_lines(path: Path) -> list[str]:
         raise ListError(f"list {path} cannot be read: {error}") from None
 
 
+def composed(name: str) -> str:
+    """A name by which files pair up: disks and archives of macOS take letters with accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_split(path: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
     """Records of a split list of PASCAL VOC, in a folder ImageSets.
 
@@ -68,14 +74,16 @@ def read_split(path: Path, root: str | os.PathLike = "", problems: list[str] | N
         ListError: the list is empty or files are missing (unless `problems` takes them, a sentence each).
     """
     base = next(p.parent for p in path.absolute().parents if p.name == VOC_LISTS)
-    images = {p.stem: p for p in find_images(base / VOC_IMAGES)}
+    images = {composed(p.stem): p for p in find_images(base / VOC_IMAGES)}
+    labels = {composed(p.stem): p for p in find_images(base / VOC_LABELS)}
     pairs = []
     for words in (line.split() for line in read_lines(path) if line.strip()):
         if len(words) > 1 and all(Path(word).suffix for word in words[:2]):
             pairs.append(tuple(base / word.lstrip("/") for word in words[:2]))
         else:
-            image = images.get(words[0], base / VOC_IMAGES / f"{words[0]}.jpg")
-            pairs.append((image, base / VOC_LABELS / f"{words[0]}.png"))
+            stem = composed(words[0])
+            image = images.get(stem, base / VOC_IMAGES / f"{words[0]}.jpg")
+            pairs.append((image, labels.get(stem, base / VOC_LABELS / f"{words[0]}.png")))
     missing = [str(p) for pair in pairs for p in pair if not p.is_file()]
     if missing and problems is None:
         raise ListError(f"{path}: {len(missing)} files are missing: {some(missing, 3)}")
@@ -156,7 +164,7 @@ def _by_stem(folder: Path, ending: str, problems: list[str], *, all_of_them: boo
     """Images below a folder whose stems have the ending, by the rest of their stems; all of them should have it."""
     found: dict[str, Path] = {}
     for path in find_images(folder):
-        stem = path.relative_to(folder).with_suffix("").as_posix()
+        stem = composed(path.relative_to(folder).with_suffix("").as_posix())
         if not stem.endswith(ending):
             if all_of_them:
                 problems.append(f"{path} does not end with {ending}")

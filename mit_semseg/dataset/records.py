@@ -16,10 +16,11 @@ def load_records(
     """Records of a list.
 
     Args:
-        source: an odgt file (one JSON object a line); a split list of PASCAL VOC (`ImageSets/.../NAME.txt`, one stem a
-            line); a folder that holds `images/` and `annotations/`, or whose path has a part `images` with a twin
-            `annotations`, or the same with `leftImg8bit` and `gtFine` as Cityscapes has them; or records themselves.
-            A list is looked for as it stands, then below `root`; a folder or split list the other way round.
+        source: an odgt file (one JSON object, or the paths of an image and its label, a line); a split list of PASCAL
+            VOC (`ImageSets/.../NAME.txt`, one stem a line); a folder that holds `images/` and `annotations/`, or whose
+            path has a part `images` with a twin `annotations`, or the same with `leftImg8bit` and `gtFine` as
+            Cityscapes has them; or records themselves. A list is looked for as it stands, then below `root`; a folder
+            or split list the other way round.
         root: folder that the paths in records are relative to.
         problems: gets a sentence for every file of a folder that has no partner, and every line of a list that is no
             record, instead of an error.
@@ -65,12 +66,16 @@ def _require(record: Mapping, where: str) -> None:
 
 
 def _record(line: str, where: str) -> Record:
+    words = line.split()
+    if len(words) == 2 and not line.lstrip().startswith(("{", "[")):
+        return dict(zip(("fpath_img", "fpath_segm"), words, strict=True))
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ListError(
-            f"{where}: no JSON object ({getattr(error, 'msg', error)}); a list has one a line, or is a split list of "
-            f"PASCAL VOC in a folder {VOC_LISTS} beside {VOC_IMAGES} and {VOC_LABELS}"
+            f"{where}: no JSON object ({getattr(error, 'msg', error)}); a list has one a line, or the paths of an "
+            f"image and its label, or is a split list of PASCAL VOC in a folder {VOC_LISTS} beside {VOC_IMAGES} and "
+            f"{VOC_LABELS}"
         ) from None
     if not isinstance(record, dict):
         raise ListError(f"{where}: expected a JSON object, found {type(record).__name__}")
@@ -79,8 +84,12 @@ def _record(line: str, where: str) -> Record:
 
 
 def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
-    records = []
-    for number, line in enumerate(read_lines(path), start=1):
+    records, lines = [], read_lines(path)
+    if lines[0].lstrip().startswith("["):
+        raise ListError(
+            f"list {path} is a JSON array; a list has one JSON object a line: jq -c '.[]' {path} > {path.stem}.odgt"
+        )
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
 from ..lib.utils import HOST, TEXT, UserError, is_abandoned, is_running, whole_file
-from ..models.weights import WeightsError, is_whole_network, load_weights, read_checkpoint
+from ..models.reading import WeightsError, read_checkpoint
+from ..models.weights import is_whole_network, load_weights
 from .distributed import Processes
 
 logger = logging.getLogger(__name__)
@@ -49,6 +51,14 @@ def _may_run(holder: Path) -> bool:
     """Whether the process that has last locked a folder may still run: not if it was killed on this machine."""
     process, _, host = holder.read_text(**TEXT).partition(" ") if holder.is_file() else ("", "", "")
     return not process.isdecimal() or host != HOST or is_running(int(process))
+
+
+def _plain(history: dict) -> dict:
+    """A history whose points are Python's numbers, whatever they were."""
+    return {
+        part: {name: [x.item() if isinstance(x, np.generic) else x for x in points] for name, points in curves.items()}
+        for part, curves in history.items()
+    }
 
 
 class RunFiles:
@@ -197,7 +207,7 @@ class RunFiles:
         path = self.part("history", f"epoch_{epoch}.pth")
         if not path.is_file():
             return new_history()
-        return {**new_history(), **read_checkpoint(path)}
+        return {**new_history(), **_plain(read_checkpoint(path))}
 
     def find_resume(self, mode: str, start_epoch: int = 0) -> Path | None:
         """File to continue from, or None to start anew or after `start_epoch`.

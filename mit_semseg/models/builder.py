@@ -106,7 +106,7 @@ class ModelBuilder:
 
         Raises:
             ValueError: unknown name or output stride.
-            mit_semseg.models.weights.WeightsError: the weights cannot be had or do not fit.
+            mit_semseg.models.reading.WeightsError: the weights cannot be had or do not fit.
         """
         arch = arch.lower()
         if weights and f"{arch}_v1" in ENCODERS and is_of_version_1(weights):
@@ -155,7 +155,7 @@ class ModelBuilder:
 
         Raises:
             ValueError: unknown name.
-            mit_semseg.models.weights.WeightsError: the weights cannot be read or do not fit.
+            mit_semseg.models.reading.WeightsError: the weights cannot be read or do not fit.
         """
         build = _lookup(DECODERS, arch.lower(), "decoder")
         if in_channels is None:

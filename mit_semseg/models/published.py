@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..lib.download import DownloadError, download
-from .weights import LoadReport, WeightsError, load_weights
+from .reading import WeightsError
+from .weights import LoadReport, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -158,8 +159,7 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple
         folder: where to keep them; the cache by default.
 
     Raises:
-        WeightsError: unknown name.
-        DownloadError: the server does not answer, or what came is not the file.
+        WeightsError: unknown name; or the server does not answer, or what came is not the file, with the ways out.
     """
     if name not in PUBLISHED:
         raise WeightsError(f"there is no published model {name!r}; there are {', '.join(PUBLISHED)}")
@@ -168,6 +168,13 @@ def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple
     for part in ("encoder", "decoder"):
         file = f"{part}_epoch_{PUBLISHED[name]}.pth"
         paths.append(folder / file)
-        if not paths[-1].is_file():
+        if paths[-1].is_file():
+            continue
+        try:
             download(f"{server()}/pytorch/{name}/{file}", paths[-1], sha256=SHA256.get(f"{name}/{file}", ""))
+        except DownloadError as error:
+            raise WeightsError(
+                f"the published model {name} cannot be downloaded ({error}): put encoder_epoch_{PUBLISHED[name]}.pth "
+                f"and decoder_epoch_{PUBLISHED[name]}.pth into {folder}, or name a mirror in {MIRROR_VARIABLE}"
+            ) from None
     return paths[0], paths[1]

@@ -1,20 +1,17 @@
-"""How any file of weights is read and loaded. Where the published ones are: `published.py`."""
+"""How weights are loaded into a network. Reading files: `reading.py`; where the published ones are: `published.py`."""
 
 import logging
 import os
-import pickle
-import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN
 from ..lib.nn.inplace_abn import is_of_inplace_norms, scale_of
-from ..lib.utils import UserError, some
+from ..lib.utils import some
+from .reading import WeightsError, read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +19,6 @@ logger = logging.getLogger(__name__)
 LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
-FOLDER = 0x10  # attribute of a zip file's member
 
 # Beginnings of the decoder's keys in a network of the Cityscapes toolbox, and ours; the rest is the encoder's.
 TOOLBOX_MARK = "head.1.weight"
@@ -33,10 +29,6 @@ TOOLBOX_DECODER = (
     ("dsn.1.", "cbr_deepsup.1."),
     ("dsn.3.", "conv_last_deepsup."),
 )
-
-
-class WeightsError(UserError, RuntimeError):
-    """Weights that cannot be had, read or loaded; the message says what to do."""
 
 
 @dataclass
@@ -62,82 +54,6 @@ class LoadReport:
         if self.surplus:
             parts.append(f"not used: {some(self.surplus)}")
         return "; ".join(parts)
-
-
-def read_checkpoint(path: str | os.PathLike):
-    """Read any file written by `torch.save`, on the CPU, without running code from it.
-
-    Args:
-        path: a checkpoint, saved on any device.
-
-    Raises:
-        WeightsError: there is no such file, it is damaged, or it holds more than tensors and plain values.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
-        there = f"; there is {some(near)}" if near else ""
-        raise WeightsError(f"no checkpoint {path}{there}")
-    _check_sums(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()
-        detail = next(
-            (line for line in reason if "GLOBAL" in line or "Unsupported" in line), reason[0] if reason else ""
-        )
-        raise WeightsError(
-            f"{path} was refused: it is damaged or holds more than tensors and plain values, and code from a "
-            f"checkpoint is never run ({detail.strip()[:200]})"
-        ) from None
-    except Exception as error:  # the reader meets damaged bytes with any exception there is
-        raise WeightsError(f"{path} cannot be read, it is damaged or no checkpoint: {str(error)[:200]}") from None
-
-
-def _check_sums(path: Path) -> None:
-    """Compare a file with the checksums in it, which `torch.save` writes and `torch.load` does not look at.
-
-    Files in the form of before PyTorch 1.6, as the published ones are, have none.
-    """
-    try:
-        if not zipfile.is_zipfile(path):  # raises, too, at some damage
-            return
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-            # What is marked as a folder, PyTorch 2.6 does not read, and takes what happens to be in memory for it.
-            folders = [member.filename for member in members if member.external_attr & FOLDER]
-            damaged = None if packed else next(iter(folders), None) or archive.testzip()
-    except Exception as error:  # the reader meets damaged bytes with any exception there is
-        raise WeightsError(f"{path} cannot be read, it is damaged: {str(error)[:200]}") from None
-    if packed:
-        raise WeightsError(f"{path} was refused: it is compressed, as no checkpoint is, and may unpack to any size")
-    if damaged:
-        raise WeightsError(f"{path} is damaged: {damaged} in it is not what was saved")
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """The state dict in a file, without a `state_dict` wrapper or the `module.` prefix of a data parallel model.
-
-    Raises:
-        WeightsError: see `read_checkpoint`; or the file holds no state dict.
-    """
-    state = read_checkpoint(path)
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
-        kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
-        raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
-    plain = OrderedDict((key.removeprefix("module."), value) for key, value in state.items())
-    about = getattr(state, "_metadata", {})  # tells in-place norms
-    sound = isinstance(about, dict) and all(isinstance(entry, dict) for entry in about.values())
-    plain._metadata = about if sound else {}
-    return plain
-
-
-def _is_entry(entry: tuple) -> bool:
-    key, value = entry
-    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:

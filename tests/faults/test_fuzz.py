@@ -34,7 +34,8 @@ from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.engine.checkpoint import CheckpointError, read_resume
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import ModelBuilder
-from mit_semseg.models.weights import WeightsError, load_weights, read_checkpoint, read_state_dict
+from mit_semseg.models.reading import WeightsError, read_checkpoint, read_state_dict
+from mit_semseg.models.weights import load_weights
 
 FUZZ = float(os.environ.get("FUZZ", "1"))
 TRIED: dict[str, int] = {}
