@@ -28,13 +28,14 @@ def main() -> int:
         dataset, validation = building.build_data(cfg)
 
         logger = logs.setup_logger(processes.rank, f"{cfg.DIR}/log.txt", args.level)
-        logger.info("options:\n%s", cfg.dump())
+        logs.log_options(logger, cfg)
         logger.info("devices: %s", describe_all(devices, processes))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
         torch.manual_seed(train.seed)
         with distributed.first_on_machine(processes):
             module = building.build_module(cfg, devices[0], continued=continued)
-        optimizer, settings = building.build_training(cfg, module)
+        batches = len(devices) * processes.size * train.accumulate
+        optimizer, settings = building.build_training(cfg, module, dataset.num_sample, batches)
         pictures = [record["fpath_img"] for record in validation.records] if validation and train.visualize else []
         show = {"tensorboard": train.tensorboard, "pictures": pictures, "main": processes.main}
         with RunRecorder(cfg.DIR, dataset.table, **show) as recorder:

@@ -3,7 +3,6 @@
 import json
 import os
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -58,7 +57,7 @@ def test_doctor_names_every_fault(trained, tmp_path):  # noqa: F811
     assert "every file can be used" in done.stdout
     done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
     assert done.returncode == 2
-    assert f"there is no list {Path.cwd() / 'none'}" in done.stderr
+    assert "there is no list or folder none" in done.stderr
 
 
 def test_doctor_groups_equal_causes():

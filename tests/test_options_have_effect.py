@@ -403,7 +403,7 @@ def effect_of_channels_last(runs, baseline):
     module = building.build_module(cfg, torch.device("cpu"))
     weight = module.decoder.cbr[0].weight
     assert not weight.is_contiguous(memory_format=torch.channels_last)
-    building.build_training(cfg, module)
+    building.build_training(cfg, module, 12, 1)
     assert module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
     # The same sums in another order: the first step agrees, later ones drift apart as any rounding does.
     once = {"TRAIN.disp_iter": 1, "TRAIN.num_epoch": 1, "TRAIN.epoch_iters": 1}

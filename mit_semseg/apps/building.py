@@ -1,6 +1,7 @@
 """From options to objects: the network, its loss, the optimizer, and how inference looks at a picture."""
 
 import logging
+import math
 from dataclasses import fields
 
 import torch
@@ -142,8 +143,15 @@ def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
     return training, ValDataset(data.root_dataset, data.list_val, data, cfg.VAL.num_val or -1)
 
 
-def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim.Optimizer, Settings]:
-    """Optimizer and settings of a training run; freezes, lays out and compiles the network as the options say."""
+def build_training(
+    cfg: Config, module: SegmentationModule, images: int, batches: int
+) -> tuple[torch.optim.Optimizer, Settings]:
+    """Optimizer and settings of a training run; freezes, lays out and compiles the network as the options say.
+
+    Args:
+        images: in the training list; TRAIN.epoch_iters 0 goes through them once an epoch.
+        batches: in a step.
+    """
     train = cfg.TRAIN
     if train.channels_last:
         module.to(memory_format=torch.channels_last)
@@ -167,6 +175,7 @@ def build_training(cfg: Config, module: SegmentationModule) -> tuple[torch.optim
         weight_decay=train.weight_decay,
     )
     values = {field.name: train[field.name] for field in fields(Settings) if field.name != "options"}
+    values["epoch_iters"] = train.epoch_iters or math.ceil(images / (batches * train.batch_size_per_gpu))
     return optimizer, Settings(**values, options=_of_the_run(cfg))
 
 

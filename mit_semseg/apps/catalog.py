@@ -163,8 +163,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence]) -> Iterator[str]:
 
 def main() -> None:
     """Write a page."""
-    parser = argparse.ArgumentParser(description="Write a page of the documentation.")
-    parser.add_argument("path", type=Path, help=f"of the page: {' or '.join(f'{name}.md' for name in PAGES)}")
+    parser = argparse.ArgumentParser(
+        "python -m mit_semseg.apps.catalog", description="Write a page of the documentation."
+    )
+    parser.add_argument(
+        "path", metavar="FILE", type=Path, help=f"of the page: {' or '.join(f'{name}.md' for name in PAGES)}"
+    )
     path = parser.parse_args().path
     if path.stem not in PAGES:
         parser.error(f"there is no page {path.stem}, but {', '.join(PAGES)}")

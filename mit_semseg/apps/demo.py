@@ -67,12 +67,14 @@ def main() -> None:
     parser = make_parser(__doc__, EXAMPLES)
     parser.prog = "python -m mit_semseg.demo"
     standard = Limits()
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for the whole network")
-    parser.add_argument("--port", type=int, default=7860, help="port to serve at; 0 takes a free one")
+    parser.add_argument(
+        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to serve at; 0.0.0.0 is for the whole network"
+    )
+    parser.add_argument("--port", type=int, metavar="N", default=7860, help="port to serve at; 0 takes a free one")
     parser.add_argument("--examples", metavar="FOLDER", type=expand_path, help="to choose from (default: validation)")
     parser.add_argument("--max-upload", type=float, default=standard.upload, metavar="MB", help="of a file")
     parser.add_argument("--max-pixels", type=float, default=standard.pixels, metavar="MILLIONS", help="of a picture")
-    parser.add_argument("--max-waiting", type=int, default=standard.waiting, help="pictures in the queue")
+    parser.add_argument("--max-waiting", type=int, default=standard.waiting, metavar="N", help="in the queue")
     args = parser.parse_intermixed_args()
     limits = _limits_of(args)
     cfg = load_config(args.cfg, args.opts)

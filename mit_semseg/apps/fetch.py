@@ -24,18 +24,23 @@ from .cli import run
 def main() -> None:
     """Fetch from the command line."""
     parser = argparse.ArgumentParser(
-        description="Download published weights and files, unpack archives, and write image lists."
+        "python -m mit_semseg.apps.fetch",
+        description="Download published weights and files, unpack archives, and write image lists.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     model = commands.add_parser("model", help="encoder and decoder of a published model")
     model.add_argument("source", metavar="NAME", help=", ".join(PUBLISHED))
     file = commands.add_parser("file", help="any file")
-    file.add_argument("source", metavar="ADDRESS")
-    file.add_argument("--sha256", default="", help="expected digest, or its beginning")
+    file.add_argument("source", metavar="ADDRESS", help="http, https or file")
+    file.add_argument("--sha256", metavar="DIGEST", default="", help="expected digest, or its beginning")
     listing = commands.add_parser("list", help="list (.odgt) of a folder of images and annotations")
-    listing.add_argument("source", metavar="FOLDER", type=expand_path)
+    listing.add_argument("source", metavar="FOLDER", type=expand_path, help="with images/ and annotations/")
     listing.add_argument(
-        "--root", type=expand_path, default=".", help="folder that the paths are relative to (DATASET.root_dataset)"
+        "--root",
+        metavar="FOLDER",
+        type=expand_path,
+        default=".",
+        help="folder that the paths are relative to (DATASET.root_dataset)",
     )
     archive = commands.add_parser("unpack", help="all of an archive, or nothing")
     archive.add_argument("source", metavar="ARCHIVE", type=expand_path, help="zip or tar")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..config import Config
 from ..lib.utils import TEXT, is_terminal, quiet_bars
 
 LOG_FORMAT = "[%(asctime)s %(levelname)s] %(message)s"
@@ -66,6 +67,7 @@ def setup_logger(
     if filename:
         Path(filename).parent.mkdir(parents=True, exist_ok=True)
         handlers.append((_LogFile(filename, **TEXT), min(level, logging.INFO)))
+    handlers[0][0].addFilter(lambda record: not hasattr(record, "file_only"))
     for handler, least in handlers:
         handler.setLevel(max(least, logging.WARNING) if distributed_rank else least)
         kind = _Colored if handler is handlers[0][0] and takes_colors(sys.stdout) else logging.Formatter
@@ -74,3 +76,9 @@ def setup_logger(
     log.setLevel(min(handler.level for handler in log.handlers))
     log.debug("Python %s, PyTorch %s on %s", platform.python_version(), torch.__version__, platform.platform())
     return log
+
+
+def log_options(log: logging.Logger, cfg: Config) -> None:
+    """Log the options that are not as by default; the file gets all of them."""
+    log.info("all options:\n%s", cfg.dump(), extra={"file_only": True})
+    log.info("options: %s", ", ".join(f"{key} {value}" for key, value in cfg.differences().items()) or "the defaults")

@@ -1,4 +1,4 @@
-"""The page of an evaluation: figures, a table of classes, what is taken for what, the worst and the best pictures."""
+"""The page of an evaluation: scores, a table of classes, the most confused ones, the worst and the best images."""
 
 import os
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ..dataset.classes import ONE_CLASS
 from ..evaluation.evaluator import Evaluation, Score
 from ..lib.utils import TEXT, whole_file
 from .plots import optional, save_confusion
@@ -16,6 +17,7 @@ from .plots import optional, save_confusion
 PAIRS = 20  # most confused pairs shown
 PICTURES = 12  # worst and best pictures shown
 
+HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1, h2 { font-weight: 600; } h2 { margin-top: 2em; }
@@ -27,8 +29,15 @@ th[aria-sort=ascending]::after { content: " ▲"; } th[aria-sort=descending]::af
 td { white-space: nowrap; }
 .bar { display: inline-block; width: 8em; background: #eee; margin-left: .8em; vertical-align: middle; }
 .bar i { display: block; height: .7em; background: #4a86c5; }
-.absent { color: #999; } .figures td { font-size: 1.2em; }
-figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #555; }
+.absent { color: #999; }
+dl { display: flex; flex-wrap: wrap; gap: .6em 2em; margin: 0; } dt { color: #555; } dd { margin: 0; font-size: 1.3em; }
+figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #555; overflow-wrap: anywhere; }
+.panel { display: inline-grid; max-width: 100%; } .columns { display: grid; grid-template-columns: repeat(3, 1fr); }
+.columns span { text-align: center; color: #555; } h1 { overflow-wrap: anywhere; }
+@media (max-width: 600px) {
+  body { font-size: 13px; padding: 0; margin: 1em .5em; } td, th { padding: .2em .3em; } .bar { display: none; }
+  td { white-space: normal; overflow-wrap: anywhere; } th { position: static; }
+}
 """
 SCRIPT = """
 for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
@@ -95,7 +104,7 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
     )
     for name, scores in (("Worst", ranked[:PICTURES]), ("Best", ranked[::-1][:PICTURES])):
         parts += _pictures(name, scores, panels)
-    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>"
     body = "".join([*parts, f"<script>{SCRIPT}</script>"])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>'
     with whole_file(folder / "report.html") as partial:
@@ -104,23 +113,24 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
 
 def _figures(evaluation: Evaluation) -> list[str]:
     s = evaluation.summary
-    cells = {
-        "mean IoU": s.mean_iou,
-        f"of the {int(s.present.sum())} classes present": s.mean_iou_present,
-        "pixel accuracy": s.pixel_accuracy,
-        "mean accuracy": s.mean_accuracy,
+    figures = {
+        f"mean IoU, all {len(s.iou)} classes": f"{s.mean_iou:.2%}",
+        f"mean IoU, {int(s.present.sum())} classes present": f"{s.mean_iou_present:.2%}",
+        "pixel accuracy": f"{s.pixel_accuracy:.2%}",
+        "mean class accuracy": f"{s.mean_accuracy:.2%}",
+        "images": f"{evaluation.images}",
+        "images per second": f"{evaluation.images_per_second:.2f}",
     }
-    head = "".join(f"<td>{escape(name)}</td>" for name in [*cells, "pictures", "pictures/s"])
-    row = "".join(f"<td>{value:.2%}</td>" for value in cells.values())
-    row += f"<td>{evaluation.images}</td><td>{evaluation.images_per_second:.2f}</td>"
-    return [f'<table><tr>{head}</tr><tr class="figures">{row}</tr></table>']
+    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
+    warning = f"<p>{escape(ONE_CLASS.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
+    return [f"<dl>{''.join(pairs)}</dl>{warning}"]
 
 
 def _left_out(evaluation: Evaluation) -> list[str]:
     if not evaluation.left_out:
         return []
     lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.left_out)
-    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>The figures say nothing of these:</p><ul>{lines}</ul>"]
+    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>The scores say nothing of these:</p><ul>{lines}</ul>"]
 
 
 def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
@@ -153,8 +163,12 @@ def _classes(evaluation: Evaluation) -> list[str]:
         bar = f'{iou:.2%}<span class="bar"><i style="width: {iou:.1%}"></i></span>'
         recall = _share(float(confusion[number, number] / max(own, 1)))
         rows.append([(name, shown), (iou, bar), recall, _share(float(own / total))])
-    note = "Click on a head to sort. <em>Found</em>: share of a class's pixels that got it. Grey: not in the labels."
-    return ["<h2>Classes</h2>", f"<p>{note}</p>", _sortable(("class", "IoU", "found", "share of the labels"), rows)]
+    note = (
+        "Click on a column's head to sort. Accuracy (recall): the part of a class's pixels that were predicted as it. "
+        "Grey: not in the labels."
+    )
+    head = "class", "IoU", "accuracy", "share of all pixels"
+    return ["<h2>Classes</h2>", f"<p>{note}</p>", _sortable(head, rows)]
 
 
 def _confusions(evaluation: Evaluation) -> list[str]:
@@ -168,23 +182,22 @@ def _confusions(evaluation: Evaluation) -> list[str]:
         ]
         for pair in confused_pairs(evaluation.metric.confusion)
     ]
-    table = _sortable(("labelled", "taken for", "pixels", "of the class"), rows) if rows else "<p>Nothing.</p>"
-    caption = "<figcaption>Rows: labels; columns: predictions; shares of the row.</figcaption>"
+    head = "label", "prediction", "pixels", "share of the label's pixels"
+    table = _sortable(head, rows) if rows else "<p>None: every labelled pixel is right.</p>"
+    caption = "<figcaption>Confusion matrix: labels in rows, predictions in columns, shares of the row.</figcaption>"
     image = '<img src="confusion.png" alt="Confusion matrix">'
-    return ["<h2>What is taken for what</h2>", table, f"<figure>{image}{caption}</figure>"]
+    return ["<h2>Most confused classes</h2>", table, f"<figure>{image}{caption}</figure>"]
 
 
 def _pictures(name: str, scores: Sequence[Score], panels: dict[str, str]) -> list[str]:
-    parts = [f"<h2>{name} pictures</h2>"]
+    parts = [f"<h2>{name} images</h2>"]
     if scores and not panels:
         parts.append("<p>With VAL.visualize True they are shown here.</p>")
     for score in scores:
         caption = f"{escape(score.name)}: mean IoU {score.mean_iou:.2%}, pixel accuracy {score.accuracy:.2%}"
         image = panels.get(score.name)
-        shown = (
-            f'<img loading="lazy" src="{quote(os.fsencode(image))}" alt="picture, annotation, prediction">'
-            if image
-            else ""
-        )
+        columns = "".join(f"<span>{column}</span>" for column in ("image", "label", "prediction"))
+        picture = f'<img loading="lazy" src="{quote(os.fsencode(image))}" alt="{caption}">' if image else ""
+        shown = f'<div class="panel"><div class="columns">{columns}</div>{picture}</div>' if image else ""
         parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
     return parts

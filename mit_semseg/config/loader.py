@@ -32,6 +32,10 @@ class Config(CfgNode):
             node = node[part]
         return node
 
+    def differences(self) -> dict[str, object]:
+        """The options that are not as by default, by their dotted names."""
+        return {key: self.option(key) for key, option in OPTIONS.items() if self.option(key) != option.default}
+
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
         """Merge a YAML file (and the files it is based on).
 

@@ -42,13 +42,15 @@ def load_records(
     for place in (path, Path(root) / path):
         if place.is_file():
             return _read_odgt(place, problems)
-    folder = (Path(root) / path).absolute()
     if root and not Path(root).is_dir():
-        raise ListError(f"there is no list {path.absolute()}, and DATASET.root_dataset {root} does not exist")
+        raise ListError(
+            f"DATASET.root_dataset {root} does not exist: there is no folder {Path(root).absolute()} (relative paths "
+            f"begin where the program was started), and {path} was looked for in it"
+        )
     raise ListError(
-        f"there is no list {path.absolute()} (nor a folder {folder}): for ADE20K run ./download_ade20k.sh; for your "
-        f"own images name a folder with images/ and annotations/ in DATASET.list_train and DATASET.list_val; for "
-        f"Cityscapes a folder such as leftImg8bit/train, for PASCAL VOC a list such as "
+        f"there is no list or folder {path} in {Path(root).absolute()} or {Path.cwd()}: for ADE20K run "
+        f"./download_ade20k.sh; for your own images name a folder with images/ and annotations/ in DATASET.list_train "
+        f"and DATASET.list_val; for Cityscapes a folder such as leftImg8bit/train, for PASCAL VOC a list such as "
         f"ImageSets/Segmentation/train.txt"
     )
 

@@ -1,6 +1,6 @@
 """Generated scenes with exact labels: a data set for the quick start and the tests.
 
-    python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 160x120] [--seed 0]
+    python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 320x240] [--seed 0]
 
 writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every picture is a landscape: sky,
 grass, a road, and a few houses, trees, cars and a sun, with texture, noise and light of its own.
@@ -111,7 +111,7 @@ class _Scene:
         return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), Image.fromarray(raw)
 
 
-def make_scene(seed: tuple[int, ...], width: int = 160, height: int = 120) -> tuple[Image.Image, Image.Image]:
+def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tuple[Image.Image, Image.Image]:
     """A picture (RGB) and its label (mode L; 0 unlabelled, 1 to 7 as `CLASSES`); equal seeds, equal scenes."""
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, width, height)
@@ -128,7 +128,7 @@ def make_scene(seed: tuple[int, ...], width: int = 160, height: int = 120) -> tu
 
 
 def write_dataset(
-    folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (160, 120), seed: int = 0
+    folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
     """Write a data set of scenes; every third one is upright. Files that exist are written anew.
 
@@ -154,7 +154,7 @@ def write_dataset(
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) >= 16 and int(height) >= 16):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT of 16 pixels and more, such as 160x120")
+        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT of 16 pixels and more, such as 320x240")
     return int(width), int(height)
 
 
@@ -164,10 +164,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         "python -m mit_semseg.dataset.synthetic", description="Write a small data set of generated scenes."
     )
-    parser.add_argument("folder", type=expand_path, help="to write the pictures, labels and classes.csv to")
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=expand_path, help="to write the pictures, labels and classes.csv to"
+    )
     parser.add_argument("--train", type=int, default=120, metavar="N", help="training pictures (default %(default)s)")
     parser.add_argument("--val", type=int, default=20, metavar="N", help="validation pictures (default %(default)s)")
-    parser.add_argument("--size", type=_size, default=(160, 120), metavar="WxH", help="of a picture (default 160x120)")
+    parser.add_argument("--size", type=_size, default=(320, 240), metavar="WxH", help="of a picture (default 320x240)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default %(default)s)")
     args = parser.parse_args()
     try:
