@@ -21,7 +21,7 @@ from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
 from mit_semseg.apps.demo import checkpoints_of, examples_of
-from mit_semseg.apps.page import Networks, build_page, launch, segment
+from mit_semseg.apps.page import WELCOME, Networks, build_page, launch, segment
 from mit_semseg.apps.uploads import Limits, called, uploads
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
@@ -342,7 +342,7 @@ def saved(tab, kind):
 
 def test_a_visitor_sees_and_saves_the_result(visit, networks, folder):
     tab = visit()
-    assert tab.inner_text("#viewer .message") == "Choose, drop, paste or photograph a picture."
+    assert tab.inner_text("#viewer .message") == WELCOME
     upload(tab, folder / "street.png")
     result = networks["epoch_1.pth"](folder / "street.png")
     assert [(name, share) for name, share in entries_of(tab)] == [

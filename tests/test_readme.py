@@ -29,7 +29,21 @@ def commands():
 
 
 def test_there_are_commands_and_the_first_two_are_the_promised():
-    assert commands()[:4] == ["pip install -e .", "./demo_test.sh", 'pip install -e ".[test]"', "pytest"]
+    assert commands()[:8] == [
+        "git clone ADDRESS_OF_THIS_REPOSITORY mit_semseg",
+        "cd mit_semseg",
+        "python3 -m venv venv",
+        "source venv/bin/activate",
+        "pip install -e .",
+        "./demo_test.sh",
+        'pip install -e ".[test]"',
+        "pytest",
+    ]
+
+
+def test_the_picture_is_shown_at_its_size():
+    width = int(re.search(r'docs/quickstart\.png" [^>]*width="(\d+)"', README)[1])
+    assert Image.open(ROOT / "docs" / "quickstart.png").width == width
 
 
 @pytest.mark.parametrize("command", commands())

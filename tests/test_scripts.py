@@ -249,3 +249,16 @@ def test_help_shows_examples(name):
     done = here(name, "--help")
     assert done.returncode == 0
     assert done.stdout.count(f"python {name} ") >= 3
+
+
+TOOLS = ("demo", "export", "apps.fetch", "apps.catalog", "dataset.doctor", "dataset.synthetic")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_help_of_a_tool_says_how_it_is_called(tool):
+    """Under its own name, and every value under a name of its kind."""
+    done = script(f"mit_semseg.{tool}", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: python -m mit_semseg.{tool} [-h]")
+    for option, value in re.findall(r"^ +--([a-z0-9-]+) ([A-Z_]+)", done.stdout, re.MULTILINE):
+        assert value != option.replace("-", "_").upper() or option in ("device", "gpus")

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 VIEWER = Path(__file__).parent / "viewer"
 TITLE = "Scene parsing"
-WELCOME = "Choose, drop, paste or photograph a picture."
+WELCOME = "Choose, drop, paste or photograph a picture: its classes are shown here."
 QUALITY = 92  # of the JPEG that travels to the browser
 KEPT_NETWORKS = 2  # in memory
 KEPT_SESSIONS = 32  # visitors whose last result Gradio holds in memory, to show it again after a lost connection
@@ -156,9 +156,8 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
         gr.Markdown(f"# {TITLE}\n{about} Pictures of up to {limits.upload:g} MB and {limits.pixels:g} million pixels.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                picture = gr.Image(
-                    type="filepath", sources=["upload", "clipboard", "webcam"], label="Picture", elem_id="picture"
-                )
+                ways = ["upload", "clipboard", "webcam"]
+                picture = gr.Image(type="filepath", sources=ways, label="Picture", height=280, elem_id="picture")
                 checkpoint = gr.Dropdown(
                     list(networks.names), value=networks.names[0], label="Network", elem_id="checkpoint"
                 )

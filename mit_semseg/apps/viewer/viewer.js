@@ -93,6 +93,9 @@ async function show() {
   const value = props.value || {}, number = ++drawing;
   find("message").textContent = value.message || "";
   find("message").classList.toggle("wrong", Boolean(value.wrong));
+  find("message").classList.toggle("empty", !value.picture);
+  // What was refused may be no picture: the browser would show the sign of a broken one.
+  for (const given of document.querySelectorAll("#picture img")) given.style.display = value.wrong ? "none" : "";
   find("result").hidden = true;
   find("pointed").hidden = true;
   if (!value.picture) return;
