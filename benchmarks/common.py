@@ -5,7 +5,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -54,6 +55,24 @@ def hardware(device: torch.device) -> str:
 def _cpu_info() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
+
+
+@contextmanager
+def busy(cores: int) -> Iterator[None]:
+    """In here so many processes keep a core busy each, as on a machine that others use, too."""
+    processes = [get_context("spawn").Process(target=_spin, daemon=True) for _ in range(cores)]
+    for process in processes:
+        process.start()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _spin() -> None:
+    while True:
+        pass
 
 
 def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:

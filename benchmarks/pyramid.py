@@ -1,6 +1,6 @@
 """What does it save not to resize the smaller maps of a pyramid for the convolution over them?
 
-    python benchmarks/pyramid.py [--device cuda] [--json FILE]
+    python benchmarks/pyramid.py [--device cuda] [--contiguous] [--busy CORES] [--json FILE]
 
 The convolutions of PPM (over a feature map and its pooled maps) and of UPerNet (over the maps of a feature pyramid),
 and whole networks with them, forward alone (inference) and forward and backward (training). Plain resizes the smaller
@@ -11,7 +11,7 @@ there are for the largest of the smaller maps: where that is less than `pyramid.
 from unittest import mock
 
 import torch
-from common import interleaved, parser_of, write
+from common import busy, interleaved, parser_of, write
 from torch import nn
 
 from mit_semseg.engine import MaskedNLLLoss
@@ -38,11 +38,11 @@ NETWORKS = (
 )
 
 
-def convolution(way: str, channels: int, size: tuple, smaller: list, training: bool, device: torch.device):
+def convolution(way: str, channels: int, size: tuple, smaller: list, training: bool, device: torch.device, order):
     torch.manual_seed(0)
     conv = nn.Conv2d(channels + len(smaller) * WIDTH, WIDTH, 3, padding=1, bias=False)
-    conv = conv.to(device, memory_format=torch.channels_last)
-    x = torch.randn(1, channels, *size, device=device).contiguous(memory_format=torch.channels_last)
+    conv = conv.to(device, memory_format=order)
+    x = torch.randn(1, channels, *size, device=device).contiguous(memory_format=order)
     maps = [x.requires_grad_(training)]
     maps += [torch.randn(1, WIDTH, *own, device=device, requires_grad=training) for own in smaller]
 
@@ -56,13 +56,13 @@ def convolution(way: str, channels: int, size: tuple, smaller: list, training: b
     return step, min(gains)
 
 
-def network(way: str, encoder: str, decoder: str, size: tuple[int, int], training: bool, device: torch.device):
+def network(way: str, encoder: str, decoder: str, size: tuple[int, int], training: bool, device: torch.device, order):
     torch.manual_seed(0)
     enc = ModelBuilder.build_encoder(encoder, pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
-    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device, memory_format=torch.channels_last)
+    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device, memory_format=order)
     module.train(training)
-    x = torch.randn(1 + training, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1 + training, 3, *size, device=device).contiguous(memory_format=order)
     feed = {
         "img_data": x,
         "seg_label": torch.randint(0, 150, (1 + training, size[0] // 8, size[1] // 8), device=device),
@@ -83,7 +83,10 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="leave training out")
+    parser.add_argument("--contiguous", action="store_true", help="memory format (default: channels last)")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="that other processes use meanwhile")
     args = parser.parse_args()
+    order = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
 
@@ -93,14 +96,15 @@ def main() -> None:
         what = f"{what}, {'training' if training else 'inference'}"
         rows.append({"what": what, "fewer products": fewer, **times, "times faster": ms["plain"] / ms["ours"]})
 
-    for training in (False,) if args.inference else (False, True):
-        for what, channels, size, smaller in CONVOLUTIONS:
-            ways = {way: convolution(way, channels, size, smaller, training, device) for way in WAYS}
-            what = f"{what}, {size[0]}x{size[1]}"
-            compare(what, training, {way: step for way, (step, _) in ways.items()}, ways["ours"][1])
-        for encoder, decoder in NETWORKS:
-            ways = {way: network(way, encoder, decoder, tuple(args.size), training, device) for way in WAYS}
-            compare(f"{encoder} + {decoder}", training, ways, "")
+    with busy(args.busy):
+        for training in (False,) if args.inference else (False, True):
+            for what, channels, size, smaller in CONVOLUTIONS:
+                ways = {way: convolution(way, channels, size, smaller, training, device, order) for way in WAYS}
+                what = f"{what}, {size[0]}x{size[1]}"
+                compare(what, training, {way: step for way, (step, _) in ways.items()}, ways["ours"][1])
+            for encoder, decoder in NETWORKS:
+                ways = {way: network(way, encoder, decoder, tuple(args.size), training, device, order) for way in WAYS}
+                compare(f"{encoder} + {decoder}", training, ways, "")
     write(args.json, "pyramid", device, rows)
 
 

@@ -22,8 +22,12 @@ from test_segmenter import write_weights
 from mit_semseg import Segmenter
 from mit_semseg.apps.demo import checkpoints_of, examples_of
 from mit_semseg.apps.page import WELCOME, Networks, build_page, launch, segment
+from mit_semseg.apps.report import write_report
 from mit_semseg.apps.uploads import Limits, called, uploads
 from mit_semseg.config import load_config
+from mit_semseg.dataset import class_table
+from mit_semseg.evaluation import SegmentationMetric
+from mit_semseg.evaluation.evaluator import Evaluation, Score
 from mit_semseg.lib.utils import UserError
 
 NAMES = ["<b>tree</b>", "road & lane", "sky"]  # shown as they are, never as markup
@@ -405,6 +409,7 @@ def test_a_wrong_file_gets_a_sentence_and_the_page_goes_on(visit, folder):
     tab.click("button[aria-label='Remove Image']")
     upload(tab, folder / "page.jpg")
     tab.wait_for_selector("text=page.jpg: no readable image")
+    assert not any(image.is_visible() for image in tab.query_selector_all("#picture img"))  # a broken one
     tab.click("button[aria-label='Remove Image']")
     tab.wait_for_selector("text=Choose, drop, paste")
     upload(tab, folder / "heavy.png")
@@ -412,6 +417,41 @@ def test_a_wrong_file_gets_a_sentence_and_the_page_goes_on(visit, folder):
     tab.reload()
     upload(tab, folder / "street.png")
     assert len(entries_of(tab)) >= 2
+
+
+@pytest.mark.parametrize("width", [1200, 400])
+def test_the_page_at_any_width(visit, folder, width):
+    """The empty place says what will be there; the buttons stand in one row, and nothing is wider than the page."""
+    tab = visit()
+    tab.set_viewport_size({"width": width, "height": 900})
+    assert tab.query_selector("#viewer .message.empty").bounding_box()["height"] > 200
+    upload(tab, folder / "street.png")
+    entries_of(tab)
+    buttons = [button.bounding_box() for button in tab.query_selector_all("#viewer .buttons > *")]
+    assert len(buttons) == 5
+    assert len({round(box["y"]) for box in buttons}) == 1
+    assert max(box["x"] + box["width"] for box in buttons) <= width
+    assert not tab.query_selector("#viewer .message.empty")
+
+
+@pytest.mark.parametrize("width", [1100, 400])
+def test_the_report_at_any_width(browser, tmp_path, width):
+    names = ("a name of some length; with synonyms", "road, route", "sky")
+    metric = SegmentationMetric(3)
+    metric.confusion += np.array([[9, 1, 0], [6, 20, 4], [0, 2, 1]])
+    scores = [Score(f"a/folder/with/a_long_name_of_a_picture_{i}.jpg", 0.5, 0.5) for i in range(3)]
+    Image.new("RGB", (972, 240), "teal").save(tmp_path / "panel.png")
+    panels = {score.name: "panel.png" for score in scores}
+    write_report(Evaluation(metric, 3, 1.0, class_table(names, 3), scores), tmp_path, "resnet + ppm, ckpt/a", panels)
+    tab = browser.new_page(viewport={"width": width, "height": 900})
+    tab.goto((tmp_path / "report.html").as_uri())
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    columns = [column.bounding_box() for column in tab.query_selector_all(".panel >> nth=0 >> .columns span")]
+    picture = tab.query_selector(".panel img").bounding_box()
+    for number, column in enumerate(columns):
+        middle = column["x"] + column["width"] / 2 - picture["x"]
+        assert middle / picture["width"] == pytest.approx((2 * number + 1) / 6, abs=0.02)
+    tab.close()
 
 
 def test_two_visitors_at_once(visit, networks, folder, monkeypatch):

@@ -333,9 +333,7 @@ def test_nothing_of_the_program_around_is_changed(root, tmp_path):
     assert state() == before
 
 
-def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path):
-    """Six at once: no thread of the package outlives the interpreter."""
-    code = """
+SEGMENTING = """
 import torch, numpy as np
 torch.set_num_threads(1)
 from mit_semseg import Segmenter
@@ -347,6 +345,40 @@ module = SegmentationModule(encoder, ModelBuilder.build_decoder("c1", fc_dim=320
 options = SimpleNamespace(imgSizes=(40, 48), imgMaxSize=100, padding_constant=8)
 Segmenter(module, class_table("", 3), options)(np.zeros((48, 64, 3), np.uint8)).overlay()
 """
+TRAINING = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from scenes import options, tiny_module
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, fit
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    module, data = tiny_module(crit=MaskedNLLLoss()), Path(sys.argv[1])
+    settings = Settings(num_epoch=1, epoch_iters=2, eval_epoch=1, workers=1, timeout=60)
+    val, devices = ValDataset(data, "val", options()), [torch.device("cpu")] * 2
+    folder = RunFiles(sys.argv[3])
+    train, optimizer = TrainDataset(data, "train", options()), build_optimizer(module.encoder, module.decoder)
+    fit(module, optimizer, train, folder, settings, devices=devices, val_dataset=val)
+"""
+
+
+@pytest.mark.parametrize("code", [SEGMENTING, TRAINING], ids=["segmenting", "training"])
+def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
+    """Several at once: no thread of the package outlives the interpreter."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    started = [subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE) for _ in range(6)]
-    assert [(p.communicate(timeout=180)[1], p.returncode) for p in started] == [(b"", 0)] * 6
+    commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
+    started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]
+    assert [(p.communicate(timeout=180)[1], p.returncode) for p in started] == [(b"", 0)] * 5
+
+
+def test_a_replica_that_fails_ends_the_program_with_its_error(tmp_path):
+    code = """
+import torch
+from mit_semseg.lib.nn import UserScatteredDataParallel
+module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
+module([torch.randn(3, 4), torch.randn(5, 3)])
+"""
+    done = program(code, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "shapes cannot be multiplied" in done.stderr

@@ -51,9 +51,11 @@ def test_the_page(tmp_path):
     }
     for expected in ("<title>resnet &amp; co</title>", "56.25%", "a &lt;b&gt; &amp; &#x27;c&#x27;", "72.50%"):
         assert expected in text
-    worst, best = text.index("Worst pictures"), text.index("Best pictures")
+    worst, best = text.index("Worst images"), text.index("Best images")
     assert worst < text.index("pictures/0&lt;.jpg", worst) < best
     assert text.index("pictures/19&lt;.jpg", best) < text.index("pictures/18&lt;.jpg", best)
+    assert [text.count(f"<span>{column}</span>") for column in ("image", "label", "prediction")] == [1, 1, 1]
+    assert "Most confused classes" in text
     assert re.findall(r'<img loading="lazy" src="([^"]+)"', text) == ["pictures/0%3C.png"]
     assert Image.open(tmp_path / "confusion.png").size[0] > 200
 
@@ -71,6 +73,6 @@ def test_many_classes_and_perfect_scores(tmp_path):
     names = [f"class {i}" for i in range(60)]
     write_report(evaluation_of(np.diag(np.arange(60)), names), tmp_path, "run", {})
     text = (tmp_path / "report.html").read_text()
-    assert "Nothing." in text
+    assert "every labelled pixel is right" in text
     assert "VAL.visualize True" in text
     assert text.count('class="swatch"') == 60

@@ -207,6 +207,27 @@ def test_an_encoder_without_a_learning_rate_stays_as_it_is(root, tmp_path):
     assert "decoder.conv_last.weight" not in same_keys
 
 
+@pytest.mark.parametrize(("devices", "steps"), [("cpu", 2), ("cpu,cpu", 1)])
+def test_an_epoch_of_no_given_length_is_once_through_the_images(root, tmp_path, devices, steps):
+    """Four images, in batches of 3 of every device."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 2}
+    changes |= {"TRAIN.epoch_iters": 0, "TRAIN.batch_size_per_gpu": 3}
+    done = here("train.py", "--gpu", devices, *words(changes))
+    assert done.returncode == 0, done.stderr
+    assert f"Epoch: [2][{steps}/{steps}]" in done.stdout
+    assert read_resume(tmp_path / "resume.pth")["step"] == 2 * steps
+
+
+def test_the_terminal_shows_the_options_that_differ_and_the_log_all(root, tmp_path):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 1}
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert "TRAIN.num_epoch 1" in done.stdout
+    assert "weight_decay" not in done.stdout
+    log = (tmp_path / "log.txt").read_text()
+    assert "weight_decay: 0.0001" in log
+    assert "TRAIN.num_epoch 1" in log
+
+
 def test_labels_of_a_single_class_are_said(tmp_path):
     """Binary labels with 0 = background, of which the standard table makes one class and ignored pixels."""
     root = write_data_set(tmp_path / "data")
