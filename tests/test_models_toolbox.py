@@ -48,7 +48,7 @@ def test_outputs(network, norms):
     encoder, decoder = load(name, path, norms)
     assert sum(p.numel() for part in (encoder, decoder) for p in part.parameters()) == GOLD[name]["params"]
     for dtype, tolerance, sizes in (
-        (torch.float32, 1e-5, [(72, 104)]),
+        (torch.float32, 1e-4, [(72, 104)]),
         (torch.float64, 1e-8, [(97, 129)] if norms is PLAIN else [(72, 104), (97, 129)]),
     ):
         for height, width in sizes:

@@ -12,7 +12,7 @@ from test_models_golden import own_keys, published_keys
 from mit_semseg.models import ModelBuilder
 
 MODELS, KEYS = golden("golden_v1"), golden("state_dict_keys_v1")
-DTYPES = ((torch.float32, 1e-5), (torch.float64, 1e-8))
+DTYPES = ((torch.float32, 1e-4), (torch.float64, 1e-8))
 
 
 def encoder_of(name):
@@ -67,9 +67,9 @@ def test_pair(name):
             with torch.no_grad():
                 softmax = decoder.to(dtype)(maps, segSize=(72, 104))
                 log_softmax = F.log_softmax(decoder.resize(decoder.logits(maps)[0], (72, 104)), dim=1)
-            for tensor, kind, tolerance in ((softmax, "softmax", 2e-5), (log_softmax, "log_softmax", 1e-4)):
+            for tensor, kind in ((softmax, "softmax"), (log_softmax, "log_softmax")):
                 gold = pair["soft"][f"{kind}_ac_{str(aligned).lower()}"]
-                atol = 1e-8 * gold["absmax"] if dtype == torch.float64 else tolerance
+                atol = (1e-8 if dtype == torch.float64 else 1e-4) * gold["absmax"]
                 np.testing.assert_allclose(sample(tensor, 64), gold["values"], rtol=0, atol=atol)
 
 

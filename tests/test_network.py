@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from near import assert_near
 from test_folding import lively
 
 from mit_semseg.evaluation import View, label_map, network
@@ -65,7 +66,7 @@ def test_the_module_itself_stays_as_it_is():
 
 def test_compiled_is_the_same():
     module = module_of("resnet18", "c1")
-    torch.testing.assert_close(logits_of(module, View(compiled=True)), logits_of(module, View()), rtol=1e-4, atol=1e-4)
+    assert_near(logits_of(module, View(compiled=True)), logits_of(module, View()))
 
 
 def test_what_a_processor_lacks_is_said(monkeypatch, caplog):
