@@ -9,11 +9,18 @@ from mit_semseg.lib.utils import quiet_bars
 
 offline.forbid()
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+SEED = int(os.environ.get("SEED", 0))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run in the interpreter; read at Triton's import
 
 pytest_plugins = ["server"]
+
+
+@pytest.fixture(autouse=True)
+def _random_numbers():
+    """Every test draws the same ones, alone and among others; `SEED=1 pytest` tries others."""
+    torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)

@@ -147,5 +147,5 @@ def test_pooling_of_any_size_is_adaptive_pooling(bins):
     program = torch.export.export(Pool(), (torch.randn(1, 2, 12, 14),), dynamic_shapes=({2: auto, 3: auto},)).module()
     for size in ((7, 13), (23, 9), (6, 6)):
         x = torch.randn(1, 2, *size)
-        np.testing.assert_allclose(program(x), F.adaptive_avg_pool2d(x, bins), atol=1e-6)
+        np.testing.assert_allclose(program(x), F.adaptive_avg_pool2d(x, bins), atol=1e-5)
     assert not is_symbolic(3, 4)

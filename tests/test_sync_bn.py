@@ -201,10 +201,10 @@ def test_golden_vectors(case):
                 torch.testing.assert_close(value.flatten(), torch.tensor(step[name], dtype=dtype), **close)
         for name in ("running_mean", "running_var"):
             expected = torch.tensor(step[f"bn_{name}"], dtype=dtype)
-            torch.testing.assert_close(getattr(norm, name), expected, rtol=1e-4 if cancelled else 1e-6, atol=1e-7)
+            torch.testing.assert_close(getattr(norm, name), expected, rtol=1e-4 if cancelled else 1e-5, atol=1e-6)
         if cancelled:
             deviation = got[0].double().std(dim=(0, 2, 3), correction=0)
-            torch.testing.assert_close(deviation, torch.tensor(step["std_out_bn"]).double(), rtol=0.1, atol=0)
+            torch.testing.assert_close(deviation, torch.tensor(step["std_out_bn"]).double(), rtol=0.5, atol=0)
 
 
 def test_means_and_squares_survive_a_mean_that_float32_cannot_hold():
