@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mit_semseg.engine import cross_entropy
+from mit_semseg.engine.guards import deterministic
 from mit_semseg.engine.losses import LOSSES, DiceLoss, LovaszLoss, MaskedNLLLoss, OhemLoss, build_loss
 
 CLASSES, SHAPE = 5, (2, 6, 7)
@@ -225,3 +226,33 @@ def test_nothing_is_copied_to_the_host(name):
 def test_unknown_losses_list_the_known():
     with pytest.raises(ValueError, match=r"no loss 'focal'; the losses are ce, ohem, dice"):
         build_loss("focal")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_deterministic_form_on_gpus(name, smoothing):
+    loss = build_loss(name, label_smoothing=smoothing, class_weights=[1.0, 2.0, 0.5], ohem_min_kept=50).cuda()
+    label = torch.randint(-1, 3, (2, 12, 10), device="cuda")
+    scores = torch.randn(2, 3, 12, 10, device="cuda")
+    results = []
+    with deterministic(True):
+        for _ in range(2):
+            x = scores.clone().requires_grad_()
+            value = loss(torch.log_softmax(x, 1), label)
+            results.append([value, *torch.autograd.grad(value, x)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("ignore", [-1, 255])
+@pytest.mark.parametrize("loss", [MaskedNLLLoss, OhemLoss, DiceLoss])
+def test_any_value_can_mean_ignored(loss, ignore):
+    """And nothing else is ignored: another label that is no class is an error."""
+    x = torch.randn(2, 3, 6, 5).log_softmax(1)
+    label = torch.randint(0, 3, (2, 6, 5))
+    label[0, :2] = -1
+    expected = loss()(x, label)
+    assert torch.equal(loss(ignore_index=ignore)(x, label.where(label >= 0, ignore)), expected)
+    with pytest.raises((IndexError, RuntimeError)):
+        loss(ignore_index=ignore)(x, label.where(label >= 0, 7))
