@@ -59,7 +59,7 @@ def _cpu_info() -> list[str]:
 
 @contextmanager
 def busy(cores: int) -> Iterator[None]:
-    """In here so many processes keep a core busy each, as on a machine that others use, too."""
+    """Keep `cores` processor cores busy, with one process each, as on a shared machine."""
     processes = [get_context("spawn").Process(target=_spin, daemon=True) for _ in range(cores)]
     for process in processes:
         process.start()

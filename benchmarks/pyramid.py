@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="leave training out")
     parser.add_argument("--contiguous", action="store_true", help="memory format (default: channels last)")
-    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="that other processes use meanwhile")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="that other processes keep busy")
     args = parser.parse_args()
     order = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)

@@ -144,7 +144,7 @@ def test_lists_of_other_tools(tmp_path):
     assert [item["info"] for item in (dataset[0], dataset[1])] == ["train/images/00.png", "train/images/01.png"]
     record = {"fpath_img": "train\\images\\00.png", "fpath_segm": "train\\annotations\\00.png"}
     (tmp_path / "windows.odgt").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"no such file; the list has paths of Windows"):
+    with pytest.raises(UserError, match=r"no such file; the list contains Windows paths"):
         ValDataset(tmp_path, tmp_path / "windows.odgt", options())[0]
     (tmp_path / "array.json").write_text(json.dumps([record, record]))
     with pytest.raises(ListError, match=r"array\.json is a JSON array; .*jq"):

@@ -246,7 +246,7 @@ def test_labels_of_a_single_class_are_said(tmp_path):
         for program, warnings in (("train.py", 2), ("eval.py", 1)):
             done = here(program, "--gpu", "cpu", *options)
             assert done.returncode == 0, done.stderr
-            warned = done.stdout.count("all labelled pixels are of the class")
+            warned = done.stdout.count("all labelled pixels belong to class")
             assert warned == (0 if name == "own" else warnings)
             assert done.stdout.count("DATASET.classes [background, object]") == warned
 

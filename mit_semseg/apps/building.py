@@ -45,7 +45,7 @@ def build_module(
     if not checkpoint:
         _check_device(cfg, device)
         model = cfg.MODEL
-        # The files that a run has begun with may be gone when it goes on: its state holds everything.
+        # A resumed run takes all weights from its saved state; the initial files may have been deleted.
         initial = ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.new_head)
         return _assembled(cfg, *initial, pretrained=model.pretrained and not continued).to(device)
     files = RunFiles(cfg.DIR)
@@ -63,7 +63,7 @@ def build_module(
 
 
 def _published(cfg: Config, files: RunFiles, checkpoint: str) -> str:
-    """Name of the published model whose recipe the options are, if its weights are not in DIR; else ''."""
+    """Name of the published model that these options describe if its weights are not in DIR, else ''."""
     name, there = files.folder.name, [files.part(part, checkpoint).is_file() for part in ("encoder", "decoder")]
     if any(there) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
         return ""
@@ -73,15 +73,15 @@ def _published(cfg: Config, files: RunFiles, checkpoint: str) -> str:
 
 
 def _check_device(cfg: Config, device: torch.device) -> None:
-    """Refuse options that the device cannot train with.
+    """Refuse training options that the device does not support.
 
     Raises:
-        UserError: names option and device.
+        UserError: with the option and the device.
     """
     if cfg.MODEL.norm == "inplace" and device.type == "mps":
-        raise UserError("MODEL.norm inplace computes in float64, which mps does not have: set MODEL.norm sync")
+        raise UserError("MODEL.norm inplace computes in float64, which mps does not support: set MODEL.norm sync")
     if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
-        raise UserError(f"TRAIN.amp bf16: {device} has no bfloat16 arithmetic; set TRAIN.amp fp16, or off")
+        raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
 
 
 def _assembled(

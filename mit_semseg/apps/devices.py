@@ -85,7 +85,7 @@ def _device_of_process(text: str | None, place: Place) -> torch.device:
     names = there if text is None else parse_devices(text)
     if names == ["cpu"]:
         return torch.device("cpu")
-    if names == ["gpu0"] and _sees_its_own():
+    if names == ["gpu0"] and _has_own_gpu():
         return _device("gpu0")
     if len(names) < place.local_size or "cpu" in names:
         raise UserError(
@@ -95,9 +95,9 @@ def _device_of_process(text: str | None, place: Place) -> torch.device:
     return _device(names[place.local_rank])
 
 
-def _sees_its_own() -> bool:
-    """Whether whoever started this process has given it a GPU of its own (`srun --gpus-per-task=1`). All processes of a
-    torchrun see the same."""
+def _has_own_gpu() -> bool:
+    """Whether the launcher assigned this process its own GPU (`srun --gpus-per-task=1`); under torchrun all processes
+    of a machine see the same GPUs."""
     given = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     return given and torch.cuda.device_count() == 1
 

@@ -79,6 +79,6 @@ def setup_logger(
 
 
 def log_options(log: logging.Logger, cfg: Config) -> None:
-    """Log the options that are not as by default; the file gets all of them."""
+    """Log the options that differ from the defaults; the log file receives all options."""
     log.info("all options:\n%s", cfg.dump(), extra={"file_only": True})
     log.info("options: %s", ", ".join(f"{key} {value}" for key, value in cfg.differences().items()) or "the defaults")

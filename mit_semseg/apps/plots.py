@@ -19,13 +19,13 @@ if TYPE_CHECKING:  # it takes a second to import
 
 logger = logging.getLogger(__name__)
 
-MATRIX_CLASSES = 40  # classes in the picture of the confusion matrix, the most frequent ones
+MATRIX_CLASSES = 40  # most frequent classes shown in the confusion matrix
 FONT = "DejaVu Sans"  # comes with matplotlib; Latin, Greek, Cyrillic, Arabic
 
 
 @contextmanager
 def optional(name: str) -> Iterator[None]:
-    """In here a diagram is drawn; what goes wrong is logged, as the figures are worth more than their picture.
+    """Log errors of a diagram instead of raising them: a run must not end because of a plot.
 
     Raises:
         WriteError: the disk is full.
@@ -34,7 +34,7 @@ def optional(name: str) -> Iterator[None]:
         yield
     except WriteError:
         raise
-    except Exception as error:  # of matplotlib, of a font, of the settings of a user
+    except Exception as error:  # of matplotlib, a font file, or the user's matplotlib settings
         logger.warning("%s cannot be drawn: %s: %s", name, type(error).__name__, error)
 
 
@@ -45,7 +45,7 @@ def save_curves(history: dict, path: Path) -> None:
         history: `train` with lists epoch, loss, acc; optionally `val` with epoch, mean_iou, acc.
         path: of the PNG.
     """
-    figure = _new_figure((11, 4))  # margins are given: to have them computed takes as long as the drawing
+    figure = _new_figure((11, 4))  # fixed margins: an automatic layout takes as long as the drawing
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.78, bottom=0.13, top=0.91, wspace=0.2)
     train, val = history["train"], history.get("val", {})
@@ -67,7 +67,7 @@ def save_curves(history: dict, path: Path) -> None:
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """The confusion matrix as a PNG, shares of every row; of many classes the most frequent."""
+    """Save the row-normalized confusion matrix of the most frequent classes as a PNG."""
     confusion = evaluation.metric.confusion
     chosen = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:MATRIX_CLASSES])
     shares = confusion[np.ix_(chosen, chosen)] / np.maximum(confusion[chosen].sum(1, keepdims=True), 1)
@@ -85,12 +85,12 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 
 
 def _new_figure(size: tuple[float, float], **options) -> "Figure":
-    """An empty figure of (width, height) inches, drawn by Agg whatever backend the program around has chosen."""
+    """An empty figure of (width, height) inches that renders with Agg, whatever backend is configured."""
     try:
         import matplotlib
-    except ValueError:  # MPLBACKEND names a backend that is not installed here, such as that of the notebook around
+    except ValueError:  # MPLBACKEND names a backend that is not installed, e.g. that of a notebook server
         for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-            del sys.modules[name]  # imported by halves
+            del sys.modules[name]  # partially imported
         with mock.patch.dict(os.environ):
             del os.environ["MPLBACKEND"]
             import matplotlib  # noqa: F401
@@ -108,10 +108,10 @@ def _save(figure: "Figure", path: Path, dpi: int) -> None:
 
 
 def _writable(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names as a diagram can show them, and the fonts for it.
+    """Names and the font families that render them.
 
-    Letters that the standard font lacks (Chinese, Japanese, Korean, ...) are looked for in the fonts of the system;
-    those that none has become escapes, such as \\u9053.
+    Characters that the default font lacks (Chinese, Japanese, Korean, ...) are looked up in the fonts of the system;
+    characters found in no font are replaced by escapes such as \\u9053.
     """
     from matplotlib import font_manager
 
@@ -128,10 +128,10 @@ def _writable(names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _letters(path: str) -> set[int]:
-    """Code points that a font file has."""
+    """Code points covered by a font file."""
     from matplotlib.ft2font import FT2Font
 
     try:
         return set(FT2Font(path).get_charmap())
-    except (OSError, RuntimeError):  # removed since, or of a kind that matplotlib does not read
+    except (OSError, RuntimeError):  # removed, or in a format that matplotlib does not read
         return set()

@@ -111,8 +111,8 @@ class RunRecorder:
             self.writer = None
 
     def __enter__(self) -> "RunRecorder":
-        """In here TensorBoard's own thread prints no traceback when there is no room: the next write raises the same,
-        and is caught."""
+        """Suppress the traceback of TensorBoard's writer thread on a full disk: the next write raises the same error,
+        which is handled."""
         if self._open:
             self._report = threading.excepthook
             threading.excepthook = self._of_a_thread

@@ -1,4 +1,4 @@
-"""The page of an evaluation: scores, a table of classes, the most confused ones, the worst and the best images."""
+"""The report of an evaluation: scores, a table of classes, the most confused ones, the worst and the best images."""
 
 import os
 from collections.abc import Sequence
@@ -130,7 +130,7 @@ def _left_out(evaluation: Evaluation) -> list[str]:
     if not evaluation.left_out:
         return []
     lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.left_out)
-    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>The scores say nothing of these:</p><ul>{lines}</ul>"]
+    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>Not included in the scores:</p><ul>{lines}</ul>"]
 
 
 def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:

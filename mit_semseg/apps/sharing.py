@@ -26,12 +26,12 @@ LAST_WORDS = 10.0  # seconds for a worker to end by itself
 
 @dataclass(frozen=True)
 class Share:
-    """One part of a list.
+    """One part of a list that is processed in parallel.
 
     Attributes:
-        device: that works on it.
-        number, parts: it is part `number` of `parts`.
-        local: parts that are worked on at the same time on this machine.
+        device: that processes the part.
+        number, parts: the part is number `number` of `parts`.
+        local: parts processed on this machine at the same time.
     """
 
     device: torch.device
@@ -40,7 +40,7 @@ class Share:
     local: int
 
 
-Work = Callable[..., Any]  # work(share, send, *arguments) does a share and may send messages on the way
+Work = Callable[..., Any]  # work(share, send, *arguments): processes a share; `send` passes messages to the parent
 
 
 class WorkerFailed(UserError, RuntimeError):

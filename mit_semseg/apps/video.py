@@ -107,10 +107,10 @@ def segment_video(
     most: int | None = None,
     progress: bool = True,
 ) -> Written:
-    """Write a video whose frames are tinted: as many as can be decoded, of the same size (odd sides get one more).
+    """Write a video with the frames tinted by class: the number of frames, their size and the duration stay the same.
 
-    The frame rate is constant, and such that the duration stays the same. A video that is interrupted has the frames so
-    far.
+    Odd sides are padded by one pixel. The output has a constant frame rate. After an interruption it contains the
+    frames segmented so far.
 
     Args:
         given: a video file, or the number of a camera, which is recorded until interrupted.
@@ -158,13 +158,13 @@ def segment_video(
 
 @contextmanager
 def _opened(given: str) -> Iterator["cv2.VideoCapture"]:
-    """A video file or camera.
+    """Open a video file or camera.
 
     Raises:
         VideoError: it cannot be opened.
     """
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # one sentence below says the same
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below replaces OpenCV's output
     try:
         source = cv2.VideoCapture(int(given) if _is_camera(given) else given)
     finally:
@@ -216,7 +216,7 @@ def _holds(path: Path, count: int) -> bool:
 
 
 class _Frames(Iterable):
-    """The frames of a video, (H, W, 3) uint8 RGB, to its end.
+    """The frames of a video, (H, W, 3) uint8 RGB, until it ends.
 
     Args:
         source: opened.
@@ -227,7 +227,7 @@ class _Frames(Iterable):
 
     def __init__(self, source: "cv2.VideoCapture", given: str, most: int | None, progress: bool):
         self.source, self.size, self._most = source, _size(source), most
-        # Headers may be wrong about the count and the rate, and the rate may vary: the times of the frames say both.
+        # Headers can state a wrong count and rate, and the rate can vary: use the timestamps of the frames.
         times = [] if _is_camera(given) else _times(given, most, progress)
         rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0
         self.rate = next((r for r in (rate, source.get(cv2.CAP_PROP_FPS)) if 0 < r < 1000), USUAL_RATE)
@@ -242,14 +242,14 @@ class _Frames(Iterable):
             there, frame = self.source.read()
             if not there:
                 return
-            if frame.shape[1::-1] != self.size:  # streams may change it
+            if frame.shape[1::-1] != self.size:  # the size can change within a stream
                 frame = cv2.resize(frame, self.size, interpolation=cv2.INTER_AREA)
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
             number += 1
 
 
 def _times(path: str, most: int | None, progress: bool) -> list[float]:
-    """Seconds at which the frames of a video file are shown, of all that can be decoded."""
+    """Timestamps in seconds of all frames of a video file that can be decoded."""
     times = []
     with _opened(path) as source, progress_bar(desc="reading times", unit="frame", shown=progress, leave=False) as bar:
         while len(times) != most and source.grab():

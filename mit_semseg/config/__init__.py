@@ -7,4 +7,4 @@ from .loader import Config, add_config_arguments, cfg, load_config
 
 __all__ = ["OPTIONS", "Config", "ConfigError", "add_config_arguments", "cfg", "load_config"]
 
-defaults._C = cfg  # its old name
+defaults._C = cfg  # name in version 2

@@ -33,7 +33,7 @@ class Config(CfgNode):
         return node
 
     def differences(self) -> dict[str, object]:
-        """The options that are not as by default, by their dotted names."""
+        """Options that differ from the defaults, by dotted name."""
         return {key: self.option(key) for key, option in OPTIONS.items() if self.option(key) != option.default}
 
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:

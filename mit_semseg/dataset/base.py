@@ -1,4 +1,4 @@
-"""A base for data sets of one's own, with the names that programs of others use."""
+"""Base class for custom data sets, with the attributes and methods of version 2."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ def img_transform(img: Image.Image | np.ndarray) -> Tensor:
 
 
 class BaseDataset(Dataset):
-    """Records of a list, and the options of pictures; a subclass implements `__getitem__` and `__len__`.
+    """Base class of data sets over a list of images; a subclass implements `__getitem__` and `__len__`.
 
     Args:
         odgt: path of a list, or records such as `[{"fpath_img": path}]`.

@@ -19,18 +19,18 @@ NAMED = ("ade20k", "cityscapes", "pascal_voc")  # tables that come with the pack
 IGNORE = -1  # label of a pixel that takes no part in losses and metrics
 UNKNOWN = -2  # marks raw values that a table does not have
 RAW_VALUES = 65536
-# Any two differ by at least 60 of 442 in RGB, and as much as possible to the eye (CIELAB).
+# Pairwise distances are at least 60 in RGB (of at most 442), and as large as possible in CIELAB.
 PALETTE = (
     "2d69d2", "f0871e", "2d963c", "d22d2d", "ffd2e1", "00ffff", "5a3c2d", "a51e78", "f0f078", "007896",
     "87780f", "e196ff", "87b496", "69ffb4", "d28769", "785a87", "005a3c", "96c3ff", "ff87b4", "96003c",
     "0fc3e1", "2d5a00", "1eb487", "96b44b", "d2f0b4", "690fa5", "871e00", "69784b", "69ff00", "3c3c87",
     "8787d2", "c369b4", "a5ff78", "ff4b78", "4ba5ff", "ffc33c", "a55a4b", "ff2de1", "5ad269", "4bc3c3",
 )  # fmt: skip
-_BREAKS = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")  # in a name, which stands in tables and logs
+_BREAKS = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")  # replaced by a space in class names
 ONE_CLASS = (
-    "all labelled pixels are of the class {}: there is nothing to tell apart, and the scores say nothing. If raw value "
-    "0 is a class (a background), name all classes from value 0 on, such as DATASET.num_class 2 DATASET.classes "
-    "[background, object]; python -m mit_semseg.dataset.doctor counts the pixels of every class"
+    "all labelled pixels belong to class {}: there is nothing to learn, and the scores are meaningless. If raw value 0 "
+    "is a class (background), list all classes from value 0 on, e.g. DATASET.num_class 2 DATASET.classes [background, "
+    "object]; python -m mit_semseg.dataset.doctor counts the pixels per class"
 )
 
 
@@ -200,12 +200,12 @@ def _make(names: Sequence[str], raw_of: dict[int, str], colors: Sequence[tuple |
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """(count, 3) uint8 RGB colours that differ: those of `PALETTE`, then always the colour farthest from all before."""
+    """(count, 3) uint8 RGB colours: `PALETTE`, then repeatedly the colour of a grid farthest from all previous ones."""
     steps = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
     colors = np.array([tuple(bytes.fromhex(color)) for color in PALETTE])
-    nearest = np.full(len(grid), np.inf)  # squared distance of every colour of the grid from those that are taken
-    for color in ((0, 0, 0), *colors):  # black marks pixels that are ignored
+    nearest = np.full(len(grid), np.inf)  # squared distance of every grid colour to the closest one taken
+    for color in ((0, 0, 0), *colors):  # ignored pixels are drawn black
         nearest = np.minimum(nearest, ((grid - color) ** 2).sum(1))
     while len(colors) < min(count, len(grid)):
         farthest = grid[nearest.argmax()]

@@ -57,7 +57,7 @@ def _open(
         # length for TIFF orientations that swap the sides.
         opened = open(source, "rb") if is_path else nullcontext(source)  # noqa: SIM115, closed below
     except FileNotFoundError:
-        windows = "; the list has paths of Windows: write / for \\" if "\\" in str(name) and os.sep == "/" else ""
+        windows = "; the list contains Windows paths: replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""
         raise ImageFileError(f"{name}: no such file{windows}") from None
     except (OSError, ValueError) as error:
         raise ImageFileError(f"{name}: no readable image ({_reason(error)})") from None

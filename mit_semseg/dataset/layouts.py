@@ -39,7 +39,7 @@ LAYOUTS = (
     Layout("images", "annotations"),
     Layout("leftImg8bit", "gtFine", "_leftImg8bit", ("_gtFine_labelIds", "_gtFine_labelTrainIds")),  # Cityscapes
 )
-# Of videos that OpenCV reads. Pillow knows some of them, and nothing but their headers.
+# Video files that OpenCV reads. Pillow registers some of these extensions but cannot read the files.
 VIDEO_ENDINGS = (
     ".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".3g2", ".ts",
     ".mts", ".m2ts", ".ogv", ".vob", ".mjpeg", ".mxf",
@@ -60,7 +60,7 @@ def read_lines(path: Path) -> list[str]:
 
 
 def composed(name: str) -> str:
-    """A name by which files pair up: disks and archives of macOS take letters with accents apart."""
+    """Normalize a name to NFC: macOS stores accented letters decomposed (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
@@ -192,7 +192,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 
 
 def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
-    """Every file below a folder with one of these extensions (".png"), any case, sorted; hidden files are left out."""
+    """Files below a folder with one of these extensions (".png"), in any case, sorted; hidden files are skipped."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -45,7 +45,7 @@ def load_records(
     if root and not Path(root).is_dir():
         raise ListError(
             f"DATASET.root_dataset {root} does not exist: there is no folder {Path(root).absolute()} (relative paths "
-            f"begin where the program was started), and {path} was looked for in it"
+            f"start at the working directory); it should contain {path}"
         )
     raise ListError(
         f"there is no list or folder {path} in {Path(root).absolute()} or {Path.cwd()}: for ADE20K run "

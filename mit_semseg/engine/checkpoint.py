@@ -18,7 +18,7 @@ from .distributed import Processes
 
 logger = logging.getLogger(__name__)
 
-UNLOCK_SECONDS = 20.0  # loader processes of a killed run notice after some seconds, and have its lock until then
+UNLOCK_SECONDS = 20.0  # loader processes of a killed run end after some seconds and hold its lock until then
 
 
 # Entries of a state to continue from.
@@ -48,13 +48,13 @@ def _save(obj, path: Path) -> None:
 
 
 def _may_run(holder: Path) -> bool:
-    """Whether the process that has last locked a folder may still run: not if it was killed on this machine."""
+    """Whether the process that last locked a folder may still be running."""
     process, _, host = holder.read_text(**TEXT).partition(" ") if holder.is_file() else ("", "", "")
     return not process.isdecimal() or host != HOST or is_running(int(process))
 
 
 def _plain(history: dict) -> dict:
-    """A history whose points are Python's numbers, whatever they were."""
+    """Convert NumPy scalars in a history to Python numbers."""
     return {
         part: {name: [x.item() if isinstance(x, np.generic) else x for x in points] for name, points in curves.items()}
         for part, curves in history.items()
@@ -84,17 +84,17 @@ class RunFiles:
         return self.folder / "resume.pth"
 
     def remove_partial(self) -> None:
-        """Remove what killed processes left half-written."""
+        """Remove unfinished files of processes that have ended."""
         for path in filter(is_abandoned, self.folder.rglob("*.partial")):
             logger.info("removing %s, left by an interrupted save", path)
             path.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self, processes: Processes) -> Iterator[None]:
-        """In here no other training run can use the folder; all processes of a job call it alike.
+        """Hold the lock of this folder, which only one training run can have; every process of a job calls this.
 
         Raises:
-            CheckpointError: another run uses it; names its process and machine.
+            CheckpointError: another run holds the lock; the message contains its process and machine.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
@@ -103,7 +103,7 @@ class RunFiles:
                 lock.acquire(timeout=0 if _may_run(holder) else UNLOCK_SECONDS)
                 holder.write_text(f"{os.getpid()} {HOST}", **TEXT)
             except Timeout:
-                other = " on ".join(holder.read_text(**TEXT).split(" ", 1)) if holder.is_file() else "of unknown number"
+                other = " on ".join(holder.read_text(**TEXT).split(" ", 1)) if holder.is_file() else "unknown"
         if other := processes.collect(other, "locking DIR")[0]:
             raise CheckpointError(
                 f"another training run (process {other}) uses {self.folder}: wait for its end, stop it, or set another "

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..lib.nn import ProcessStopped, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
-from ..lib.nn.sync import first_sentence, is_of_exchange
+from ..lib.nn.sync import first_sentence, is_communication_error
 from ..lib.utils import UserError
 from .place import Place
 from .pulse import Pulse
@@ -129,7 +129,7 @@ class Processes:
         except ProcessStopped as error:
             raise ProcessStopped(f"{doing}: {error}") from error
         except RuntimeError as error:
-            if self.size == 1 or not is_of_exchange(error):
+            if self.size == 1 or not is_communication_error(error):
                 raise
             raise ProcessStopped(f"{doing}: {first_sentence(error)}") from error
 

@@ -55,7 +55,7 @@ class MaskedNLLLoss(nn.Module):
         log_probs = at_least_float32(log_probs)
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
-        # By `gather`: `F.nll_loss` has no deterministic form on GPUs.
+        # `F.nll_loss` has no deterministic CUDA implementation, `gather` has one.
         known = label.where(labelled, 0)
         chosen = log_probs.gather(1, known.unsqueeze(1)).squeeze(1).where(labelled, 0)
         total = -(chosen if weight is None else chosen * weight[known]).sum()
@@ -105,7 +105,7 @@ class OhemLoss(nn.Module):
             true = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
             # Ignored pixels are easier than any labelled one: if they are among the first k, all labelled ones are.
             true = true.where(labelled, 2)
-            # Not `kthvalue`, which has no deterministic form on GPUs.
+            # `kthvalue` has no deterministic CUDA implementation.
             hardest = true.flatten().topk(min(self.min_kept, true.numel()), largest=False, sorted=False).values
             limit = hardest.max().clamp(min=self.threshold)
             hard = torch.where(true <= limit, label, self.ignore_index)
@@ -167,7 +167,7 @@ class LovaszLoss(nn.Module):
 
 def _jaccard_gradient(truth: Tensor) -> Tensor:
     """Growth of the Jaccard loss (one minus IoU) with every further error, hardest first: algorithm 1 of the paper."""
-    # Whole numbers are added up: the sums of floats have no deterministic form on GPUs.
+    # Of integers: a cumulative sum of floats has no deterministic CUDA implementation.
     total, hits = truth.sum(), truth.long().cumsum(0).to(truth)
     position = torch.arange(1, len(truth) + 1, device=truth.device, dtype=truth.dtype)
     loss = 1 - (total - hits) / _or_one(total + position - hits)

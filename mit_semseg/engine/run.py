@@ -87,7 +87,7 @@ class Run:
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
         self.skipped, self.skipped_in_a_row = 0, 0  # steps that were too large for float16
         self.labelled = 0.0  # pixels since the last line of the log
-        self.classes: set[int] = set()  # of labelled pixels; no more are looked for when there are two
+        self.classes: set[int] = set()  # seen in labels, until there are two
         self.left_out: dict[str, None] = {}  # sentences about what could not be used, each once
 
     def state(self) -> dict:
@@ -119,7 +119,7 @@ class Run:
         return "" if finite.all() else values[int(finite.int().argmin())][0]
 
     def note_classes(self, labels: torch.Tensor) -> None:
-        """Note classes that occur in labels (N, H, W), -1 where ignored."""
+        """Record which classes occur in labels (N, H, W), -1 where ignored."""
         labelled = labels[labels >= 0] if len(self.classes) < 2 else labels[:0]
         if labelled.numel():
             self.classes |= {int(labelled.min()), int(labelled.max())}
@@ -190,7 +190,7 @@ class Run:
 
 
 def _named(options: Mapping[str, object]) -> str:
-    """The model that options describe, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes`."""
+    """Describe the model of saved options, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes`."""
     if "MODEL.arch_encoder" not in options:
         return "unknown"
     stride = options.get("MODEL.output_stride")

@@ -77,7 +77,7 @@ class Evaluation:
 
     @property
     def only_class(self) -> str:
-        """Name of the class that all labelled pixels are of; '' for several, or none."""
+        """Name of the class that all labelled pixels belong to, '' if there are several or none."""
         present = np.flatnonzero(self.summary.present)
         return self.table.names[present[0]] if len(present) == 1 else ""
 

@@ -123,7 +123,7 @@ class AverageMeter:
         self.avg = self.sum / self.count if self.count else val
 
     def add(self, val, weight=1) -> None:
-        """As `update`."""
+        """Same as `update`."""
         self.update(val, weight)
 
     def value(self):
@@ -136,7 +136,7 @@ class AverageMeter:
 
 
 def unique(ar, return_index: bool = False, return_inverse: bool = False, return_counts: bool = False):
-    """`numpy.unique` of all elements."""
+    """`numpy.unique` of the flattened array."""
     return np.unique(np.asarray(ar).ravel(), return_index, return_inverse, return_counts)
 
 

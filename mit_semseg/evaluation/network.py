@@ -35,13 +35,13 @@ def prepared(
         compiled: the encoder by `torch.compile`, at the first picture of every size: seconds to a minute each.
 
     Raises:
-        UserError: float16 on a CPU, or bfloat16 on a GPU that does not have it.
+        UserError: float16 on a CPU, or bfloat16 on a GPU that does not support it.
     """
     kind = torch.device(device).type
     if precision == "fp16" and kind == "cpu":
         raise UserError("INFERENCE.precision fp16 needs a GPU; on the CPU set bf16 (where it has it), or auto")
     if precision == "bf16" and lacks_bfloat16(device):
-        raise UserError(f"INFERENCE.precision bf16: {device} has no bfloat16 arithmetic; set fp16, or auto")
+        raise UserError(f"INFERENCE.precision bf16: {device} does not support bfloat16; set fp16 or auto")
     if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
         logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions; auto will be faster")
     network = folded(module)
@@ -86,7 +86,7 @@ def _convolutions(module: nn.Module) -> list[str]:
 
 
 def lacks_bfloat16(device: torch.device | str) -> bool:
-    """Whether a device is a GPU that does not multiply bfloat16 numbers itself."""
+    """Whether a device is a GPU without bfloat16 arithmetic."""
     if torch.device(device).type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -109,10 +109,10 @@ def cpu_has_bfloat16() -> bool:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """In here cuDNN's convolutions do not round their inputs to TF32; nothing else is changed, and all of it is undone.
+    """Disable TF32 in cuDNN's convolutions; the previous setting is restored, others are not changed.
 
-    A program may have said so by PyTorch's old switch (`allow_tf32`) or its new one (`fp32_precision`, from 2.9 on):
-    where the old one does not agree with the new one, PyTorch refuses to read it.
+    PyTorch 2.9 replaced `allow_tf32` by `fp32_precision`, and raises an error where the old switch is read after the
+    new one was set.
     """
     cudnn = torch.backends.cudnn
     new, old = ("fp32_precision", "ieee"), ("allow_tf32", False)

@@ -61,7 +61,7 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     if small and len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
         with _opencv_threads(torch.get_num_threads()):
             return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
-    with _opencv_threads(1):  # in each of ours
+    with _opencv_threads(1):  # in every thread of the pool
         return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
 
 
@@ -104,7 +104,7 @@ def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 @contextmanager
 def _opencv_threads(threads: int) -> Iterator[None]:
-    """In here OpenCV uses so many threads. The number is the whole process's, so one comes in at a time."""
+    """Set OpenCV's number of threads, and restore it. It is a global setting, so callers wait for one another."""
     with _opencv_lock:
         before = cv2.getNumThreads()
         cv2.setNumThreads(threads)

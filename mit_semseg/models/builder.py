@@ -81,7 +81,7 @@ class ModelBuilder:
 
     @staticmethod
     def weights_init(m: nn.Module) -> None:
-        """Initialize a layer as those of decoders, for `module.apply`."""
+        """Initialize one layer as in the decoders; for `module.apply`."""
         init_layer(m, "fan_in", NORM_BIAS)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Old name of HRNetV2 and its constructor."""
+"""Names of version 2: HRNetV2 and its constructor."""
 
 from .builder import ModelBuilder
 from .encoders.hrnet import HighResolutionModule, HRNetV2

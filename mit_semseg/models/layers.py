@@ -183,11 +183,11 @@ def dilation_of_stage(stride: int, current_stride: int, output_stride: int) -> t
 
 
 def dilate(stages: Sequence[nn.Module], output_stride: int) -> None:
-    """Turn the strides of a network's last two stages, of strides 16 and 32, into dilation.
+    """Replace the strides of a network's last two stages by dilation.
 
     Args:
-        stages: both.
-        output_stride: 8 or 16 afterwards.
+        stages: with output strides 16 and 32.
+        output_stride: of the network afterwards, 8 or 16.
 
     Raises:
         ValueError: another output stride.
@@ -217,7 +217,7 @@ def init_weights(module: nn.Module, *, mode: str = "fan_in", norm_bias: float = 
 
 
 def init_layer(part: nn.Module, mode: str, norm_bias: float) -> None:
-    """`init_weights` of one layer, without those inside it."""
+    """`init_weights` for a single layer."""
     if isinstance(part, nn.Conv2d):
         nn.init.kaiming_normal_(part.weight, mode=mode, nonlinearity="relu")
         if part.bias is not None:

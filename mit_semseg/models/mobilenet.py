@@ -1,4 +1,4 @@
-"""Old name of MobileNetV2 and its constructor."""
+"""Names of version 2: MobileNetV2 and its constructor."""
 
 from .encoders.mobilenet import InvertedResidual, MobileNetV2
 from .published import load_imagenet_base

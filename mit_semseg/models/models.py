@@ -1,4 +1,4 @@
-"""Old names of builders, encoders and decoders, with the constructors they had."""
+"""Encoders and decoders with the names and constructors of version 2."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Resnet(ResNet):
-    """The encoder made of a ResNet, whose layers it takes over."""
+    """Encoder that takes over the layers of a ResNet."""
 
     def __init__(self, orig_resnet: ResNet):
         nn.Module.__init__(self)
@@ -35,7 +35,7 @@ class Resnet(ResNet):
 
 
 class ResnetDilated(Resnet):
-    """As `Resnet`, with an output stride of 8 or 16."""
+    """`Resnet` with an output stride of 8 or 16."""
 
     def __init__(self, orig_resnet: ResNet, dilate_scale: int = 8):
         super().__init__(orig_resnet)
@@ -44,7 +44,7 @@ class ResnetDilated(Resnet):
 
 
 class MobileNetV2Dilated(MobileNetV2):
-    """The encoder made of a MobileNetV2, whose layers it takes over, with an output stride of 8 or 16."""
+    """Encoder that takes over the layers of a MobileNetV2, with an output stride of 8 or 16."""
 
     def __init__(self, orig_net: MobileNetV2, dilate_scale: int = 8):
         nn.Module.__init__(self)
@@ -55,7 +55,7 @@ class MobileNetV2Dilated(MobileNetV2):
 
 
 class C1(decoders.C1):
-    """Of the last feature map's channels alone."""
+    """Decoder defined by the channels of the last feature map."""
 
     def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False):
         super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax)
@@ -69,7 +69,7 @@ class C1DeepSup(decoders.C1):
 
 
 class PPM(decoders.PPM):
-    """Of the last feature map's channels alone."""
+    """Decoder defined by the channels of the last feature map."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class PPMDeepsup(decoders.PPM):
 
 
 class UPerNet(decoders.UPerNet):
-    """Of the channels of all feature maps."""
+    """Decoder defined by the channels of all feature maps."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Old name of the ResNets and their constructors."""
+"""Names of version 2: ResNets and their constructors."""
 
 from .builder import ModelBuilder
 from .encoders.resnet import BasicBlock, Bottleneck, ResNet

@@ -1,4 +1,4 @@
-"""Old name of ResNeXt-101 and its constructor."""
+"""Names of version 2: ResNeXt-101 and its constructor."""
 
 from .builder import ModelBuilder
 from .encoders.resnet import ResNet as ResNeXt

@@ -1,4 +1,4 @@
-"""Old name of the download of a state dict."""
+"""Names of version 2: download of a state dict."""
 
 from pathlib import Path
 from urllib.parse import urlsplit

@@ -54,7 +54,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         Raises:
             ReplicaStopped, ProcessStopped: another replica or process failed or did not arrive in time.
         """
-        if isinstance(x, torch.fx.Proxy) and not self.training:  # traced: sizes are not known
+        if isinstance(x, torch.fx.Proxy) and not self.training:  # traced by FX: sizes are symbolic
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         self._check_channels(x)
         if self._meets_replicas():
@@ -99,7 +99,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._replicas, self._rank, self._name = replicas, rank, name
 
     def __deepcopy__(self, memo: dict) -> "SynchronizedBatchNorm":
-        """A copy that synchronizes with the same processes: a process group cannot be copied."""
+        """A copy with the same process group, which cannot be copied."""
         memo[id(self.process_group)] = self.process_group
         memo[id(self)] = made = self.__class__.__new__(self.__class__)
         made.__setstate__(copy.deepcopy(vars(self), memo))

@@ -12,7 +12,7 @@ def user_scattered_collate(batch: list) -> list:
 
 
 def as_device(device: torch.device | str | int) -> torch.device:
-    """A device from its name, or the number of a GPU, also as digits; a GPU without a number is the current one."""
+    """Convert a name or a GPU index (int or digits) to a device; `cuda` without an index is the current GPU."""
     if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
         return torch.device("cuda", int(device))
     device = torch.device(device)

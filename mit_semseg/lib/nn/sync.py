@@ -125,9 +125,9 @@ def first_sentence(error: BaseException) -> str:
     return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
-def is_of_exchange(error: BaseException) -> bool:
-    """Whether an error comes from the exchange with other processes; gloo raises plain RuntimeErrors, too. Others, such
-    as a GPU without memory, are this process's own."""
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an error was raised by the communication with other processes, and not by this one, e.g. for lack of
+    memory. gloo raises plain RuntimeErrors."""
     if isinstance(error, dist.DistError):
         return True
     return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
@@ -137,7 +137,7 @@ def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, nam
     try:
         call()
     except RuntimeError as error:
-        if not is_of_exchange(error):
+        if not is_communication_error(error):
             raise
         raise ProcessStopped(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "

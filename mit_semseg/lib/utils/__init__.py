@@ -69,9 +69,9 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether a file that `whole_file` has begun will stay unfinished.
+    """Whether a temporary file of `whole_file` was left by a process that has ended.
 
-    Its process has ended; or it is one of another machine, and has not written for a day.
+    Files of other machines count as abandoned if they were not modified for a day.
     """
     match = re.search(r"\.(\d+)\.partial$", partial.name)
     if not match:
@@ -80,7 +80,7 @@ def is_abandoned(partial: Path) -> bool:
         return int(match[1]) == os.getpid() or not is_running(int(match[1]))
     try:
         return time.time() - partial.stat().st_mtime > 24 * 60 * 60
-    except OSError:  # it has just been finished
+    except OSError:  # renamed or removed in the meantime
         return False
 
 
@@ -119,7 +119,7 @@ def _disk_trouble(error: BaseException | None) -> str:
 
 
 def mark_volatile(obj):
-    """Tensors that no gradient is computed for, also inside (nested) dicts, lists and tuples."""
+    """Detach tensors, also inside (nested) dicts, lists and tuples."""
     if isinstance(obj, torch.Tensor):
         return obj.detach()
     if isinstance(obj, Mapping):
@@ -135,7 +135,7 @@ def available_cores() -> int:
 
 
 def prepare_streams() -> None:
-    """Let a program print what its terminal cannot show (names of files that are no text), and do without one."""
+    """Escape characters that the encoding of standard output or error lacks; discard output without such a stream."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # of services, and of pythonw
@@ -145,12 +145,12 @@ def prepare_streams() -> None:
 
 
 def is_terminal(stream) -> bool:
-    """Whether a stream is a terminal; streams of other programs may not say."""
+    """Whether a stream is a terminal; streams that replace the standard ones may lack `isatty`."""
     return bool(getattr(stream, "isatty", bool)())
 
 
 def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
-    """A progress bar with rate and remaining time: on a terminal only, and not after `quiet_bars`.
+    """A progress bar with rate and remaining time, on terminals only; see `quiet_bars`.
 
     Args:
         iterable: to go through, see `tqdm`.
@@ -161,7 +161,7 @@ def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **opti
 
 
 def quiet_bars(quiet: bool = True) -> None:
-    """Show no progress bars from now on, or show them again."""
+    """Disable progress bars, or enable them again."""
     _bars["shown"] = not quiet
 
 

@@ -1,4 +1,4 @@
-"""Old name of what `mit_semseg.lib.utils` does with tensors."""
+"""Names of version 2: conversions of tensors."""
 
 from . import as_numpy, mark_volatile
 

@@ -43,7 +43,7 @@ class C1(Decoder):
         init_weights(self, norm_bias=NORM_BIAS)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script` takes in place of a `C1` without deep supervision."""
+        """Module that `torch.jit.script` compiles in place of a `C1` without deep supervision."""
         return self if hasattr(self, "cbr_deepsup") else _ScriptableC1(self)
 
     def head(self, features: list[Tensor]) -> Tensor:
@@ -52,7 +52,7 @@ class C1(Decoder):
 
 
 class _ScriptableC1(nn.Module):
-    """A `C1` in TorchScript's subset of Python: the same weights, and norms without synchronization."""
+    """A `C1` that TorchScript can compile: it shares the weights, and its norms are not synchronized."""
 
     def __init__(self, decoder: C1):
         super().__init__()

@@ -10,7 +10,7 @@ from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights, plain_
 from ..pyramid import Concatenated
 from .resnet import BasicBlock, Bottleneck, make_layer
 
-# In a network traced by FX the resizing stays a call: it depends on sizes that the trace does not know.
+# FX keeps `resize` as a call: it branches on sizes, which are symbolic during tracing.
 torch.fx.wrap("resize")
 
 WIDTHS = (48, 96, 192, 384)  # channels of the branches at strides 4, 8, 16, 32
@@ -106,7 +106,7 @@ class HRNetV2(nn.Module):
         maps = self.stage3([*maps, self.transition2["2"](maps[-1])])
         maps = self.stage4([*maps, self.transition3["3"](maps[-1])])
         which = {4: 0, 8: 1, 16: 2, 32: 3}[self.output_stride]
-        if lazily is True:  # not a placeholder of a trace
+        if lazily is True:  # during FX tracing it is a proxy
             return Concatenated(maps, which)
         size = maps[which].shape[-2:]
         return [torch.cat([resize(x, size) for x in maps], dim=1)]

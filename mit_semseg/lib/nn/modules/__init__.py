@@ -1,4 +1,4 @@
-"""Old name of `mit_semseg.lib.nn`'s synchronized norms."""
+"""Names of version 2: synchronized batch norms."""
 
 from ..batchnorm import SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
 from ..parallel import DataParallelWithCallback, patch_replication_callback

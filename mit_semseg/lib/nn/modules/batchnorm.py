@@ -1,4 +1,4 @@
-"""Old name of `mit_semseg.lib.nn.batchnorm`."""
+"""Names of version 2: synchronized batch norms."""
 
 from ..batchnorm import (
     SynchronizedBatchNorm1d,

@@ -1,4 +1,4 @@
-"""Old name of `mit_semseg.lib.nn`'s replication with callbacks."""
+"""Names of version 2: replication with callbacks."""
 
 from ..parallel import DataParallelWithCallback, patch_replication_callback
 

@@ -22,7 +22,7 @@ from ..batchnorm import SynchronizedBatchNorm
 from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter, user_scattered_collate  # noqa: F401
 from ..sync import ReplicaGroup, ReplicaStopped
 
-UNWIND_SECONDS = 1.0  # that threads get to end once the outputs or an error are there; one may hang
+UNWIND_SECONDS = 1.0  # for threads to end after all outputs, or an error, have arrived
 
 
 def join_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float = 120.0) -> ReplicaGroup:
@@ -107,7 +107,7 @@ def run_replicas(
         except BaseException as error:
             finished.put((rank, None, error))
 
-    # Daemons: a replica that hangs does not keep the process from ending.
+    # Daemon threads: a replica that hangs does not keep the process from exiting.
     threads = [
         threading.Thread(target=work, args=(rank,), name=f"replica {rank}", daemon=True)
         for rank in range(len(replicas))
@@ -117,7 +117,7 @@ def run_replicas(
     try:
         return _outputs(finished, len(replicas), group)
     finally:
-        # A thread that still unwinds while the interpreter exits aborts the process.
+        # A thread that is still unwinding while the interpreter exits aborts the process.
         deadline = time.monotonic() + UNWIND_SECONDS
         for thread in threads:
             thread.join(max(0, deadline - time.monotonic()))

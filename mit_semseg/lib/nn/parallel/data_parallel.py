@@ -1,4 +1,4 @@
-"""Old name of `mit_semseg.lib.nn`'s data parallelism."""
+"""Names of version 2: data parallelism over dicts."""
 
 from ..scatter import async_copy_to, user_scattered_collate
 from . import DictGatherDataParallel, UserScatteredDataParallel
