@@ -81,4 +81,5 @@ def setup_logger(
 def log_options(log: logging.Logger, cfg: Config) -> None:
     """Log the options that differ from the defaults; the log file receives all options."""
     log.info("all options:\n%s", cfg.dump(), extra={"file_only": True})
-    log.info("options: %s", ", ".join(f"{key} {value}" for key, value in cfg.differences().items()) or "the defaults")
+    changed = "".join(f"\n  {key} {value}" for key, value in cfg.differences().items())
+    log.info("options that differ from the defaults:%s", changed or " none")

@@ -57,20 +57,23 @@ class MobileNetV2Dilated(MobileNetV2):
 class C1(decoders.C1):
     """Decoder defined by the channels of the last feature map."""
 
+    _deepsup = False
+
     def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False):
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax)
+        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=self._deepsup)
 
 
-class C1DeepSup(decoders.C1):
+class C1DeepSup(C1):
     """`C1` with deep supervision."""
 
-    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False):
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=True)
+    _deepsup = True
 
 
 class PPM(decoders.PPM):
     """Decoder defined by the channels of the last feature map."""
 
+    _deepsup = False
+
     def __init__(
         self,
         num_class: int = 150,
@@ -79,21 +82,13 @@ class PPM(decoders.PPM):
         pool_scales: Sequence[int] = POOL_SCALES,
     ):
         _check(pool_scales)
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax)
+        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=self._deepsup)
 
 
-class PPMDeepsup(decoders.PPM):
+class PPMDeepsup(PPM):
     """`PPM` with deep supervision."""
 
-    def __init__(
-        self,
-        num_class: int = 150,
-        fc_dim: int = 4096,
-        use_softmax: bool = False,
-        pool_scales: Sequence[int] = POOL_SCALES,
-    ):
-        _check(pool_scales)
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=True)
+    _deepsup = True
 
 
 class UPerNet(decoders.UPerNet):
