@@ -138,16 +138,15 @@ def test_dilating_a_network_is_building_it_dilated(scale):
 
 
 def test_hrnet_can_be_traced_symbolically():
-    """For any size of picture, and any stride."""
+    """For any size of picture."""
     from mit_semseg.models import ModelBuilder
 
-    for stride in (4, 16):
-        encoder = ModelBuilder.build_encoder("hrnetv2", pretrained=False, output_stride=stride).eval()
-        traced = torch.fx.symbolic_trace(encoder)
-        for size in ((64, 96), (96, 64)):
-            x = torch.randn(1, 3, *size)
-            with torch.no_grad():
-                assert torch.equal(traced(x)[0], encoder(x, return_feature_maps=True)[0])
+    encoder = ModelBuilder.build_encoder("hrnetv2", pretrained=False, output_stride=8).eval()
+    traced = torch.fx.symbolic_trace(encoder)
+    for size in ((32, 64), (64, 32)):
+        x = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            assert torch.equal(traced(x)[0], encoder(x, return_feature_maps=True)[0])
 
 
 def test_c1_can_be_scripted(tmp_path):

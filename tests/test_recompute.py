@@ -31,7 +31,9 @@ def step(module, feed):
 
 
 @pytest.mark.parametrize("norm", ["batch", "sync"])
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenetv2dilated", "hrnetv2"])
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "mobilenetv2dilated", pytest.param("hrnetv2", marks=pytest.mark.long)]
+)
 def test_a_step_is_the_same(name, norm):
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder(name, pretrained=False, norm_layer=NORMS[norm])

@@ -173,7 +173,7 @@ def test_the_second_run_in_a_folder_is_refused(root, tmp_path):
     """Also several that start at the same time; and the folder is free again when the first has been killed."""
     changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1000}
     arguments = "train.py", "--gpu", "cpu", *words({**changes, "TRAIN.workers": 1, "TRAIN.resume": "auto"})
-    jobs = [Job(*arguments) for _ in range(3)]
+    jobs = [Job(*arguments) for _ in range(2)]
     deadline = time.monotonic() + 120
     while sum(job.returncode is None for job in jobs) > 1 or not (tmp_path / "run" / "encoder_epoch_1.pth").is_file():
         assert time.monotonic() < deadline
