@@ -88,7 +88,7 @@ def test_a_script_that_is_stopped_leaves_a_video(folder, tmp_path, number, code)
         writer.write(rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8))
     writer.release()
     job = Job("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", tmp_path / "out")
-    while sum(path.stat().st_size for path in tmp_path.glob("out/*")) < 100_000:  # some frames
+    while sum(path.stat().st_size for path in tmp_path.glob("out/*")) < 30_000:  # some frames
         assert job.returncode is None, job.errors()
         time.sleep(0.01)
     job.send(number)
