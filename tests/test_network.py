@@ -64,6 +64,7 @@ def test_the_module_itself_stays_as_it_is():
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
+@pytest.mark.long
 def test_compiled_is_the_same():
     module = module_of("resnet18", "c1")
     assert_near(logits_of(module, View(compiled=True)), logits_of(module, View()))

@@ -78,7 +78,9 @@ def test_an_interrupted_run_leaves_what_there_is(clip, segmenter, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["out.mp4"]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_a_script_that_is_stopped_leaves_a_video(folder, tmp_path, number, code):  # noqa: F811
     """The real script, on a clip that takes long enough."""
     clip = tmp_path / "long.mp4"
