@@ -116,7 +116,7 @@ def test_a_damaged_header_does_not_stop_the_listing(tmp_path):
 
 
 def test_default_colors_differ():
-    """In RGB, whose diagonal is 442, also from black; beyond the first 40 as much as so many colours can."""
+    """By a minimum distance in RGB, also from black (ignored pixels)."""
     for count, least in ((40, 60), (150, 38), (600, 20)):
         colors = np.vstack([distinct_colors(count).astype(int), [(0, 0, 0)]])
         distances = np.linalg.norm(colors[:, None] - colors, axis=2) + 1000 * np.eye(count + 1)

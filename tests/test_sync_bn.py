@@ -204,6 +204,7 @@ def test_golden_vectors(case):
             torch.testing.assert_close(getattr(norm, name), expected, rtol=1e-4 if cancelled else 1e-5, atol=1e-6)
         if cancelled:
             deviation = got[0].double().std(dim=(0, 2, 3), correction=0)
+            # float32 cancellation leaves few digits of the deviation: an error of 5 % was measured, with room of ten.
             torch.testing.assert_close(deviation, torch.tensor(step["std_out_bn"]).double(), rtol=0.5, atol=0)
 
 

@@ -113,7 +113,7 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
 
 def _figures(evaluation: Evaluation) -> list[str]:
     s = evaluation.summary
-    figures = {
+    scores = {
         f"mean IoU, all {len(s.iou)} classes": f"{s.mean_iou:.2%}",
         f"mean IoU, {int(s.present.sum())} classes present": f"{s.mean_iou_present:.2%}",
         "pixel accuracy": f"{s.pixel_accuracy:.2%}",
@@ -121,7 +121,7 @@ def _figures(evaluation: Evaluation) -> list[str]:
         "images": f"{evaluation.images}",
         "images per second": f"{evaluation.images_per_second:.2f}",
     }
-    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures.items())
+    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in scores.items())
     warning = f"<p>{escape(ONE_CLASS.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
     return [f"<dl>{''.join(pairs)}</dl>{warning}"]
 

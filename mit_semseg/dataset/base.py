@@ -45,7 +45,7 @@ class BaseDataset(Dataset):
         """Set `list_sample` and `num_sample`.
 
         Args:
-            max_sample: take the first so many records; -1 all.
+            max_sample: number of records to use, from the first on; -1 uses all.
             start_idx, end_idx: then take this slice; -1 all.
         """
         records = load_records(odgt)
