@@ -9,7 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from processes import ENV, changes_for, children, in_processes, start_ranks, torchrun, write_pictures
+from processes import (
+    ENV,
+    changes_for,
+    children,
+    in_processes,
+    rank_environment,
+    start_ranks,
+    torchrun,
+    write_pictures,
+)
 from runs import Job, here, script, words
 from scenes import options, tiny_module, write_pairs
 
@@ -334,6 +343,23 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
         devices.pick_devices("4")
     with pytest.raises(UserError, match="under torchrun use eval"):
         cli.refuse_torchrun("under torchrun use eval.py")
+
+
+def test_a_process_takes_the_gpu_that_its_launcher_assigned(monkeypatch):
+    """One visible GPU for each of eight processes, as of `srun --gpus-per-task=1`; not under torchrun."""
+    for name, value in rank_environment(5, 8, 1).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert devices.pick_devices(None) == devices.pick_devices("0") == [torch.device("cuda", 0)]
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="8 processes on this machine"):
+        devices.pick_devices(None)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(UserError, match="8 processes on this machine"):
+        devices.pick_devices(None)
 
 
 def test_processes_share_the_cores(monkeypatch):
