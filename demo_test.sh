@@ -13,12 +13,12 @@ instead=${instead:-: taking the built-in way instead.}
 published() {
     local name=ade20k-resnet50dilated-ppm_deepsup picture=ADE_val_00001519 message
     # The small file first: a server that does not answer is noticed at once.
-    if ! message=$("$python" -m mit_semseg.apps.fetch file \
+    if ! message=$("$python" -m mit_semseg.cli.fetch file \
         "/data/ADEChallengeData2016/images/validation/$picture.jpg" --to "$result/$picture.jpg" 2>&1); then
         echo "The published model cannot be downloaded (${message#error: })${instead}"
         return 1
     fi
-    if ! "$python" -m mit_semseg.apps.fetch model "$name" --to "ckpt/$name"; then
+    if ! "$python" -m mit_semseg.cli.fetch model "$name" --to "ckpt/$name"; then
         echo "The published model cannot be downloaded${instead}"
         return 1
     fi

@@ -7,9 +7,9 @@ address=${ADE20K_ADDRESS:-http://data.csail.mit.edu/places/ADEchallenge/ADEChall
 archive=data/ADEChallengeData2016.zip
 
 if [ ! -d data/ADEChallengeData2016/images ]; then
-    [ -f "$archive" ] || "$python" -m mit_semseg.apps.fetch file "$address" --to "$archive"
-    "$python" -m mit_semseg.apps.fetch unpack "$archive" --strip --to data/ADEChallengeData2016
+    [ -f "$archive" ] || "$python" -m mit_semseg.cli.fetch file "$address" --to "$archive"
+    "$python" -m mit_semseg.cli.fetch unpack "$archive" --strip --to data/ADEChallengeData2016
     rm "$archive"
 fi
-"$python" -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
-"$python" -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/validation --root data --to data/validation.odgt
+"$python" -m mit_semseg.cli.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
+"$python" -m mit_semseg.cli.fetch list data/ADEChallengeData2016/images/validation --root data --to data/validation.odgt

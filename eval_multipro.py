@@ -1,7 +1,7 @@
 """Evaluate a trained network on several devices: python eval_multipro.py --gpus 0-3 --cfg config/NAME.yaml"""
 
-from mit_semseg.apps import cli, logs, scoring
-from mit_semseg.apps.devices import describe, pick_devices
+from mit_semseg.cli import common, evaluate, logs
+from mit_semseg.cli.devices import describe, pick_devices
 from mit_semseg.config import load_config
 
 EXAMPLES = """\
@@ -11,15 +11,15 @@ EXAMPLES = """\
 
 
 def main() -> int:
-    args = cli.make_parser(__doc__, EXAMPLES, cli.EVALUATION).parse_intermixed_args()
+    args = common.make_parser(__doc__, EXAMPLES, common.EVALUATION).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    cli.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
+    common.refuse_torchrun("eval_multipro.py starts its own processes: under torchrun use eval.py")
     devices = pick_devices(args.device)
     logs.setup_logger(0, None, args.level).info("devices: %s", ", ".join(map(describe, devices)))
-    evaluation = scoring.score(args.cfg, args.opts, devices)
-    scoring.report(cfg, args.cfg, evaluation)
-    return 1 if evaluation.left_out else 0
+    evaluation = evaluate.score(args.cfg, args.opts, devices)
+    evaluate.report(cfg, args.cfg, evaluation)
+    return 1 if evaluation.skipped else 0
 
 
 if __name__ == "__main__":
-    cli.run(main, "figures are written at the end only, so start it again")
+    common.run(main, "figures are written at the end only, so start it again")

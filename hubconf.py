@@ -9,8 +9,8 @@ gives a `SegmentationModule` in eval mode: called as `module({"img_data": x}, se
 from mit_semseg import Segmenter as _Segmenter
 from mit_semseg.models import ModelBuilder as _ModelBuilder
 from mit_semseg.models import SegmentationModule as _SegmentationModule
-from mit_semseg.models.published import PUBLISHED as _PUBLISHED
-from mit_semseg.models.published import fetch_published as _fetch_published
+from mit_semseg.models.pretrained import PUBLISHED as _PUBLISHED
+from mit_semseg.models.pretrained import download_published as _fetch_published
 
 dependencies = ["torch", "torchvision", "numpy", "scipy", "cv2", "yacs", "tqdm", "PIL", "yaml"]
 
@@ -18,7 +18,9 @@ dependencies = ["torch", "torchvision", "numpy", "scipy", "cv2", "yacs", "tqdm",
 def _entry(name: str):
     encoder_name, decoder_name = name.split("-")[1:]
 
-    def load(pretrained: bool = True, num_class: int = 150, new_head: bool = False, **kwargs) -> _SegmentationModule:
+    def load(
+        pretrained: bool = True, num_class: int = 150, reset_classifier: bool = False, **kwargs
+    ) -> _SegmentationModule:
         files = _fetch_published(name) if pretrained else ("", "")
         encoder = _ModelBuilder.build_encoder(encoder_name, weights=str(files[0]), pretrained=False, **kwargs)
         decoder = _ModelBuilder.build_decoder(
@@ -26,7 +28,7 @@ def _entry(name: str):
             num_class=num_class,
             weights=str(files[1]),
             in_channels=encoder.out_channels,
-            new_head=new_head,
+            reset_classifier=reset_classifier,
             **kwargs,
         )
         return _SegmentationModule(encoder, decoder, None).eval()
@@ -36,7 +38,7 @@ def _entry(name: str):
 
         pretrained: with the published weights, downloaded at the first use; False starts from random ones.
         num_class: of the classifier; 150 with the published weights, unless it is started anew.
-        new_head: start the classifier anew.
+        reset_classifier: start the classifier anew.
         kwargs: passed to encoder and decoder, e.g. `norm_layer`.
     """
     return load

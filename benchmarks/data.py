@@ -84,7 +84,7 @@ def datasets(folder: Path) -> dict[str, Dataset]:
     for how in ("pixel-exact", "fast"):
         opt = SimpleNamespace(**values, segm_downsampling_rate=RATE, train_resize=how)
         made[how] = TrainDataset(folder, ".", opt, batch_per_gpu=2)
-    return {"straightforward": Straightforward(made["pixel-exact"])} | {k: d.of_bytes() for k, d in made.items()}
+    return {"straightforward": Straightforward(made["pixel-exact"])} | {k: d.as_uint8() for k, d in made.items()}
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data import write_pictures
-from mit_semseg.apps.background import Background
-from mit_semseg.apps.visualize import result_panel, save_picture
+from mit_semseg.cli.background import Background
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
-from mit_semseg.evaluation import View, evaluate
+from mit_semseg.evaluation import InferenceOptions, evaluate
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
+from mit_semseg.predict.visualize import result_panel, save_png
 
 ADE20K = (300, 375, 450, 525, 600)
 CASES = (
@@ -85,11 +85,11 @@ def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Pat
 
 def ours(network: SegmentationModule, dataset: ValDataset, folder: Path):
     """`evaluate`, with panels."""
-    with Background() as later, mock.patch.object(View, "network", return_value=network):
+    with Background() as later, mock.patch.object(InferenceOptions, "network", return_value=network):
 
         def seen(item, prediction):
             name = folder / f"{Path(item['info']).stem}.png"
-            later(lambda: save_picture(result_panel(item, prediction, dataset.table), name))
+            later(lambda: save_png(result_panel(item, prediction, dataset.table), name))
 
         return evaluate(network, dataset, workers=1, progress=False, on_result=seen)
 
@@ -115,7 +115,7 @@ def main() -> None:
             out.mkdir(exist_ok=True)
             ways = {"straightforward": partial(straightforward, module, dataset, out)}
             for precision in ("fp32", "bf16"):
-                network = View(precision=precision).network(module)
+                network = InferenceOptions(precision=precision).network(module)
                 ways[f"ours, {precision}"] = partial(ours, network, dataset, out)
             ms = interleaved(ways, CPU, args.repeats)
             rows += [

@@ -16,10 +16,10 @@ from common import interleaved, network_of, parser_of, write
 from roofline import INPUT
 
 from data import write_pictures
-from mit_semseg.apps.export import export
-from mit_semseg.apps.quantize import OnnxNetwork, quantize
+from mit_semseg.cli.export import export
+from mit_semseg.cli.quantize import OnnxNetwork, quantize
 from mit_semseg.dataset import ValDataset
-from mit_semseg.evaluation import View
+from mit_semseg.evaluation import InferenceOptions
 from mit_semseg.models.layers import resize
 
 PAIRS = (("mobilenetv2dilated", "c1_deepsup"), ("resnet18dilated", "ppm_deepsup"), ("resnet50dilated", "ppm_deepsup"))
@@ -33,7 +33,11 @@ def row_of(encoder: str, decoder: str, folder: Path, pictures: ValDataset, repea
     path, small = folder / f"{encoder}.onnx", folder / f"{encoder}.int8.onnx"
     export(module, path, kind="onnx", about={})
     quantize(path, small, pictures)
-    networks = {"eager": module, "inference": View().network(module), "bf16": View(precision="bf16").network(module)}
+    networks = {
+        "eager": module,
+        "inference": InferenceOptions().network(module),
+        "bf16": InferenceOptions(precision="bf16").network(module),
+    }
     networks |= {"onnx": OnnxNetwork(path), "onnx int8": OnnxNetwork(small)}
 
     def call(network):

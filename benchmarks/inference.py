@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from common import interleaved, network_of, parser_of, write
 
-from mit_semseg.evaluation.upsampling import label_map_of
+from mit_semseg.evaluation.label_map import label_map_from_logits
 from mit_semseg.models import pyramid
-from mit_semseg.models.folding import folded
+from mit_semseg.models.fuse_bn import fuse_batchnorm
 
 PAIRS = (
     ("mobilenetv2dilated", "c1_deepsup"),
@@ -31,7 +31,7 @@ SIZE, INPUT = (512, 683), (512, 688)
 def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
     """Calls of the network alone and of the whole way, plain and ours."""
     plain = network_of(encoder, decoder).to(device)
-    ours, feed = folded(plain), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
+    ours, feed = fuse_batchnorm(plain), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
 
     def plain_logits():
         with mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
@@ -41,7 +41,7 @@ def ways_of(encoder: str, decoder: str, device: torch.device) -> dict:
         "plain network": plain_logits,
         "our network": lambda: ours.logits(feed),
         "plain whole": lambda: F.interpolate(plain_logits(), SIZE, mode="bilinear").softmax(1).argmax(1),
-        "our whole": lambda: label_map_of([ours.logits(feed)[0]], SIZE),
+        "our whole": lambda: label_map_from_logits([ours.logits(feed)[0]], SIZE),
     }
 
 

@@ -15,7 +15,7 @@ from common import elsewhere, grown, interleaved, parser_of, write
 from torch import Tensor
 
 from mit_semseg.dataset.transforms import round_up, scale_for
-from mit_semseg.evaluation.upsampling import label_map_of
+from mit_semseg.evaluation.label_map import label_map_from_logits
 
 SHORT_SIDES, LONGEST, STRIDE = (300, 375, 450, 525, 600), 1000, 8
 
@@ -28,7 +28,7 @@ def straightforward(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
     return (total / len(logits)).argmax(dim=1)[0]
 
 
-WAYS = {"straightforward": straightforward, "ours": label_map_of}
+WAYS = {"straightforward": straightforward, "ours": label_map_from_logits}
 
 
 def make_logits(

@@ -13,8 +13,8 @@ import torch
 from common import interleaved, parser_of, write
 from PIL import Image
 
-from mit_semseg.apps.visualize import colorEncode
 from mit_semseg.evaluation import SegmentationMetric
+from mit_semseg.predict.visualize import colorEncode
 
 CLASSES, SIZE = 150, (512, 683)
 

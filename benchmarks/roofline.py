@@ -11,7 +11,7 @@ import torch
 from common import interleaved, network_of, parser_of, write
 from torch.utils.flop_counter import FlopCounterMode
 
-from mit_semseg.evaluation import View
+from mit_semseg.evaluation import InferenceOptions
 from mit_semseg.evaluation.network import PRECISIONS
 from mit_semseg.models import SegmentationModule
 
@@ -28,7 +28,7 @@ INPUT, SIDE = (512, 688), 2048
 def row_of(module: SegmentationModule, precision: str, device: torch.device, repeats: int) -> dict:
     """Operations, time and shares of the limit for a network in a precision."""
     network, feed = (
-        View(precision=precision).network(module, device),
+        InferenceOptions(precision=precision).network(module, device),
         {"img_data": torch.randn(1, 3, *INPUT, device=device)},
     )
     matrix = torch.randn(SIDE, SIDE, device=device).to(PRECISIONS[precision])

@@ -22,7 +22,7 @@ from mit_semseg.models import ModelBuilder
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = "config/ade20k-mobilenetv2dilated-c1_deepsup.yaml"
 EVERYTHING = (
-    "import torch, mit_semseg, mit_semseg.models, mit_semseg.engine, mit_semseg.apps.predictor, mit_semseg.utils"
+    "import torch, mit_semseg, mit_semseg.models, mit_semseg.engine, mit_semseg.predict.segmenter, mit_semseg.utils"
 )
 NETWORK = """
 import sys, torch

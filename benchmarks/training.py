@@ -5,7 +5,7 @@
 Networks of random weights, two pictures per step. Straightforward: float32, channels first, the pyramid resized and
 concatenated, log-softmax and NLL loss, the optimizer parameter by parameter. Ours: channels last, the pyramid folded,
 cross entropy from the logits, the fused optimizer; in float32 and with bfloat16 (TRAIN.amp); and with the encoder's
-blocks recomputed (TRAIN.recompute). The ways take turns; memory is the growth of the largest resident size in a fresh
+blocks under activation checkpointing. The ways take turns; memory is the growth of the largest resident size in a fresh
 process (or, on a GPU, the largest allocation) with network, optimizer and two steps.
 """
 
@@ -18,7 +18,7 @@ from common import elsewhere, grown, interleaved, parser_of, write
 from torch import nn
 
 from mit_semseg.engine import build_loss, build_optimizer
-from mit_semseg.lib.nn import recompute
+from mit_semseg.lib.nn import enable_activation_checkpointing
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 
 PAIRS = (
@@ -74,7 +74,7 @@ class Step:
                 self.module.parameters(), 0.02, momentum=0.9, weight_decay=1e-4, foreach=False
             )
         if way.recomputed:
-            recompute(self.module.encoder)
+            enable_activation_checkpointing(self.module.encoder)
 
     def __call__(self) -> None:
         plain = mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized)

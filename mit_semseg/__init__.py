@@ -7,7 +7,7 @@ __all__ = ["Segmenter", "__version__"]
 def __getattr__(name: str):
     # Imported when it is asked for: `import mit_semseg` alone loads nothing.
     if name == "Segmenter":
-        from .apps.predictor import Segmenter
+        from .predict.segmenter import Segmenter
 
         return Segmenter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,7 +1,7 @@
-"""`python -m mit_semseg.demo`: see `mit_semseg.apps.demo`."""
+"""`python -m mit_semseg.demo`: see `mit_semseg.cli.demo.app`."""
 
-from .apps.cli import run
-from .apps.demo import main
+from .cli.common import run
+from .cli.demo.app import main
 
 if __name__ == "__main__":
     run(main)

@@ -1,7 +1,7 @@
-"""`python -m mit_semseg.export`: see `mit_semseg.apps.export`."""
+"""`python -m mit_semseg.export`: see `mit_semseg.cli.export`."""
 
-from .apps.cli import run
-from .apps.export import export, main
+from .cli.common import run
+from .cli.export import export, main
 
 __all__ = ["export"]
 

@@ -68,7 +68,7 @@ def changes_for(root, folder, **changes):
         "TRAIN.disp_iter": 1,
         "TRAIN.workers": 1,
         "TRAIN.eval_epoch": 1,
-        "TRAIN.timeout": 60,
+        "RUNTIME.timeout": 60,
         **changes,
     }
 

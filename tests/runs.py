@@ -22,7 +22,7 @@ from unittest import mock
 import offline
 import torch
 
-from mit_semseg.apps import cli
+from mit_semseg.cli import common
 
 offline.forbid()  # also in the process that the scripts are forked from
 
@@ -49,7 +49,7 @@ SMALL = {
 
 # Starts processes that have torch already.
 forked = get_context("forkserver")
-forked.set_forkserver_preload(["torch", "mit_semseg.apps.scoring", "mit_semseg.apps.video", "runs"])
+forked.set_forkserver_preload(["torch", "mit_semseg.cli.evaluate", "mit_semseg.predict.video", "runs"])
 
 
 def _as_main(
@@ -184,7 +184,7 @@ def here(name: str, *arguments) -> subprocess.CompletedProcess:
     module, out, err, code = load_script(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
-            cli.run(module.main)
+            common.run(module.main)
         except SystemExit as end:
             code = end.code or 0
     return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())

@@ -171,12 +171,15 @@ VAL: 3
         (["DATASET.classes", "['a', 'b']"], "lists 2 names"),
         (["DATASET.ignore_values", "[255]"], "goes with a list of names"),
         (["TRAIN.start_epoch", "2", "TRAIN.resume", "auto"], "use one of them"),
-        (["MODEL.new_head", "True"], "needs a file"),
+        (["MODEL.reset_classifier", "True"], "needs a file"),
         (["MODEL.output_stride", "4"], "hrnetv2's only"),
         (["TRAIN.warmup_iters", "100000"], "not shorter"),
         (["TRAIN.lr_encoder", "nan"], "is no number"),
         (["TRAIN.fix_bn", "3"], "no True or False"),
-        (["TRAIN.compile", "True", "TRAIN.recompute", "True"], "TRAIN.compile cannot compile what TRAIN.recompute"),
+        (
+            ["TRAIN.compile", "True", "TRAIN.activation_checkpointing", "True"],
+            "TRAIN.compile cannot compile what TRAIN.activation_checkpointing",
+        ),
     ],
 )
 def test_contradictions_and_wrong_values(opts, message):
@@ -333,7 +336,7 @@ def test_shipped_files_evaluate_what_they_train(path):
     ("options", "message"),
     [
         (["DATASET.crop_size", "(1, 2, 3)"], "give one side, or height and width"),
-        (["INFERENCE.window", "(64, 0)"], "give one side, or height and width"),
+        (["INFERENCE.window_size", "(64, 0)"], "give one side, or height and width"),
         (["DATASET.random_scale", "(2, 0.5)"], "the smallest and the largest factor"),
         (["TRAIN.class_weights", "(1, 2)"], r"has 2 numbers, but DATASET\.num_class is 150"),
         (
@@ -341,9 +344,9 @@ def test_shipped_files_evaluate_what_they_train(path):
             "label_smoothing 0.1 has no effect; it is cross entropy's",
         ),
         (["TRAIN.ohem_min_kept", "5"], "has no effect; it is of hard pixels: TRAIN.loss ohem"),
-        (["INFERENCE.overlap", "0.5"], r"has no effect; it is of windows: set INFERENCE\.window"),
+        (["INFERENCE.window_overlap", "0.5"], r"has no effect; it is of windows: set INFERENCE\.window"),
         (["DATASET.cat_max_ratio", "0.75"], "has no effect; it is of crops"),
-        (["INFERENCE.window", "8"], "sides are at least 32 pixels"),
+        (["INFERENCE.window_size", "8"], "sides are at least 32 pixels"),
         (["TRAIN.eval_epoch", "30"], r"TRAIN\.eval_epoch 30 never comes: TRAIN\.num_epoch is 20"),
         (["MODEL.norm", "inplace", "TRAIN.amp", "bf16"], "set TRAIN.amp off, or MODEL.norm sync"),
         (["MODEL.arch_encoder", "vgg16_dilated8", "MODEL.output_stride", "16"], "vgg16_dilated8 has 8 only"),

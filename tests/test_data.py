@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_table, imresize
 from mit_semseg.dataset.classes import ClassTableError, distinct_colors
-from mit_semseg.dataset.datasets import float_pictures
-from mit_semseg.dataset.files import ImageFileError, image_size, read_image, read_label
+from mit_semseg.dataset.datasets import images_to_device
+from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label
 from mit_semseg.dataset.layouts import ListError, find_images
 from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.dataset.samplers import BatchNumbers, OrientationBatches
@@ -488,9 +488,9 @@ def test_training_bytes_become_the_same_numbers(tmp_path, kind, crop):
     write_pairs(tmp_path, [(60, 40), (52, 44), (61, 47)])
     dataset = TrainDataset(tmp_path, ".", options(normalization=kind, crop_size=crop), batch_per_gpu=3)
     for index in range(3):
-        floats, raw = dataset[index], dataset.of_bytes()[index]
+        floats, raw = dataset[index], dataset.as_uint8()[index]
         assert raw["img_data"].dtype == torch.uint8
-        assert torch.equal(float_pictures(raw, "cpu"), floats["img_data"])
+        assert torch.equal(images_to_device(raw, "cpu"), floats["img_data"])
         assert torch.equal(raw["seg_label"], floats["seg_label"])
         assert raw["info"] == floats["info"]
     assert not dataset.as_bytes

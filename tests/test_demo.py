@@ -20,10 +20,10 @@ from scenes import write_pairs
 from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.demo import checkpoints_of, examples_of
-from mit_semseg.apps.page import WELCOME, Networks, build_page, launch, segment
-from mit_semseg.apps.report import write_report
-from mit_semseg.apps.uploads import Limits, called, uploads
+from mit_semseg.cli.demo.app import checkpoints_of, examples_of
+from mit_semseg.cli.demo.page import WELCOME, Networks, build_page, launch, segment
+from mit_semseg.cli.demo.uploads import Limits, called, uploads
+from mit_semseg.cli.report import write_report
 from mit_semseg.config import load_config
 from mit_semseg.dataset import class_table
 from mit_semseg.evaluation import SegmentationMetric

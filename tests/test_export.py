@@ -17,9 +17,9 @@ from test_folding import lively
 from test_segmenter import PIXELS, folder  # noqa: F401
 
 from mit_semseg import Segmenter
-from mit_semseg.apps import export as exporting
-from mit_semseg.apps.export import Exported, ExportError, compare, export
-from mit_semseg.apps.quantize import OnnxNetwork
+from mit_semseg.cli import export as exporting
+from mit_semseg.cli.export import Exported, ExportError, compare, export
+from mit_semseg.cli.quantize import OnnxNetwork
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import POOL_SCALES, average_pool, is_symbolic
 

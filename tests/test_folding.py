@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
-from mit_semseg.models.folding import folded
+from mit_semseg.models.fuse_bn import fuse_batchnorm
 from mit_semseg.models.layers import NORMS
 
 
@@ -23,7 +23,7 @@ def lively(module):
 
 def check(module, call, unfolded=0):
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    copied = folded(module)
+    copied = fuse_batchnorm(module)
     with torch.no_grad():
         ours, theirs = call(copied), call(module)
     for a, b in zip(ours, theirs, strict=True):
@@ -49,7 +49,7 @@ def test_decoders(name):
 def test_a_network_in_training_stays_in_training():
     encoder = ModelBuilder.build_encoder("resnet18", pretrained=False).train()
     module = SegmentationModule(encoder, ModelBuilder.build_decoder("c1", fc_dim=512, num_class=2), None).train()
-    copied = folded(module)
+    copied = fuse_batchnorm(module)
     assert not copied.training
     assert all(part.training for part in module.modules())
     assert not any(p.requires_grad for p in copied.parameters())

@@ -7,17 +7,19 @@ import pytest
 import torch
 from test_upsampling import KINDS, assert_same, logits_of, straightforward
 
-from mit_semseg.evaluation import upsampling
-from mit_semseg.evaluation.upsampling import places
+from mit_semseg.evaluation import label_map
+from mit_semseg.evaluation.label_map import bilinear_neighbors
 
-kernel = pytest.importorskip("mit_semseg.evaluation.fused", reason="Triton comes with PyTorch for Linux only")
+kernel = pytest.importorskip(
+    "mit_semseg.evaluation.label_map_triton", reason="Triton comes with PyTorch for Linux only"
+)
 CLASSES, PIXELS = kernel.CLASSES, kernel.PIXELS
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py turns the interpreter on
 
 
 def fused(logits, size, align_corners=False):
-    sides = [[places(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
-    return kernel.fused_label_map([x.to(DEVICE) for x in logits], size, sides).cpu()
+    sides = [[bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
+    return kernel.label_map_triton([x.to(DEVICE) for x in logits], size, sides).cpu()
 
 
 @pytest.mark.parametrize("align_corners", [False, True])
@@ -44,29 +46,31 @@ def test_of_equal_scores_the_first_wins():
 
 
 def test_without_triton_strips_do_it(monkeypatch, caplog):
-    monkeypatch.setitem(sys.modules, "mit_semseg.evaluation.fused", None)
-    upsampling._fused.cache_clear()
+    monkeypatch.setitem(sys.modules, "mit_semseg.evaluation.label_map_triton", None)
+    label_map._fused.cache_clear()
     with caplog.at_level("INFO"):
-        assert upsampling._fused(torch.device("cpu")) is None
+        assert label_map._fused(torch.device("cpu")) is None
     assert "strip by strip" in caplog.text
-    upsampling._fused.cache_clear()
+    label_map._fused.cache_clear()
 
 
 def test_where_the_kernel_cannot_be_compiled_strips_do_it(monkeypatch, caplog):
     def fails(*_):
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
 
-    monkeypatch.setattr("mit_semseg.evaluation.fused.fused_label_map", fails)
-    upsampling._fused.cache_clear()
-    assert upsampling._fused(torch.device("cpu")) is None
+    monkeypatch.setattr("mit_semseg.evaluation.label_map_triton.label_map_triton", fails)
+    label_map._fused.cache_clear()
+    assert label_map._fused(torch.device("cpu")) is None
     assert "strip by strip, without Triton's kernel (RuntimeError: Failed to find C compiler" in caplog.text
-    upsampling._fused.cache_clear()
+    label_map._fused.cache_clear()
 
 
 def test_the_kernel_is_tried_before_it_is_taken():
-    upsampling._fused.cache_clear()
-    assert upsampling._fused(torch.device(DEVICE)) is sys.modules["mit_semseg.evaluation.fused"].fused_label_map
-    upsampling._fused.cache_clear()
+    label_map._fused.cache_clear()
+    assert (
+        label_map._fused(torch.device(DEVICE)) is sys.modules["mit_semseg.evaluation.label_map_triton"].label_map_triton
+    )
+    label_map._fused.cache_clear()
 
 
 @pytest.mark.gpu
@@ -75,6 +79,6 @@ def test_a_large_picture_takes_little_memory():
     logits = [torch.randn(150, 250, 375, device="cuda") for _ in range(3)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    labels = upsampling.label_map_of(logits, (4000, 6000))
+    labels = label_map.label_map_from_logits(logits, (4000, 6000))
     assert torch.cuda.max_memory_allocated() - before < 2**29
     assert labels.shape == (4000, 6000)

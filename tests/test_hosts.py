@@ -22,19 +22,19 @@ from scenes import options, tiny_module, write_data_set
 from test_training import run
 from torch import nn
 
-from mit_semseg import Segmenter
-from mit_semseg.apps import building, cli
-from mit_semseg.apps.plots import _writable, save_curves
-from mit_semseg.apps.recorder import RunRecorder
+from mit_semseg import Segmenter, build
+from mit_semseg.cli import common
+from mit_semseg.cli.plots import _writable, save_curves
+from mit_semseg.cli.run_logger import RunLogger
 from mit_semseg.config import load_config
 from mit_semseg.dataset import ValDataset, class_table
 from mit_semseg.evaluation import evaluate
-from mit_semseg.evaluation.network import View, prepared
-from mit_semseg.lib.nn import ProcessStopped, convert_sync_batchnorm
+from mit_semseg.evaluation.network import InferenceOptions, prepared
+from mit_semseg.lib.nn import ProcessGroupError, convert_sync_batchnorm
+from mit_semseg.lib.nn.replicas import _collective
 from mit_semseg.lib.nn.scatter import as_device
-from mit_semseg.lib.nn.sync import _collective
 from mit_semseg.lib.utils import UserError, progress_bar
-from mit_semseg.models.published import cache_dir
+from mit_semseg.models.pretrained import cache_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ def test_training_survives_the_plot_settings_of_a_notebook(root, tmp_path, backe
 
 
 def test_a_plot_that_fails_is_logged(tmp_path, caplog):
-    recorder = RunRecorder(str(tmp_path), class_table("", 3))
+    recorder = RunLogger(str(tmp_path), class_table("", 3))
     recorder.epoch(1, {"train": {"epoch": [1], "loss": [1, 2], "acc": [1]}}, None)
     assert "curves.png cannot be drawn: ValueError" in caplog.text
 
@@ -105,7 +105,7 @@ def test_without_a_terminal(root, tmp_path, stream):
             mock.patch.multiple(sys, argv=argv, stdout=out, stderr=errors),
             pytest.raises(SystemExit) as end,
         ):
-            cli.run(module.main)
+            common.run(module.main)
         assert (end.value.code or 0) == code
     if errors:
         assert "training is complete" in out.text
@@ -157,9 +157,9 @@ import mit_semseg.models, mit_semseg.dataset, mit_semseg.config, mit_semseg.engi
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.models import ModelBuilder
 ModelBuilder.build_decoder("c1", fc_dim=8)
-from mit_semseg.apps import cli
-from mit_semseg.evaluation.upsampling import label_map_of
-cli.run(lambda: label_map_of([torch.zeros(2, 4, 4)], (8, 8)))
+from mit_semseg.cli import common as cli
+from mit_semseg.evaluation.label_map import label_map_from_logits
+common.run(lambda: label_map_from_logits([torch.zeros(2, 4, 4)], (8, 8)))
 """
     done = program(code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 2, done.stderr
@@ -239,7 +239,7 @@ def test_errors_of_the_exchange_are_translated(error, monkeypatch):
     def fail():
         raise error
 
-    with pytest.raises(ProcessStopped, match="bn1: process 1 of 2 waited"):
+    with pytest.raises(ProcessGroupError, match="bn1: process 1 of 2 waited"):
         _collective(fail, None, "bn1")
 
 
@@ -273,7 +273,7 @@ def test_strict_float32_changes_nothing_else_and_restores_what_it_found(old, mon
     try:
         for value in values:
             setattr(switch, name, value)
-            with View(precision="fp32").arithmetic("cuda"):
+            with InferenceOptions(precision="fp32").arithmetic("cuda"):
                 assert cudnn.benchmark
                 assert cudnn.deterministic
                 if hasattr(cudnn, "conv"):
@@ -292,11 +292,11 @@ def test_devices_by_any_name(monkeypatch):
 def test_what_a_device_cannot_do_is_refused_before_training(monkeypatch):
     cfg = load_config(None, ["MODEL.norm", "inplace"])
     with pytest.raises(UserError, match=r"MODEL\.norm inplace .* mps"):
-        building.build_module(cfg, torch.device("mps"))
+        build.build_module(cfg, torch.device("mps"))
     cfg = load_config(None, ["TRAIN.amp", "bf16"])
-    monkeypatch.setattr("mit_semseg.apps.building.lacks_bfloat16", lambda device: True)
+    monkeypatch.setattr("mit_semseg.build.lacks_bfloat16", lambda device: True)
     with pytest.raises(UserError, match=r"TRAIN\.amp bf16: cuda:0 .* fp16"):
-        building.build_module(cfg, torch.device("cuda:0"))
+        build.build_module(cfg, torch.device("cuda:0"))
     monkeypatch.setattr("mit_semseg.evaluation.network.lacks_bfloat16", lambda device: True)
     with pytest.raises(UserError, match=r"INFERENCE\.precision bf16: cuda:0"):
         prepared(tiny_module(), "cuda:0", precision="bf16")
@@ -328,7 +328,7 @@ def test_nothing_of_the_program_around_is_changed(root, tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
     few = Segmenter(tiny_module(), class_table("", 3), options())
     for flip in (False, True):
-        Segmenter(tiny_module(), class_table("", 3), options(), view=View(flip=flip))(picture).overlay()
+        Segmenter(tiny_module(), class_table("", 3), options(), view=InferenceOptions(flip=flip))(picture).overlay()
     few(picture).save(tmp_path / "a", [".png", "_index.png"])
     assert state() == before
 
@@ -351,13 +351,13 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from scenes import options, tiny_module
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, fit
+from mit_semseg.engine import MaskedNLLLoss, RunFolder, Settings, build_optimizer, fit
 if __name__ == "__main__":
     torch.set_num_threads(1)
     module, data = tiny_module(crit=MaskedNLLLoss()), Path(sys.argv[1])
     settings = Settings(num_epoch=1, epoch_iters=2, eval_epoch=1, workers=1, timeout=60)
     val, devices = ValDataset(data, "val", options()), [torch.device("cpu")] * 2
-    folder = RunFiles(sys.argv[3])
+    folder = RunFolder(sys.argv[3])
     train, optimizer = TrainDataset(data, "train", options()), build_optimizer(module.encoder, module.decoder)
     fit(module, optimizer, train, folder, settings, devices=devices, val_dataset=val)
 """

@@ -8,7 +8,7 @@ import torch
 from test_segmenter import write_weights
 
 from mit_semseg.lib.utils import UserError
-from mit_semseg.models.published import PUBLISHED
+from mit_semseg.models.pretrained import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +36,7 @@ def test_a_classifier_is_started_anew(tmp_path, monkeypatch):
     write_weights(tmp_path / "pytorch" / name, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
     monkeypatch.setenv("MIT_SEMSEG_MIRROR", tmp_path.as_uri())
     monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
-    module = torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", num_class=7, new_head=True)
+    module = torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", num_class=7, reset_classifier=True)
     with torch.inference_mode():
         assert module({"img_data": torch.randn(1, 3, 64, 64)}, segSize=(64, 64)).shape == (1, 7, 64, 64)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scenes import tiny_module
 
-from mit_semseg.evaluation import inference, windows
-from mit_semseg.evaluation.inference import View, label_map, multi_scale_scores
-from mit_semseg.evaluation.windows import score_strips, window_starts
+from mit_semseg.evaluation import inference, sliding_window
+from mit_semseg.evaluation.inference import InferenceOptions, label_map, multi_scale_scores
+from mit_semseg.evaluation.sliding_window import score_strips, window_starts
 from mit_semseg.models import ModelBuilder, SegmentationModule
 
 CLASSES = 4
@@ -46,8 +46,8 @@ def picture(height, width, seed=0):
 def test_windows_of_a_pointwise_network_are_the_whole_picture(size, window, overlap, flip):
     """What does not look around does not notice the windows, whatever their size and overlap."""
     model, x = Local(), picture(*size)
-    expected = multi_scale_scores(model, [x], size, view=View(flip=flip))
-    scores = multi_scale_scores(model, [x], size, view=View(flip, window, overlap))
+    expected = multi_scale_scores(model, [x], size, view=InferenceOptions(flip=flip))
+    scores = multi_scale_scores(model, [x], size, view=InferenceOptions(flip, window, overlap))
     torch.testing.assert_close(scores, expected)
 
 
@@ -66,7 +66,7 @@ def test_interior_pixels_agree_with_the_whole_picture():
     """A network that sees 3 pixels around each gives the same where no window's border is that near."""
     model, x, reach = Local(reach=3), picture(60, 90), 3
     expected = multi_scale_scores(model, [x], (60, 90))
-    scores = multi_scale_scores(model, [x], (60, 90), view=View(window=(24, 30), overlap=0.25))
+    scores = multi_scale_scores(model, [x], (60, 90), view=InferenceOptions(window=(24, 30), overlap=0.25))
     untouched = torch.ones(60, 90, dtype=torch.bool)
     for axis, window, length in ((0, 24, 60), (1, 30, 90)):
         for start in window_starts(length, window, 0.25):
@@ -88,7 +88,7 @@ def test_overlaps_are_averaged():
             region = np.s_[..., top : top + height, left : left + width]
             total[region] += model({"img_data": x[region]}, segSize=(height, width))[0]
             count[region] += 1
-    scores = multi_scale_scores(model, [x], (40, 33), view=View(window=(height, width), overlap=overlap))
+    scores = multi_scale_scores(model, [x], (40, 33), view=InferenceOptions(window=(height, width), overlap=overlap))
     torch.testing.assert_close(scores, total / count)
     assert count.max() >= 4
 
@@ -96,10 +96,10 @@ def test_overlaps_are_averaged():
 @pytest.mark.parametrize("strip", [1, 7, 64])
 def test_scales_and_mirroring_with_windows(strip, monkeypatch):
     """Every scale through its windows, resized to the picture, averaged: the same by whole tensors."""
-    monkeypatch.setattr(windows, "STRIP", strip)
+    monkeypatch.setattr(sliding_window, "STRIP", strip)
     model, size = Local(reach=1), (37, 53)
     scales = [picture(*s) for s in ((24, 40), (37, 53), (80, 112))]
-    view = View(flip=True, window=(20, 24), overlap=0.4)
+    view = InferenceOptions(flip=True, window=(20, 24), overlap=0.4)
     expected = 0
     for x in scales:
         own = multi_scale_scores(model, [x], tuple(x.shape[-2:]), view=view)
@@ -120,7 +120,7 @@ def test_label_maps_of_a_module_are_those_of_its_scores(decoder):
     size = (45, 61)
     for scales in ([(48, 64)], [(32, 40), (48, 64), (72, 96)]):
         item = {"img_ori": np.zeros((*size, 3), np.uint8), "img_data": [picture(*s).float() for s in scales]}
-        for view in (View(), View(flip=True)):
+        for view in (InferenceOptions(), InferenceOptions(flip=True)):
             labels = torch.from_numpy(label_map(module, item, view=view))
             scores = multi_scale_scores(module, item["img_data"], size, view=view)
             assert labels.unique().numel() > 1
@@ -131,23 +131,24 @@ def test_mirroring_is_the_mean_of_both_views():
     model, x = Local(reach=2), picture(20, 31)
     flipped = multi_scale_scores(model, [x.flip(-1)], (20, 31)).flip(-1)
     expected = (multi_scale_scores(model, [x], (20, 31)) + flipped) / 2
-    torch.testing.assert_close(multi_scale_scores(model, [x], (20, 31), view=View(flip=True)), expected)
+    torch.testing.assert_close(multi_scale_scores(model, [x], (20, 31), view=InferenceOptions(flip=True)), expected)
 
 
 def test_windows_bound_what_the_network_sees():
     model = Local(reach=1)
     item = {"img_ori": np.zeros((50, 70, 3), np.uint8), "img_data": [picture(50, 70), picture(20, 28)]}
-    label_map(model, item, view=View(window=(32, 32)))
+    label_map(model, item, view=InferenceOptions(window=(32, 32)))
     assert set(model.sizes) == {(32, 32), (20, 28)}
 
 
 def test_a_real_network_through_windows():
     module = tiny_module().double().eval()
     item = {"img_ori": np.zeros((45, 61, 3), np.uint8), "img_data": [picture(48, 64)]}
-    assert label_map(module, item, view=View(flip=True, window=(32, 32))).shape == (45, 61)
+    assert label_map(module, item, view=InferenceOptions(flip=True, window=(32, 32))).shape == (45, 61)
     item["img_ori"] = np.zeros((48, 64, 3), np.uint8)  # a window as large as the picture changes nothing
     assert np.array_equal(
-        label_map(module, item, view=View(flip=True, window=(48, 64))), label_map(module, item, view=View(flip=True))
+        label_map(module, item, view=InferenceOptions(flip=True, window=(48, 64))),
+        label_map(module, item, view=InferenceOptions(flip=True)),
     )
 
 
@@ -155,17 +156,17 @@ def test_a_real_network_through_windows():
 @pytest.mark.parametrize("decoder", ["c1", "psp"])
 def test_windows_keep_logits_and_give_probabilities(decoder, elements, monkeypatch):
     """The same as from every window's whole probabilities, also with aligned corners."""
-    monkeypatch.setattr(windows, "ELEMENTS", elements)
+    monkeypatch.setattr(sliding_window, "ELEMENTS", elements)
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=4, in_channels=encoder.out_channels)
     module = SegmentationModule(encoder, dec, None).double().eval()
-    x, view = picture(70, 90), View(window=(48, 40), overlap=0.3, flip=True)
+    x, view = picture(70, 90), InferenceOptions(window=(48, 40), overlap=0.3, flip=True)
     expected = multi_scale_scores(lambda feed, segSize: module(feed, segSize=segSize), [x], (60, 75), view=view)
     torch.testing.assert_close(multi_scale_scores(module, [x], (60, 75), view=view), expected)
 
 
-@pytest.mark.parametrize("view", [View(), View(flip=True), View(window=(32, 32))])
+@pytest.mark.parametrize("view", [InferenceOptions(), InferenceOptions(flip=True), InferenceOptions(window=(32, 32))])
 def test_several_pictures_at_a_time_are_the_same(view, monkeypatch):
     """Pictures of one size in one batch, as on a GPU; others and windows one after the other."""
     module = tiny_module().double().eval()

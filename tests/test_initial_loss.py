@@ -39,6 +39,6 @@ def test_a_reset_classifier_starts_near_that_loss(name, tmp_path):
     trained = ModelBuilder.build_decoder(name, fc_dim=2048, num_class=150)
     torch.save(trained.state_dict(), tmp_path / "decoder.pth")
     decoder = ModelBuilder.build_decoder(name, fc_dim=2048, num_class=2)
-    load_weights(decoder, tmp_path / "decoder.pth", new_head=True)
+    load_weights(decoder, tmp_path / "decoder.pth", reset_classifier=True)
     for loss in losses(decoder, 2):
         assert loss < math.log(2) + ROOM

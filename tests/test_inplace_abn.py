@@ -15,13 +15,13 @@ from mit_semseg.lib.nn import (
     InPlaceABNSync,
     UserScatteredDataParallel,
     convert_sync_batchnorm,
-    normalize,
+    sync_stats,
     to_batchnorm,
 )
 from mit_semseg.lib.nn.inplace_abn import ACTIVATIONS, Activation, NormalizeInPlace
-from mit_semseg.lib.nn.normalize import Meeting, Normalize
+from mit_semseg.lib.nn.sync_stats import Normalize, SyncStatistics
 from mit_semseg.models.layers import NORMS
-from mit_semseg.models.reading import WeightsError
+from mit_semseg.models.weight_files import WeightsError
 from mit_semseg.models.weights import load_weights
 
 SHAPE = (3, 4, 5, 6)
@@ -69,7 +69,7 @@ def gradients(module, tensors, factor):
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_equals_batch_norm_then_activation(activation, affine, with_shortcut, block, monkeypatch):
-    monkeypatch.setattr(normalize, "BLOCK", block)
+    monkeypatch.setattr(sync_stats, "BLOCK", block)
     norm = norm_of(activation, affine=affine)
     reference = Reference(norm)
     tensors = [torch.randn(SHAPE, dtype=torch.float64) * 2 + 5]
@@ -235,7 +235,7 @@ def test_replicas_on_different_devices(function):
         ctx = SimpleNamespace()
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
         options = (Activation(), 2, False) if function is NormalizeInPlace else ()
-        outputs = function.forward(ctx, Meeting(1e-5, alone=True), *options, *inputs, *affine)
+        outputs = function.forward(ctx, SyncStatistics(1e-5, alone=True), *options, *inputs, *affine)
         gradients = function.backward(ctx, *(torch.ones_like(y) for y in outputs))
         assert [y.device for y in outputs] == devices
         assert [g.device for g in gradients if g is not None] == devices * 3

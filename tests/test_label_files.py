@@ -12,7 +12,7 @@ from scenes import options
 
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.doctor import diagnose
-from mit_semseg.dataset.files import ImageFileError, image_size, read_image, read_label
+from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label
 
 HEIGHT, WIDTH = 6, 13  # rows end inside a byte
 ORIENTATION = 0x0112

@@ -162,7 +162,7 @@ REDUCED = {
     "MODEL.arch_encoder": "mobilenetv2dilated",
     "DATASET.crop_size": 49,
     "DATASET.imgSizes": "[48]",
-    "INFERENCE.window": (33, 64),
+    "INFERENCE.window_size": (33, 64),
     "INFERENCE.flip": True,
     "TRAIN.batch_size_per_gpu": 1,
     "TRAIN.num_epoch": 2,

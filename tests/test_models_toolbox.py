@@ -10,7 +10,7 @@ from golden import fill_value, golden, golden_input, sample
 from mit_semseg.lib.nn import InPlaceABNSync
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.layers import resize
-from mit_semseg.models.reading import WeightsError
+from mit_semseg.models.weight_files import WeightsError
 
 GOLD, KEYS = golden("golden_toolbox")["models"], golden("state_dict_keys_toolbox")
 ARCHITECTURES = {"pspnet": "psp_deepsup", "deeplabv3": "aspp_deepsup"}
@@ -94,6 +94,6 @@ def test_a_network_that_does_not_fit_is_refused(network, tmp_path):
     with pytest.raises(WeightsError, match="another number of classes"):
         ModelBuilder.build_decoder(ARCHITECTURES[name], fc_dim=2048, num_class=20, weights=str(path))
     decoder = ModelBuilder.build_decoder(
-        ARCHITECTURES[name], fc_dim=2048, num_class=20, weights=str(path), new_head=True
+        ARCHITECTURES[name], fc_dim=2048, num_class=20, weights=str(path), reset_classifier=True
     )
     assert decoder.conv_last.out_channels == 20

@@ -7,7 +7,7 @@ import torch
 from near import assert_near
 from test_folding import lively
 
-from mit_semseg.evaluation import View, label_map, network
+from mit_semseg.evaluation import InferenceOptions, label_map, network
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
 
@@ -29,7 +29,7 @@ def logits_of(module, view, device="cpu"):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_bfloat16_is_close(decoder):
     module = module_of("resnet18", decoder)
-    exact, rounded = logits_of(module, View()), logits_of(module, View(precision="bf16"))
+    exact, rounded = logits_of(module, InferenceOptions()), logits_of(module, InferenceOptions(precision="bf16"))
     assert rounded.dtype == torch.float32  # the classifier's; the network before it has 16 bits
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
 
@@ -38,7 +38,7 @@ def test_bfloat16_is_close(decoder):
 @pytest.mark.parametrize("encoder", ["mobilenetv2dilated", "resnet50_v1", "hrnetv2", "vgg16_dilated8"])
 def test_a_network_of_16_bits_sees_the_picture_as_it_is(encoder):
     """Colours of 8 bits are finer than bfloat16 numbers."""
-    network = View(precision="bf16").network(module_of(encoder, "c1"))
+    network = InferenceOptions(precision="bf16").network(module_of(encoder, "c1"))
     exact, rounded = (network.logits({"img_data": x}) for x in (PICTURE, PICTURE.bfloat16().float()))
     assert not torch.equal(exact, rounded)
     kinds = [part.weight.dtype for part in network.modules() if isinstance(part, torch.nn.Conv2d)]
@@ -46,7 +46,9 @@ def test_a_network_of_16_bits_sees_the_picture_as_it_is(encoder):
     assert kinds.count(torch.bfloat16) == len(kinds) - 2
 
 
-@pytest.mark.parametrize("view", [View(precision="bf16"), View(precision="bf16", window=(40, 40), flip=True)])
+@pytest.mark.parametrize(
+    "view", [InferenceOptions(precision="bf16"), InferenceOptions(precision="bf16", window=(40, 40), flip=True)]
+)
 def test_probabilities_are_float32(view):
     model = view.network(module_of("resnet18", "c1"))
     scores = model({"img_data": PICTURE}, segSize=(64, 72))
@@ -59,7 +61,7 @@ def test_probabilities_are_float32(view):
 def test_the_module_itself_stays_as_it_is():
     module = module_of("resnet18", "c1")
     before = copy.deepcopy(module.state_dict())
-    View(precision="bf16").network(module)
+    InferenceOptions(precision="bf16").network(module)
     assert {value.dtype for value in module.parameters()} == {torch.float32}
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
@@ -67,15 +69,15 @@ def test_the_module_itself_stays_as_it_is():
 @pytest.mark.long
 def test_compiled_is_the_same():
     module = module_of("resnet18", "c1")
-    assert_near(logits_of(module, View(compiled=True)), logits_of(module, View()))
+    assert_near(logits_of(module, InferenceOptions(compiled=True)), logits_of(module, InferenceOptions()))
 
 
 def test_what_a_processor_lacks_is_said(monkeypatch, caplog):
     module = module_of("resnet18", "c1")
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        View(precision="fp16").network(module)
+        InferenceOptions(precision="fp16").network(module)
     monkeypatch.setattr(network, "cpu_has_bfloat16", lambda: False)
-    View(precision="bf16").network(module)
+    InferenceOptions(precision="bf16").network(module)
     assert "no bfloat16 instructions" in caplog.text
 
 
@@ -88,5 +90,7 @@ def test_prepared_networks_have_the_same_probabilities(pair):
         scale = 10 / module.logits({"img_data": PICTURE}).abs().max()
         last.weight.mul_(scale)
         last.bias.mul_(scale)
-        prepared, plain = (m({"img_data": PICTURE}, segSize=(64, 72)) for m in (View().network(module), module))
+        prepared, plain = (
+            m({"img_data": PICTURE}, segSize=(64, 72)) for m in (InferenceOptions().network(module), module)
+        )
     assert (prepared - plain).abs().max() < 2e-5

@@ -11,7 +11,7 @@ from runs import SMALL, here, same, words
 from scenes import options, tiny_module, write_data_set
 
 from mit_semseg.dataset import TrainDataset
-from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit, train_step
+from mit_semseg.engine import MaskedNLLLoss, Processes, RunFolder, Settings, build_optimizer, fit, train_step
 from mit_semseg.engine.checkpoint import read_resume
 from mit_semseg.engine.distributed import Place, parallel
 from mit_semseg.engine.loop import TrainingStopped
@@ -41,7 +41,7 @@ def trained(root, folder, numbers, norm=lambda module: module, **changes):
     dataset = TooLarge(root, "train", options(), 2)
     dataset.numbers = frozenset(numbers)
     optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.05, lr_decoder=0.05)
-    return fit(module, optimizer, dataset, RunFiles(folder), settings, devices=[CPU], resume="auto")
+    return fit(module, optimizer, dataset, RunFolder(folder), settings, devices=[CPU], resume="auto")
 
 
 def finite(state):

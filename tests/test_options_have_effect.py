@@ -12,12 +12,13 @@ from runs import SMALL, in_process, same, weights, words
 from scenes import write_pairs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mit_semseg.apps import building
+from mit_semseg import build
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
 from mit_semseg.engine import MaskedNLLLoss, distributed
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import SegmentationModule
+from mit_semseg.predict import segmenter
 
 SIZES = [(60, 40), (40, 60), (52, 44), (44, 64)]
 
@@ -188,13 +189,13 @@ def effect_of_flip(runs, baseline):
 
 def effect_of_window(runs, baseline):
     plain = evaluated(runs, baseline), looked_at(runs, baseline)
-    windows = {"INFERENCE.window": (32, 40)}
+    windows = {"INFERENCE.window_size": (32, 40)}
     assert evaluated(runs, baseline, **windows)["iou_per_class"] != plain[0]["iou_per_class"]
     assert looked_at(runs, baseline, **windows) != plain[1]
 
 
 def effect_of_overlap(runs, baseline):
-    maps = [looked_at(runs, baseline, **{"INFERENCE.window": 32, "INFERENCE.overlap": n}) for n in (0, 0.8)]
+    maps = [looked_at(runs, baseline, **{"INFERENCE.window_size": 32, "INFERENCE.window_overlap": n}) for n in (0, 0.8)]
     assert maps[0] != maps[1]
 
 
@@ -301,9 +302,9 @@ def effect_of_pretrained(runs, baseline):
 
 def effect_of_new_head(runs, baseline):
     changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
-    with pytest.raises(UserError, match=r"MODEL\.new_head True"):
+    with pytest.raises(UserError, match=r"MODEL\.reset_classifier True"):
         runs.train(**changes)
-    folder = runs.train(**changes, **{"MODEL.new_head": True})
+    folder = runs.train(**changes, **{"MODEL.reset_classifier": True})
     assert "started anew (other number of classes): conv_last.weight" in (folder / "log.txt").read_text()
 
 
@@ -324,7 +325,7 @@ def effect_of_workers(runs, baseline):
 
 
 def effect_of_timeout(runs, baseline):
-    assert [loader_of(runs, TRAIN__workers=1, TRAIN__timeout=n).timeout for n in (7.5, 60)] == [7.5, 60]
+    assert [loader_of(runs, TRAIN__workers=1, RUNTIME__timeout=n).timeout for n in (7.5, 60)] == [7.5, 60]
     with distributed.join(torch.device("cpu"), 7.5) as processes:
         assert processes.timeout == 7.5  # that of the replicas of one process
 
@@ -374,12 +375,18 @@ def effect_of_deterministic(runs, baseline):
 
 def effect_of_recompute(runs, baseline):
     """The same weights; see test_recompute.py for what is kept in memory."""
-    folder = runs.train(TRAIN__recompute=True)
+    folder = runs.train(TRAIN__activation_checkpointing=True)
     assert same(weights(folder), weights(baseline))
     with pytest.raises(UserError, match=r"TRAIN\.recompute True is for encoders of blocks"):
-        runs.train(TRAIN__recompute=True, MODEL__norm="inplace")
+        runs.train(TRAIN__activation_checkpointing=True, MODEL__norm="inplace")
     with pytest.raises(UserError, match="start a process per device"):
-        in_process("train", runs.monkeypatch, "--gpus", "cpu,cpu", *words(runs.options({"TRAIN.recompute": True})))
+        in_process(
+            "train",
+            runs.monkeypatch,
+            "--gpus",
+            "cpu,cpu",
+            *words(runs.options({"TRAIN.activation_checkpointing": True})),
+        )
 
 
 def effect_of_train_compile(runs, baseline):
@@ -393,17 +400,17 @@ def effect_of_train_compile(runs, baseline):
         patch.setattr(torch, "compile", compiler)
         runs.train(TRAIN__compile=True)
     assert len(sizes) == 6
-    assert all(side % building.COMPILED_SIZES == 0 for size in sizes for side in size)
+    assert all(side % build.COMPILED_SIZES == 0 for size in sizes for side in size)
     with pytest.raises(UserError, match=r"TRAIN\.compile does not work with several devices of one process"):
         in_process("train", runs.monkeypatch, "--gpus", "cpu,cpu", *words(runs.options({"TRAIN.compile": True})))
 
 
 def effect_of_channels_last(runs, baseline):
     cfg = load_config(None, words(runs.options({"TRAIN.channels_last": True})))
-    module = building.build_module(cfg, torch.device("cpu"))
+    module = build.build_module(cfg, torch.device("cpu"))
     weight = module.decoder.cbr[0].weight
     assert not weight.is_contiguous(memory_format=torch.channels_last)
-    building.build_training(cfg, module, 12, 1)
+    build.build_training(cfg, module, 12, 1)
     assert module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
     # The same sums in another order: the first step agrees, later ones drift apart as any rounding does.
     once = {"TRAIN.disp_iter": 1, "TRAIN.num_epoch": 1, "TRAIN.epoch_iters": 1}
@@ -518,9 +525,8 @@ def effect_of_test_result(runs, baseline):
 
 
 def effect_of_test_batch_size(runs, baseline):
-    from mit_semseg.apps import predictor
 
-    results = sizes_of_batches(runs, predictor, lambda size: segmented(runs, baseline, **{"TEST.batch_size": size}))
+    results = sizes_of_batches(runs, segmenter, lambda size: segmented(runs, baseline, **{"TEST.batch_size": size}))
     assert results[0] == results[1]
 
 
@@ -531,8 +537,8 @@ OTHER_EFFECTS = {
     "TRAIN.visualize": effect_of_train_visualize,
     "VAL.num_val": effect_of_num_val,
     "INFERENCE.flip": effect_of_flip,
-    "INFERENCE.window": effect_of_window,
-    "INFERENCE.overlap": effect_of_overlap,
+    "INFERENCE.window_size": effect_of_window,
+    "INFERENCE.window_overlap": effect_of_overlap,
     "INFERENCE.precision": effect_of_precision,
     "DATASET.eval_resize": effect_of_eval_resize,
     "INFERENCE.compile": effect_of_inference_compile,
@@ -546,13 +552,13 @@ OTHER_EFFECTS = {
     "DATASET.max_bytes": effect_of_max_bytes,
     "MODEL.fc_dim": effect_of_fc_dim,
     "MODEL.pretrained": effect_of_pretrained,
-    "MODEL.new_head": effect_of_new_head,
+    "MODEL.reset_classifier": effect_of_new_head,
     "TRAIN.start_epoch": effect_of_start_epoch,
     "TRAIN.workers": effect_of_workers,
-    "TRAIN.timeout": effect_of_timeout,
+    "RUNTIME.timeout": effect_of_timeout,
     "TRAIN.disp_iter": effect_of_disp_iter,
     "TRAIN.channels_last": effect_of_channels_last,
-    "TRAIN.recompute": effect_of_recompute,
+    "TRAIN.activation_checkpointing": effect_of_recompute,
     "TRAIN.deterministic": effect_of_deterministic,
     "TRAIN.compile": effect_of_train_compile,
     "TRAIN.eval_epoch": effect_of_eval_epoch,

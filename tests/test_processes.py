@@ -22,15 +22,15 @@ from processes import (
 from runs import Job, here, script, words
 from scenes import options, tiny_module, write_pairs
 
-from mit_semseg.apps import cli, devices
-from mit_semseg.apps.sharing import Share, share_out
+from mit_semseg.cli import common, devices
+from mit_semseg.cli.workers import Share, share_out
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.dataset.loading import make_loader
-from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit, freeze_batch_norm
+from mit_semseg.dataset.loader import make_loader
+from mit_semseg.engine import MaskedNLLLoss, Processes, RunFolder, Settings, build_optimizer, fit, freeze_batch_norm
 from mit_semseg.engine.distributed import Place
 from mit_semseg.engine.loop import TrainingStopped
 from mit_semseg.evaluation.evaluator import read_items
-from mit_semseg.lib.nn import recompute
+from mit_semseg.lib.nn import enable_activation_checkpointing
 from mit_semseg.lib.utils import UserError
 
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def trained(
         if frozen:
             freeze_batch_norm(module)
         if recomputed:
-            assert recompute(module.encoder) == 1
+            assert enable_activation_checkpointing(module.encoder) == 1
         data = dataset or TrainDataset(
             root, "train", options(imgSizes=(40,), random_flip=False), batch_per_gpu=batch_size
         )
@@ -63,7 +63,7 @@ def trained(
             module,
             optimizer,
             _Doubles(data),
-            RunFiles(folder),
+            RunFolder(folder),
             Settings(**{"num_epoch": 1, "epoch_iters": 20, "disp_iter": 1, **settings}),
             devices=[CPU] * devices,
             processes=processes,
@@ -313,7 +313,7 @@ def test_shares_know_how_many_of_them_are_on_this_machine(monkeypatch):
     job = SimpleNamespace(size=16, rank=9, place=place, collect=lambda own, *_, **__: [own])
     (share,) = share_out(lambda share, send: share, [CPU], job, 100)
     assert share == Share(CPU, 9, 16, 8)
-    monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 64)
+    monkeypatch.setattr("mit_semseg.dataset.loader.available_cores", lambda: 64)
     loaders = []
 
     def seen(*arguments, **options):
@@ -342,7 +342,7 @@ def test_every_process_of_a_job_takes_a_device_of_its_own(monkeypatch):
     with pytest.raises(UserError, match=r"started 2 processes on this machine, .* there are gpu4: start fewer"):
         devices.pick_devices("4")
     with pytest.raises(UserError, match="under torchrun use eval"):
-        cli.refuse_torchrun("under torchrun use eval.py")
+        common.refuse_torchrun("under torchrun use eval.py")
 
 
 def test_a_process_takes_the_gpu_that_its_launcher_assigned(monkeypatch):
@@ -363,9 +363,9 @@ def test_a_process_takes_the_gpu_that_its_launcher_assigned(monkeypatch):
 
 
 def test_processes_share_the_cores(monkeypatch):
-    monkeypatch.setattr("mit_semseg.dataset.loading.available_cores", lambda: 8)
+    monkeypatch.setattr("mit_semseg.dataset.loader.available_cores", lambda: 8)
     dataset = ValDataset.__new__(ValDataset)
-    dataset.records, dataset.left_out = list(range(7)), []
+    dataset.records, dataset.skipped = list(range(7)), []
     assert [make_loader(dataset, workers=16, processes=n).num_workers for n in (1, 2, 3, 16)] == [8, 4, 2, 1]
     assert make_loader(dataset, workers=0).num_workers == 0
-    assert [dataset.part(i, 3).records for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [dataset.shard(i, 3).records for i in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]

@@ -7,7 +7,7 @@ import torch
 
 from mit_semseg.engine import MaskedNLLLoss, Processes
 from mit_semseg.engine.distributed import parallel
-from mit_semseg.lib.nn import recompute
+from mit_semseg.lib.nn import enable_activation_checkpointing
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import NORMS
@@ -41,7 +41,7 @@ def test_a_step_is_the_same(name, norm):
     module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).double().train()
     feed = {"img_data": torch.randn(2, 3, 64, 64).double(), "seg_label": torch.randint(-1, 3, (2, 8, 8))}
     other = copy.deepcopy(module)
-    assert recompute(other.encoder) == {"mobilenetv2dilated": 1}.get(name, 4)
+    assert enable_activation_checkpointing(other.encoder) == {"mobilenetv2dilated": 1}.get(name, 4)
     (plain, much), (again, little) = step(module, feed), step(other, feed)
     for key, value in plain.items():
         torch.testing.assert_close(again[key], value, msg=key)
@@ -50,7 +50,7 @@ def test_a_step_is_the_same(name, norm):
 
 def test_nothing_is_computed_again_in_inference():
     encoder, calls = ModelBuilder.build_encoder("resnet18", pretrained=False), []
-    recompute(encoder)
+    enable_activation_checkpointing(encoder)
     encoder.layer2[0].register_forward_pre_hook(lambda *_: calls.append(1))
     x = torch.randn(1, 3, 32, 32)
     encoder.eval()(x)[0].sum().backward()
@@ -61,6 +61,6 @@ def test_nothing_is_computed_again_in_inference():
 
 def test_replicas_of_one_process_are_refused():
     module = ModelBuilder.build_encoder("resnet18", pretrained=False)
-    recompute(module)
+    enable_activation_checkpointing(module)
     with pytest.raises(UserError, match="does not work with several devices of one process"):
         parallel(module, [torch.device("cpu")] * 2, Processes())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mit_semseg.apps.report import confused_pairs, write_report
+from mit_semseg.cli.report import confused_pairs, write_report
 from mit_semseg.dataset import class_table
 from mit_semseg.evaluation import SegmentationMetric
 from mit_semseg.evaluation.evaluator import Evaluation, Score

@@ -16,15 +16,7 @@ from test_training import CPU, run
 from torch import nn
 
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.engine import (
-    CheckpointError,
-    MaskedNLLLoss,
-    RunFiles,
-    Settings,
-    build_optimizer,
-    checkpoint,
-    fit,
-)
+from mit_semseg.engine import CheckpointError, MaskedNLLLoss, RunFolder, Settings, build_optimizer, checkpoint, fit
 from mit_semseg.engine.checkpoint import read_resume, save_atomic
 from mit_semseg.engine.guards import Interruption, deterministic
 from mit_semseg.engine.loop import TrainingStopped
@@ -54,7 +46,7 @@ def test_resuming_keeps_new_rates_and_refuses_another_model(root, tmp_path):
     run(root, tmp_path, settings={"num_epoch": 1})
     module = tiny_module(crit=MaskedNLLLoss())
     module.decoder.cbr.append(nn.Dropout2d(0.2))
-    dataset, files = TrainDataset(root, "train", options()), RunFiles(tmp_path)
+    dataset, files = TrainDataset(root, "train", options()), RunFolder(tmp_path)
 
     def resumed(name="SGD", module=module):
         optimizer = build_optimizer(
@@ -87,7 +79,7 @@ def test_resuming_with_another_memory_format_keeps_the_optimizer_state(root, tmp
             parts = module.encoder, module.decoder
             optimizer = build_optimizer(*parts, name=name, lr_encoder=rates[name], lr_decoder=rates[name])
             settings = Settings(num_epoch=2, epoch_iters=3, channels_last=channels_last)
-            files = RunFiles(folder)
+            files = RunFolder(folder)
             if epoch < len(formats):
                 settings = replace(settings, num_epoch=epoch)
             done = fit(module, optimizer, dataset, files, settings, devices=[CPU], resume="auto")
@@ -138,7 +130,7 @@ def test_weights_that_are_not_finite_are_not_saved(root, tmp_path):
     with pytest.raises(
         TrainingStopped, match=r"step 5: \S+ is not finite any more.* epoch_1\.pth .*resume\.pth\. A smaller"
     ):
-        fit(module, optimizer, dataset, RunFiles(tmp_path), settings, devices=[CPU], resume="auto")
+        fit(module, optimizer, dataset, RunFolder(tmp_path), settings, devices=[CPU], resume="auto")
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == kept
 
 
@@ -149,7 +141,7 @@ def test_another_length_of_epochs_writes_over_none(root, tmp_path):
     ):
         run(root, tmp_path, settings={"epoch_iters": 8}, resume="auto")
     run(root, tmp_path, settings={"epoch_iters": 2, "num_epoch": 5}, resume="auto")
-    assert RunFiles(tmp_path).epochs() == [1, 2, 4, 5]
+    assert RunFolder(tmp_path).epochs() == [1, 2, 4, 5]
 
 
 def test_what_a_killed_run_left_is_removed_wherever_it_is(root, tmp_path):
@@ -192,7 +184,7 @@ def test_the_second_run_in_a_folder_is_refused(root, tmp_path):
 
 
 def test_encoder_and_decoder_are_replaced_together(tmp_path, monkeypatch):
-    files, save = RunFiles(tmp_path), checkpoint._save
+    files, save = RunFolder(tmp_path), checkpoint._save
     files.save_weights(tiny_module(seed=0), "best.pth")
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -208,7 +200,7 @@ def test_encoder_and_decoder_are_replaced_together(tmp_path, monkeypatch):
 
 
 def test_nothing_is_written_over_unasked(root, tmp_path):
-    files = RunFiles(tmp_path)
+    files = RunFolder(tmp_path)
     run(root, tmp_path, settings={"num_epoch": 3, "eval_epoch": 1}, val_dataset=ValDataset(root, "val", options()))
     kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     elsewhere = tmp_path.parent / "elsewhere.pth"

@@ -189,7 +189,7 @@ def test_names_that_are_no_text(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "out" / os.fsdecode(b"M\xfcller.json")).read_text())
     assert told["image"] == str(folder / "images" / name)
-    done = here("mit_semseg.apps.fetch", "list", folder, "--root", folder, "--to", tmp_path / "list.odgt")
+    done = here("mit_semseg.cli.fetch", "list", folder, "--root", folder, "--to", tmp_path / "list.odgt")
     assert done.returncode == 0, done.stderr
     assert {Path(record["fpath_img"]).name for record in load_records(tmp_path / "list.odgt")} == {name, "01.png"}
     changes = {"DATASET.root_dataset": folder, "DATASET.list_val": tmp_path / "list.odgt", "VAL.visualize": True}
@@ -251,7 +251,7 @@ def test_help_shows_examples(name):
     assert done.stdout.count(f"python {name} ") >= 3
 
 
-TOOLS = ("demo", "export", "apps.fetch", "apps.catalog", "dataset.doctor", "dataset.synthetic")
+TOOLS = ("demo", "export", "cli.fetch", "dataset.doctor", "dataset.synthetic")
 
 
 @pytest.mark.parametrize("tool", TOOLS)

@@ -12,13 +12,13 @@ from runs import here
 
 import mit_semseg
 from mit_semseg import Segmenter
-from mit_semseg.apps.devices import auto_device, pick_devices
-from mit_semseg.apps.pictures import PictureError
+from mit_semseg.cli.devices import auto_device, pick_devices
 from mit_semseg.dataset import class_table
-from mit_semseg.dataset.files import ImageFileError
+from mit_semseg.dataset.image_io import ImageFileError
 from mit_semseg.evaluation import multi_scale_scores
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import ModelBuilder
+from mit_semseg.predict.images import UnsupportedImageError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
 NAMES = ("tree", "road", "sky")
@@ -111,7 +111,7 @@ def test_a_result_takes_the_place_of_nothing_but_results(segmenter, folder, tmp_
     assert alone.save(tmp_path / "out") == alone.save(tmp_path / "out") == [tmp_path / "out" / "1.png"]
 
 
-@pytest.mark.parametrize("view", [{}, {"INFERENCE.window": "32", "INFERENCE.flip": "True"}])
+@pytest.mark.parametrize("view", [{}, {"INFERENCE.window_size": "32", "INFERENCE.flip": "True"}])
 def test_probabilities(folder, view):
     opts = [word for pair in view.items() for word in pair]
     segmenter = Segmenter.from_config(folder / "own.yaml", opts=opts, device="cpu")
@@ -143,7 +143,7 @@ def test_probabilities(folder, view):
     ],
 )
 def test_anything_else_is_refused(segmenter, given, message):
-    with pytest.raises((PictureError, ImageFileError), match=message):
+    with pytest.raises((UnsupportedImageError, ImageFileError), match=message):
         segmenter(given)
 
 
@@ -192,7 +192,7 @@ def test_published_networks_by_name(tmp_path, monkeypatch):
 
 def test_the_published_options_are_those_of_the_recipes():
     from mit_semseg.config import load_config
-    from mit_semseg.models.published import published_options
+    from mit_semseg.models.pretrained import published_options
 
     for name in Segmenter.names():
         recipe, ours = (

@@ -13,13 +13,14 @@ from torch import nn
 
 from mit_semseg.lib.nn import (
     DataParallelWithCallback,
+    ReplicaError,
     ReplicaGroup,
-    ReplicaStopped,
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
     SynchronizedBatchNorm3d,
     UserScatteredDataParallel,
     convert_sync_batchnorm,
+    sync_stats,
     to_batchnorm,
 )
 
@@ -230,10 +231,9 @@ def test_an_empty_batch_leaves_the_estimates_alone():
 
 
 def test_blocks_do_not_change_the_result(monkeypatch):
-    from mit_semseg.lib.nn import normalize
 
     ours, plain = both(channels=7)
-    monkeypatch.setattr(normalize, "BLOCK", 40)
+    monkeypatch.setattr(sync_stats, "BLOCK", 40)
     assert_same(ours, plain, (2, 3), lambda n: torch.randn(n, 7, 5, 4, dtype=torch.float64))
 
 
@@ -306,10 +306,10 @@ class Late(nn.Module):
         ("fails", KeyError, "no such thing"),
         (
             "hangs",
-            ReplicaStopped,
+            ReplicaError,
             r"other: replica [02] of 3 waited for the others, but replica 1 did not arrive within 0\.5 s",
         ),
-        ("dawdles", ReplicaStopped, r"replica 1 did not finish within 0\.5 s of the others"),
+        ("dawdles", ReplicaError, r"replica 1 did not finish within 0\.5 s of the others"),
         ("strays", RuntimeError, "different ways .* replica 0 at other, replica 1 at norm"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_failing_meeting_wakes_everybody():
     for thread in threads:
         thread.join(timeout=5)
     assert isinstance(errors[0], ValueError)
-    assert isinstance(errors[1], ReplicaStopped)
+    assert isinstance(errors[1], ReplicaError)
 
 
 # Processes
@@ -406,4 +406,6 @@ def _one_never_comes(rank):
 def test_a_process_that_never_comes_is_reported(tmp_path):
     waited, slept = in_processes(2, tmp_path, _one_never_comes, timeout=1)
     assert slept == "slept"
-    assert "ProcessStopped: SynchronizedBatchNorm2d(3): process 0 of 2 waited for the others, but one ended" in waited
+    assert (
+        "ProcessGroupError: SynchronizedBatchNorm2d(3): process 0 of 2 waited for the others, but one ended" in waited
+    )

@@ -12,7 +12,7 @@ from mit_semseg.dataset import TrainDataset
 from mit_semseg.engine import (
     MaskedNLLLoss,
     Processes,
-    RunFiles,
+    RunFolder,
     Settings,
     build_optimizer,
     fit,
@@ -43,7 +43,7 @@ def run(root, folder, *, seed=0, dataset=None, **changes):
     module.decoder.cbr.append(nn.Dropout2d(0.2))  # so that the random state matters
     optimizer = build_optimizer(module.encoder, module.decoder, lr_encoder=0.05, lr_decoder=0.05)
     dataset = dataset or TrainDataset(root, "train", options(), batch_per_gpu=2)
-    done = fit(module, optimizer, dataset, RunFiles(folder), settings, devices=[CPU], **changes)
+    done = fit(module, optimizer, dataset, RunFolder(folder), settings, devices=[CPU], **changes)
     return done, weights(folder, f"epoch_{settings.num_epoch}.pth")
 
 

@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mit_semseg.evaluation import upsampling
-from mit_semseg.evaluation.upsampling import label_map_of
+from mit_semseg.evaluation.label_map import label_map_from_logits
 
 KINDS = ("noise", "trained", "nearly one-hot", "far apart")
 
@@ -42,7 +41,7 @@ def assert_same(labels, scores):
 def test_label_maps(kind, views, align_corners):
     size = (61, 83)
     logits = [logits_of(kind, 20, 8 + 3 * i, 11 + 2 * i, seed=i) for i in range(views)]
-    labels = label_map_of(logits, size, align_corners=align_corners)
+    labels = label_map_from_logits(logits, size, align_corners=align_corners)
     assert_same(labels, straightforward(logits, size, align_corners))
 
 
@@ -57,16 +56,16 @@ def test_label_maps(kind, views, align_corners):
 def test_any_size_up_and_down(classes, source, size, align_corners, double):
     logits = [logits_of("noise", classes, *s, seed=i) for i, s in enumerate(source)]
     logits = [x.double() if double else x for x in logits]
-    labels = label_map_of(logits, size, align_corners=align_corners)
+    labels = label_map_from_logits(logits, size, align_corners=align_corners)
     assert_same(labels, straightforward(logits, size, align_corners))
 
 
 @pytest.mark.parametrize("elements", [1, 500, 2**21])
 def test_strips_do_not_change_the_result(elements, monkeypatch):
     logits = [logits_of("trained", 7, 9, 12, seed=i) for i in range(2)]
-    whole = label_map_of(logits, (40, 50))
-    monkeypatch.setattr(upsampling, "ELEMENTS", elements)
-    assert torch.equal(label_map_of(logits, (40, 50)), whole)
+    whole = label_map_from_logits(logits, (40, 50))
+    monkeypatch.setattr("mit_semseg.evaluation.label_map.ELEMENTS", elements)
+    assert torch.equal(label_map_from_logits(logits, (40, 50)), whole)
 
 
 @pytest.mark.parametrize("classes", [2, 255, 256, 257, 1000])
@@ -74,7 +73,7 @@ def test_numbers_of_classes(classes):
     """Above 256 classes a byte does not hold the label."""
     logits = logits_of("noise", classes, 6, 7)
     logits[-1] += 0.5
-    labels = label_map_of([logits], (20, 30))
+    labels = label_map_from_logits([logits], (20, 30))
     assert_same(labels, straightforward([logits], (20, 30)))
     assert (labels == classes - 1).any()
 
@@ -82,15 +81,15 @@ def test_numbers_of_classes(classes):
 def test_the_first_of_equal_classes_wins():
     logits = torch.zeros(5, 3, 4)
     for views in (1, 2):
-        assert (label_map_of([logits] * views, (9, 9)) == 0).all()
+        assert (label_map_from_logits([logits] * views, (9, 9)) == 0).all()
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_low_precision(kind):
     logits = logits_of("trained", 9, 8, 8).to(kind)
-    assert_same(label_map_of([logits], (30, 30)), straightforward([logits.float()], (30, 30)))
+    assert_same(label_map_from_logits([logits], (30, 30)), straightforward([logits.float()], (30, 30)))
 
 
 def test_views_must_be_there():
     with pytest.raises(ValueError, match="no logits"):
-        label_map_of([], (3, 3))
+        label_map_from_logits([], (3, 3))

@@ -15,7 +15,7 @@ from runs import Job, here
 from test_segmenter import folder  # noqa: F401
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.video import USUAL_RATE, VideoError, is_video, output_path, segment_video
+from mit_semseg.predict.video import USUAL_RATE, VideoError, is_video, output_path, segment_video
 
 SIZE, RATE, FRAMES = (64, 48), 12.5, 10
 

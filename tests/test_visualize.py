@@ -5,21 +5,14 @@ import numpy as np
 from hypothesis import strategies as st
 from PIL import Image
 
-from mit_semseg.apps.plots import save_curves
-from mit_semseg.apps.visualize import (
-    ENDINGS,
-    class_shares,
-    colorEncode,
-    overlay,
-    panel,
-    result_names,
-)
+from mit_semseg.cli.plots import save_curves
 from mit_semseg.dataset import class_table
+from mit_semseg.predict.visualize import ENDINGS, class_fractions, colorEncode, overlay, panel, result_stems
 
 
 def test_names_of_results_never_meet():
     names = ["a.jpg", "a_overlay.jpg", "b.jpg", "x/b.jpg", "x/c.jpg", "x/c.png", "../x/d.jpg", "x/d.jpg", "/x/e.jpg"]
-    stems = result_names(names)
+    stems = result_stems(names)
     written = [f"{stem}{ending}" for stem in stems.values() for ending in ENDINGS]
     assert len(set(written)) == len(written)
     assert str(stems["b.jpg"]) == "b"
@@ -33,7 +26,7 @@ NAME = st.from_regex(r"(x/|X/|\.\./)?[abA](\.jpg|\.png|\.PNG|_overlay|_2){0,3}",
 @hypothesis.given(st.lists(NAME, unique=True, max_size=12))
 def test_names_of_any_results_never_meet(names):
     """Nor on disks that take capital letters for small ones."""
-    stems = result_names(names)
+    stems = result_stems(names)
     written = [f"{stem}{ending}".casefold() for stem in stems.values() for ending in ENDINGS]
     assert len(set(written)) == len(written)
 
@@ -42,7 +35,7 @@ def test_panel_overlay_and_shares():
     table = class_table("", 3)
     image, label = np.full((60, 80, 3), 90, np.uint8), np.zeros((60, 80), np.int64)
     label[:15], label[-15:] = 2, -1
-    assert class_shares(label, table) == [
+    assert class_fractions(label, table) == [
         {"class": "class 1", "index": 0, "share": 0.5, "color": table.colors[0].tolist()},
         {"class": "class 3", "index": 2, "share": 0.25, "color": table.colors[2].tolist()},
     ]

@@ -16,10 +16,10 @@ from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 from torch import nn
 
-from mit_semseg.engine import RunFiles
-from mit_semseg.models import ModelBuilder, published
-from mit_semseg.models.published import fetch_published
-from mit_semseg.models.reading import WeightsError, read_checkpoint, read_state_dict
+from mit_semseg.engine import RunFolder
+from mit_semseg.models import ModelBuilder, pretrained
+from mit_semseg.models.pretrained import download_published
+from mit_semseg.models.weight_files import WeightsError, read_checkpoint, read_state_dict
 from mit_semseg.models.weights import load_weights
 
 
@@ -130,7 +130,7 @@ def test_safetensors(tmp_path, monkeypatch):
 
 def test_a_history_with_numbers_of_numpy(tmp_path):
     """As programs wrote them that kept the means of NumPy."""
-    files, module = RunFiles(tmp_path), tiny_module()
+    files, module = RunFolder(tmp_path), tiny_module()
     files.save_weights(module, "epoch_2.pth")
     numbers = {
         "epoch": [np.float64(0.5), 1.0],
@@ -151,7 +151,7 @@ def test_a_published_recipe_downloads_its_weights(site, tmp_path, monkeypatch):
     name = "ade20k-mobilenetv2dilated-c1_deepsup"
     source = folder / "model" / "pytorch" / name
     source.mkdir(parents=True)
-    monkeypatch.setattr("mit_semseg.models.published.SHA256", {})
+    monkeypatch.setattr("mit_semseg.models.pretrained.SHA256", {})
     encoder = ModelBuilder.build_encoder("mobilenetv2dilated", pretrained=False)
     decoder = ModelBuilder.build_decoder("c1_deepsup", fc_dim=320)
     for part, module in (("encoder", encoder), ("decoder", decoder)):
@@ -180,9 +180,9 @@ def test_another_number_of_classes(tmp_path):
     torch.save(tiny_module(5).decoder.state_dict(), tmp_path / "d.pth")
     decoder = tiny_module(3, seed=1).decoder
     head = decoder.conv_last.weight.clone()
-    with pytest.raises(WeightsError, match=r"another number of classes.*MODEL\.new_head True"):
+    with pytest.raises(WeightsError, match=r"another number of classes.*MODEL\.reset_classifier True"):
         load_weights(decoder, tmp_path / "d.pth")
-    report = load_weights(decoder, tmp_path / "d.pth", new_head=True)
+    report = load_weights(decoder, tmp_path / "d.pth", reset_classifier=True)
     expected = [f"conv_last{branch}.{leaf}" for branch in ("", "_deepsup") for leaf in ("weight", "bias")]
     assert report.skipped == expected
     assert torch.equal(decoder.conv_last.weight, head)
@@ -278,7 +278,7 @@ def test_imagenet_base_from_the_mirror_then_from_the_cache(site, tmp_path):
     assert cached.is_file()
     (folder / "model" / "pretrained_resnet" / "resnet18-imagenet.pth").unlink()
     ModelBuilder.build_encoder("resnet18")  # from the cache
-    report = published.load_imagenet_base(encoder, "resnet18dilated")
+    report = pretrained.load_imagenet_weights(encoder, "resnet18dilated")
     assert report.surplus == ["fc.weight", "fc.bias"]
 
 
@@ -289,7 +289,7 @@ def test_vgg_base_is_the_convolutional_form_of_torchvisions():
     theirs |= {"classifier.3.weight": torch.randn(3, 4096), "classifier.3.bias": torch.randn(3)}
     theirs |= {"classifier.6.weight": torch.randn(1, 1), "classifier.6.bias": torch.randn(1)}
     own = ["features.0.weight", "features.2.weight", "features.5.weight", "features.23.weight", "conv6.weight"]
-    ours = published.convolutional_vgg(theirs, own)
+    ours = pretrained.convert_torchvision_vgg(theirs, own)
     assert [ours[key].item() for key in own[:4]] == [0, 2, 5, 24]
     x = torch.randn(1, 512, 7, 7)
     convolved = nn.functional.conv2d(x, ours["conv6.weight"], ours["conv6.bias"]).flatten()
@@ -317,11 +317,11 @@ def test_published_pair(site, monkeypatch, tmp_path):
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
     for part in ("encoder", "decoder"):
         torch.save({part: torch.ones(1)}, folder / "model" / "pytorch" / name / f"{part}_epoch_30.pth")
-    encoder, decoder = fetch_published(name)
+    encoder, decoder = download_published(name)
     assert encoder == tmp_path / "cache" / name / "encoder_epoch_30.pth"
     assert decoder.is_file()
     with pytest.raises(WeightsError, match=r"no published model 'ade20k-x'; there are ade20k-mobilenetv2dilated"):
-        fetch_published("ade20k-x")
+        download_published("ade20k-x")
 
 
 def test_a_file_with_another_hash_is_not_kept(site, tmp_path):
@@ -330,5 +330,5 @@ def test_a_file_with_another_hash_is_not_kept(site, tmp_path):
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
     (folder / "model" / "pytorch" / name / "encoder_epoch_20.pth").write_bytes(b"something else")
     with pytest.raises(WeightsError, match=r"expected adcdcbf7530e.*MIT_SEMSEG_MIRROR"):
-        fetch_published(name, tmp_path / "ckpt")
+        download_published(name, tmp_path / "ckpt")
     assert list((tmp_path / "ckpt").iterdir()) == []

@@ -1,9 +1,9 @@
 """Options: their defaults, their checks, and how YAML files and command lines are read."""
 
 from . import defaults
-from .check import ConfigError
 from .defaults import OPTIONS
 from .loader import Config, add_config_arguments, cfg, load_config
+from .validation import ConfigError
 
 __all__ = ["OPTIONS", "Config", "ConfigError", "add_config_arguments", "cfg", "load_config"]
 

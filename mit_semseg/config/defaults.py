@@ -186,7 +186,9 @@ OPTIONS: dict[str, Option] = {
         choices=("batch", "sync", "inplace"),
     ),
     "MODEL.pretrained": Option(True, "start the encoder from its ImageNet base when weights_encoder is ''"),
-    "MODEL.new_head": Option(False, "start the classifier anew where weights_decoder has another number of classes"),
+    "MODEL.reset_classifier": Option(
+        False, "start the classifier anew where weights_decoder has another number of classes"
+    ),
     # Training
     "TRAIN.batch_size_per_gpu": Option(2, "images per device and step", low=1),
     "TRAIN.num_epoch": Option(20, "epochs to train", low=1),
@@ -236,7 +238,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.clip_grad": Option(0.0, "largest norm of the gradient; 0 does not clip", low=0),
     "TRAIN.amp": Option("off", "mixed precision", choices=("off", "bf16", "fp16")),
     "TRAIN.channels_last": Option(True, "keep images and feature maps in channels-last memory order: faster"),
-    "TRAIN.recompute": Option(
+    "TRAIN.activation_checkpointing": Option(
         False,
         "compute the insides of the encoder's blocks again in the backward pass instead of keeping them: half the "
         "memory, a third more time; not for several devices of one process, nor VGG",
@@ -254,7 +256,7 @@ OPTIONS: dict[str, Option] = {
         "auto continues the run in DIR if there is one, off refuses to write over it, restart does; or a file",
         path=True,
     ),
-    "TRAIN.timeout": Option(
+    "RUNTIME.timeout": Option(
         1800.0,
         "seconds that processes, replicas and data loading wait for one another before the run ends",
         low=0.1,
@@ -268,7 +270,7 @@ OPTIONS: dict[str, Option] = {
     "VAL.checkpoint": Option("epoch_20.pth", "which checkpoint of DIR to evaluate", path=True),
     # How the network looks at a picture in validation, evaluation and segmenting
     "INFERENCE.flip": Option(False, "average with the mirrored picture"),
-    "INFERENCE.window": Option(
+    "INFERENCE.window_size": Option(
         0,
         "side (or height and width) of the overlapping windows that go through the network one by one; 0 takes the "
         "whole picture",
@@ -276,7 +278,9 @@ OPTIONS: dict[str, Option] = {
         high=100000,
         kinds=(int, tuple),
     ),
-    "INFERENCE.overlap": Option(1 / 3, "share of a window that the next one covers again, at least", low=0, high=0.95),
+    "INFERENCE.window_overlap": Option(
+        1 / 3, "share of a window that the next one covers again, at least", low=0, high=0.95
+    ),
     "INFERENCE.precision": Option(
         "auto",
         "of the network: auto and fp32 are float32 (fp32 without the TF32 that GPUs may use); bf16 and fp16 are faster "

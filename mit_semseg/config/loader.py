@@ -11,8 +11,8 @@ import yaml
 from yacs.config import CfgNode
 
 from ..lib.utils import expand_path
-from .check import ConfigError, contradictions, convert, unknown_key
 from .defaults import OPTIONS
+from .validation import ConfigError, contradictions, convert, unknown_key
 
 BASE_KEY = "_BASE_"
 _NULL, _TEXT = "tag:yaml.org,2002:null", "tag:yaml.org,2002:str"

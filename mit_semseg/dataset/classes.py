@@ -27,7 +27,7 @@ PALETTE = (
     "8787d2", "c369b4", "a5ff78", "ff4b78", "4ba5ff", "ffc33c", "a55a4b", "ff2de1", "5ad269", "4bc3c3",
 )  # fmt: skip
 _BREAKS = re.compile(r"\s*[\r\n\v\f\x85\u2028\u2029]\s*")  # replaced by a space in class names
-ONE_CLASS = (
+ONE_CLASS_WARNING = (
     "all labelled pixels belong to class {}: there is nothing to learn, and the scores are meaningless. If raw value 0 "
     "is a class (background), list all classes from value 0 on, e.g. DATASET.num_class 2 DATASET.classes [background, "
     "object]; python -m mit_semseg.dataset.doctor counts the pixels per class"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..lib.nn.scatter import copy_to_device
 from .augment import Augmentation
-from .files import ImageFileError, image_size, read_image
+from .image_io import ImageFileError, image_size, read_image
 from .pairs import UNUSABLE, LabelledRecords, Records
 from .samplers import OrientationBatches, shards
 from .transforms import as_bytes, normalize, normalized, pad_batch, scale_for, train_pair
@@ -104,13 +104,13 @@ class TrainDataset(LabelledRecords):
 
         Returns:
             `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths; `of_bytes`
-            also `sizes`, (height, width) of the N pictures. With `on_error` skip `left_out`, a sentence for every
+            also `sizes`, (height, width) of the N pictures. With `on_error` skip `skipped`, a sentence for every
             record that could not be used, in whose place there is another.
         """
         rng, images, labels = rng or np.random.default_rng(self.seed), [], []
-        vary, used, left_out = self.augmentation, [], []
+        vary, used, skipped = self.augmentation, [], []
         for wanted, flip in zip(records, flips, strict=True):
-            record, image, label = self._usable(wanted, rng, left_out)
+            record, image, label = self._usable(wanted, rng, skipped)
             used.append(record["fpath_img"])
             scale = rng.uniform(*vary.scale) if vary.scale else scale_for(*image.size, short_side, self.img_max_size)
             image, label = train_pair(image, label, scale=scale, flip=bool(flip), fast=self.fast)
@@ -118,13 +118,13 @@ class TrainDataset(LabelledRecords):
             images.append(as_bytes(image) if self.as_bytes else normalize(image, self.normalization))
             labels.append(indices)
         batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, vary.crop)
-        batch |= {"info": used, "left_out": left_out} if self.skip else {"info": used}
+        batch |= {"info": used, "skipped": skipped} if self.skip else {"info": used}
         if self.as_bytes:
             batch |= {"sizes": [tuple(x.shape[1:]) for x in images], "normalization": self.normalization}
         return batch
 
     def _usable(
-        self, wanted: dict, rng: np.random.Generator, left_out: list[str]
+        self, wanted: dict, rng: np.random.Generator, skipped: list[str]
     ) -> tuple[dict, Image.Image, Image.Image]:
         """The first record that can be used, of the one wanted and those in its place, with its picture and label."""
         for record in self._in_order(wanted, rng):
@@ -133,10 +133,10 @@ class TrainDataset(LabelledRecords):
             except UNUSABLE as error:
                 if not self.skip:
                     raise
-                left_out.append(str(error))
+                skipped.append(str(error))
         raise ImageFileError(
-            f"{len(left_out)} images one after the other cannot be used, DATASET.on_error skip finds none to go on "
-            f"with; the last: {left_out[-1]}"
+            f"{len(skipped)} images one after the other cannot be used, DATASET.on_error skip finds none to go on "
+            f"with; the last: {skipped[-1]}"
         )
 
     def _in_order(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
@@ -151,7 +151,7 @@ class TrainDataset(LabelledRecords):
                     yield self.records[number]
 
 
-def float_pictures(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
+def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
     """The pictures (N, 3, H, W) of a batch, or an item's at every scale, on a device, normalized if they are bytes."""
     x, how = copy_to_device(batch["img_data"], torch.device(device)), batch.get("normalization")
     if how is None:
@@ -167,15 +167,15 @@ def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) 
 class _Divisible(Records):
     """Records that are looked at once each."""
 
-    def part(self, number: int, parts: int):
+    def shard(self, number: int, parts: int):
         """The same data set with one of `parts` contiguous shares of the records, which differ by one at most."""
         share = shards(len(self.records), parts)[number]
         part = copy.copy(self)
         part.records = self.records[share.start : share.stop]
-        part.left_out = self.left_out if number == 0 else []
+        part.skipped = self.skipped if number == 0 else []
         return part
 
-    def skipping(self):
+    def with_skipping(self):
         """The same data set, which does with unusable records as `on_error` skip says."""
         part = copy.copy(self)
         part.skip = True
@@ -191,7 +191,7 @@ class _Divisible(Records):
                 raise
             return {"info": record["fpath_img"], "error": str(error)}
 
-    def spread(self, count: int):
+    def subsample(self, count: int):
         """The same data set with at most so many of the records, evenly spaced: neighbours are often alike."""
         part, there = copy.copy(self), len(self.records)
         count = min(count, there)

@@ -23,7 +23,7 @@ from ..config import add_config_arguments, load_config
 from ..lib.utils import UserError, prepare_streams, some
 from .classes import IGNORE
 from .datasets import ValDataset
-from .files import peculiarities
+from .image_io import peculiarities
 from .pairs import orientation_mismatch
 from .records import load_records
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..lib.utils import UserError, progress_bar, some
-from .files import ImageFileError, image_size
+from .image_io import ImageFileError, image_size
 
 Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
 

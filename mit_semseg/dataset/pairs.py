@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from .classes import UNKNOWN, ClassTable, class_table
-from .files import ImageFileError, ImageLimits, read_image, read_label
+from .image_io import ImageFileError, ImageLimits, read_image, read_label
 from .layouts import ListError
 from .records import load_records
 from .transforms import scale_pyramid
@@ -19,7 +19,7 @@ from .transforms import scale_pyramid
 logger = logging.getLogger(__name__)
 
 
-def table_of(opt) -> ClassTable:
+def class_table_of(opt) -> ClassTable:
     """Class table that the options name; objects without `num_class` mean ADE20K."""
     return class_table(getattr(opt, "classes", ""), getattr(opt, "num_class", 150), getattr(opt, "ignore_values", ()))
 
@@ -33,15 +33,15 @@ class Records(Dataset):
 
     Attributes:
         records: of the list.
-        left_out: sentences about what the list has beside them, where the options skip what cannot be used.
+        skipped: sentences about what the list has beside them, where the options skip what cannot be used.
         skip: whether they do.
     """
 
     def __init__(self, root: str | os.PathLike, odgt, opt):
         self.root_dataset = root
         self.skip = getattr(opt, "on_error", "stop") == "skip"
-        self.left_out: list[str] = []
-        self.records = load_records(odgt, root, self.left_out if self.skip else None)
+        self.skipped: list[str] = []
+        self.records = load_records(odgt, root, self.skipped if self.skip else None)
         self.limits = ImageLimits(
             pixels=getattr(opt, "max_pixels", ImageLimits.pixels), bytes=getattr(opt, "max_bytes", ImageLimits.bytes)
         )
@@ -61,8 +61,8 @@ class Records(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def of_bytes(self):
-        """The same data set, which leaves normalizing to `float_pictures`: a quarter of the bytes travel.
+    def as_uint8(self):
+        """The same data set, which leaves normalizing to `images_to_device`: a quarter of the bytes travel.
 
         `img_data` is then uint8, `normalization` says what is to be done, `img_ori` is a tensor.
         """
@@ -91,7 +91,7 @@ class LabelledRecords(Records):
 
     def __init__(self, root, odgt, opt):
         super().__init__(root, odgt, opt)
-        self.table = table_of(opt)
+        self.table = class_table_of(opt)
         self.palette = getattr(opt, "palette_labels", False)
         # In shared memory: of all loader workers, one logs.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()

@@ -1,6 +1,6 @@
 """Training: the loop, the losses, the optimizer, checkpoints."""
 
-from .checkpoint import CheckpointError, RunFiles
+from .checkpoint import CheckpointError, RunFolder
 from .distributed import Processes
 from .loop import fit
 from .losses import MaskedNLLLoss, build_loss
@@ -12,7 +12,7 @@ __all__ = [
     "CheckpointError",
     "MaskedNLLLoss",
     "Processes",
-    "RunFiles",
+    "RunFolder",
     "Settings",
     "build_loss",
     "build_optimizer",

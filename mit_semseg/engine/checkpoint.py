@@ -12,7 +12,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..lib.utils import HOST, TEXT, UserError, is_abandoned, is_running, whole_file
-from ..models.reading import WeightsError, read_checkpoint
+from ..models.weight_files import WeightsError, read_checkpoint
 from ..models.weights import is_whole_network, load_weights
 from .distributed import Processes
 
@@ -61,7 +61,7 @@ def _plain(history: dict) -> dict:
     }
 
 
-class RunFiles:
+class RunFolder:
     """The folder of a run.
 
     `encoder_<suffix>`, `decoder_<suffix>` with suffix `epoch_N.pth` or `best.pth` are state dicts,

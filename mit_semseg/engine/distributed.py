@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..lib.nn import ProcessStopped, UserScatteredDataParallel
+from ..lib.nn import ProcessGroupError, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
-from ..lib.nn.sync import first_sentence, is_communication_error
+from ..lib.nn.replicas import first_sentence, is_communication_error
 from ..lib.utils import UserError
 from .place import Place
 from .pulse import Pulse
@@ -69,7 +69,7 @@ class Processes:
             doing: what the process is doing, for the error.
 
         Raises:
-            ProcessStopped: a process ended or did not answer in time.
+            ProcessGroupError: a process ended or did not answer in time.
         """
         if self.size == 1:
             return list(values)
@@ -98,7 +98,9 @@ class Processes:
         meeting = dist.all_reduce(torch.zeros(1), group=self._patient, async_op=True)
         while self.pulse and not meeting.is_completed():
             if silent := self.pulse.silent():
-                raise ProcessStopped(f"no sign of life for {self.timeout:g} s of process {', '.join(map(str, silent))}")
+                raise ProcessGroupError(
+                    f"no sign of life for {self.timeout:g} s of process {', '.join(map(str, silent))}"
+                )
             time.sleep(POLL)
         meeting.wait()
 
@@ -123,15 +125,15 @@ class Processes:
 
     @contextmanager
     def waiting(self, doing: str) -> Iterator[None]:
-        """Turn the errors of a collective into `ProcessStopped`."""
+        """Turn the errors of a collective into `ProcessGroupError`."""
         try:
             yield
-        except ProcessStopped as error:
-            raise ProcessStopped(f"{doing}: {error}") from error
+        except ProcessGroupError as error:
+            raise ProcessGroupError(f"{doing}: {error}") from error
         except RuntimeError as error:
             if self.size == 1 or not is_communication_error(error):
                 raise
-            raise ProcessStopped(f"{doing}: {first_sentence(error)}") from error
+            raise ProcessGroupError(f"{doing}: {first_sentence(error)}") from error
 
     def missing(self) -> list[int]:
         """Ranks that do not answer any more; called by those that have noticed that the job is broken.
@@ -165,7 +167,7 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
         timeout: seconds that one process waits for the others.
 
     Raises:
-        ProcessStopped: another process ended or did not answer in time; says which.
+        ProcessGroupError: another process ended or did not answer in time; says which.
     """
     place = Place.of_this_process()
     if device.type == "cuda":
@@ -177,10 +179,10 @@ def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
     try:
         with processes.pulse:
             yield processes
-    except ProcessStopped as error:
+    except ProcessGroupError as error:
         missing = processes.missing()
         who = f"process {', '.join(map(str, missing))}" if missing else "a process"
-        raise ProcessStopped(
+        raise ProcessGroupError(
             f"{who} of {place.size} ended or does not answer, so this one (rank {place.rank}) cannot go on: {error}. "
             f"Look for the other's own message"
         ) from error
@@ -199,7 +201,7 @@ def _meet(place: Place, device: torch.device, timeout: float) -> Processes:
         own = dist.PrefixStore(store_name, dist.TCPStore(host, int(port), timeout=limit))
         return Processes(place, store, timeout, Pulse(own, place.rank, place.size, timeout))
     except RuntimeError as error:
-        raise ProcessStopped(
+        raise ProcessGroupError(
             f"rank {place.rank} could not meet the other {place.size - 1} processes at {host}:{port} "
             f"({first_sentence(error)}); on several machines GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
             f"network interface"

@@ -24,7 +24,7 @@ REFUSALS = ("does not have a deterministic implementation", "Deterministic behav
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
-class Unrepeatable(UserError, RuntimeError):
+class NondeterministicError(UserError, RuntimeError):
     """An operation that has no deterministic form; the message names it."""
 
 
@@ -84,7 +84,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     """In here operations give the same bits every time on the same hardware, or say that they cannot.
 
     Raises:
-        Unrepeatable: an operation has no deterministic form on its device.
+        NondeterministicError: an operation has no deterministic form on its device.
     """
     if not wanted:
         yield
@@ -98,7 +98,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, UserError) or not any(words in str(error) for words in REFUSALS):
             raise
-        raise Unrepeatable(
+        raise NondeterministicError(
             f"TRAIN.deterministic: {str(error).split(', but you set')[0].splitlines()[0]}; set it to False, or train "
             f"with --gpus cpu"
         ) from None

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ..dataset import ValDataset
-from ..dataset.classes import ONE_CLASS
+from ..dataset.classes import ONE_CLASS_WARNING
 from ..evaluation import AverageMeter, evaluate
 from ..evaluation.evaluator import Evaluation
-from ..evaluation.inference import WHOLE, View
-from .checkpoint import CheckpointError, RunFiles, read_resume, save_atomic
+from ..evaluation.inference import DEFAULT_INFERENCE, InferenceOptions
+from .checkpoint import CheckpointError, RunFolder, read_resume, save_atomic
 from .distributed import Processes, share_buffers
 from .guards import Interruption, Watchdog
 from .optim import learning_rates
@@ -46,12 +46,12 @@ class Keeper:
     def __init__(
         self,
         run: Run,
-        files: RunFiles,
+        files: RunFolder,
         settings: Settings,
         processes: Processes,
         val_dataset: ValDataset | None = None,
         recorder: Recorder | None = None,
-        view: View = WHOLE,
+        view: InferenceOptions = DEFAULT_INFERENCE,
         interruption: Interruption | None = None,
     ):
         self.interruption = interruption or Interruption(active=False)
@@ -59,12 +59,12 @@ class Keeper:
         self.val_dataset, self.recorder, self.view = val_dataset, recorder, view
         self._continues_here = False
 
-    def start(self, resume: str, left_out: Sequence[str] = ()) -> None:
-        """Prepare the folder, and continue the run in it if asked to; see `RunFiles.find_resume`.
+    def start(self, resume: str, skipped: Sequence[str] = ()) -> None:
+        """Prepare the folder, and continue the run in it if asked to; see `RunFolder.find_resume`.
 
         Args:
             resume: as of `find_resume`.
-            left_out: sentences about what the list has that cannot be used.
+            skipped: sentences about what the list has that cannot be used.
         """
         run, files, settings = self.run, self.files, self.settings
         path = files.find_resume(resume, settings.start_epoch)
@@ -89,7 +89,7 @@ class Keeper:
         if len({step for _, step in places}) > 1:
             seen = "; ".join(f"rank {rank} is at step {step} of {folder}" for rank, (folder, step) in enumerate(places))
             raise CheckpointError(f"the processes do not agree where to start ({seen}): DIR must be one folder for all")
-        run.leave_out(left_out)
+        run.leave_out(skipped)
 
     def _readable(self, path: Path) -> dict:
         """The state in a file; where it is damaged, the error says what else there is to continue from."""
@@ -141,7 +141,7 @@ class Keeper:
         if not run.labelled:
             logger.warning("step %d: no pixel was labelled since the last line: nothing is learnt from that", run.step)
         if len(run.classes) == 1 and not run.history["train"]["epoch"]:
-            logger.warning(ONE_CLASS.format(f"number {min(run.classes)} so far"))
+            logger.warning(ONE_CLASS_WARNING.format(f"number {min(run.classes)} so far"))
         run.labelled = 0.0
         epoch = (run.step - 1) // settings.epoch_iters + 1
         rates = learning_rates(run.optimizer)
@@ -157,7 +157,7 @@ class Keeper:
             accuracy * 100,
             loss,
             timedelta(seconds=round(clock.step_time.average() * (settings.total - run.step))),
-            f", {run.skipped} steps skipped (too large for float16)" if run.skipped else "",
+            f", {run.skipped_steps} steps skipped (too large for float16)" if run.skipped_steps else "",
         )
         for key, value in (("epoch", run.step / settings.epoch_iters), ("loss", loss), ("acc", accuracy)):
             run.history["train"][key].append(value)
@@ -214,7 +214,7 @@ class Keeper:
 
         share = evaluate(
             run.module,
-            self.val_dataset.part(processes.rank, processes.size),
+            self.val_dataset.shard(processes.rank, processes.size),
             device=run.device,
             view=self.view,
             workers=self.settings.workers,
@@ -224,14 +224,14 @@ class Keeper:
             on_result=seen,
         )
         evaluation = Evaluation.merged(processes.collect(share, "validation", patient=True))
-        run.leave_out(evaluation.left_out)
+        run.leave_out(evaluation.skipped)
         summary = evaluation.summary
         iou, accuracy, present = summary.mean_iou, summary.pixel_accuracy, summary.mean_iou_present
         scores = f"mean IoU {iou:.4f} ({present:.4f} over the classes present), pixel accuracy {accuracy * 100:.2f} %"
-        left_out = f", {len(evaluation.left_out)} left out" if evaluation.left_out else ""
-        logger.info("Validation after epoch %d: %s%s", epoch, scores, left_out)
+        skipped = f", {len(evaluation.skipped)} left out" if evaluation.skipped else ""
+        logger.info("Validation after epoch %d: %s%s", epoch, scores, skipped)
         if evaluation.only_class:
-            logger.warning(ONE_CLASS.format(evaluation.only_class))
+            logger.warning(ONE_CLASS_WARNING.format(evaluation.only_class))
         for key, value in (("epoch", epoch), ("mean_iou", iou), ("acc", accuracy)):
             run.history["val"][key].append(value)
         if iou > run.best:
@@ -250,13 +250,13 @@ class Keeper:
     def end(self) -> None:
         """Wait for the last files, and say what was left out."""
         self._share_left_out("waiting for the last files")
-        if self.run.left_out:
-            sentences = "\n  ".join(self.run.left_out)
-            logger.warning("%d left out in this run:\n  %s", len(self.run.left_out), sentences)
+        if self.run.skipped:
+            sentences = "\n  ".join(self.run.skipped)
+            logger.warning("%d left out in this run:\n  %s", len(self.run.skipped), sentences)
 
     def _share_left_out(self, doing: str) -> None:
-        for sentences in self.processes.collect(list(self.run.left_out), doing):
-            self.run.left_out |= dict.fromkeys(sentences)
+        for sentences in self.processes.collect(list(self.run.skipped), doing):
+            self.run.skipped |= dict.fromkeys(sentences)
 
     def _save_state(self) -> None:
         names = self.processes.collect(self.run.not_finite(), "looking at the weights")

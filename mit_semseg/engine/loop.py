@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..dataset import TrainDataset, ValDataset
-from ..dataset.loading import explained, items, make_loader
+from ..dataset.loader import items, make_loader, worker_errors
 from ..dataset.samplers import BatchNumbers
-from ..evaluation.inference import WHOLE, View
-from .checkpoint import RunFiles
+from ..evaluation.inference import DEFAULT_INFERENCE, InferenceOptions
+from .checkpoint import RunFolder
 from .distributed import Processes, parallel
 from .guards import Interruption, Watchdog, deterministic
 from .keeper import Clock, Keeper, Recorder
@@ -31,14 +31,14 @@ def fit(
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
     dataset: TrainDataset,
-    files: RunFiles,
+    files: RunFolder,
     settings: Settings,
     *,
     devices: Sequence[torch.device],
     processes: Processes | None = None,
     resume: str = "off",
     val_dataset: ValDataset | None = None,
-    view: View = WHOLE,
+    view: InferenceOptions = DEFAULT_INFERENCE,
     recorder: Recorder | None = None,
 ) -> Run:
     """Train to the end, saving after every epoch.
@@ -49,16 +49,17 @@ def fit(
         module: a `SegmentationModule` on the first of the devices.
         devices: of this process, each of which gets a batch per step; CPU devices may come more than once.
         processes: of the job, see `distributed.join`; None for this one alone. The first one writes the files.
-        resume: 'auto', 'off', 'restart' or a file, see `RunFiles.find_resume`.
+        resume: 'auto', 'off', 'restart' or a file, see `RunFolder.find_resume`.
         val_dataset: validated every `settings.eval_epoch` epochs, shared out over the processes.
-        view: of validation, see `evaluation.inference.View`.
+        view: of validation, see `evaluation.inference.InferenceOptions`.
 
     Raises:
-        ImageFileError: an image or label cannot be used. Where the data set skips it, the run's `left_out` names it.
+        ImageFileError: an image or label cannot be used. Where the data set skips it, the run's `skipped` names it.
         CheckpointError: the folder holds a run that would be written over, or the state cannot be read.
         TrainingStopped: the loss is not finite; names step, files and the last good checkpoint.
-        LoaderError, ProcessStopped: a loader process or another process of the job ended or hangs.
-        Unrepeatable: `settings.deterministic`, and an operation cannot be so. KeyboardInterrupt: a signal ended it.
+        LoaderError, ProcessGroupError: a loader process or another process of the job ended or hangs.
+        NondeterministicError: `settings.deterministic`, and an operation has no such form.
+        KeyboardInterrupt: a signal ended it.
     """
     processes = processes or Processes(timeout=settings.timeout)
     batches_per_step = len(devices) * processes.size * settings.accumulate
@@ -66,9 +67,9 @@ def fit(
     interruption = Interruption()
     keeper = Keeper(run, files, settings, processes, val_dataset, recorder, view, interruption)
     clock = Clock(settings.disp_iter)
-    keeper.start(resume, getattr(dataset, "left_out", ()))
+    keeper.start(resume, getattr(dataset, "skipped", ()))
     batches = items(_loader(dataset, run.step, settings, devices, processes))
-    with interruption, deterministic(settings.deterministic), explained(), Watchdog(processes) as watchdog:
+    with interruption, deterministic(settings.deterministic), worker_errors(), Watchdog(processes) as watchdog:
         if keeper.epoch_unfinished():  # the run was stopped while it saved or validated
             keeper.end_epoch(watchdog)
         # None where nothing is left to do: processes that end as soon as they have met may abort in PyTorch.
@@ -126,7 +127,7 @@ def _take_step(
     clock.data_arrived()
     for batch in chain.from_iterable(chunks):
         run.note_classes(batch["seg_label"])
-    run.leave_out(sentence for chunk in chunks for batch in chunk for sentence in batch.get("left_out", ()))
+    run.leave_out(sentence for chunk in chunks for batch in chunk for sentence in batch.get("skipped", ()))
     where = {
         "devices": devices,
         "processes": processes,
@@ -142,7 +143,7 @@ def _are_needed(run: Run, keeper: Keeper) -> bool:
     return len(run.pending) == MOST_PENDING or keeper.needs_figures()
 
 
-def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles) -> None:
+def _settle(run: Run, settings: Settings, processes: Processes, files: RunFolder) -> None:
     """Read the figures of the steps done since the last time.
 
     Raises:
@@ -153,7 +154,7 @@ def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles)
     except NonFiniteLoss as error:
         raise TrainingStopped(_diverged(error, run, settings, files)) from None
     for step in run.pending:
-        run.skipped += step.skipped
+        run.skipped_steps += step.skipped
         run.skipped_in_a_row = run.skipped_in_a_row + 1 if step.skipped else 0
         run.labelled += step.labelled
     if run.skipped_in_a_row >= MOST_SKIPPED:
@@ -168,7 +169,7 @@ def _settle(run: Run, settings: Settings, processes: Processes, files: RunFiles)
         run.accuracy.update(accuracy)
 
 
-def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFiles) -> str:
+def _diverged(error: NonFiniteLoss, run: Run, settings: Settings, files: RunFolder) -> str:
     step = run.step - error.steps
     epoch, iteration = divmod(step - 1, settings.epoch_iters)
     return (

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..evaluation import AverageMeter
-from ..lib.nn.inplace_abn import is_of_inplace_norms
+from ..lib.nn.inplace_abn import has_inplace_norms
 from ..lib.utils import UserError
 from .checkpoint import CheckpointError, new_history
 from .distributed import TIMEOUT
@@ -85,10 +85,10 @@ class Run:
         self.step, self.best, self.history = 0, -1.0, new_history()
         self.loss, self.accuracy = AverageMeter(), AverageMeter()
         self.pending: list = []  # `StepFigures` that nobody has waited for yet
-        self.skipped, self.skipped_in_a_row = 0, 0  # steps that were too large for float16
+        self.skipped_steps, self.skipped_in_a_row = 0, 0  # steps that were too large for float16
         self.labelled = 0.0  # pixels since the last line of the log
         self.classes: set[int] = set()  # seen in labels, until there are two
-        self.left_out: dict[str, None] = {}  # sentences about what could not be used, each once
+        self.skipped: dict[str, None] = {}  # sentences about what could not be used, each once
 
     def state(self) -> dict:
         """Plain values and tensors from which the run continues bit for bit (random numbers are a function of seed and
@@ -108,8 +108,8 @@ class Run:
             "norm": self._norm(),
             "job": self.job,
             "options": self.options,
-            "left_out": list(self.left_out),
-            "skipped": (self.skipped, self.skipped_in_a_row),
+            "skipped": list(self.skipped),
+            "skipped_steps": (self.skipped_steps, self.skipped_in_a_row),
         }
 
     def not_finite(self) -> str:
@@ -127,12 +127,12 @@ class Run:
     def leave_out(self, sentences: Iterable[str]) -> None:
         """Note what could not be used (DATASET.on_error skip), and say it the first time."""
         for sentence in sentences:
-            if sentence not in self.left_out:
+            if sentence not in self.skipped:
                 logger.warning("left out: %s", sentence)
-                self.left_out[sentence] = None
+                self.skipped[sentence] = None
 
     def _norm(self) -> str:
-        return "inplace" if is_of_inplace_norms(self.module.state_dict()) else "plain"
+        return "inplace" if has_inplace_norms(self.module.state_dict()) else "plain"
 
     def restore(self, state: dict) -> None:
         """Continue from a `state`.
@@ -169,8 +169,8 @@ class Run:
         if state["scaler"] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.history = state["step"], state["best"], state["history"]
-        self.left_out = dict.fromkeys(state.get("left_out", ()))
-        self.skipped, self.skipped_in_a_row = state.get("skipped", (0, 0))
+        self.skipped = dict.fromkeys(state.get("skipped", ()))
+        self.skipped_steps, self.skipped_in_a_row = state.get("skipped_steps", (0, 0))
         for meter, saved in zip((self.loss, self.accuracy), state["meters"], strict=True):
             if saved:
                 meter.initialize(saved[0] / saved[1], saved[1])

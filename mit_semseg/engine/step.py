@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..dataset.datasets import float_pictures
+from ..dataset.datasets import images_to_device
 from ..lib.nn import UserScatteredDataParallel
 from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import UserError
@@ -109,7 +109,7 @@ def train_step(
         ending: whether this process has been asked to end the run; all of them get to know it.
 
     Raises:
-        ProcessStopped: another process ended or did not answer in time.
+        ProcessGroupError: another process ended or did not answer in time.
     """
     optimizer.zero_grad(set_to_none=True)
     statistics = _Statistics(runner, optimizer, scaler)
@@ -158,7 +158,7 @@ def settle(steps: Sequence[StepFigures], processes: Processes) -> list[tuple[flo
 
 def _feed(batch: dict, device: torch.device, channels_last: bool) -> dict:
     order = torch.channels_last if channels_last else torch.contiguous_format
-    pictures = float_pictures(batch, device).contiguous(memory_format=order)
+    pictures = images_to_device(batch, device).contiguous(memory_format=order)
     return {"img_data": pictures, "seg_label": copy_to_device(batch["seg_label"], device)}
 
 

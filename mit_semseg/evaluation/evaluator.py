@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..dataset import ClassTable, ValDataset
-from ..dataset.classes import ONE_CLASS
-from ..dataset.datasets import float_pictures
-from ..dataset.files import ImageFileError
-from ..dataset.loading import explained, items, make_loader
+from ..dataset.classes import ONE_CLASS_WARNING
+from ..dataset.datasets import images_to_device
+from ..dataset.image_io import ImageFileError
+from ..dataset.loader import items, make_loader, worker_errors
 from ..lib.nn import user_scattered_collate
 from ..lib.utils import progress_bar
-from .inference import WHOLE, View, label_map
+from .inference import DEFAULT_INFERENCE, InferenceOptions, label_map
 from .metrics import SegmentationMetric, Summary
 
 DEFAULT_WORKERS = 4  # loader processes; the network is usually the slower part
@@ -44,7 +44,7 @@ class Evaluation:
         seconds: how long it took.
         table: class names.
         scores: of every picture that was scored.
-        left_out: a sentence for every one that could not be used (DATASET.on_error skip).
+        skipped: a sentence for every one that could not be used (DATASET.on_error skip).
     """
 
     metric: SegmentationMetric
@@ -52,7 +52,7 @@ class Evaluation:
     seconds: float
     table: ClassTable
     scores: Sequence[Score] = ()
-    left_out: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
     @cached_property
     def summary(self) -> Summary:
@@ -69,11 +69,11 @@ class Evaluation:
         total, images = SegmentationMetric(shares[0].metric.num_class), sum(s.images for s in shares)
         for share in shares:
             total.merge(share.metric)
-        left_out = [sentence for s in shares for sentence in s.left_out]
-        if left_out and not images:
-            raise ImageFileError(f"none of the {len(left_out)} pictures can be used; the first: {left_out[0]}")
+        skipped = [sentence for s in shares for sentence in s.skipped]
+        if skipped and not images:
+            raise ImageFileError(f"none of the {len(skipped)} pictures can be used; the first: {skipped[0]}")
         seconds, scores = max(s.seconds for s in shares), [score for s in shares for score in s.scores]
-        return cls(total, images, seconds, shares[0].table, scores, left_out)
+        return cls(total, images, seconds, shares[0].table, scores, skipped)
 
     @property
     def only_class(self) -> str:
@@ -96,7 +96,7 @@ class Evaluation:
             "mean_accuracy": s.mean_accuracy,
             "overall_score": s.overall,
             "images": self.images,
-            "left_out": list(self.left_out),
+            "skipped": list(self.skipped),
             "labelled_pixels": s.pixels,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 3),
@@ -125,9 +125,9 @@ class Evaluation:
                 f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
                 f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
                 *([] if s.pixels else ["No pixel is labelled: the figures say nothing."]),
-                *([f"Warning: {ONE_CLASS.format(self.only_class)}"] if self.only_class else []),
-                *([f"{len(self.left_out)} left out, of which the figures say nothing:"] if self.left_out else []),
-                *(f"  {sentence}" for sentence in self.left_out),
+                *([f"Warning: {ONE_CLASS_WARNING.format(self.only_class)}"] if self.only_class else []),
+                *([f"{len(self.skipped)} left out, of which the figures say nothing:"] if self.skipped else []),
+                *(f"  {sentence}" for sentence in self.skipped),
             ]
         )
 
@@ -154,7 +154,7 @@ def read_items(
         LoaderError: what loading needs is used up. Around what is done with the items belongs `loading.explained`.
     """
     loader = make_loader(
-        dataset.of_bytes() if hasattr(dataset, "of_bytes") else dataset,
+        dataset.as_uint8() if hasattr(dataset, "as_uint8") else dataset,
         workers=min(workers, len(dataset)),
         timeout=timeout,
         processes=processes,
@@ -164,7 +164,7 @@ def read_items(
     )
     for item in chain.from_iterable(items(loader)):
         if "normalization" in item:
-            item = {**item, "img_ori": item["img_ori"].numpy(), "img_data": float_pictures(item, device)}
+            item = {**item, "img_ori": item["img_ori"].numpy(), "img_data": images_to_device(item, device)}
         yield item
 
 
@@ -173,7 +173,7 @@ def evaluate(
     dataset: ValDataset,
     *,
     device: torch.device | str = "cpu",
-    view: View = WHOLE,
+    view: InferenceOptions = DEFAULT_INFERENCE,
     batch_size: int = 1,
     workers: int = DEFAULT_WORKERS,
     timeout: float = 0,
@@ -203,23 +203,23 @@ def evaluate(
         ImageFileError, ListError: a picture or label cannot be used, unless the data set skips those.
     """
     metric, scores = SegmentationMetric(len(dataset.table)), []
-    left_out = list(getattr(dataset, "left_out", ()))
+    skipped = list(getattr(dataset, "skipped", ()))
     network = view.network(model, device) if isinstance(model, nn.Module) else model
     start = time.perf_counter()
     reading = {"batch_size": batch_size, "workers": workers, "timeout": timeout, "processes": processes}
     bar = progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress)
-    with explained(), bar:
+    with worker_errors(), bar:
         for item in read_items(dataset, device=device, **reading):
             prediction = None
             if "error" in item:
-                left_out.append(item["error"])
+                skipped.append(item["error"])
             else:
                 prediction = label_map(network, item, device, view)
                 scores.append(_scored(item, prediction, metric))
             if on_result:
                 on_result(item, prediction)
             bar.update()
-    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores, left_out)
+    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores, skipped)
 
 
 def _scored(item: dict, prediction: np.ndarray, metric: SegmentationMetric) -> Score:

@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ..models.layers import at_least_float32
-from .network import WHOLE, Model, View
-from .upsampling import label_map_of, probability_strips
-from .windows import score_strips
+from .label_map import label_map_from_logits, probability_strips
+from .network import DEFAULT_INFERENCE, InferenceOptions, Model
+from .sliding_window import score_strips
 
 BATCHED = ("cuda",)  # devices on which several pictures at a time are faster than one after the other
 
 
-def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view: View = WHOLE) -> np.ndarray:
+def label_map(
+    model: Model, item: dict, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
+) -> np.ndarray:
     """The most probable class of every pixel.
 
     Args:
@@ -31,7 +33,7 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
     size = tuple(item["img_ori"].shape[:2])
     if view.window is None and hasattr(model, "logits"):
         logits = view_logits(model, item, device, view)
-        return label_map_of(logits, size, align_corners=model.align_corners).cpu().numpy()
+        return label_map_from_logits(logits, size, align_corners=model.align_corners).cpu().numpy()
     if view.window is None:
         return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
     strips = score_strips(model, item["img_data"], size, device, view)
@@ -40,7 +42,7 @@ def label_map(model: Model, item: dict, device: torch.device | str = "cpu", view
 
 @torch.inference_mode()
 def top_classes(
-    model: Model, item: dict, top: int, device: torch.device | str = "cpu", view: View = WHOLE
+    model: Model, item: dict, top: int, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
 ) -> tuple[np.ndarray, np.ndarray]:
     """The most probable classes of every pixel, without the probabilities of all in memory.
 
@@ -65,7 +67,7 @@ def top_classes(
 
 
 def label_maps(
-    model: Model, items: Sequence[dict], device: torch.device | str = "cpu", view: View = WHOLE
+    model: Model, items: Sequence[dict], device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
 ) -> Iterator[np.ndarray]:
     """`label_map` of several items. On a GPU, pictures of one size that follow each other go through the network
     together, which may round differently; on a CPU that gains nothing.
@@ -83,16 +85,20 @@ def label_maps(
         logits = _all_logits(model, scales, device, view)
         for number, item in enumerate(group):
             own, size = [x[number] for x in logits], item["img_ori"].shape[:2]
-            yield label_map_of(own, tuple(size), align_corners=model.align_corners).cpu().numpy()
+            yield label_map_from_logits(own, tuple(size), align_corners=model.align_corners).cpu().numpy()
 
 
-def view_logits(model: Model, item: dict, device: torch.device | str = "cpu", view: View = WHOLE) -> list[Tensor]:
+def view_logits(
+    model: Model, item: dict, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
+) -> list[Tensor]:
     """Logits (C, h, w) float32 of every view of an item; arguments as of `label_map`."""
     return [at_least_float32(x[0]) for x in _all_logits(model, item["img_data"], device, view)]
 
 
 @torch.inference_mode()
-def _all_logits(model: Model, scales: Sequence[Tensor], device: torch.device | str, view: View) -> list[Tensor]:
+def _all_logits(
+    model: Model, scales: Sequence[Tensor], device: torch.device | str, view: InferenceOptions
+) -> list[Tensor]:
     """Logits (N, C, h, w) of every scale, and of its mirrored pictures, mirrored back."""
     logits = []
     with view.arithmetic(device):
@@ -109,7 +115,7 @@ def multi_scale_scores(
     scales: Sequence[Tensor],
     size: tuple[int, int],
     device: torch.device | str = "cpu",
-    view: View = WHOLE,
+    view: InferenceOptions = DEFAULT_INFERENCE,
 ) -> Tensor:
     """Class probabilities of a picture, averaged over its scales and what `view` adds.
 
@@ -130,7 +136,7 @@ def multi_scale_scores(
     return total.div_(len(scales)) if len(scales) > 1 else total
 
 
-def _scores(model: Model, x: Tensor, size: tuple[int, int], view: View) -> Tensor:
+def _scores(model: Model, x: Tensor, size: tuple[int, int], view: InferenceOptions) -> Tensor:
     """Probabilities (C, *size) of a picture or region (1, 3, h, w)."""
     with view.arithmetic(x.device):
         scores = model({"img_data": x}, segSize=size)[0]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lib.utils import UserError
-from ..models.folding import folded
+from ..models.fuse_bn import fuse_batchnorm
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def prepared(
         raise UserError(f"INFERENCE.precision bf16: {device} does not support bfloat16; set fp16 or auto")
     if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
         logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions; auto will be faster")
-    network = folded(module)
+    network = fuse_batchnorm(module)
     if PRECISIONS[precision] != torch.float32:
         logger.info("inference in %s: some pixels may get another class than in float32", precision)
         _to_16_bits(network, PRECISIONS[precision])
@@ -126,7 +126,7 @@ def _without_tf32() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class View:
+class InferenceOptions:
     """How a network looks at a picture, beside its scales.
 
     Attributes:
@@ -155,4 +155,4 @@ class View:
         return nullcontext()
 
 
-WHOLE = View()
+DEFAULT_INFERENCE = InferenceOptions()

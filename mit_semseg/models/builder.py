@@ -9,19 +9,9 @@ from torch import nn
 
 from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
 from .decoders.base import NORM_BIAS
-from .encoders import (
-    hrnetv2,
-    mobilenetv2,
-    resnet18,
-    resnet34,
-    resnet50,
-    resnet101,
-    resnext101,
-    vgg16,
-    vgg19,
-)
+from .encoders import hrnetv2, mobilenetv2, resnet18, resnet34, resnet50, resnet101, resnext101, vgg16, vgg19
 from .layers import init_layer
-from .published import load_imagenet_base
+from .pretrained import load_imagenet_weights
 from .weights import is_of_version_1, load_weights
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
@@ -106,7 +96,7 @@ class ModelBuilder:
 
         Raises:
             ValueError: unknown name or output stride.
-            mit_semseg.models.reading.WeightsError: the weights cannot be had or do not fit.
+            mit_semseg.models.weight_files.WeightsError: the weights cannot be had or do not fit.
         """
         arch = arch.lower()
         if weights and f"{arch}_v1" in ENCODERS and is_of_version_1(weights):
@@ -123,7 +113,7 @@ class ModelBuilder:
         if weights:
             load_weights(encoder, weights, what=f"encoder {arch}", part="encoder")
         elif pretrained:
-            load_imagenet_base(encoder, arch)
+            load_imagenet_weights(encoder, arch)
         return encoder
 
     @staticmethod
@@ -136,7 +126,7 @@ class ModelBuilder:
         *,
         in_channels: Sequence[int] | None = None,
         output_stride: int = 8,
-        new_head: bool = False,
+        reset_classifier: bool = False,
         **kwargs,
     ) -> Decoder:
         """Build a decoder.
@@ -150,12 +140,12 @@ class ModelBuilder:
             in_channels: channels of every feature map, the encoder's `out_channels`; needed for UPerNet on anything but
                 ResNet-50/101 and ResNeXt-101.
             output_stride: of the last feature map, the encoder's `output_stride`; ASPP dilates accordingly.
-            new_head: start the classifier anew where `weights` has another number of classes.
+            reset_classifier: start the classifier anew where `weights` has another number of classes.
             kwargs: passed to the decoder, e.g. `norm_layer`.
 
         Raises:
             ValueError: unknown name.
-            mit_semseg.models.reading.WeightsError: the weights cannot be read or do not fit.
+            mit_semseg.models.weight_files.WeightsError: the weights cannot be read or do not fit.
         """
         build = _lookup(DECODERS, arch.lower(), "decoder")
         if in_channels is None:
@@ -166,5 +156,5 @@ class ModelBuilder:
         decoder = build(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
             what = f"decoder {arch.lower()}"
-            load_weights(decoder, weights, what=what, new_head=new_head, part="decoder")
+            load_weights(decoder, weights, what=what, reset_classifier=reset_classifier, part="decoder")
         return decoder

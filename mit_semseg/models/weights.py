@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN
-from ..lib.nn.inplace_abn import is_of_inplace_norms, scale_of
+from ..lib.nn.inplace_abn import has_inplace_norms, scale_of
 from ..lib.utils import some
-from .reading import WeightsError, read_state_dict
+from .weight_files import WeightsError, read_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def _for_norms_of(
     """
     norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
     activated = any(norm.activation != "none" for norm in norms)
-    if is_of_inplace_norms(state):
+    if has_inplace_norms(state):
         if not norms:
             raise WeightsError(
                 f"{path} was trained with in-place norms, {what} has others and would compute something else: set "
@@ -130,7 +130,7 @@ def load_weights(
     path: str | os.PathLike,
     *,
     what: str = "model",
-    new_head: bool = False,
+    reset_classifier: bool = False,
     base: bool = False,
     part: str = "",
     convert: Callable | None = None,
@@ -143,7 +143,7 @@ def load_weights(
         module: encoder or decoder to fill.
         path: file of the state dict.
         what: how to call the module in messages.
-        new_head: classifier entries of another number of classes keep their fresh values, and are listed.
+        reset_classifier: classifier entries of another number of classes keep their fresh values, and are listed.
         base: the file is the ImageNet base of an encoder: its classifier is not used, and listed.
         part: 'encoder' or 'decoder' of a file that holds a whole network (the Cityscapes toolbox's).
         convert: makes our entries from the file's and our keys.
@@ -158,7 +158,7 @@ def load_weights(
             (report.legacy if key.endswith(LEGACY_SUFFIXES) else report.surplus).append(key)
         elif value.shape == own[key].shape:
             fitting[key] = value
-        elif new_head and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
+        elif reset_classifier and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
             report.skipped.append(key)
         else:
             wrong.append(f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}")
@@ -180,7 +180,7 @@ def _misfits(wrong: list[str], lacking: list[str], surplus: list[str]) -> str:
     if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
         text += (
             "; the file has another number of classes: give the model the same number, or, to train on from here, "
-            "start the classifier anew (MODEL.new_head True, new_head=True)"
+            "start the classifier anew (MODEL.reset_classifier True, reset_classifier=True)"
         )
     return text
 

@@ -216,9 +216,9 @@ def test_no_flipped_bit_of_a_zip_file_s_end_loses_a_file(tmp_path):
 
 def test_the_command_line_unpacks(tmp_path):
     archive = write_zip(tmp_path / "a.zip", [("top/a.txt", b"1", 0), ("top/b.txt", b"2", 0)])
-    done = here("mit_semseg.apps.fetch", "unpack", archive, "--strip", "--to", tmp_path / "out")
+    done = here("mit_semseg.cli.fetch", "unpack", archive, "--strip", "--to", tmp_path / "out")
     assert (done.returncode, done.stdout) == (0, f"2 files unpacked to {tmp_path / 'out'}\n")
-    done = here("mit_semseg.apps.fetch", "unpack", archive, "--most-entries", 1, "--to", tmp_path / "more")
+    done = here("mit_semseg.cli.fetch", "unpack", archive, "--most-entries", 1, "--to", tmp_path / "more")
     assert done.returncode == 2
     assert "it has more than 1 entries" in done.stderr
 
@@ -303,7 +303,7 @@ def test_a_folder_is_no_file_to_download_to(site, tmp_path, monkeypatch, target)
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.rglob("*"))
     for words in (["file", f"{site.address}/a.bin"], ["list", "data"]):
-        done = here("mit_semseg.apps.fetch", *words, "--to", target)
+        done = here("mit_semseg.cli.fetch", *words, "--to", target)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {target} is a folder: name the file to write"), done.stderr
     assert set(tmp_path.rglob("*")) == before

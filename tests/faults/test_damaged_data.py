@@ -12,7 +12,7 @@ from scenes import options, tiny_module, write_data_set, write_pairs
 
 from mit_semseg.config import OPTIONS
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.dataset.files import ImageFileError, ImageLimits, read_image
+from mit_semseg.dataset.image_io import ImageFileError, ImageLimits, read_image
 from mit_semseg.dataset.layouts import ListError
 from mit_semseg.evaluation import evaluate
 
@@ -93,9 +93,9 @@ def test_evaluation_leaves_out_and_counts(data, trained):
         figures[name] = json.loads((trained / "result" / "results.json").read_text())
     for name in ("mixed", "shared"):
         assert figures[name]["images"] == figures["alone"]["images"] == len(data.oddities)
-        assert len(figures[name]["left_out"]) == len(data.faults)
+        assert len(figures[name]["skipped"]) == len(data.faults)
         assert figures[name]["iou_per_class"] == figures["alone"]["iou_per_class"]
-    assert sorted(figures["mixed"]["left_out"]) == sorted(figures["shared"]["left_out"])
+    assert sorted(figures["mixed"]["skipped"]) == sorted(figures["shared"]["skipped"])
     assert f"{len(data.faults)} left out" in (trained / "result" / "report.html").read_text()
     panels = [path for path in (trained / "result").rglob("*.png") if path.name != "confusion.png"]
     assert len(panels) == len(data.oddities)
@@ -136,7 +136,7 @@ def test_what_takes_a_picture_s_place_is_of_its_orientation(data):
     assert replaced
     for number in range(40):
         batch, expected = dataset[number], sound[number]
-        assert set(batch["left_out"]) == (gone if number in replaced else set())
+        assert set(batch["skipped"]) == (gone if number in replaced else set())
         assert "gone.png" not in batch["info"]
         for i, record in enumerate(dataset.order[number]):
             upright = batch["img_data"].size(2) > batch["img_data"].size(3)

@@ -12,10 +12,10 @@ from runs import SMALL, here, same, weights, words
 from scenes import tiny_module, write_data_set
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.video import segment_video
 from mit_semseg.dataset import class_table
-from mit_semseg.engine.checkpoint import RunFiles, read_resume, save_atomic
+from mit_semseg.engine.checkpoint import RunFolder, read_resume, save_atomic
 from mit_semseg.lib.utils import WriteError, whole_file
+from mit_semseg.predict.video import segment_video
 
 STATE = 30  # MiB: the state to continue from takes 18
 
@@ -95,7 +95,7 @@ def test_training_stops_with_what_it_has_saved_and_goes_on(root, disk, tmp_path)
     assert done.returncode == 2
     assert "resume.pth cannot be written: No space left on device; what was there before is as it was" in done.stderr
     assert not list(folder.glob("*.partial"))
-    assert read_resume(RunFiles(folder).resume)["step"] == 2
+    assert read_resume(RunFolder(folder).resume)["step"] == 2
 
     disk.change("size=400m")
     done = here("train.py", "--gpu", "cpu", *words(options_for(root, folder)))

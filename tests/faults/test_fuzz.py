@@ -24,17 +24,17 @@ from runs import here
 from scenes import TinyEncoder, options, tiny_module
 
 from mit_semseg import Segmenter
-from mit_semseg.apps.devices import parse_devices, pick_devices
+from mit_semseg.cli.devices import parse_devices, pick_devices
 from mit_semseg.config import load_config
 from mit_semseg.dataset import ValDataset, class_table
 from mit_semseg.dataset.classes import ClassTableError, read_csv
-from mit_semseg.dataset.files import ImageFileError, image_size, peculiarities, read_image, read_label
+from mit_semseg.dataset.image_io import ImageFileError, image_size, peculiarities, read_image, read_label
 from mit_semseg.dataset.layouts import ListError
 from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.engine.checkpoint import CheckpointError, read_resume
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import ModelBuilder
-from mit_semseg.models.reading import WeightsError, read_checkpoint, read_state_dict
+from mit_semseg.models.weight_files import WeightsError, read_checkpoint, read_state_dict
 from mit_semseg.models.weights import load_weights
 
 FUZZ = float(os.environ.get("FUZZ", "1"))

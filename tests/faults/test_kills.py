@@ -19,7 +19,7 @@ from runs import ROOT, SMALL, Job, weights, words
 from runs import same as equal
 from scenes import write_data_set
 
-from mit_semseg.engine.checkpoint import RunFiles, read_resume
+from mit_semseg.engine.checkpoint import RunFolder, read_resume
 
 KILLS = int(os.environ.get("KILLS", "2"))
 
@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
     write_data_set(tmp_path)
     changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2}
     changes |= {"MODEL.norm": "batch", "TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto"}
-    changes |= {"TRAIN.timeout": 60}
+    changes |= {"RUNTIME.timeout": 60}
 
     def start(folder):
         return kind(words({**changes, "DIR": folder}))
@@ -110,7 +110,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
                 break  # it was over just then
             for path in folder.glob("*.pth"):
                 torch.load(path, weights_only=True)  # whole, whenever it happened
-            state = RunFiles(folder).resume
+            state = RunFolder(folder).resume
             step = read_resume(state)["step"] if state.exists() else 0
             assert step >= reached
             assert step % 2 == 0

@@ -20,7 +20,7 @@ from scenes import options, tiny_module, write_data_set
 from tqdm import TMonitor
 
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.engine import MaskedNLLLoss, RunFiles, Settings, build_optimizer, fit
+from mit_semseg.engine import MaskedNLLLoss, RunFolder, Settings, build_optimizer, fit
 
 STEPS = int(os.environ.get("STEPS", "400"))
 ENV = {**os.environ, "OMP_NUM_THREADS": "2"}
@@ -68,7 +68,7 @@ def ended(pid: int) -> bool:
 )
 def test_a_run_whose_loader_process_dies_or_hangs_ends_and_goes_on(root, tmp_path, undisturbed, number, message):
     """It leaves no process behind, and the same command finishes it."""
-    changes = changes_for(root, tmp_path, **{"TRAIN.workers": 1, "TRAIN.timeout": 4})
+    changes = changes_for(root, tmp_path, **{"TRAIN.workers": 1, "RUNTIME.timeout": 4})
     job = Job("train.py", "--gpu", "cpu", *words(changes))
     job.until("Epoch: [1][3/16]")
     below = descendants(job.pid)
@@ -88,7 +88,7 @@ def test_a_run_whose_loader_process_dies_or_hangs_ends_and_goes_on(root, tmp_pat
 
 DYING = """
 import os, sys, time, torch
-from mit_semseg.dataset.loading import explained, items, make_loader
+from mit_semseg.dataset.loader import worker_errors, items, make_loader
 
 class Dies(torch.utils.data.Dataset):
     def __len__(self):
@@ -100,7 +100,7 @@ class Dies(torch.utils.data.Dataset):
 
 loader = make_loader(Dies(), workers=1, timeout=2, batch_size=None)
 try:
-    with explained():
+    with worker_errors():
         for item in items(loader):
             if sys.argv[2] == "busy":  # the worker dies while its items are worked on
                 for _ in range(100):
@@ -130,7 +130,7 @@ def test_a_loader_process_in_trouble_is_explained(how, when, message):
 
 def narrow(before: str, root, folder) -> subprocess.CompletedProcess:
     """train.py after a command of the shell that takes something away."""
-    changes = changes_for(root, folder, **{"TRAIN.workers": 2, "TRAIN.timeout": 30})
+    changes = changes_for(root, folder, **{"TRAIN.workers": 2, "RUNTIME.timeout": 30})
     command = [sys.executable, str(ROOT / "train.py"), "--gpu", "cpu", *words(changes)]
     return subprocess.run(
         ["sh", "-c", f'{before} && exec "$@"', "sh", *command], env=ENV, cwd=ROOT, capture_output=True, text=True
@@ -142,7 +142,7 @@ def test_too_little_shared_memory_is_said(root, tmp_path):
     small = "mount -t tmpfs -o size=8k tmpfs /dev/shm"
     if subprocess.run(["unshare", "-rm", "sh", "-c", small], capture_output=True).returncode:
         pytest.skip("needs the right to mount a disk in memory")
-    changes = changes_for(root, tmp_path, **{"TRAIN.workers": 1, "TRAIN.timeout": 30})
+    changes = changes_for(root, tmp_path, **{"TRAIN.workers": 1, "RUNTIME.timeout": 30})
     command = [sys.executable, str(ROOT / "train.py"), "--gpu", "cpu", *words(changes)]
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", f'{small} && exec "$@"', "sh", *command],
@@ -210,7 +210,7 @@ def test_nothing_grows_in_a_long_run(root, tmp_path):
         return thread not in threads_before and not isinstance(thread, TMonitor)  # of tqdm, which keeps one
 
     fit(
-        module, optimizer, dataset.of_bytes(), RunFiles(tmp_path), settings, devices=[torch.device("cpu")],
+        module, optimizer, dataset.as_uint8(), RunFolder(tmp_path), settings, devices=[torch.device("cpu")],
         val_dataset=val, recorder=watch,
     )  # fmt: skip
     memory, threads, processes, files = zip(*watch.seen, strict=True)

@@ -28,7 +28,7 @@ from runs import ROOT, same, weights, words
 from scenes import options, tiny_module
 
 from mit_semseg.dataset import TrainDataset
-from mit_semseg.engine import MaskedNLLLoss, Processes, RunFiles, Settings, build_optimizer, fit
+from mit_semseg.engine import MaskedNLLLoss, Processes, RunFolder, Settings, build_optimizer, fit
 from mit_semseg.engine.checkpoint import read_resume
 from mit_semseg.engine.distributed import Place
 
@@ -71,7 +71,7 @@ def undisturbed(root, tmp_path_factory):
 
 def goes_on(root, folder, undisturbed):
     """The same command finishes the run as if nothing had happened."""
-    saved = read_resume(RunFiles(folder).resume)["step"]
+    saved = read_resume(RunFolder(folder).resume)["step"]
     jobs = start_ranks("train.py", words(options_for(root, folder)))
     ends = [job.end() for job in jobs]
     assert [end.returncode for end in ends] == [0, 0], jobs[0].errors()
@@ -127,7 +127,7 @@ def test_torchrun_s_sigterm_saves_the_last_step(root, tmp_path, undisturbed):
         output = job.stdout.read()
     assert job.returncode != 0
     last = 3 + output.count("Accuracy")
-    assert read_resume(RunFiles(tmp_path).resume)["step"] == last < 16
+    assert read_resume(RunFolder(tmp_path).resume)["step"] == last < 16
     goes_on(root, tmp_path, undisturbed)
 
 
@@ -140,14 +140,14 @@ def test_a_signal_to_any_process_ends_all_after_the_same_step(root, tmp_path, un
         jobs[rank].send(signal.SIGINT)
     done = [job.end() for job in jobs]
     assert [each.returncode for each in done] == [130, 130], done[0].stderr + done[1].stderr
-    assert read_resume(RunFiles(tmp_path).resume)["step"] == done[0].stdout.count("Accuracy") < 16
+    assert read_resume(RunFolder(tmp_path).resume)["step"] == done[0].stdout.count("Accuracy") < 16
     if len(heard) == 2:
         goes_on(root, tmp_path, undisturbed)
 
 
 @pytest.mark.long
 def test_a_hanging_process_ends_the_job_with_the_stack_of_who_waits(root, tmp_path):
-    changes = options_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "TRAIN.timeout": 4, "TRAIN.eval_epoch": 0})
+    changes = options_for(root, tmp_path, **{"TRAIN.epoch_iters": 50, "RUNTIME.timeout": 4, "TRAIN.eval_epoch": 0})
     waits, hangs = start_ranks("train.py", words(changes))
     waits.until("Epoch: [1][3/50]")
     hangs.send(signal.SIGSTOP)
@@ -175,7 +175,7 @@ def _trained_slowly(rank, root, folder):
     settings = Settings(num_epoch=1, epoch_iters=4, timeout=2.0)
     processes = Processes(Place(rank, 2, rank, 2), timeout=2.0)
     return fit(
-        module, optimizer, dataset, RunFiles(folder), settings, devices=[torch.device("cpu")], processes=processes
+        module, optimizer, dataset, RunFolder(folder), settings, devices=[torch.device("cpu")], processes=processes
     ).step
 
 
@@ -228,7 +228,7 @@ def test_processes_with_other_code_do_not_start(root, tmp_path):
 WAITING = """
 import os, signal, time
 import torch
-from mit_semseg.apps import cli
+from mit_semseg.cli import common as cli
 from mit_semseg.engine.distributed import join
 
 def main():
@@ -266,7 +266,7 @@ def test_a_share_may_take_longer_than_the_time_out():
 FAILING = """
 import atexit, multiprocessing, os, sys, time
 import torch
-from mit_semseg.apps import cli
+from mit_semseg.cli import common as cli
 from mit_semseg.engine.distributed import join
 from mit_semseg.lib.utils import UserError
 
@@ -338,7 +338,7 @@ class Network:
 def test_a_cut_network_ends_both_sides_and_the_run_goes_on(root, tmp_path, undisturbed):
     if not shutil.which("ip"):
         pytest.skip("needs iproute2")
-    arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path, **{"TRAIN.timeout": 6}))]
+    arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path, **{"RUNTIME.timeout": 6}))]
     with Network() as network:
         jobs = [network.start(rank, arguments) for rank in (0, 1)]
         try:

@@ -1,5 +1,6 @@
 """Synchronized batch normalization, also in place with its activation, and data parallelism over dicts."""
 
+from .activation_checkpoint import Blocks, enable_activation_checkpointing
 from .batchnorm import (
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
@@ -14,9 +15,8 @@ from .parallel import (
     UserScatteredDataParallel,
     patch_replication_callback,
 )
-from .recompute import Blocks, recompute
+from .replicas import ProcessGroupError, ReplicaError, ReplicaGroup
 from .scatter import async_copy_to, user_scattered_collate
-from .sync import ProcessStopped, ReplicaGroup, ReplicaStopped
 
 __all__ = [
     "Blocks",
@@ -24,17 +24,17 @@ __all__ = [
     "DictGatherDataParallel",
     "InPlaceABN",
     "InPlaceABNSync",
-    "ProcessStopped",
+    "ProcessGroupError",
+    "ReplicaError",
     "ReplicaGroup",
-    "ReplicaStopped",
     "SynchronizedBatchNorm1d",
     "SynchronizedBatchNorm2d",
     "SynchronizedBatchNorm3d",
     "UserScatteredDataParallel",
     "async_copy_to",
     "convert_sync_batchnorm",
+    "enable_activation_checkpointing",
     "patch_replication_callback",
-    "recompute",
     "to_batchnorm",
     "user_scattered_collate",
 ]

@@ -12,9 +12,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .normalize import Meeting, Normalize, along_channels
-from .recompute import recomputing
-from .sync import ReplicaGroup, process_count
+from .activation_checkpoint import recomputing
+from .replicas import ReplicaGroup, world_size
+from .sync_stats import Normalize, SyncStatistics, channel_shape
 
 
 class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -52,7 +52,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             A tensor of the shape and type of `x`.
 
         Raises:
-            ReplicaStopped, ProcessStopped: another replica or process failed or did not arrive in time.
+            ReplicaError, ProcessGroupError: another replica or process failed or did not arrive in time.
         """
         if isinstance(x, torch.fx.Proxy) and not self.training:  # traced by FX: sizes are symbolic
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
@@ -78,7 +78,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.synchronized and self._replicas is not None and self._replicas.size > 1
 
     def _meets_processes(self) -> bool:
-        return self.training and self.synchronized and process_count(self.process_group) > 1
+        return self.training and self.synchronized and world_size(self.process_group) > 1
 
     def _is_single_value(self, x: Tensor) -> bool:
         return self.training and self.track_running_stats and x.numel() == x.size(1)
@@ -117,7 +117,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_together(self, given: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Sequence[Tensor]:
         """Outputs of all replicas of this process from their (input, weight, bias); learns the running estimates."""
         inputs, weights, biases = zip(*given, strict=True)
-        meeting = Meeting(self.eps, self.clamp_variance, self.process_group, self._called())
+        meeting = SyncStatistics(self.eps, self.clamp_variance, self.process_group, self._called())
         outputs = Normalize.apply(meeting, *inputs, *(weights + biases if self.affine else ()))
         if self.track_running_stats and not recomputing():
             with torch.no_grad():
@@ -131,7 +131,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             with torch.no_grad():
                 value = x.detach().flatten().to(self.running_mean.dtype)
                 self._update_running(value, (value - self.running_mean).square())
-        shape = along_channels(x)
+        shape = channel_shape(x)
         y = (x - self.running_mean.view(shape)) * torch.rsqrt(self.running_var + self.eps).view(shape)
         if self.affine:
             y = y * self._scale().view(shape) + self.bias.view(shape)

@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .batchnorm import SynchronizedBatchNorm2d
-from .normalize import Meeting, Normalize, blocks, blockwise, but_channels, moments, scaled, spread, statistics_type
+from .sync_stats import (
+    Normalize,
+    SyncStatistics,
+    blocks,
+    blockwise,
+    moments,
+    reduction_dims,
+    scaled,
+    spread,
+    statistics_dtype,
+)
 
 # Of the modules' entries in the metadata of a state dict, by which a file of in-place norms is told: its keys are those
 # of ordinary ones. (PyTorch's batch norm has version 2.)
@@ -75,7 +85,7 @@ class NormalizeInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, meeting: Meeting, activation: Activation, replicas: int, has_shortcut: bool, *tensors: Tensor
+        ctx, meeting: SyncStatistics, activation: Activation, replicas: int, has_shortcut: bool, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         parts = [tensors[i : i + replicas] for i in range(0, len(tensors), replicas)]
         inputs, shortcuts = parts[0], parts[1] if has_shortcut else ()
@@ -86,7 +96,7 @@ class NormalizeInPlace(torch.autograd.Function):
         for i, x in enumerate(inputs):
             factor = inverse * scale_of(weights[i], meeting.eps).to(inverse) if weights else inverse
             # What the mean loses when it is rounded to the type of x goes into the shift.
-            shift = factor * (meeting.mean.to(statistics_type(x)).double() - meeting.mean)
+            shift = factor * (meeting.mean.to(statistics_dtype(x)).double() - meeting.mean)
             shift = shift + biases[i].to(shift) if weights else shift
             vectors = meeting.mean, factor, shift
             if has_shortcut:
@@ -137,7 +147,7 @@ def scale_of(weight: Tensor, eps: float) -> Tensor:
 
 def _recovered(activation: Activation, y: Tensor, g: Tensor, shortcut: Tensor | None, shift: Tensor, divisor: Tensor):
     """Normalized values and the gradient before the activation, in the type of statistics."""
-    kind = statistics_type(y)
+    kind = statistics_dtype(y)
     y, g = y.to(kind), g.to(kind)
     z = activation.inverse(y)
     z = z if shortcut is None else z - shortcut
@@ -146,7 +156,7 @@ def _recovered(activation: Activation, y: Tensor, g: Tensor, shortcut: Tensor | 
 
 def _sums(activation: Activation, tensors: Sequence[Tensor], scale: Tensor, shift: Tensor) -> Tensor:
     """Per channel the sums of the gradient and of its product with the normalized values: (2, C) float64."""
-    axes, columns = but_channels(tensors[0]), []
+    axes, columns = reduction_dims(tensors[0]), []
     for block in blocks(tensors, (shift, 1 / scale)):
         *parts, own_shift, divisor = block
         y, g, shortcut = (*parts, None)[:3]
@@ -228,7 +238,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
             A tensor of the shape and type of `x`.
 
         Raises:
-            ReplicaStopped, ProcessStopped: another replica or process failed or did not arrive in time.
+            ReplicaError, ProcessGroupError: another replica or process failed or did not arrive in time.
         """
         self._check_channels(x)
         given = x, self.weight, self.bias, shortcut
@@ -252,7 +262,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         """Outputs of all replicas from their (input, weight, bias, shortcut); learns the running estimates."""
         inputs, weights, biases, shortcuts = zip(*given, strict=True)
         alone = not self.synchronized or not self.training
-        meeting = Meeting(self.eps, False, self.process_group, self._called(), alone=alone)
+        meeting = SyncStatistics(self.eps, False, self.process_group, self._called(), alone=alone)
         if inputs[0].dtype.itemsize < torch.float32.itemsize:
             scales = [scale_of(weight, self.eps) for weight in weights] if self.affine else ()
             normalized = Normalize.apply(meeting, *inputs, *scales, *(biases if self.affine else ()))
@@ -276,6 +286,6 @@ class InPlaceABNSync(InPlaceABN):
     synchronized = True
 
 
-def is_of_inplace_norms(state: Mapping[str, Tensor]) -> bool:
+def has_inplace_norms(state: Mapping[str, Tensor]) -> bool:
     """Whether a state dict, as `state_dict()` gave it and files keep it, is of a module with in-place norms."""
     return any(entry.get("version") == VERSION for entry in getattr(state, "_metadata", {}).values())

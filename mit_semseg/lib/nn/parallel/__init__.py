@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from ..batchnorm import SynchronizedBatchNorm
+from ..replicas import ReplicaError, ReplicaGroup
 from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter, user_scattered_collate  # noqa: F401
-from ..sync import ReplicaGroup, ReplicaStopped
 
 UNWIND_SECONDS = 1.0  # for threads to end after all outputs, or an error, have arrived
 
@@ -83,7 +83,7 @@ def run_replicas(
         The outputs, in the order of the replicas.
 
     Raises:
-        ReplicaStopped: a replica did not arrive at a meeting in time.
+        ReplicaError: a replica did not arrive at a meeting in time.
         Exception: the first that a replica raised, with its own traceback.
     """
     finished: queue.SimpleQueue = queue.SimpleQueue()
@@ -132,10 +132,10 @@ def _outputs(finished: queue.SimpleQueue, count: int, group: ReplicaGroup) -> li
         except queue.Empty:
             group.stop()
             names = ", ".join(map(str, sorted(running)))
-            raise ReplicaStopped(f"replica {names} did not finish within {group.timeout:g} s of the others") from None
+            raise ReplicaError(f"replica {names} did not finish within {group.timeout:g} s of the others") from None
         running.discard(rank)
         outputs[rank] = output
-        if isinstance(error, ReplicaStopped) and group.stopped:
+        if isinstance(error, ReplicaError) and group.stopped:
             stopped = error  # the error that stopped the group follows
         elif error is not None:
             group.stop()

@@ -1,7 +1,7 @@
 """Pages of the documentation that the code knows best, in Markdown.
 
-    python -m mit_semseg.apps.catalog docs/models.md     # encoders, decoders and recipes: size, cost, published score
-    python -m mit_semseg.apps.catalog docs/options.md    # every option with its default and meaning
+    python docs/generate.py docs/models.md     # encoders, decoders and recipes: size, cost, published score
+    python docs/generate.py docs/options.md    # every option with its default and meaning
 
 The networks are built without memory (on PyTorch's meta device), so this takes seconds.
 """
@@ -18,19 +18,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import load_config
-from ..config.defaults import OPTIONS, Option
-from ..lib.utils import whole_file
-from ..models import DECODERS, ENCODERS, ModelBuilder
-from ..models.published import has_imagenet_base
+from mit_semseg.config import load_config
+from mit_semseg.config.defaults import OPTIONS, Option
+from mit_semseg.lib.utils import whole_file
+from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
+from mit_semseg.models.pretrained import has_imagenet_weights
 
-CONFIGS = Path(__file__).resolve().parents[2] / "config"
+CONFIGS = Path(__file__).resolve().parents[1] / "config"
 SIZE = (512, 688)  # a 512x683 picture as it reaches the network: sides are rounded up to multiples of 8
 REFERENCE = "resnet50dilated"  # the encoder under the decoders' figures
 HEAD = """\
 # Models
 
-Any encoder goes with any decoder. This page is made by `python -m mit_semseg.apps.catalog docs/models.md`.
+Any encoder goes with any decoder. This page is made by `python docs/generate.py docs/models.md`.
 
 Parameters are millions, with the heads that only training uses. GFLOPs are 10⁹ floating point operations (an addition
 or a multiplication each) of convolutions and matrix products, for one 512x683 picture in inference, padded to 512x688.
@@ -39,7 +39,7 @@ OPTIONS_HEAD = """\
 # Options
 
 Every key of a YAML file and of the end of a command line (`TRAIN.num_epoch 10`). This page is made by
-`python -m mit_semseg.apps.catalog docs/options.md`.
+`python docs/generate.py docs/options.md`.
 """
 
 
@@ -115,7 +115,7 @@ def _encoders() -> Iterator[str]:
         counted = _encoder(name)
         encoder = counted.part
         channels = ", ".join(map(str, encoder.out_channels))
-        base = "yes" if has_imagenet_base(name) else "no"
+        base = "yes" if has_imagenet_weights(name) else "no"
         rows.append(
             (f"`{name}`", f"{_millions(encoder):.2f}", f"{counted.cost:.1f}", channels, encoder.output_stride, base)
         )
@@ -163,9 +163,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence]) -> Iterator[str]:
 
 def main() -> None:
     """Write a page."""
-    parser = argparse.ArgumentParser(
-        "python -m mit_semseg.apps.catalog", description="Write a page of the documentation."
-    )
+    parser = argparse.ArgumentParser("python docs/generate.py", description="Write a page of the documentation.")
     parser.add_argument(
         "path", metavar="FILE", type=Path, help=f"of the page: {' or '.join(f'{name}.md' for name in PAGES)}"
     )

@@ -1,8 +1,7 @@
 """Segmenting pictures: the few-line interface, and what test.py does with it."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -10,25 +9,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..build import auto_device, build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
-from ..dataset.datasets import float_pictures
-from ..dataset.loading import explained
-from ..dataset.pairs import table_of
-from ..dataset.samplers import shards
+from ..dataset.datasets import images_to_device
+from ..dataset.pairs import class_table_of
 from ..evaluation.evaluator import read_items
-from ..evaluation.inference import WHOLE, View, label_map, label_maps, top_classes, view_logits
-from ..evaluation.upsampling import label_map_of
+from ..evaluation.inference import DEFAULT_INFERENCE, InferenceOptions, label_map, label_maps, top_classes, view_logits
+from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
-from ..models.published import PUBLISHED, fetch_published, published_options
-from .background import Background
-from .building import build_module, view_of
-from .devices import auto_device
-from .pictures import as_picture
-from .results import Result, named, with_own_names
-from .sharing import Share
-
-SMALLEST_SHARE = 0.001  # classes below are not printed
+from ..models.pretrained import PUBLISHED, download_published, published_options
+from .images import to_image
+from .results import Result, with_own_names
 
 
 class Segmenter:
@@ -58,11 +50,11 @@ class Segmenter:
         options,
         *,
         device: torch.device | str = "cpu",
-        view: View = WHOLE,
+        view: InferenceOptions = DEFAULT_INFERENCE,
     ):
         self.table, self.device, self._options, self._view = table, as_device(device), options, view
         self._network = view.network(module.to(self.device), self.device)
-        self._scales = TestDataset([{"fpath_img": "given"}], options).of_bytes()
+        self._scales = TestDataset([{"fpath_img": "given"}], options).as_uint8()
         self._lock = threading.Lock()
 
     @classmethod
@@ -94,7 +86,7 @@ class Segmenter:
         Raises:
             UserError: unknown name, or the weights cannot be had.
         """
-        folder = fetch_published(name)[0].parent
+        folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
         return cls.of_options(cfg, cfg.TEST.checkpoint, auto_device(device))
 
@@ -107,7 +99,7 @@ class Segmenter:
     def of_options(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
         """With the network that options describe, and a checkpoint of it."""
         module = build_module(cfg, device, checkpoint=checkpoint)
-        return cls(module, table_of(cfg.DATASET), cfg.DATASET, device=device, view=view_of(cfg))
+        return cls(module, class_table_of(cfg.DATASET), cfg.DATASET, device=device, view=inference_options(cfg))
 
     def __call__(self, picture) -> Result | list[Result]:
         """Segment a picture, or every one of a list.
@@ -118,14 +110,14 @@ class Segmenter:
 
         Raises:
             ImageFileError: a file that is no readable image.
-            PictureError: something that is no picture.
+            UnsupportedImageError: something that is no picture.
         """
         if isinstance(picture, (list, tuple)):
             return with_own_names([self._segment(one, f"picture_{number}") for number, one in enumerate(picture)])
         return self._segment(picture, "picture")
 
     def _segment(self, picture, name: str) -> Result:
-        name, image = as_picture(picture, name, self._scales.limits)
+        name, image = to_image(picture, name, self._scales.limits)
         pixels = np.array(image)
         with self._lock:
             labels = label_map(self._network, self._item(pixels), self.device, self._view)
@@ -133,8 +125,8 @@ class Segmenter:
 
     def _item(self, pixels: np.ndarray) -> dict:
         """What the network looks at."""
-        item = self._scales.views(as_picture(pixels)[1])
-        return {"img_ori": pixels, "img_data": float_pictures(item, self.device)}
+        item = self._scales.views(to_image(pixels)[1])
+        return {"img_ori": pixels, "img_data": images_to_device(item, self.device)}
 
     def _top_classes(self, pixels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
@@ -154,19 +146,19 @@ class Segmenter:
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing {smoothing}: give a share of 0 (none) to below 1")
         if smoothing and self._view.window is not None:
-            raise ValueError("smoothing needs the whole picture: set INFERENCE.window 0")
+            raise ValueError("smoothing needs the whole picture: set INFERENCE.window_size 0")
         before: list[torch.Tensor] | None = None
         for number, picture in enumerate(pictures):
             if not smoothing:
                 yield self._segment(picture, f"frame_{number}")
                 continue
-            pixels = np.array(as_picture(picture)[1])
+            pixels = np.array(to_image(picture)[1])
             with self._lock:
                 logits = view_logits(self._network, self._item(pixels), self.device, self._view)
                 if before is not None:
                     logits = [torch.lerp(x, old, smoothing) for x, old in zip(logits, before, strict=True)]
                 before, size = logits, pixels.shape[:2]
-                labels = label_map_of(logits, size, align_corners=self._network.align_corners).cpu().numpy()
+                labels = label_map_from_logits(logits, size, align_corners=self._network.align_corners).cpu().numpy()
             yield Result(f"frame_{number}", pixels, labels, self.table, self._top_classes)
 
     def stream(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
@@ -179,7 +171,7 @@ class Segmenter:
         Yields:
             A `Result` for every picture, or (path, reason) for one that cannot be read.
         """
-        pictures = TestDataset([{"fpath_img": path} for path in paths], self._options).skipping()
+        pictures = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
         items = read_items(pictures, device=self.device, **reading)
         while group := list(islice(items, reading.get("batch_size", 1))):
             good = [item for item in group if "error" not in item]
@@ -190,48 +182,3 @@ class Segmenter:
                     yield item["info"], item["error"]
                 else:
                     yield Result(item["info"], item["img_ori"], next(maps), self.table, self._top_classes)
-
-
-def segment_share(
-    share: Share,
-    send: Callable[[str], None],
-    path: str | None,
-    opts: Sequence[str],
-    plan: dict[str, Path],
-    endings: Sequence[str],
-) -> list[str]:
-    """Segment a share of the pictures of a plan with TEST.checkpoint, and write the results.
-
-    Args:
-        send: called with what there is to say of every picture.
-        path, opts: as for `load_config`.
-        plan, endings: of `find_pictures`.
-
-    Returns:
-        For every picture that cannot be read, the reason.
-    """
-    cfg, failed = load_config(path, opts), []
-    part = shards(len(plan), share.parts)[share.number]
-    pictures = list(plan)[part.start : part.stop]
-    segmenter = Segmenter.of_options(cfg, cfg.TEST.checkpoint, share.device)
-    reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.TRAIN.timeout, "processes": share.local}
-    reading["batch_size"] = cfg.TEST.batch_size
-
-    def write(result: Result) -> None:
-        stem = plan[result.path]
-        result.save_as(stem, endings)
-        shares = [
-            f"\n  {result.table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
-            for entry in result.classes
-            if entry["share"] > SMALLEST_SHARE
-        ]
-        send(f"{result.path} -> {named(stem, endings[0])}{''.join(shares)}")
-
-    with explained(), Background() as later:
-        for result in segmenter.stream(pictures, **reading):
-            if isinstance(result, Result):
-                later(partial(write, result))
-            else:
-                failed.append(result[1])
-                send(f"{result[0]}: not segmented")
-    return failed

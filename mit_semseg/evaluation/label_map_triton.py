@@ -82,8 +82,8 @@ def _kernel(
     tl.store(labels + y.to(tl.int64) * W + xs, label.to(tl.int64), mask=xs < W)
 
 
-def fused_label_map(logits: Sequence[Tensor], size: tuple[int, int], places: Sequence[tuple]) -> Tensor:
-    """The class with the largest mean probability of every pixel, see `upsampling.label_map_of`.
+def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], places: Sequence[tuple]) -> Tensor:
+    """The class with the largest mean probability of every pixel, see `upsampling.label_map_from_logits`.
 
     Args:
         logits: (C, h, w) float32 each, of one or more views, on one GPU.

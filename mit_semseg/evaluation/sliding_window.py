@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.layers import at_least_float32
-from .network import Model, View
-from .upsampling import places, resized_rows
+from .label_map import bilinear_neighbors, resized_rows
+from .network import InferenceOptions, Model
 
 STRIP = 64  # rows worked on at a time,
 ELEMENTS = 2**24  # or as many as have so many probabilities: 64 MiB
@@ -18,7 +18,7 @@ ELEMENTS = 2**24  # or as many as have so many probabilities: 64 MiB
 
 @torch.inference_mode()
 def score_strips(
-    model: Model, scales: Sequence[Tensor], size: tuple[int, int], device: torch.device | str, view: View
+    model: Model, scales: Sequence[Tensor], size: tuple[int, int], device: torch.device | str, view: InferenceOptions
 ) -> Iterator[Tensor]:
     """Class probabilities of a picture.
 
@@ -72,7 +72,7 @@ class _Look:
         return resized_rows(self.seen, size, start, stop, self.align_corners).softmax(dim=0)
 
 
-def _looks(model: Model, region: Tensor, view: View, top: int, left: int) -> Iterator[_Look]:
+def _looks(model: Model, region: Tensor, view: InferenceOptions, top: int, left: int) -> Iterator[_Look]:
     """What the network sees in a region (1, 3, h, w), and what it sees in the mirrored one, mirrored back."""
     size = tuple(region.shape[-2:])
     with view.arithmetic(region.device):
@@ -85,7 +85,9 @@ def _looks(model: Model, region: Tensor, view: View, top: int, left: int) -> Ite
 
 
 @torch.inference_mode()
-def window_rows(model: Model, x: Tensor, view: View, device: torch.device | str = "cpu") -> Iterator[Tensor]:
+def window_rows(
+    model: Model, x: Tensor, view: InferenceOptions, device: torch.device | str = "cpu"
+) -> Iterator[Tensor]:
     """Class probabilities of a picture in strips, each as soon as no window to come touches it.
 
     Args:
@@ -150,7 +152,7 @@ class _Rows:
 
     def resized(self, top: int, bottom: int) -> Tensor:
         """Rows `top` to `bottom` of the result, (C, bottom - top, width); they are to be asked for in order."""
-        low, share = (values[top:bottom] for values in places(self.source[0], self.target[0]))
+        low, share = (values[top:bottom] for values in bilinear_neighbors(self.source[0], self.target[0]))
         high = (low + 1).clamp(max=self.source[0] - 1)
         self._hold(int(low[0]), int(high[-1]))
         low, high = ((rows - self.first).to(self.held.device) for rows in (low, high))

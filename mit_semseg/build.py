@@ -6,23 +6,24 @@ from dataclasses import fields
 
 import torch
 
-from ..config import OPTIONS, Config, load_config
-from ..dataset import TrainDataset, ValDataset
-from ..dataset.pairs import table_of
-from ..engine import RunFiles, Settings, build_loss, build_optimizer, freeze_batch_norm
-from ..evaluation import View
-from ..evaluation.network import lacks_bfloat16
-from ..lib.nn import recompute
-from ..lib.nn.inplace_abn import is_of_inplace_norms
-from ..lib.utils import UserError
-from ..models import ModelBuilder, SegmentationModule
-from ..models.layers import NORMS
-from ..models.published import PUBLISHED, fetch_published, published_options
-from ..models.reading import read_state_dict
+from .config import OPTIONS, Config, load_config
+from .dataset import TrainDataset, ValDataset
+from .dataset.pairs import class_table_of
+from .engine import RunFolder, Settings, build_loss, build_optimizer, freeze_batch_norm
+from .evaluation import InferenceOptions
+from .evaluation.network import lacks_bfloat16
+from .lib.nn import enable_activation_checkpointing
+from .lib.nn.inplace_abn import has_inplace_norms
+from .lib.nn.scatter import as_device
+from .lib.utils import UserError
+from .models import ModelBuilder, SegmentationModule
+from .models.layers import NORMS
+from .models.pretrained import PUBLISHED, download_published, published_options
+from .models.weight_files import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-OF_THE_RUN = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
+OF_THE_RUN = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "RUNTIME.", "VAL.num_val")
 HOW_IT_GOES_ON = ("TRAIN.resume", "TRAIN.start_epoch")
 COMPILED_SIZES = 64  # sides of batches are multiples of this where the network is compiled for every size
 
@@ -46,23 +47,25 @@ def build_module(
         _check_device(cfg, device)
         model = cfg.MODEL
         # A resumed run takes all weights from its saved state; the initial files may have been deleted.
-        initial = ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.new_head)
+        initial = (
+            ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.reset_classifier)
+        )
         return _assembled(cfg, *initial, pretrained=model.pretrained and not continued).to(device)
-    files = RunFiles(cfg.DIR)
+    files = RunFolder(cfg.DIR)
     if name := _published(cfg, files, checkpoint):
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
-        fetch_published(name, cfg.DIR)
+        download_published(name, cfg.DIR)
     encoder_file, decoder_file = map(str, files.pair(checkpoint))
     with files.offering(checkpoint):
-        if cfg.MODEL.norm == "inplace" and not is_of_inplace_norms(read_state_dict(encoder_file)):
+        if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(encoder_file)):
             raise UserError(
                 f"{encoder_file} was not trained with MODEL.norm inplace, which would compute something else from it: "
                 f"set MODEL.norm sync"
             )
-        return _assembled(cfg, encoder_file, decoder_file, new_head=False, pretrained=False).to(device)
+        return _assembled(cfg, encoder_file, decoder_file, reset_classifier=False, pretrained=False).to(device)
 
 
-def _published(cfg: Config, files: RunFiles, checkpoint: str) -> str:
+def _published(cfg: Config, files: RunFolder, checkpoint: str) -> str:
     """Name of the published model that these options describe if its weights are not in DIR, else ''."""
     name, there = files.folder.name, [files.part(part, checkpoint).is_file() for part in ("encoder", "decoder")]
     if any(there) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
@@ -85,7 +88,7 @@ def _check_device(cfg: Config, device: torch.device) -> None:
 
 
 def _assembled(
-    cfg: Config, encoder_file: str, decoder_file: str, new_head: bool, *, pretrained: bool
+    cfg: Config, encoder_file: str, decoder_file: str, reset_classifier: bool, *, pretrained: bool
 ) -> SegmentationModule:
     """The network, with the weights of files."""
     model = cfg.MODEL
@@ -103,7 +106,7 @@ def _assembled(
         weights=decoder_file,
         in_channels=encoder.out_channels,
         output_stride=encoder.output_stride,
-        new_head=new_head,
+        reset_classifier=reset_classifier,
         norm_layer=NORMS[model.norm],
     )
     return SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale)
@@ -120,14 +123,14 @@ def _loss_of(cfg: Config) -> torch.nn.Module:
     )
 
 
-def view_of(cfg: Config) -> View:
+def inference_options(cfg: Config) -> InferenceOptions:
     """How the options let the network look at a picture."""
-    window = cfg.INFERENCE.window
+    window = cfg.INFERENCE.window_size
     window = (window, window) if isinstance(window, int) else tuple(window)
-    return View(
+    return InferenceOptions(
         flip=cfg.INFERENCE.flip,
         window=window if all(window) else None,
-        overlap=cfg.INFERENCE.overlap,
+        overlap=cfg.INFERENCE.window_overlap,
         precision=cfg.INFERENCE.precision,
         compiled=cfg.INFERENCE.compile,
     )
@@ -137,7 +140,7 @@ def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
     """What a run trains on and, if it validates, what it is validated on."""
     train, data = cfg.TRAIN, cfg.DATASET
     how = {"seed": train.seed, "side_step": COMPILED_SIZES if train.compile else 1}
-    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how).of_bytes()
+    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how).as_uint8()
     if not train.eval_epoch:
         return training, None
     return training, ValDataset(data.root_dataset, data.list_val, data, cfg.VAL.num_val or -1)
@@ -160,8 +163,8 @@ def build_training(
     if not train.lr_encoder:
         freeze_batch_norm(module.encoder)
         module.encoder.requires_grad_(False)
-    if train.recompute:
-        recompute(module.encoder)
+    if train.activation_checkpointing:
+        enable_activation_checkpointing(module.encoder)
     if train.compile:
         module.encoder.compile()
         module.encoder.compiled = True
@@ -174,7 +177,8 @@ def build_training(
         beta1=train.beta1,
         weight_decay=train.weight_decay,
     )
-    values = {field.name: train[field.name] for field in fields(Settings) if field.name != "options"}
+    values = {field.name: train[field.name] for field in fields(Settings) if field.name in train}
+    values["timeout"] = cfg.RUNTIME.timeout
     values["epoch_iters"] = train.epoch_iters or math.ceil(images / (batches * train.batch_size_per_gpu))
     return optimizer, Settings(**values, options=_of_the_run(cfg))
 
@@ -182,7 +186,7 @@ def build_training(
 def _of_the_run(cfg: Config) -> dict[str, object]:
     """The options that make a run and its validations what they are, and the names of its classes."""
     keys = [key for key in OPTIONS if key.startswith(OF_THE_RUN) and key not in HOW_IT_GOES_ON]
-    return {**{key: cfg.option(key) for key in keys}, "names of the classes": list(table_of(cfg.DATASET).names)}
+    return {**{key: cfg.option(key) for key in keys}, "names of the classes": list(class_table_of(cfg.DATASET).names)}
 
 
 def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
@@ -191,3 +195,27 @@ def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
         raise UserError(
             f"MODEL.fc_dim is {model.fc_dim}, but {model.arch_encoder} gives {own} channels: set {own}, or leave it out"
         )
+
+
+def auto_device(name: str | torch.device = "auto") -> torch.device:
+    """A device that is there.
+
+    Args:
+        name: `auto` (the first GPU if there is one, else the CPU), or anything that `torch.device` knows: `cpu`,
+            `cuda`, `cuda:1`, `mps`.
+
+    Raises:
+        UserError: another name, or a device that this machine does not have.
+    """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        return torch.device(there[1] if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: give auto, {', '.join(there)}") from None
+    device = as_device(device) if torch.cuda.is_available() else device
+    if str(device) not in there:
+        raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
+    return device

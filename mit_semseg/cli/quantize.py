@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..config import Config
 from ..dataset import ValDataset
-from ..evaluation import View, evaluate
+from ..evaluation import InferenceOptions, evaluate
 from ..evaluation.evaluator import read_items
-from ..evaluation.inference import WHOLE
+from ..evaluation.inference import DEFAULT_INFERENCE
 from ..lib.utils import UserError, progress_bar, whole_file
 
 logger = logging.getLogger(__name__)
@@ -158,12 +158,14 @@ def _check(source: Path, path: Path, shapes: Sequence[tuple[int, ...]] = ((1, 3,
             raise QuantizationError(f"the 8-bit network does not give finite scores for pictures {shape}")
 
 
-def cost(source: Path, path: Path, dataset: ValDataset, *, align_corners: bool, view: View = WHOLE) -> Cost:
+def cost(
+    source: Path, path: Path, dataset: ValDataset, *, align_corners: bool, view: InferenceOptions = DEFAULT_INFERENCE
+) -> Cost:
     """Mean IoU of both files on a data set, as eval.py computes it of the network."""
     exact, rounded = (
         evaluate(OnnxNetwork(file, align_corners=align_corners), dataset, view=view, workers=0)
         for file in (source, path)
     )
-    for sentence in exact.left_out:
+    for sentence in exact.skipped:
         logger.warning("left out: %s", sentence)
     return Cost(exact.summary.mean_iou, rounded.summary.mean_iou, exact.images)

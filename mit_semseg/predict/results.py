@@ -1,6 +1,5 @@
 """What there is of a segmented picture, and the files it can become."""
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from PIL import Image
 
 from ..dataset import ClassTable
 from ..lib.utils import TEXT, UserError, whole_file
-from .visualize import class_shares, colorEncode, is_result, overlay, panel, result_names, save_picture
+from .visualize import class_fractions, colorEncode, is_result, overlay, panel, result_stems, save_png
 
 OPACITY = 0.55  # of the colours over a picture
 
@@ -38,7 +37,7 @@ class Result:
     @property
     def classes(self) -> list[dict]:
         """Classes with name (`class`), `index`, `share` of the pixels in 0..1 and `color`, largest first."""
-        return class_shares(self.label_map, self.table)
+        return class_fractions(self.label_map, self.table)
 
     def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
         """The picture tinted with the colours of its classes, with a legend beside it.
@@ -89,7 +88,7 @@ class Result:
         Raises:
             UserError: a file is there that is no result; nothing is written.
         """
-        stem = self.stem or result_names([Path(self.path).name or "picture"]).popitem()[1]
+        stem = self.stem or result_stems([Path(self.path).name or "picture"]).popitem()[1]
         return self.save_as(Path(folder, stem), endings)
 
     def save_as(self, stem: Path, endings: Sequence[str] = (".png",)) -> list[Path]:
@@ -110,7 +109,7 @@ class Result:
             if ending == ".json":
                 self._save_shares(path)
             else:
-                save_picture(self.picture(ending), path)
+                save_png(self.picture(ending), path)
         return paths
 
     def picture(self, ending: str) -> Image.Image:
@@ -138,7 +137,7 @@ def with_own_names(results: Sequence[Result]) -> list[Result]:
     names = [Path(result.path).name for result in results]
     if len(set(names)) < len({result.path for result in results}):
         names = [result.path for result in results]
-    stems = result_names(names)
+    stems = result_stems(names)
     return [replace(result, stem=stems[name]) for result, name in zip(results, names, strict=True)]
 
 
@@ -167,29 +166,3 @@ def _is_shares(path: Path) -> bool:
 def named(stem: Path, ending: str) -> Path:
     """The path of a result."""
     return stem.with_name(stem.name + ending)
-
-
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options that say what is written for a picture, to be handed to `endings_of`."""
-    for name, text in {
-        "overlay": "also write the tinted picture with a legend",
-        "index": "also write the class indices as a grey PNG",
-        "labels": "also write the data set's own label values as a grey PNG, e.g. Cityscapes' labelIds",
-        "json": "also write the classes and their shares as JSON",
-        "no-panel": "do not write the panel [image | prediction]",
-    }.items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-
-
-def endings_of(args: argparse.Namespace) -> list[str]:
-    """Endings of the results, see `Result.save`.
-
-    Raises:
-        UserError: nothing is to be written.
-    """
-    wanted = {".png": not args.no_panel, "_overlay.png": args.overlay, "_index.png": args.index}
-    wanted |= {"_label.png": args.labels, ".json": args.json}
-    endings = [ending for ending, yes in wanted.items() if yes]
-    if not endings:
-        raise UserError("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
-    return endings

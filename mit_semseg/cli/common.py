@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import OPTIONS, Config, add_config_arguments
-from ..engine import Processes, RunFiles
+from ..engine import Processes, RunFolder
 from ..engine.checkpoint import read_resume
 from ..engine.distributed import Place
 from ..lib.utils import UserError, prepare_streams
@@ -32,7 +32,7 @@ EXIT_CODES = (
 NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")  # the last is oneDNN's way to say it
 SMALLER = (
     "in training lower TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
-    "TRAIN.workers, elsewhere set INFERENCE.window"
+    "TRAIN.workers, elsewhere set INFERENCE.window_size"
 )
 
 # The options that are changed most often, for the help of the scripts.
@@ -41,7 +41,7 @@ TRAINING = (
     "TRAIN.lr_decoder", "TRAIN.amp", "TRAIN.resume", "TRAIN.eval_epoch",
 )  # fmt: skip
 EVALUATION = (
-    "DIR", "VAL.checkpoint", "VAL.visualize", "DATASET.imgSizes", "INFERENCE.flip", "INFERENCE.window",
+    "DIR", "VAL.checkpoint", "VAL.visualize", "DATASET.imgSizes", "INFERENCE.flip", "INFERENCE.window_size",
     "INFERENCE.precision",
 )  # fmt: skip
 PICTURES = ("DIR", "TEST.checkpoint", "TEST.result", *EVALUATION[3:])
@@ -93,7 +93,7 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
         given.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)
 
 
-def after_restart(cfg: Config, files: RunFiles, processes: Processes) -> Config:
+def after_restart(cfg: Config, files: RunFolder, processes: Processes) -> Config:
     """Options of a run that torchrun has started again (--max-restarts): it goes on from what it has saved.
 
     Only what this very job has saved: an older run in the folder is treated as TRAIN.resume says.

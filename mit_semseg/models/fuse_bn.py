@@ -11,7 +11,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from ..lib.nn import InPlaceABN
 
 
-def folded(module: nn.Module) -> nn.Module:
+def fuse_batchnorm(module: nn.Module) -> nn.Module:
     """A copy of a network in eval mode that computes the same with fewer operations, up to rounding.
 
     A batch norm in eval mode is a scale and a shift per channel, which the convolution before it can do as well.

@@ -148,9 +148,9 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         values: every option, by its dotted name.
     """
     v, problems = values, _of_the_data(values)
-    window = v["INFERENCE.window"]
+    window = v["INFERENCE.window_size"]
     if any(0 < side < SMALLEST_WINDOW for side in (window if isinstance(window, tuple) else (window,))):
-        problems.append(f"INFERENCE.window {window}: sides are at least {SMALLEST_WINDOW} pixels")
+        problems.append(f"INFERENCE.window_size {window}: sides are at least {SMALLEST_WINDOW} pixels")
     weights = v["TRAIN.class_weights"]
     if weights and len(weights) != v["DATASET.num_class"]:
         problems.append(
@@ -171,13 +171,17 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
             f"MODEL.norm inplace recovers what it needs from its output, which {v['TRAIN.amp']} is too coarse for: set "
             f"TRAIN.amp off, or MODEL.norm sync"
         )
-    if v["TRAIN.recompute"] and (v["MODEL.norm"] == "inplace" or v["MODEL.arch_encoder"].startswith("vgg")):
+    if v["TRAIN.activation_checkpointing"] and (
+        v["MODEL.norm"] == "inplace" or v["MODEL.arch_encoder"].startswith("vgg")
+    ):
         problems.append(
-            "TRAIN.recompute True is for encoders of blocks (not VGG) with MODEL.norm sync or batch: leave it out, or "
-            "change these"
+            "TRAIN.activation_checkpointing True works with encoders other than VGG and MODEL.norm sync or batch: "
+            "set it to False, or change these"
         )
-    if v["TRAIN.recompute"] and v["TRAIN.compile"]:
-        problems.append("TRAIN.compile cannot compile what TRAIN.recompute computes again: use one of them")
+    if v["TRAIN.activation_checkpointing"] and v["TRAIN.compile"]:
+        problems.append(
+            "TRAIN.compile cannot compile what TRAIN.activation_checkpointing computes again: use one of them"
+        )
     if v["MODEL.arch_encoder"].startswith("vgg") and v["MODEL.output_stride"] not in (0, 8):
         problems.append(f"MODEL.output_stride {v['MODEL.output_stride']}: {v['MODEL.arch_encoder']} has 8 only")
     if v["TRAIN.eval_epoch"] > v["TRAIN.num_epoch"]:
@@ -188,8 +192,8 @@ def contradictions(values: Mapping[str, object]) -> list[str]:
         problems.append("TRAIN.visualize shows validations: set TRAIN.eval_epoch, or leave it out")
     if v["TRAIN.epoch_iters"] and v["TRAIN.warmup_iters"] >= v["TRAIN.num_epoch"] * v["TRAIN.epoch_iters"]:
         problems.append(f"TRAIN.warmup_iters {v['TRAIN.warmup_iters']} is not shorter than the whole training")
-    if v["MODEL.new_head"] and not v["MODEL.weights_decoder"]:
-        problems.append("MODEL.new_head True needs a file in MODEL.weights_decoder to take the rest from")
+    if v["MODEL.reset_classifier"] and not v["MODEL.weights_decoder"]:
+        problems.append("MODEL.reset_classifier True needs a file in MODEL.weights_decoder to take the rest from")
     if v["MODEL.output_stride"] == 4 and v["MODEL.arch_encoder"] != "hrnetv2":
         problems.append(f"MODEL.output_stride 4 is hrnetv2's only, not {v['MODEL.arch_encoder']}'s: choose 8, 16 or 32")
     return problems
@@ -200,7 +204,7 @@ def _of_the_data(v: Mapping[str, object]) -> list[str]:
     problems = []
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
     scale = v["DATASET.random_scale"]
-    for key in ("DATASET.crop_size", "INFERENCE.window"):
+    for key in ("DATASET.crop_size", "INFERENCE.window_size"):
         if isinstance(v[key], tuple) and (len(v[key]) != 2 or not all(v[key])):
             problems.append(f"{key} {v[key]}: give one side, or height and width")
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
@@ -233,7 +237,7 @@ def _without_effect(v: Mapping[str, object]) -> list[str]:
         "TRAIN.label_smoothing": (entropy, "cross entropy's: TRAIN.loss ce, ohem, ce+dice or ce+lovasz"),
         "TRAIN.ohem_threshold": (v["TRAIN.loss"] == "ohem", "of hard pixels: TRAIN.loss ohem"),
         "TRAIN.ohem_min_kept": (v["TRAIN.loss"] == "ohem", "of hard pixels: TRAIN.loss ohem"),
-        "INFERENCE.overlap": (v["INFERENCE.window"], "of windows: set INFERENCE.window"),
+        "INFERENCE.window_overlap": (v["INFERENCE.window_size"], "of windows: set INFERENCE.window_size"),
         "DATASET.cat_max_ratio": (v["DATASET.crop_size"], "of crops: set DATASET.crop_size"),
     }
     return [

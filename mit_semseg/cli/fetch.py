@@ -1,9 +1,9 @@
 """Download what the scripts work on.
 
-    python -m mit_semseg.apps.fetch model ade20k-resnet50dilated-ppm_deepsup --to ckpt/FOLDER
-    python -m mit_semseg.apps.fetch file http://HOST/picture.jpg --to picture.jpg [--sha256 HEX]
-    python -m mit_semseg.apps.fetch unpack data/ADEChallengeData2016.zip --strip --to data/ADEChallengeData2016
-    python -m mit_semseg.apps.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
+    python -m mit_semseg.cli.fetch model ade20k-resnet50dilated-ppm_deepsup --to ckpt/FOLDER
+    python -m mit_semseg.cli.fetch file http://HOST/picture.jpg --to picture.jpg [--sha256 HEX]
+    python -m mit_semseg.cli.fetch unpack data/ADEChallengeData2016.zip --strip --to data/ADEChallengeData2016
+    python -m mit_semseg.cli.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
 
 A download that was interrupted goes on where it was. `unpack` takes zip and tar archives, and none that would
 leave the folder. `list` writes the list of a folder of images and annotations. An address that begins with a slash is
@@ -17,14 +17,14 @@ from ..dataset.records import load_records, write_odgt
 from ..lib.archives import MOST_BYTES, MOST_ENTRIES, unpack
 from ..lib.download import download
 from ..lib.utils import expand_path
-from ..models.published import PUBLISHED, fetch_published, server
-from .cli import run
+from ..models.pretrained import PUBLISHED, download_published, server
+from .common import run
 
 
 def main() -> None:
     """Fetch from the command line."""
     parser = argparse.ArgumentParser(
-        "python -m mit_semseg.apps.fetch",
+        "python -m mit_semseg.cli.fetch",
         description="Download published weights and files, unpack archives, and write image lists.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -51,7 +51,7 @@ def main() -> None:
         command.add_argument("--to", required=True, metavar="PATH", type=expand_path, help="where to write")
     args = parser.parse_args()
     if args.command == "model":
-        fetch_published(args.source, args.to)
+        download_published(args.source, args.to)
     elif args.command == "file":
         on_server = args.source.startswith("/")
         address = server().removesuffix("/model") + args.source if on_server else args.source

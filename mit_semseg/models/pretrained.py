@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..lib.download import DownloadError, download
-from .reading import WeightsError
+from .weight_files import WeightsError
 from .weights import LoadReport, load_weights
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ SERVER = "http://sceneparsing.csail.mit.edu/model"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
 CACHE_VARIABLE = "MIT_SEMSEG_HOME"
 
-IMAGENET_BASES = {
+IMAGENET_FILES = {
     "resnet18": "resnet18-imagenet.pth",
     "resnet50": "resnet50-imagenet.pth",
     "resnet101": "resnet101-imagenet.pth",
@@ -29,7 +29,7 @@ IMAGENET_BASES = {
 
 # torchvision's files: address, and their converter below.
 TORCHVISION = "https://download.pytorch.org/models"
-VGG_BASES = {"vgg16_dilated8": "vgg16-397923af.pth", "vgg19_dilated8": "vgg19-dcbb9e9d.pth"}
+VGG_FILES = {"vgg16_dilated8": "vgg16-397923af.pth", "vgg19_dilated8": "vgg19-dcbb9e9d.pth"}
 
 # Published pairs and their last epoch.
 PUBLISHED = {
@@ -85,15 +85,15 @@ def server(folder: str = "", elsewhere: str = "") -> str:
 
 
 def _base_file(arch: str) -> str | None:
-    return VGG_BASES.get(arch) or IMAGENET_BASES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
+    return VGG_FILES.get(arch) or IMAGENET_FILES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
 
 
-def has_imagenet_base(arch: str) -> bool:
+def has_imagenet_weights(arch: str) -> bool:
     """Whether the address of an encoder's ImageNet base is known."""
     return _base_file(arch) is not None
 
 
-def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
+def load_imagenet_weights(encoder: nn.Module, arch: str) -> LoadReport:
     """Fill an encoder with its ImageNet base, from the cache or the server.
 
     Raises:
@@ -108,8 +108,8 @@ def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
         raise WeightsError(f"no ImageNet base was published for {arch}: {ways}")
     path = cache_dir() / file
     if not path.is_file():
-        folder = server("pretrained_resnet", TORCHVISION) if arch in VGG_BASES else server("pretrained_resnet")
-        digest = Path(file).stem.rpartition("-")[2] if arch in VGG_BASES else ""
+        folder = server("pretrained_resnet", TORCHVISION) if arch in VGG_FILES else server("pretrained_resnet")
+        digest = Path(file).stem.rpartition("-")[2] if arch in VGG_FILES else ""
         try:
             download(f"{folder}/{file}", path, sha256=digest)
         except DownloadError as error:
@@ -117,11 +117,11 @@ def load_imagenet_base(encoder: nn.Module, arch: str) -> LoadReport:
                 f"the ImageNet base of {arch} cannot be downloaded ({error}): {ways}, or name a mirror in "
                 f"{MIRROR_VARIABLE}"
             ) from None
-    convert = convolutional_vgg if arch in VGG_BASES else None
+    convert = convert_torchvision_vgg if arch in VGG_FILES else None
     return load_weights(encoder, path, what=f"ImageNet base of {arch}", base=True, convert=convert)
 
 
-def convolutional_vgg(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+def convert_torchvision_vgg(state: dict[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
     """torchvision's VGG as ours: no pooling after blocks four and five, fully connected layers as convolutions.
 
     Args:
@@ -151,7 +151,7 @@ def published_options(name: str) -> list[str]:
     return [word for pair in options.items() for word in pair]
 
 
-def fetch_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
+def download_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
     """Encoder and decoder files of a published model, downloaded unless they are there.
 
     Args:

@@ -34,7 +34,7 @@ class Blocks(nn.Sequential):
         return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _again()))
 
 
-def recompute(module: nn.Module) -> int:
+def enable_activation_checkpointing(module: nn.Module) -> int:
     """Let all `Blocks` of a module recompute, but for those inside of others.
 
     Returns:
@@ -43,7 +43,7 @@ def recompute(module: nn.Module) -> int:
     if isinstance(module, Blocks):
         module.recomputed = True
         return 1
-    return sum(recompute(child) for child in module.children())
+    return sum(enable_activation_checkpointing(child) for child in module.children())
 
 
 def recomputing() -> bool:

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import torch
 
+from ..build import build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ValDataset
 from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import TEXT, progress_bar, whole_file
+from ..predict.visualize import result_panel, result_stems, save_png
 from .background import Background
-from .building import build_module, view_of
 from .report import write_report
-from .sharing import Share, share_out
-from .visualize import result_names, result_panel, save_picture
+from .workers import Share, share_out
 
 
 def result_folder(cfg: Config) -> Path:
@@ -32,13 +32,13 @@ def _score_share(share: Share, send: Callable, path: str | None, opts: Sequence[
     """Score a share of the validation list; sends the name of every image done."""
     cfg = load_config(path, opts)
     dataset, results = _dataset(cfg), result_folder(cfg)
-    names = result_names([record["fpath_img"] for record in dataset.records])
+    names = result_stems([record["fpath_img"] for record in dataset.records])
     module = build_module(cfg, share.device, checkpoint=cfg.VAL.checkpoint)
 
     with Background() as later:
 
         def write(item, prediction):
-            save_picture(result_panel(item, prediction, dataset.table), results / f"{names[item['info']]}.png")
+            save_png(result_panel(item, prediction, dataset.table), results / f"{names[item['info']]}.png")
             send(item["info"])
 
         def seen(item, prediction):
@@ -49,12 +49,12 @@ def _score_share(share: Share, send: Callable, path: str | None, opts: Sequence[
 
         return evaluate(
             module,
-            dataset.part(share.number, share.parts),
+            dataset.shard(share.number, share.parts),
             device=share.device,
-            view=view_of(cfg),
+            view=inference_options(cfg),
             batch_size=cfg.VAL.batch_size,
             workers=cfg.TRAIN.workers,
-            timeout=cfg.TRAIN.timeout,
+            timeout=cfg.RUNTIME.timeout,
             processes=share.local,
             progress=False,
             on_result=seen,
@@ -79,12 +79,12 @@ def score(
     """
     processes = processes or Processes()
     dataset = _dataset(load_config(path, opts))
-    own = len(dataset.part(processes.rank, processes.size))
+    own = len(dataset.shard(processes.rank, processes.size))
     with progress_bar(total=own, desc="evaluating", unit="img", shown=processes.main) as bar:
         arguments = path, list(opts)
         shares = share_out(_score_share, devices, processes, len(dataset), arguments, lambda name: bar.update())
     evaluation = Evaluation.merged(shares)
-    counted = evaluation.images + len(evaluation.left_out) - len(dataset.left_out)
+    counted = evaluation.images + len(evaluation.skipped) - len(dataset.skipped)
     assert counted == len(dataset), "every image is scored or left out exactly once"
     return evaluation
 
@@ -97,7 +97,7 @@ def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None
         how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), **TEXT)
-    names = result_names([record["fpath_img"] for record in _dataset(cfg).records]) if cfg.VAL.visualize else {}
+    names = result_stems([record["fpath_img"] for record in _dataset(cfg).records]) if cfg.VAL.visualize else {}
     panels = {name: f"{stem.as_posix()}.png" for name, stem in names.items()}
     write_report(evaluation, results, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
     more = ", a panel per image" if cfg.VAL.visualize else ""

@@ -10,15 +10,15 @@ import numpy as np
 
 from ..dataset import ClassTable
 from ..lib.utils import UserError
+from ..predict.visualize import result_panel, result_stems, save_png
 from .plots import optional, save_curves
-from .visualize import result_names, result_panel, save_picture
 
 logger = logging.getLogger(__name__)
 
 PICTURES = 4  # validation panels shown per validation
 
 
-class RunRecorder:
+class RunLogger:
     """Writes `curves.png` after every epoch, and TensorBoard events if asked to.
 
     Args:
@@ -43,7 +43,7 @@ class RunRecorder:
         main: bool = True,
     ):
         self.folder, self.table, self.main = Path(folder), table, main
-        self._names = result_names(pictures)
+        self._names = result_stems(pictures)
         self.writer, self._pictures, self._open, self._report = None, [], None, None
         if tensorboard and main:
             try:
@@ -68,7 +68,7 @@ class RunRecorder:
         if shown:
             self._pictures.append(panel)
         if self._names:
-            save_picture(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._names[item['info']]}.png")
+            save_png(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._names[item['info']]}.png")
 
     def epoch(self, epoch: int, history: dict, evaluation) -> None:
         """End of an epoch: curves, validation scores and pictures."""
@@ -110,7 +110,7 @@ class RunRecorder:
             logger.warning("TensorBoard's events cannot be written any more, the run goes on without: %s", error)
             self.writer = None
 
-    def __enter__(self) -> "RunRecorder":
+    def __enter__(self) -> "RunLogger":
         """Suppress the traceback of TensorBoard's writer thread on a full disk: the next write raises the same error,
         which is handled."""
         if self._open:

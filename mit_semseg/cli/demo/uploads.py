@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
-from ..dataset.files import image_size, read_image
-from ..lib.utils import UserError
+from ...dataset.image_io import image_size, read_image
+from ...lib.utils import UserError
 
 LONGEST_NAME = 80  # characters of a picture's name that are kept
 # Of files that visitors may send: none that start other programs, as EPS does, or that nobody's camera makes.

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..lib.utils import UserError
-from .cli import is_out_of_memory
-from .predictor import Segmenter
-from .results import Result
+from ...lib.utils import UserError
+from ...predict.results import Result
+from ...predict.segmenter import Segmenter
+from ..common import is_out_of_memory
 from .uploads import LONGEST_NAME, Gate, Limits, called, names_an_address, read_upload, uploads
 
 logger = logging.getLogger(__name__)

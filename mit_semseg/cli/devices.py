@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from ..build import auto_device
 from ..engine import Processes
 from ..engine.distributed import Place
-from ..lib.nn.scatter import as_device
 from ..lib.utils import UserError
 
 MOST_DEVICES = 1024
@@ -123,27 +123,3 @@ def describe_all(devices: Sequence[torch.device], processes: Processes) -> str:
     """The devices of this process, and how many processes there are."""
     others = f" in each of {processes.size} processes" if processes.size > 1 else ""
     return ", ".join(map(describe, devices)) + others
-
-
-def auto_device(name: str | torch.device = "auto") -> torch.device:
-    """A device that is there.
-
-    Args:
-        name: `auto` (the first GPU if there is one, else the CPU), or anything that `torch.device` knows: `cpu`,
-            `cuda`, `cuda:1`, `mps`.
-
-    Raises:
-        UserError: another name, or a device that this machine does not have.
-    """
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
-    if name == "auto":
-        return torch.device(there[1] if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r}: give auto, {', '.join(there)}") from None
-    device = as_device(device) if torch.cuda.is_available() else device
-    if str(device) not in there:
-        raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
-    return device

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .sync import gather_over_processes, sum_over_processes
+from .replicas import all_gather_rows, all_reduce_sum
 
 # Elements worked on at a time on a CPU: 4 MiB in float32, of which the allocator keeps what is in between at hand.
 BLOCK = 2**20
 
 
-class Meeting:
+class SyncStatistics:
     """Statistics of one layer in one forward pass, over everybody.
 
     Attributes:
@@ -49,7 +49,7 @@ class Meeting:
         """Merge `moments` of the inputs, on the first one's device, with those of the other processes."""
         rows = torch.stack([row.to(moments[0].device) for row in moments])
         if not self.alone:
-            rows = gather_over_processes(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
+            rows = all_gather_rows(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
         counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
         self.count = counts.sum().clamp(min=1)  # nobody has any: nothing divides by zero
         self.mean = (counts * means).sum(0) / self.count
@@ -58,7 +58,7 @@ class Meeting:
     def add_up(self, sums: Sequence[Tensor]) -> Tensor:
         """Sum of what the replicas give, on the first one's device, and of the other processes' sums."""
         total = torch.stack([own.to(sums[0].device) for own in sums]).sum(0)
-        return total if self.alone else sum_over_processes(total, self.group, self.name)
+        return total if self.alone else all_reduce_sum(total, self.group, self.name)
 
 
 class Normalize(torch.autograd.Function):
@@ -68,7 +68,7 @@ class Normalize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, meeting: Meeting, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx, meeting: SyncStatistics, *tensors: Tensor) -> tuple[Tensor, ...]:
         affine = tensors[-1].dim() == 1
         replicas = len(tensors) // 3 if affine else len(tensors)
         inputs, weights, biases = tensors[:replicas], tensors[replicas : 2 * replicas], tensors[2 * replicas :]
@@ -80,7 +80,7 @@ class Normalize(torch.autograd.Function):
         for i, x in enumerate(inputs):
             factor = inverse * weights[i].to(inverse) if affine else inverse
             # What the mean loses when it is rounded to the type of x goes into the shift.
-            shift = factor * (meeting.mean.to(statistics_type(x)).double() - meeting.mean)
+            shift = factor * (meeting.mean.to(statistics_dtype(x)).double() - meeting.mean)
             shift = shift + biases[i].to(shift) if affine else shift
             outputs.append(blockwise(scaled, (x,), (meeting.mean, factor, shift)))
         return tuple(outputs)
@@ -114,7 +114,7 @@ def moments(x: Tensor) -> Tensor:
 
     Two passes of simple kernels: `torch.var_mean` takes many times longer on a CPU.
     """
-    axes, kind = but_channels(x), statistics_type(x)
+    axes, kind = reduction_dims(x), statistics_dtype(x)
     count = x.numel() // x.size(1)
     columns = []
     for (block,) in blocks((x,)):
@@ -130,7 +130,7 @@ def moments(x: Tensor) -> Tensor:
 
 def _gradient_sums(x: Tensor, gradient: Tensor, mean: Tensor) -> Tensor:
     """Per channel the sums of the output's gradient and of its product with x - mean: (2, C) float64."""
-    axes, kind = but_channels(x), statistics_type(x)
+    axes, kind = reduction_dims(x), statistics_dtype(x)
     columns = []
     for block, part, center in blocks((x, gradient), (mean,)):
         product = (block - spread(center, block)).mul_(part)
@@ -173,21 +173,21 @@ def blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterato
     return zip(*(t.split(channels, 1) for t in tensors), *(v.split(channels) for v in vectors), strict=True)
 
 
-def statistics_type(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
     """Type in which an input is worked on: its own, float32 at least."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def but_channels(x: Tensor) -> list[int]:
+def reduction_dims(x: Tensor) -> list[int]:
     """Axes of (N, C, ...) but the second."""
     return [0, *range(2, x.dim())]
 
 
-def along_channels(x: Tensor) -> tuple[int, ...]:
+def channel_shape(x: Tensor) -> tuple[int, ...]:
     """Shape in which values per channel are combined with (N, C, ...)."""
     return (1, -1) + (1,) * (x.dim() - 2)
 
 
 def spread(values: Tensor, x: Tensor) -> Tensor:
     """Values per channel, ready to be combined with (N, C, ...) `x` in the type of statistics."""
-    return values.to(x.device, statistics_type(x)).view(along_channels(x))
+    return values.to(x.device, statistics_dtype(x)).view(channel_shape(x))

@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..dataset.files import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
+from ..dataset.image_io import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
 from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
 from ..lib.utils import UserError, some
 from .results import named, refuse_overwriting
-from .visualize import is_result, result_names
+from .visualize import is_result, result_stems
 
 logger = logging.getLogger(__name__)
 
 
-class PictureError(UserError, TypeError):
+class UnsupportedImageError(UserError, TypeError):
     """Something that is no picture; the message says what was given and what is taken."""
 
 
-def as_picture(given, name: str = "picture", limits: ImageLimits = STANDARD_LIMITS) -> tuple[str, Image.Image]:
+def to_image(given, name: str = "picture", limits: ImageLimits = STANDARD_LIMITS) -> tuple[str, Image.Image]:
     """A name and an RGB picture, from whatever holds one.
 
     Args:
@@ -34,11 +34,13 @@ def as_picture(given, name: str = "picture", limits: ImageLimits = STANDARD_LIMI
 
     Raises:
         ImageFileError: a file that is no readable image, or above the limits.
-        PictureError: anything else.
+        UnsupportedImageError: anything else.
     """
     if isinstance(given, (str, Path)):
         if str(given).startswith(("http://", "https://")):
-            raise PictureError(f"{given}: addresses are not fetched; download the picture and give its path or bytes")
+            raise UnsupportedImageError(
+                f"{given}: addresses are not fetched; download the picture and give its path or bytes"
+            )
         return str(given), read_image(given, limits=limits)
     if isinstance(given, (bytes, bytearray, memoryview)):
         return name, read_image(io.BytesIO(given), f"{name} ({len(given)} bytes)", limits=limits)
@@ -49,10 +51,10 @@ def as_picture(given, name: str = "picture", limits: ImageLimits = STANDARD_LIMI
     if isinstance(given, np.ndarray):
         if given.dtype == np.uint8 and given.size and (given.ndim == 2 or (given.ndim == 3 and given.shape[2] == 3)):
             return name, Image.fromarray(np.ascontiguousarray(given)).convert("RGB")
-        raise PictureError(
+        raise UnsupportedImageError(
             f"an array {given.shape} of {given.dtype} is no picture: give (H, W, 3) uint8 in RGB, or (H, W) in grey"
         )
-    raise PictureError(
+    raise UnsupportedImageError(
         f"{type(given).__name__} is no picture: give a path, bytes, a PIL image, an array (H, W, 3) uint8 or a tensor"
     )
 
@@ -62,12 +64,12 @@ def _pixels_of(x: torch.Tensor) -> np.ndarray:
     x = x.detach().cpu()
     fits = x.dim() == 3 and x.size(0) == 3 and x.numel()
     if not fits or not (x.dtype == torch.uint8 or x.is_floating_point()):
-        raise PictureError(
+        raise UnsupportedImageError(
             f"a tensor {tuple(x.shape)} of {x.dtype} is no picture: give (3, H, W), uint8 or floating point in 0..1"
         )
     if x.is_floating_point():
         if not (x.min() >= 0 and x.max() <= 1):
-            raise PictureError(
+            raise UnsupportedImageError(
                 f"the tensor has values from {x.min():g} to {x.max():g}: pictures of floating point have 0 to 1, not "
                 f"normalized ones"
             )
@@ -75,7 +77,7 @@ def _pixels_of(x: torch.Tensor) -> np.ndarray:
     return x.permute(1, 2, 0).contiguous().numpy()
 
 
-def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:
+def find_inputs(given: str, result: Path, endings: Sequence[str]) -> dict[str, Path]:
     """Pictures that `--imgs` names, and for each the path without extension of its results.
 
     Args:
@@ -108,7 +110,7 @@ def find_pictures(given: str, result: Path, endings: Sequence[str]) -> dict[str,
         raise UserError(f"--imgs {given}: there is no such file or folder")
     if not found:
         raise UserError(f"--imgs {given}: no pictures there")
-    names = result_names([str(p.relative_to(base)) for p in found])
+    names = result_stems([str(p.relative_to(base)) for p in found])
     plan = {str(p): result / names[str(p.relative_to(base))] for p in found}
     for picture, stem in plan.items():
         refuse_overwriting(picture, [named(stem, ending) for ending in endings])

@@ -16,15 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..build import build_module, inference_options
 from ..config import Config, add_config_arguments, load_config
 from ..dataset import ClassTable, ValDataset
-from ..dataset.pairs import table_of
+from ..dataset.pairs import class_table_of
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, expand_path, whole_file
-from ..models.folding import folded
+from ..models.fuse_bn import fuse_batchnorm
 from . import quantize
-from .building import build_module, view_of
-from .cli import DEFAULT_CONFIG, add_verbosity, run
+from .common import DEFAULT_CONFIG, add_verbosity, run
 from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Exported(nn.Module):
 
     def __init__(self, module: nn.Module, output: str = "logits"):
         super().__init__()
-        copied = folded(module).to(memory_format=torch.contiguous_format)
+        copied = fuse_batchnorm(module).to(memory_format=torch.contiguous_format)
         self.encoder, self.decoder, self.output = copied.encoder, copied.decoder, output
 
     def forward(self, image: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def main() -> None:
     setup_logger(0, None, args.level)
     path = Path(args.out or Path(cfg.DIR, f"network{FORMATS[args.format]}"))
     module = build_module(cfg, torch.device("cpu"), checkpoint=cfg.TEST.checkpoint)
-    about = description(cfg, table_of(cfg.DATASET), args.output)
+    about = description(cfg, class_table_of(cfg.DATASET), args.output)
     data = _data_for(cfg, args) if args.int8 else None
     difference = export(module, path, kind=args.format, output=args.output, about=about)
     sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
@@ -203,7 +203,7 @@ def main() -> None:
         small = path.with_suffix(f".int8{path.suffix}")
         quantize.quantize(path, small, data[0])
         print(f"{small} ({_mebibytes(small)}): calibrated with {len(data[0])} training pictures")
-        print(quantize.cost(path, small, data[1], align_corners=module.align_corners, view=view_of(cfg)))
+        print(quantize.cost(path, small, data[1], align_corners=module.align_corners, view=inference_options(cfg)))
 
 
 def _mebibytes(path: Path) -> str:
@@ -218,7 +218,7 @@ def _data_for(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDat
         if getattr(args, name) < 1:
             raise ExportError(f"--{name} {getattr(args, name)}: give a number of pictures from 1 up")
     training, validation = quantize.labelled_pictures(cfg)
-    return training.spread(args.calibration), validation.spread(args.scored)
+    return training.subsample(args.calibration), validation.subsample(args.scored)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def overlay(
 
 def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Image:
     """Swatches, names and shares of the classes of a label map, largest first, as many columns as needed."""
-    entries = class_shares(label_map, table)
+    entries = class_fractions(label_map, table)
     size = max(11, min(20, height // 24))
     font, row = ImageFont.load_default(size), round(size * 1.6)
     texts = [f"{table.labels[entry['index']]}  {entry['share'] * 100:.1f} %" for entry in entries]
@@ -92,7 +92,7 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
     return legend
 
 
-def class_shares(label_map: np.ndarray, table: ClassTable) -> list[dict]:
+def class_fractions(label_map: np.ndarray, table: ClassTable) -> list[dict]:
     """Classes of a label map, largest share first.
 
     Returns:
@@ -111,7 +111,7 @@ def class_shares(label_map: np.ndarray, table: ClassTable) -> list[dict]:
     ]
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG that says who made it (see `is_result`); it appears whole or not at all."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
@@ -120,7 +120,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def is_result(path: Path) -> bool:
-    """Whether a file is a picture that `save_picture` wrote."""
+    """Whether a file is a picture that `save_png` wrote."""
     try:
         with Image.open(path) as image:
             return image.format == "PNG" and image.info.get("Software") == SOFTWARE
@@ -128,7 +128,7 @@ def is_result(path: Path) -> bool:
         return False
 
 
-def result_names(names: Sequence[str]) -> dict[str, Path]:
+def result_stems(names: Sequence[str]) -> dict[str, Path]:
     """For every picture a path without extension for its results, such that no two results have the same name.
 
     The extension is dropped where that is safe, else kept: a.jpg and a.png give `a.jpg` and `a.png`, to which endings

@@ -13,16 +13,16 @@ import threading
 from functools import partial
 from pathlib import Path
 
-from ..config import Config, load_config
-from ..dataset import ValDataset
-from ..dataset.layouts import find_images
-from ..engine import RunFiles
-from ..lib.utils import UserError, expand_path
-from .cli import make_parser, run
-from .devices import describe, pick_devices
-from .logs import setup_logger
+from ...config import Config, load_config
+from ...dataset import ValDataset
+from ...dataset.layouts import find_images
+from ...engine import RunFolder
+from ...lib.utils import UserError, expand_path
+from ...predict.segmenter import Segmenter
+from ..common import make_parser, run
+from ..devices import describe, pick_devices
+from ..logs import setup_logger
 from .page import Networks, build_page, launch
-from .predictor import Segmenter
 from .uploads import Limits
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ SHOWN_EXAMPLES = 6
 
 def checkpoints_of(cfg: Config) -> list[str]:
     """Checkpoints one can choose from: TEST.checkpoint first, then the best and the epochs of DIR, newest first."""
-    files = RunFiles(cfg.DIR)
+    files = RunFolder(cfg.DIR)
     found = [cfg.TEST.checkpoint, "best.pth", *(f"epoch_{n}.pth" for n in reversed(files.epochs()))]
     parts = ("encoder", "decoder")
     there = [name for name in dict.fromkeys(found) if all(files.part(part, name).is_file() for part in parts)]
@@ -59,7 +59,7 @@ def examples_of(cfg: Config, given: str | None) -> list[str]:
     except UserError as error:
         logger.info("no examples: %s", error)
         return []
-    return [str(Path(cfg.DATASET.root_dataset, item["fpath_img"])) for item in data.spread(SHOWN_EXAMPLES).records]
+    return [str(Path(cfg.DATASET.root_dataset, item["fpath_img"])) for item in data.subsample(SHOWN_EXAMPLES).records]
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """Segmenting videos and cameras: every frame tinted with the colours of its classes."""
 
-import argparse
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -9,15 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from ..config import Config
 from ..dataset.layouts import VIDEO_ENDINGS
 from ..lib import opencv as cv2
 from ..lib.utils import UserError, WriteError, progress_bar, whole_file
-from .cli import refuse_torchrun
-from .devices import describe
-from .predictor import Segmenter
+from .segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
@@ -53,48 +48,10 @@ def _is_camera(given: str) -> bool:
     return re.fullmatch("[0-9]{1,4}", given) is not None and not Path(given).exists()
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what the command line asks for that the kind of `args.imgs` does not have.
-
-    Raises:
-        UserError: names it.
-    """
-    if not is_video(args.imgs):
-        if args.smoothing:
-            raise UserError(f"--smoothing {args.smoothing:g} is for videos, and {args.imgs} is none")
-        return
-    refuse_torchrun(f"a video is segmented by one process: python test.py --imgs {args.imgs} ...")
-    of_pictures = ("overlay", "index", "labels", "json", "no-panel")
-    given = [f"--{name}" for name in of_pictures if vars(args)[name.replace("-", "_")]]
-    if given:
-        raise UserError(f"{', '.join(given)}: for pictures; a video becomes a tinted video")
-
-
 def output_path(given: str, folder: Path) -> Path:
     """Where the segmented video goes."""
     stem = f"camera_{given}" if _is_camera(given) else Path(given).stem
     return folder / f"{stem}_segmented.mp4"
-
-
-def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> None:
-    """Segment the video that `--imgs` names with TEST.checkpoint, into TEST.result.
-
-    Raises:
-        KeyboardInterrupt: there was one; the video has the frames until then.
-        UserError: the video, the weights or an option cannot be used.
-    """
-    if not 0 <= smoothing < 1:
-        raise VideoError(f"--smoothing {smoothing:g}: give a share of 0 (none) to below 1")
-    if smoothing and any(np.atleast_1d(cfg.INFERENCE.window)):
-        raise VideoError("--smoothing needs the whole picture: set INFERENCE.window 0")
-    if not _is_camera(given) and not Path(given).is_file():
-        raise VideoError(f"--imgs {given}: there is no such file")
-    logger.info("device: %s", describe(device))
-    path = output_path(given, Path(cfg.TEST.result))
-    written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
-    print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
-    if written.interruption:
-        raise written.interruption
 
 
 def segment_video(

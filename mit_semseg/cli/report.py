@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..dataset.classes import ONE_CLASS
+from ..dataset.classes import ONE_CLASS_WARNING
 from ..evaluation.evaluator import Evaluation, Score
 from ..lib.utils import TEXT, whole_file
 from .plots import optional, save_confusion
@@ -122,15 +122,15 @@ def _figures(evaluation: Evaluation) -> list[str]:
         "images per second": f"{evaluation.images_per_second:.2f}",
     }
     pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in scores.items())
-    warning = f"<p>{escape(ONE_CLASS.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
+    warning = f"<p>{escape(ONE_CLASS_WARNING.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
     return [f"<dl>{''.join(pairs)}</dl>{warning}"]
 
 
 def _left_out(evaluation: Evaluation) -> list[str]:
-    if not evaluation.left_out:
+    if not evaluation.skipped:
         return []
-    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.left_out)
-    return [f"<h2>{len(evaluation.left_out)} left out</h2><p>Not included in the scores:</p><ul>{lines}</ul>"]
+    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.skipped)
+    return [f"<h2>{len(evaluation.skipped)} left out</h2><p>Not included in the scores:</p><ul>{lines}</ul>"]
 
 
 def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:

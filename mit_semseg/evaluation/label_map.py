@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lib import opencv as cv2
-from ..lib.nn.sync import first_sentence
+from ..lib.nn.replicas import first_sentence
 from ..models.layers import at_least_float32
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ BYTE_CLASSES = 256
 LARGE = 2**21  # pixels from which the scores of one class do not stay in the caches, and rows of all classes do better
 
 
-def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """The class with the largest mean probability of every pixel.
 
     Args:
@@ -52,7 +52,9 @@ def label_map_of(logits: Sequence[Tensor], size: tuple[int, int], *, align_corne
     first = logits[0]
     plain = first.device.type == "cpu" and first.dtype == torch.float32 and max(*size, *first.shape) <= CV_LIMIT
     if first.device.type == "cuda" and first.dtype == torch.float32 and (fused := _fused(first.device)):
-        sides = [[places(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
+        sides = [
+            [bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits
+        ]
         return fused(logits, size, sides)
     if not plain:
         return _by_strips(logits, size, align_corners)
@@ -70,10 +72,10 @@ def _fused(device: torch.device) -> Callable | None:
     """The kernel for GPUs; None where Triton, which comes with PyTorch for Linux, is missing, or cannot compile it (it
     needs a C compiler and Python's headers, and a GPU that is not too old)."""
     try:
-        from .fused import fused_label_map
+        from .label_map_triton import label_map_triton
 
         one = torch.zeros(2, 1, 1, device=device)
-        fused_label_map([one], (1, 1), [[places(1, 1, False)] * 2])
+        label_map_triton([one], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton, of the compiler, of the driver
@@ -83,7 +85,7 @@ def _fused(device: torch.device) -> Callable | None:
             first_sentence(error),
         )
         return None
-    return fused_label_map
+    return label_map_triton
 
 
 def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -174,9 +176,9 @@ class _View:
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
         self.classes, self.height, _ = logits.shape
         self.width, self.align_corners = size[1], align_corners
-        low, share = places(self.height, size[0], align_corners)
+        low, share = bilinear_neighbors(self.height, size[0], align_corners)
         self.low, self.share = low.tolist(), share.tolist()
-        low, share = places(logits.shape[2], size[1], align_corners)
+        low, share = bilinear_neighbors(logits.shape[2], size[1], align_corners)
         self.left, self.right = low.numpy(), (low + 1).clamp(max=logits.shape[2] - 1).numpy()
         self.right_share = share.float().numpy()
 
@@ -216,7 +218,7 @@ def probability_strips(
     """Class probabilities, averaged over the views, from top to bottom.
 
     Args:
-        logits, size, align_corners: as of `label_map_of`.
+        logits, size, align_corners: as of `label_map_from_logits`.
         exact: False leaves the softmax of a single view out; the order of the classes is the same.
 
     Yields:
@@ -237,7 +239,7 @@ def probability_strips(
 
 def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
     """Rows top to bottom of (C, h, w) resized to (C, *size)."""
-    low, share = places(x.size(1), size[0], align_corners)
+    low, share = bilinear_neighbors(x.size(1), size[0], align_corners)
     low, share = low[top:bottom].to(x.device), share[top:bottom].to(x).view(-1, 1)
     rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], share)
     if rows.size(-1) == size[1]:
@@ -245,7 +247,7 @@ def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_
     return F.interpolate(rows, size[1], mode="linear", align_corners=align_corners)
 
 
-def places(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
+def bilinear_neighbors(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
     """For every position of a bilinear resize: the neighbour before it, and the share of the one after it.
 
     Args:

@@ -144,7 +144,7 @@ class _Patience:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def worker_errors() -> Iterator[None]:
     """Turn what PyTorch raises about a loader's processes into one sentence. It does so at any moment, in the middle of
     whatever is done with the items, so that this goes around all of it.
 

@@ -14,16 +14,16 @@ from torch import Tensor
 from ..utils import UserError
 
 
-class ReplicaStopped(UserError, RuntimeError):
+class ReplicaError(UserError, RuntimeError):
     """A replica could not go on because another one failed or did not arrive."""
 
 
-class ProcessStopped(UserError, RuntimeError):
+class ProcessGroupError(UserError, RuntimeError):
     """A process could not go on because another one ended or did not answer in time."""
 
 
 class ReplicaGroup:
-    """Meeting point of the replicas of a module during one forward pass.
+    """SyncStatistics point of the replicas of a module during one forward pass.
 
     Args:
         size: number of replicas.
@@ -47,7 +47,7 @@ class ReplicaGroup:
                 called.
 
         Raises:
-            ReplicaStopped: another replica failed, or did not arrive in time.
+            ReplicaError: another replica failed, or did not arrive in time.
             RuntimeError: the replicas came from different layers.
         """
         self._given[rank] = name, value
@@ -65,7 +65,7 @@ class ReplicaGroup:
         return self._results[rank]
 
     def stop(self) -> None:
-        """Wake everybody who waits, now and later, with `ReplicaStopped`: a replica has failed."""
+        """Wake everybody who waits, now and later, with `ReplicaError`: a replica has failed."""
         self.stopped = True
         self._barrier.abort()
 
@@ -77,7 +77,7 @@ class ReplicaGroup:
             reason = (
                 "another one failed" if self.stopped else f"replica {late} did not arrive within {self.timeout:g} s"
             )
-            raise ReplicaStopped(f"{name}: replica {rank} of {self.size} waited for the others, but {reason}") from None
+            raise ReplicaError(f"{name}: replica {rank} of {self.size} waited for the others, but {reason}") from None
 
     def _check_names(self) -> None:
         names = [name for name, _ in self._given]
@@ -86,12 +86,12 @@ class ReplicaGroup:
             raise RuntimeError(f"the replicas went different ways through the network: {places}")
 
 
-def process_count(group: dist.ProcessGroup | None = None) -> int:
+def world_size(group: dist.ProcessGroup | None = None) -> int:
     """Number of processes of a group (None: the default group), 1 where `torch.distributed` is not in use."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def gather_over_processes(vector: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+def all_gather_rows(vector: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
     """Vectors of all processes.
 
     Args:
@@ -103,19 +103,19 @@ def gather_over_processes(vector: Tensor, group: dist.ProcessGroup | None, name:
         (processes, n), in the order of the ranks, the same on all processes.
 
     Raises:
-        ProcessStopped: a process ended or did not answer within the group's time-out (gloo; NCCL works in the
+        ProcessGroupError: a process ended or did not answer within the group's time-out (gloo; NCCL works in the
             background, and ends the process itself).
     """
-    if process_count(group) == 1:
+    if world_size(group) == 1:
         return vector.unsqueeze(0)
-    rows = [torch.empty_like(vector) for _ in range(process_count(group))]
+    rows = [torch.empty_like(vector) for _ in range(world_size(group))]
     _collective(lambda: dist.all_gather(rows, vector.contiguous(), group=group), group, name)
     return torch.stack(rows)
 
 
-def sum_over_processes(tensor: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
-    """Sum of a tensor over all processes, in place; arguments and errors as of `gather_over_processes`."""
-    if process_count(group) > 1:
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """Sum of a tensor over all processes, in place; arguments and errors as of `all_gather_rows`."""
+    if world_size(group) > 1:
         _collective(lambda: dist.all_reduce(tensor, group=group), group, name)
     return tensor
 
@@ -139,7 +139,7 @@ def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, nam
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
-        raise ProcessStopped(
+        raise ProcessGroupError(
             f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
             f"ended or did not answer in time ({first_sentence(error)})"
         ) from error
