@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS, Option
-from mit_semseg.lib.utils import whole_file
+from mit_semseg.lib.utils import atomic_write
 from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.pretrained import has_imagenet_weights
 
@@ -170,7 +170,7 @@ def main() -> None:
     path = parser.parse_args().path
     if path.stem not in PAGES:
         parser.error(f"there is no page {path.stem}, but {', '.join(PAGES)}")
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(PAGES[path.stem]() + "\n", encoding="utf-8")
     print(f"written to {path}")
 

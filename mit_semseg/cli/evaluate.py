@@ -12,7 +12,7 @@ from ..dataset import ValDataset
 from ..engine import Processes
 from ..evaluation import evaluate
 from ..evaluation.evaluator import Evaluation
-from ..lib.utils import TEXT, progress_bar, whole_file
+from ..lib.utils import TEXT, atomic_write, progress_bar
 from ..predict.visualize import result_panel, result_stems, save_png
 from .background import Background
 from .report import write_report
@@ -93,7 +93,7 @@ def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None
     """Print the figures and write them to results.json and a page, report.html."""
     print(evaluation.report())
     results = result_folder(cfg)
-    with whole_file(results / "results.json") as partial:
+    with atomic_write(results / "results.json") as partial:
         how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), **TEXT)

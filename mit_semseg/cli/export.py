@@ -21,7 +21,7 @@ from ..config import Config, add_config_arguments, load_config
 from ..dataset import ClassTable, ValDataset
 from ..dataset.pairs import class_table_of
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
-from ..lib.utils import UserError, expand_path, whole_file
+from ..lib.utils import UserError, atomic_write, expand_path
 from ..models.fuse_bn import fuse_batchnorm
 from . import quantize
 from .common import DEFAULT_CONFIG, add_verbosity, run
@@ -80,7 +80,7 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
     """
     network = Exported(module, output).eval()
     write, load = {"onnx": (_write_onnx, _load_onnx), "torch_export": (_write_program, _load_program)}[kind]
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         write(network, partial, about)
         difference = compare(network, load(partial))
         if difference > TOLERANCE:

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 
 from ..evaluation.evaluator import Evaluation
-from ..lib.utils import WriteError, whole_file
+from ..lib.utils import WriteError, atomic_write
 
 if TYPE_CHECKING:  # it takes a second to import
     from matplotlib.figure import Figure
@@ -103,7 +103,7 @@ def _new_figure(size: tuple[float, float], **options) -> "Figure":
 
 
 def _save(figure: "Figure", path: Path, dpi: int) -> None:
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=dpi)
 
 

@@ -15,7 +15,7 @@ from ..dataset import ValDataset
 from ..evaluation import InferenceOptions, evaluate
 from ..evaluation.evaluator import read_items
 from ..evaluation.inference import DEFAULT_INFERENCE
-from ..lib.utils import UserError, progress_bar, whole_file
+from ..lib.utils import UserError, atomic_write, progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def quantize(source: Path, path: Path, pictures: ValDataset) -> None:
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self._views, None)
 
-    with whole_file(path) as partial, tempfile.TemporaryDirectory(dir=path.parent) as folder:
+    with atomic_write(path) as partial, tempfile.TemporaryDirectory(dir=path.parent) as folder:
         prepared = Path(folder, "prepared.onnx")
         try:
             quant_pre_process(source, prepared, skip_symbolic_shape=True)

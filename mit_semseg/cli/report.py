@@ -11,7 +11,7 @@ import numpy as np
 
 from ..dataset.classes import ONE_CLASS_WARNING
 from ..evaluation.evaluator import Evaluation, Score
-from ..lib.utils import TEXT, whole_file
+from ..lib.utils import TEXT, atomic_write
 from .plots import optional, save_confusion
 
 PAIRS = 20  # most confused pairs shown
@@ -107,7 +107,7 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
     head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>"
     body = "".join([*parts, f"<script>{SCRIPT}</script>"])
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>'
-    with whole_file(folder / "report.html") as partial:
+    with atomic_write(folder / "report.html") as partial:
         partial.write_text(page + "\n", **TEXT)
 
 

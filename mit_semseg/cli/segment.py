@@ -47,7 +47,7 @@ def segment_share(
     cfg, failed = load_config(path, opts), []
     part = shards(len(plan), share.parts)[share.number]
     pictures = list(plan)[part.start : part.stop]
-    segmenter = Segmenter.of_options(cfg, cfg.TEST.checkpoint, share.device)
+    segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, share.device)
     reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.RUNTIME.timeout, "processes": share.local}
     reading["batch_size"] = cfg.TEST.batch_size
 
@@ -62,7 +62,7 @@ def segment_share(
         send(f"{result.path} -> {named(stem, endings[0])}{''.join(shares)}")
 
     with worker_errors(), Background() as later:
-        for result in segmenter.stream(pictures, **reading):
+        for result in segmenter.segment_files(pictures, **reading):
             if isinstance(result, Result):
                 later(partial(write, result))
             else:
@@ -129,7 +129,7 @@ def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> None
         raise VideoError(f"--imgs {given}: there is no such file")
     logger.info("device: %s", describe(device))
     path = output_path(given, Path(cfg.TEST.result))
-    written = segment_video(Segmenter.of_options(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
+    written = segment_video(Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
     print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
     if written.interruption:
         raise written.interruption

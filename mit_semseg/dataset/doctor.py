@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..config import add_config_arguments, load_config
-from ..lib.utils import UserError, prepare_streams, some
+from ..lib.utils import UserError, prepare_streams, shorten
 from .classes import IGNORE
 from .datasets import ValDataset
 from .image_io import peculiarities
@@ -59,7 +59,7 @@ class Diagnosis:
             lines += self._class_lines()
         if self.absent():
             lines.append(f"  classes that no label has ({len(self.absent())}): {', '.join(self.absent())}")
-        lines += [f"  note: {what} ({len(names)}): {some(names, 20)}" for what, names in self.notes.items()]
+        lines += [f"  note: {what} ({len(names)}): {shorten(names, 20)}" for what, names in self.notes.items()]
         lines += [f"  UNUSABLE {line}" for line in grouped(self.problems)]
         return "\n".join(lines)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..lib.utils import UserError, progress_bar, some
+from ..lib.utils import UserError, progress_bar, shorten
 from .image_io import ImageFileError, image_size
 
 Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
@@ -86,12 +86,12 @@ def read_split(path: Path, root: str | os.PathLike = "", problems: list[str] | N
             pairs.append((image, labels.get(stem, base / VOC_LABELS / f"{words[0]}.png")))
     missing = [str(p) for pair in pairs for p in pair if not p.is_file()]
     if missing and problems is None:
-        raise ListError(f"{path}: {len(missing)} files are missing: {some(missing, 3)}")
+        raise ListError(f"{path}: {len(missing)} files are missing: {shorten(missing, 3)}")
     if not pairs:
         raise ListError(f"list {path} is empty")
     there = [pair for pair in pairs if all(p.is_file() for p in pair)]
     if not there:
-        raise ListError(f"{path}: all files are missing: {some(missing, 3)}")
+        raise ListError(f"{path}: all files are missing: {shorten(missing, 3)}")
     if missing:
         problems += [f"{file} is missing" for file in missing]
     return _records(there, root, str(path))
@@ -116,12 +116,12 @@ def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] |
     wanted = images, layout.image_ending
     found += [_lonely(path, wanted, stem) for stem, path in labels.items() if stem not in by_stem]
     if problems is None and found:
-        raise ListError(f"{images} and {annotations}: {len(found)} files do not pair up: {some(found, 3)}")
+        raise ListError(f"{images} and {annotations}: {len(found)} files do not pair up: {shorten(found, 3)}")
     if not by_stem:
         raise ListError(f"{images}: no images")
     stems = sorted(by_stem.keys() & labels.keys())
     if not stems:
-        raise ListError(f"{images} and {annotations}: no files pair up: {some(found, 3)}")
+        raise ListError(f"{images} and {annotations}: no files pair up: {shorten(found, 3)}")
     return _records([(by_stem[stem], labels[stem]) for stem in stems], root, str(folder))
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..lib.utils import TEXT, whole_file
+from ..lib.utils import TEXT, atomic_write
 from .layouts import VOC_IMAGES, VOC_LABELS, VOC_LISTS, ListError, Record, read_lines, read_split, scan_pairs
 
 
@@ -107,6 +107,6 @@ def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
 
 def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
     """Write records to an odgt file, one JSON object a line; the file appears whole or not at all."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         partial.write_text("".join(lines), **TEXT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..lib.utils import UserError, expand_path, prepare_streams, whole_file
+from ..lib.utils import UserError, atomic_write, expand_path, prepare_streams
 
 # raw label value = position + 1; 0 is unlabelled (a thin border between classes, as in PASCAL VOC)
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
@@ -144,9 +144,9 @@ def write_dataset(
             width, height = size if i % 3 else size[::-1]
             image, label = make_scene((seed, number, i), width, height)
             for part, kind, picture in (("images", "jpg", image), ("annotations", "png", label)):
-                with whole_file(folder / split / part / f"scene_{i:04d}.{kind}") as partial:
+                with atomic_write(folder / split / part / f"scene_{i:04d}.{kind}") as partial:
                     picture.save(partial, format="JPEG" if kind == "jpg" else "PNG", quality=92)
-    with whole_file(folder / "classes.csv") as partial:
+    with atomic_write(folder / "classes.csv") as partial:
         rows = [f"{i},{name},{color}" for i, (name, color) in enumerate(zip(CLASSES, COLORS, strict=True), start=1)]
         partial.write_text("\n".join(["raw,name,color", "0,,", *rows]) + "\n", encoding="utf-8")
 

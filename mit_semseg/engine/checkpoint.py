@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..lib.utils import HOST, TEXT, UserError, is_abandoned, is_running, whole_file
+from ..lib.utils import HOST, TEXT, UserError, atomic_write, is_abandoned, is_running
 from ..models.weight_files import WeightsError, read_checkpoint
 from ..models.weights import is_whole_network, load_weights
 from .distributed import Processes
@@ -36,7 +36,7 @@ def new_history() -> dict:
 
 def save_atomic(obj, path: Path) -> None:
     """`torch.save` that leaves the old file or the new one under the name, never a part of one."""
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         _save(obj, partial)
 
 
@@ -194,7 +194,7 @@ class RunFolder:
     def save_weights(self, module, suffix: str) -> None:
         """Write encoder and decoder of a `SegmentationModule`; both are on the disk before one takes its name."""
         encoder, decoder = (self.part(name, suffix) for name in ("encoder", "decoder"))
-        with whole_file(encoder) as first, whole_file(decoder) as second:
+        with atomic_write(encoder) as first, atomic_write(decoder) as second:
             _save(module.encoder.state_dict(), first)
             _save(module.decoder.state_dict(), second)
 

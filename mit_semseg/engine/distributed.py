@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..lib.nn import ProcessGroupError, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
-from ..lib.nn.replicas import first_sentence, is_communication_error
-from ..lib.utils import UserError
+from ..lib.nn.sync_stats import is_communication_error
+from ..lib.utils import UserError, first_sentence
 from .place import Place
 from .pulse import Pulse
 

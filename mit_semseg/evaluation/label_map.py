@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lib import opencv as cv2
-from ..lib.nn.replicas import first_sentence
+from ..lib.utils import first_sentence
 from ..models.layers import at_least_float32
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .utils import DISK_TROUBLE, UserError, WriteError, is_running, progress_bar
+from .utils import DISK_ERRORS, UserError, WriteError, is_running, progress_bar
 
 MOST_ENTRIES = 1_000_000
 MOST_BYTES = 200 * 2**30
@@ -130,7 +130,7 @@ def _opened(archive: Path) -> Iterator[zipfile.ZipFile | tarfile.TarFile]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno in DISK_TROUBLE:
+        if error.errno in DISK_ERRORS:
             raise WriteError(f"{archive} cannot be unpacked: {error.strerror}") from None
         if error.filename:
             raise

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..lib.utils import UserError, some
+from ..lib.utils import UserError, shorten
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which programs keep the state dict
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -36,7 +36,7 @@ def read_checkpoint(path: str | os.PathLike):
     path = Path(path)
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
-        there = f"; there is {some(near)}" if near else ""
+        there = f"; there is {shorten(near)}" if near else ""
         raise WeightsError(f"no checkpoint {path}{there}")
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -110,7 +110,7 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     if isinstance(state, dict):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)
     if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
-        kind = f"keys {some([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
+        kind = f"keys {shorten([str(k) for k in state])}" if isinstance(state, dict) else type(state).__name__
         raise WeightsError(f"{path} holds no state dict (names -> tensors) but {kind}")
     plain = OrderedDict((PREFIXES.sub("", key).replace("_orig_mod.", ""), value) for key, value in state.items())
     if len(plain) != len(state):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN
 from ..lib.nn.inplace_abn import has_inplace_norms, scale_of
-from ..lib.utils import some
+from ..lib.utils import shorten
 from .weight_files import WeightsError, read_state_dict
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class LoadReport:
         if self.skipped:
             parts.append(f"started anew (other number of classes): {', '.join(self.skipped)}")
         if self.surplus:
-            parts.append(f"not used: {some(self.surplus)}")
+            parts.append(f"not used: {shorten(self.surplus)}")
         return "; ".join(parts)
 
 
@@ -176,7 +176,7 @@ def load_weights(
 
 def _misfits(wrong: list[str], lacking: list[str], surplus: list[str]) -> str:
     labels = {"other shape": wrong, "missing in the file": lacking, "unknown to the model": surplus}
-    text = "; ".join(f"{label}: {some(names)}" for label, names in labels.items() if names)
+    text = "; ".join(f"{label}: {shorten(names)}" for label, names in labels.items() if names)
     if wrong and all(line.startswith("conv_last") for line in wrong) and not lacking and not surplus:
         text += (
             "; the file has another number of classes: give the model the same number, or, to train on from here, "

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..dataset.image_io import STANDARD_LIMITS, ImageLimits, as_rgb, read_image
 from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
-from ..lib.utils import UserError, some
+from ..lib.utils import UserError, shorten
 from .results import named, refuse_overwriting
 from .visualize import is_result, result_stems
 
@@ -104,7 +104,7 @@ def find_inputs(given: str, result: Path, endings: Sequence[str]) -> dict[str, P
         if any(map(is_result, files)):
             logger.info("%d results of earlier runs left out", sum(map(is_result, files)))
         if videos:
-            names = some([str(p) for p in videos], 3)
+            names = shorten([str(p) for p in videos], 3)
             logger.warning("%d videos left out, give each by itself (--imgs %s): %s", len(videos), videos[0], names)
     else:
         raise UserError(f"--imgs {given}: there is no such file or folder")

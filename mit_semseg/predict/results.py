@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..dataset import ClassTable
-from ..lib.utils import TEXT, UserError, whole_file
+from ..lib.utils import TEXT, UserError, atomic_write
 from .visualize import class_fractions, colorEncode, is_result, overlay, panel, result_stems, save_png
 
 OPACITY = 0.55  # of the colours over a picture
@@ -123,7 +123,7 @@ class Result:
         return self.panel()
 
     def _save_shares(self, path: Path) -> None:
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), **TEXT)
 
     def as_dict(self) -> dict:

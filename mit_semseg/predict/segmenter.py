@@ -73,7 +73,7 @@ class Segmenter:
             UserError: the file, an option, the weights or the device cannot be used; says what to do.
         """
         cfg = load_config(path, opts)
-        return cls.of_options(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
+        return cls.from_cfg(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
@@ -88,7 +88,7 @@ class Segmenter:
         """
         folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
-        return cls.of_options(cfg, cfg.TEST.checkpoint, auto_device(device))
+        return cls.from_cfg(cfg, cfg.TEST.checkpoint, auto_device(device))
 
     @staticmethod
     def names() -> list[str]:
@@ -96,7 +96,7 @@ class Segmenter:
         return list(PUBLISHED)
 
     @classmethod
-    def of_options(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
+    def from_cfg(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
         """With the network that options describe, and a checkpoint of it."""
         module = build_module(cfg, device, checkpoint=checkpoint)
         return cls(module, class_table_of(cfg.DATASET), cfg.DATASET, device=device, view=inference_options(cfg))
@@ -161,7 +161,7 @@ class Segmenter:
                 labels = label_map_from_logits(logits, size, align_corners=self._network.align_corners).cpu().numpy()
             yield Result(f"frame_{number}", pixels, labels, self.table, self._top_classes)
 
-    def stream(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
+    def segment_files(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
         """Segment picture files one after the other; reading goes on in the background.
 
         Args:

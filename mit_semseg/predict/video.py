@@ -11,7 +11,7 @@ import numpy as np
 
 from ..dataset.layouts import VIDEO_ENDINGS
 from ..lib import opencv as cv2
-from ..lib.utils import UserError, WriteError, progress_bar, whole_file
+from ..lib.utils import UserError, WriteError, atomic_write, progress_bar
 from .segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def segment_video(
     interruption, count = None, 0
     with _opened(given) as source:
         frames = _Frames(source, given, most, progress)
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             # OpenCV chooses the container by the ending.
             own = partial.with_name(partial.name + path.suffix)
             writer = _Writer(own, frames.size, frames.rate)

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
-from ..lib.utils import whole_file
+from ..lib.utils import atomic_write
 
 GAP = 6  # pixels between the parts of a panel
 ENDINGS = (".png", "_overlay.png", "_index.png", "_label.png", ".json")  # what may be written for a picture
@@ -115,7 +115,7 @@ def save_png(picture: Image.Image, path: Path) -> None:
     """Write a PNG that says who made it (see `is_result`); it appears whole or not at all."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         picture.save(partial, format="PNG", pnginfo=info, compress_level=PNG_LEVEL)
 
 

@@ -14,7 +14,7 @@ from scenes import tiny_module, write_data_set
 from mit_semseg import Segmenter
 from mit_semseg.dataset import class_table
 from mit_semseg.engine.checkpoint import RunFolder, read_resume, save_atomic
-from mit_semseg.lib.utils import WriteError, whole_file
+from mit_semseg.lib.utils import WriteError, atomic_write
 from mit_semseg.predict.video import segment_video
 
 STATE = 30  # MiB: the state to continue from takes 18
@@ -53,7 +53,7 @@ def disk(tmp_path):
 
 
 def save_text(text, path):
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text)
 
 

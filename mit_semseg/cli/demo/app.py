@@ -80,7 +80,7 @@ def main() -> None:
     cfg = load_config(args.cfg, args.opts)
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]
-    networks = Networks(checkpoints_of(cfg), partial(Segmenter.of_options, cfg, device=device))
+    networks = Networks(checkpoints_of(cfg), partial(Segmenter.from_cfg, cfg, device=device))
     networks.load(networks.names[0])  # what is wrong with it is said now, not to the first visitor
     logger.info("device: %s", describe(device))
     about = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DATASET.num_class} classes."

@@ -15,8 +15,9 @@ from .parallel import (
     UserScatteredDataParallel,
     patch_replication_callback,
 )
-from .replicas import ProcessGroupError, ReplicaError, ReplicaGroup
+from .replicas import ReplicaError, ReplicaGroup
 from .scatter import async_copy_to, user_scattered_collate
+from .sync_stats import ProcessGroupError
 
 __all__ = [
     "Blocks",

@@ -1,15 +1,13 @@
 """Blocks whose insides are computed again in the backward pass instead of being kept (Chen et al., "Training Deep Nets
 with Sublinear Memory Cost", 2016)."""
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-_state = threading.local()
+from .batchnorm import recomputation
 
 
 class Blocks(nn.Sequential):
@@ -31,7 +29,7 @@ class Blocks(nn.Sequential):
         """The output of one of the modules."""
         if not (self.recomputed and self.training and torch.is_grad_enabled()):
             return block(x)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _again()))
+        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
 
 
 def enable_activation_checkpointing(module: nn.Module) -> int:
@@ -44,17 +42,3 @@ def enable_activation_checkpointing(module: nn.Module) -> int:
         module.recomputed = True
         return 1
     return sum(enable_activation_checkpointing(child) for child in module.children())
-
-
-def recomputing() -> bool:
-    """Whether this thread computes something again: norms have learnt their statistics the first time."""
-    return getattr(_state, "again", False)
-
-
-@contextmanager
-def _again() -> Iterator[None]:
-    _state.again = True
-    try:
-        yield
-    finally:
-        _state.again = False

@@ -5,16 +5,35 @@ they are PyTorch's own kernel, otherwise `normalize.py`.
 """
 
 import copy
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation_checkpoint import recomputing
-from .replicas import ReplicaGroup, world_size
-from .sync_stats import Normalize, SyncStatistics, channel_shape
+from .replicas import ReplicaGroup
+from .sync_stats import Normalize, SyncStatistics, channel_shape, world_size
+
+_thread = threading.local()
+
+
+def recomputing() -> bool:
+    """Whether this thread repeats a forward pass under activation checkpointing: the running statistics have already
+    been updated by the first pass."""
+    return getattr(_thread, "recomputing", False)
+
+
+@contextmanager
+def recomputation() -> Iterator[None]:
+    """Context for the repeated forward pass of activation checkpointing; see `recomputing`."""
+    _thread.recomputing = True
+    try:
+        yield
+    finally:
+        _thread.recomputing = False
 
 
 class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):

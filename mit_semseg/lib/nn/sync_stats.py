@@ -12,10 +12,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .replicas import all_gather_rows, all_reduce_sum
+from ..utils import UserError, first_sentence
 
 # Elements worked on at a time on a CPU: 4 MiB in float32, of which the allocator keeps what is in between at hand.
 BLOCK = 2**20
+
+
+class ProcessGroupError(UserError, RuntimeError):
+    """A process could not go on because another one ended or did not answer in time."""
 
 
 class SyncStatistics:
@@ -191,3 +195,57 @@ def channel_shape(x: Tensor) -> tuple[int, ...]:
 def spread(values: Tensor, x: Tensor) -> Tensor:
     """Values per channel, ready to be combined with (N, C, ...) `x` in the type of statistics."""
     return values.to(x.device, statistics_dtype(x)).view(channel_shape(x))
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes of a group (None: the default group), 1 where `torch.distributed` is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_gather_rows(vector: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """Vectors of all processes.
+
+    Args:
+        vector: (n,), of the same length everywhere.
+        group: process group, None for the default one.
+        name: of the layer, for the error.
+
+    Returns:
+        (processes, n), in the order of the ranks, the same on all processes.
+
+    Raises:
+        ProcessGroupError: a process ended or did not answer within the group's time-out (gloo; NCCL works in the
+            background, and ends the process itself).
+    """
+    if world_size(group) == 1:
+        return vector.unsqueeze(0)
+    rows = [torch.empty_like(vector) for _ in range(world_size(group))]
+    _collective(lambda: dist.all_gather(rows, vector.contiguous(), group=group), group, name)
+    return torch.stack(rows)
+
+
+def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
+    """Sum of a tensor over all processes, in place; arguments and errors as of `all_gather_rows`."""
+    if world_size(group) > 1:
+        _collective(lambda: dist.all_reduce(tensor, group=group), group, name)
+    return tensor
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Whether an error was raised by the communication with other processes, and not by this one, e.g. for lack of
+    memory. gloo raises plain RuntimeErrors."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
+
+
+def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
+    try:
+        call()
+    except RuntimeError as error:
+        if not is_communication_error(error):
+            raise
+        raise ProcessGroupError(
+            f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
+            f"ended or did not answer in time ({first_sentence(error)})"
+        ) from error

@@ -32,14 +32,14 @@ class WriteError(UserError):
 
 
 # The disk is full, a quota is, the file is too large for it, it is read-only, it fails, or the name is too long for it.
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
 HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
 _bars = {"shown": True}
 LONGEST_NAME = 200  # bytes, of the 255 that most file systems take
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file so that under its name there is the old content or all of the new.
 
     Yields:
@@ -69,7 +69,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def is_abandoned(partial: Path) -> bool:
-    """Whether a temporary file of `whole_file` was left by a process that has ended.
+    """Whether a temporary file of `atomic_write` was left by a process that has ended.
 
     Files of other machines count as abandoned if they were not modified for a day.
     """
@@ -112,7 +112,7 @@ def _short(name: str) -> str:
 def _disk_trouble(error: BaseException | None) -> str:
     """What the system says of the disk, where that is behind an error: `torch.save` raises others about it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error.strerror
         error = error.__cause__ or error.__context__
     return ""
@@ -165,9 +165,14 @@ def quiet_bars(quiet: bool = True) -> None:
     _bars["shown"] = not quiet
 
 
-def some(names: Sequence[str], most: int = 5) -> str:
+def shorten(names: Sequence[str], most: int = 5) -> str:
     """The first few names, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_sentence(error: BaseException) -> str:
+    """What an error says, without the rest of its report."""
+    return str(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def as_numpy(obj):
