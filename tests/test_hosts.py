@@ -32,6 +32,7 @@ from mit_semseg.evaluation import evaluate
 from mit_semseg.evaluation.network import InferenceOptions, prepared
 from mit_semseg.lib.nn import ProcessGroupError, convert_sync_batchnorm
 from mit_semseg.lib.nn.scatter import as_device
+from mit_semseg.lib.nn.sync_stats import _collective
 from mit_semseg.lib.utils import UserError, progress_bar
 from mit_semseg.models.pretrained import cache_dir
 
