@@ -1,4 +1,4 @@
-"""Options: their defaults, their checks, and how YAML files and command lines are read."""
+"""Options: defaults, checks, YAML files and command lines."""
 
 from . import defaults
 from .defaults import OPTIONS
