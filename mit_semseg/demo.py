@@ -1,4 +1,4 @@
-"""`python -m mit_semseg.demo`: see `mit_semseg.cli.demo.app`."""
+"""Entry point of `python -m mit_semseg.demo`."""
 
 from .cli.common import run
 from .cli.demo.app import main

@@ -1,4 +1,4 @@
-"""`python -m mit_semseg.export`: see `mit_semseg.cli.export`."""
+"""Entry point of `python -m mit_semseg.export`."""
 
 from .cli.common import run
 from .cli.export import export, main

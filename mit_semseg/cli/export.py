@@ -1,14 +1,13 @@
-"""Writing a trained network to a file that runs without this package.
+"""Export a trained network to a file that runs without this package.
 
     python -m mit_semseg.export --cfg config/NAME.yaml --format onnx [--out FILE] [KEY VALUE ...]
 
-The network takes normalized pictures (N, 3, H, W) of any size from 32x32 up, and gives class scores (logits) of the
-same size, or with `--output labels` class indices. What one needs to know about pictures and classes is in the file.
+The input is a batch of normalized images (N, 3, H, W) of any size from 32x32; the output are logits (N, C, H, W) or,
+with `--output labels`, class indices (N, H, W). Class names and the normalization are stored in the file.
 """
 
 import argparse
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,107 +15,105 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..build import build_module, inference_options
+from ..build import build_module, build_val_dataset, inference_options
 from ..config import Config, add_config_arguments, load_config
-from ..dataset import ClassTable, ValDataset
-from ..dataset.pairs import class_table_of
+from ..dataset import ValDataset
+from ..dataset.classes import class_table_from_options
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, atomic_write, expand_path
 from ..models.fuse_bn import fuse_batchnorm
-from . import quantize
-from .common import DEFAULT_CONFIG, add_verbosity, run
+from .common import DEFAULT_CONFIG, add_verbosity
 from .logs import setup_logger
-
-logger = logging.getLogger(__name__)
+from .quantize import CALIBRATION_IMAGES, SCORED_IMAGES, evaluate_int8, quantize
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 OUTPUTS = ("logits", "labels")
-OPSET = 18  # of ONNX: the first with antialiased and exact resizing
-EXAMPLE = (2, 3, 72, 104)  # a batch to trace with; all but the channels stay free
-SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))  # at which the file is compared with the network
-TOLERANCE = 1e-4  # of the largest score
+OPSET = 18  # the first with antialiased resize
+EXAMPLE_SHAPE = (2, 3, 72, 104)  # for tracing; batch, height and width are dynamic
+TEST_SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))
+TOLERANCE = 1e-4  # relative to the largest logit
 
 
 class ExportError(UserError, RuntimeError):
-    """A file that was not written; the message says why."""
+    """A network cannot be exported. No file is written."""
 
 
-class Exported(nn.Module):
-    """A network as the file has it.
+class ExportedNetwork(nn.Module):
+    """A network in the form that is exported.
 
     Args:
-        module: a `SegmentationModule`, of which a copy with folded norms is taken.
-        output: of `OUTPUTS`.
+        module: a `SegmentationModule`.
+        output: one of `OUTPUTS`.
     """
 
     def __init__(self, module: nn.Module, output: str = "logits"):
         super().__init__()
-        copied = fuse_batchnorm(module).to(memory_format=torch.contiguous_format)
-        self.encoder, self.decoder, self.output = copied.encoder, copied.decoder, output
+        fused = fuse_batchnorm(module).to(memory_format=torch.contiguous_format)
+        self.encoder, self.decoder, self.output = fused.encoder, fused.decoder, output
 
     def forward(self, image: Tensor) -> Tensor:
-        """Normalized pictures (N, 3, H, W) -> logits (N, C, H, W), or class indices (N, H, W) int64."""
+        """Map normalized images (N, 3, H, W) to logits (N, C, H, W) or class indices (N, H, W) int64."""
         logits = self.decoder.head(self.encoder(image, return_feature_maps=True))
         logits = self.decoder.resize(logits, image.shape[-2:])
         return logits.argmax(dim=1) if self.output == "labels" else logits
 
 
-def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", about: dict[str, str]) -> float:
-    """Write a network to a file, and compare the file with the network before it gets its name.
+def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", metadata: dict[str, str]) -> float:
+    """Export a network, and compare the outputs of the file with those of the network.
 
     Args:
         module: a `SegmentationModule`.
-        path: of the file.
-        kind: of `FORMATS`.
-        output: of `OUTPUTS`.
-        about: what is written into the file beside the network, see `description`.
+        path: output file.
+        kind: one of `FORMATS`.
+        output: one of `OUTPUTS`.
+        metadata: stored in the file, see `make_metadata`.
 
     Returns:
-        The largest difference at the shapes it was compared at: of logits relative to the largest, of labels the share
-        of pixels that differ.
+        Largest difference, see `compare`.
 
     Raises:
-        ExportError: a package is missing, the exporter fails, or the file computes something else.
+        ExportError: a package is missing, or the outputs differ.
     """
-    network = Exported(module, output).eval()
+    network = ExportedNetwork(module, output).eval()
     write, load = {"onnx": (_write_onnx, _load_onnx), "torch_export": (_write_program, _load_program)}[kind]
     with atomic_write(path) as partial:
-        write(network, partial, about)
+        write(network, partial, metadata)
         difference = compare(network, load(partial))
         if difference > TOLERANCE:
-            raise ExportError(f"the {kind} file differs from the network by {difference:.1e}: it was not kept")
+            raise ExportError(f"{path}: outputs of the {kind} file differ by {difference:.1e}; the file was deleted")
     return difference
 
 
 @torch.inference_mode()
-def compare(network: nn.Module, call: Callable[[Tensor], Tensor]) -> float:
-    """The largest difference between a network and what a file computes, over `SHAPES`; see `export`."""
+def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
+    """Return the largest difference of the outputs over `TEST_SHAPES`.
+
+    The difference of logits is relative to the largest logit; that of labels is the fraction of different pixels.
+    """
     differences = []
-    for seed, shape in enumerate(SHAPES):
+    for seed, shape in enumerate(TEST_SHAPES):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        expected, got = network(x), call(x.clone())
-        if got.shape != expected.shape:
-            raise ExportError(f"pictures {shape} give {tuple(got.shape)} instead of {tuple(expected.shape)}")
+        expected, actual = network(x), exported(x.clone())
+        if actual.shape != expected.shape:
+            raise ExportError(f"input {shape}: got output {tuple(actual.shape)}, expected {tuple(expected.shape)}")
         if expected.is_floating_point():
-            differences.append(((got - expected).abs().max() / expected.abs().max()).item())
+            differences.append(((actual - expected).abs().max() / expected.abs().max()).item())
         else:
-            differences.append((got != expected).float().mean().item())
+            differences.append((actual != expected).float().mean().item())
     return max(differences)
 
 
-def _free_sizes() -> dict:
+def _trace_arguments() -> dict:
+    """Return example input and dynamic dimensions for tracing."""
     auto = torch.export.Dim.AUTO
-    return {"image": {0: auto, 2: auto, 3: auto}}
+    example = torch.randn(EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
+    return {"args": (example,), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
 
 
-def _program(network: nn.Module) -> torch.export.ExportedProgram:
-    example = torch.randn(EXAMPLE, generator=torch.Generator().manual_seed(0))
-    return torch.export.export(network, (example,), dynamic_shapes=_free_sizes())
-
-
-def _write_program(network: nn.Module, path: Path, about: dict[str, str]) -> None:
+def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+    program = torch.export.export(network, **_trace_arguments())
     with open(path, "wb") as file:
-        torch.export.save(_program(network), file, extra_files={"about.json": json.dumps(about)})
+        torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
 
 
 def _load_program(path: Path) -> Callable[[Tensor], Tensor]:
@@ -124,25 +121,24 @@ def _load_program(path: Path) -> Callable[[Tensor], Tensor]:
         return torch.export.load(file).module()
 
 
-def _write_onnx(network: nn.Module, path: Path, about: dict[str, str]) -> None:
+def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (needed for the comparison: better to say so now)
+        import onnxruntime  # noqa: F401  (used after the export; check it before)
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ExportError(f'{error.name} is not installed: pip install -e ".[export]"') from None
+        raise ExportError(f'{error.name} is not installed; run pip install -e ".[export]"') from None
     program = torch.onnx.export(
         network,
-        (torch.randn(EXAMPLE, generator=torch.Generator().manual_seed(0)),),
+        **_trace_arguments(),
         dynamo=True,
-        dynamic_shapes=_free_sizes(),
         input_names=["image"],
         output_names=[network.output],
         opset_version=OPSET,
         verbose=False,
     )
     model = program.model_proto
-    for key, value in about.items():
+    for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     onnx.save_model(model, path)
 
@@ -154,39 +150,39 @@ def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
     return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
 
 
-def description(cfg: Config, table: ClassTable, output: str) -> dict[str, str]:
-    """What whoever runs the file has to know, as JSON values: classes and how pictures are prepared."""
-    caffe = cfg.DATASET.normalization == "caffe"
-    about = {
-        "input": "pictures (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
+def make_metadata(cfg: Config, output: str) -> dict[str, str]:
+    """Return the metadata of an exported file as JSON values: input, normalization, output and classes."""
+    caffe, table = cfg.DATASET.normalization == "caffe", class_table_from_options(cfg.DATASET)
+    metadata = {
+        "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
         "channels": "BGR" if caffe else "RGB",
         "mean": CAFFE_MEAN if caffe else [255 * value for value in MEAN],
         "std": [1, 1, 1] if caffe else [255 * value for value in STD],
-        "output": {"logits": "class scores (N, C, H, W)", "labels": "class indices (N, H, W)"}[output],
+        "output": {"logits": "logits (N, C, H, W)", "labels": "class indices (N, H, W)"}[output],
         "classes": list(table.names),
         "colors": table.colors.tolist(),
         "network": f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
         "short_sides": np.atleast_1d(cfg.DATASET.imgSizes).tolist(),
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
 def main() -> None:
-    """Export from the command line."""
+    """Run `python -m mit_semseg.export`."""
     parser = argparse.ArgumentParser(
         prog="python -m mit_semseg.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--format", choices=FORMATS, default="onnx", help="of the file (default: onnx)")
-    parser.add_argument("--output", choices=OUTPUTS, default="logits", help="of the network (default: logits)")
+    parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default: onnx)")
+    parser.add_argument("--output", choices=OUTPUTS, default="logits", help="output of the network (default: logits)")
     parser.add_argument(
-        "--out", metavar="FILE", type=expand_path, help="to write (default: network.onnx or network.pt2 in DIR)"
+        "--out", metavar="FILE", type=expand_path, help="output file (default: network.onnx or network.pt2 in DIR)"
     )
-    parser.add_argument("--int8", action="store_true", help="also write the network in 8-bit integers (ONNX)")
-    for name, default, what in (
-        ("calibration", quantize.CALIBRATION, "training pictures that the ranges of 8-bit values are taken from"),
-        ("scored", quantize.SCORED, "validation pictures that the loss in mean IoU is measured on"),
+    parser.add_argument("--int8", action="store_true", help="also write an ONNX file quantized to 8-bit integers")
+    for name, default, text in (
+        ("calibration", CALIBRATION_IMAGES, "training images to calibrate the quantization with"),
+        ("scored", SCORED_IMAGES, "validation images to compare the mean IoU on"),
     ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{what} (default: {default})")
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_verbosity(parser)
     add_config_arguments(parser, DEFAULT_CONFIG)
     args = parser.parse_intermixed_args()
@@ -194,32 +190,35 @@ def main() -> None:
     setup_logger(0, None, args.level)
     path = Path(args.out or Path(cfg.DIR, f"network{FORMATS[args.format]}"))
     module = build_module(cfg, torch.device("cpu"), checkpoint=cfg.TEST.checkpoint)
-    about = description(cfg, class_table_of(cfg.DATASET), args.output)
-    data = _data_for(cfg, args) if args.int8 else None
-    difference = export(module, path, kind=args.format, output=args.output, about=about)
-    sizes = ", ".join("x".join(map(str, shape)) for shape in SHAPES)
-    print(f"{path} ({_mebibytes(path)}): differs by {difference:.1e} from the network at {sizes}")
-    if data:
-        small = path.with_suffix(f".int8{path.suffix}")
-        quantize.quantize(path, small, data[0])
-        print(f"{small} ({_mebibytes(small)}): calibrated with {len(data[0])} training pictures")
-        print(quantize.cost(path, small, data[1], align_corners=module.align_corners, view=inference_options(cfg)))
+    datasets = _int8_datasets(cfg, args) if args.int8 else None
+    metadata = make_metadata(cfg, args.output)
+    difference = export(module, path, kind=args.format, output=args.output, metadata=metadata)
+    shapes = ", ".join("x".join(map(str, shape)) for shape in TEST_SHAPES)
+    print(f"{path} ({_mebibytes(path)}): outputs differ by at most {difference:.1e} at {shapes}")
+    if datasets:
+        calibration, validation = datasets
+        int8_path = path.with_suffix(f".int8{path.suffix}")
+        quantize(path, int8_path, calibration)
+        print(f"{int8_path} ({_mebibytes(int8_path)}): calibrated with {len(calibration)} training images")
+        options = {"align_corners": module.align_corners, "inference": inference_options(cfg)}
+        evaluations = evaluate_int8(path, int8_path, validation, **options)
+        float32, int8 = (100 * evaluation.summary.mean_iou for evaluation in evaluations)
+        print(
+            f"mean IoU {float32:.2f} % in float32, {int8:.2f} % in int8 ({int8 - float32:+.2f} points), "
+            f"{evaluations[0].images} validation images"
+        )
 
 
 def _mebibytes(path: Path) -> str:
     return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
-def _data_for(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:
-    """Pictures to calibrate with and to score on: what is wrong with them is said before anything is written."""
+def _int8_datasets(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:
+    """Return the images for calibration and for scores; check options and lists before anything is written."""
     if args.format != "onnx" or args.output != "logits":
-        raise ExportError("--int8 goes with --format onnx and --output logits")
+        raise ExportError("--int8 requires --format onnx and --output logits")
     for name in ("calibration", "scored"):
         if getattr(args, name) < 1:
-            raise ExportError(f"--{name} {getattr(args, name)}: give a number of pictures from 1 up")
-    training, validation = quantize.labelled_pictures(cfg)
-    return training.subsample(args.calibration), validation.subsample(args.scored)
-
-
-if __name__ == "__main__":
-    run(main)
+            raise ExportError(f"--{name} {getattr(args, name)}: must be at least 1")
+    training = ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_train, cfg.DATASET)
+    return training.subsample(args.calibration), build_val_dataset(cfg).subsample(args.scored)

@@ -1,21 +1,21 @@
-"""The report of an evaluation: scores, a table of classes, the most confused ones, the worst and the best images."""
+"""HTML report of an evaluation: metrics, IoU per class, most confused classes, worst and best images."""
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from ..dataset.classes import ONE_CLASS_WARNING
-from ..evaluation.evaluator import Evaluation, Score
-from ..lib.utils import TEXT, atomic_write
-from .plots import optional, save_confusion
+from ..evaluation.evaluator import Evaluation, ImageScore
+from ..lib.utils import UTF8, atomic_write
+from .plots import log_plot_errors, save_confusion
 
-PAIRS = 20  # most confused pairs shown
-PICTURES = 12  # worst and best pictures shown
+MAX_PAIRS = 20  # most confused pairs in the report
+MAX_IMAGES = 12  # worst and best images in the report
 
 HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 STYLE = """
@@ -40,45 +40,32 @@ figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #5
 }
 """
 SCRIPT = """
-for (const head of document.querySelectorAll("table.sortable th")) head.onclick = () => {
-  const body = head.closest("table").tBodies[0], column = head.cellIndex;
-  const down = head.getAttribute("aria-sort") !== "descending";
-  for (const other of head.parentNode.children) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+for (const header of document.querySelectorAll("table.sortable th")) header.onclick = () => {
+  const body = header.closest("table").tBodies[0], column = header.cellIndex;
+  const descending = header.getAttribute("aria-sort") !== "descending";
+  for (const other of header.parentNode.children) other.removeAttribute("aria-sort");
+  header.setAttribute("aria-sort", descending ? "descending" : "ascending");
   const key = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
-  const order = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b);
-  [...body.rows].sort((a, b) => down ? order(b, a) : order(a, b)).forEach(row => body.append(row));
+  const compare = (a, b) => isNaN(key(a)) || isNaN(key(b)) ? key(a).localeCompare(key(b)) : key(a) - key(b);
+  [...body.rows].sort((a, b) => descending ? compare(b, a) : compare(a, b)).forEach(row => body.append(row));
 };
 """
 
 
-@dataclass(frozen=True)
-class Confusion:
-    """Pixels of one class that were taken for another.
-
-    Attributes:
-        label, prediction: class indices.
-        pixels: how many.
-        share: of the pixels labelled with the class, in 0..1.
-    """
+class Confusion(NamedTuple):
+    """Pixels of one class that were predicted as another; `fraction` is of the pixels labelled with the class."""
 
     label: int
     prediction: int
     pixels: int
-    share: float
+    fraction: float
 
 
-def confused_pairs(confusion: np.ndarray, most: int = PAIRS) -> list[Confusion]:
-    """The pairs of classes with the most wrong pixels, largest first.
-
-    Args:
-        confusion: (C, C) pixels by label and prediction.
-        most: how many pairs.
-    """
+def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[Confusion]:
+    """Return the class pairs with the most wrong pixels; `confusion` (C, C) counts pixels by label and prediction."""
     wrong = confusion.copy()
     np.fill_diagonal(wrong, 0)
-    order = np.argsort(wrong, axis=None)[::-1][:most]
-    pairs = [np.unravel_index(i, wrong.shape) for i in order]
+    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(wrong, axis=None)[::-1][:limit]]
     return [
         Confusion(int(a), int(b), int(wrong[a, b]), float(wrong[a, b] / confusion[a].sum()))
         for a, b in pairs
@@ -90,30 +77,29 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
     """Write `report.html` and `confusion.png`.
 
     Args:
-        evaluation: what is shown.
-        folder: of the files.
-        title: of the page.
-        panels: for pictures that have one, by their names, the panel's path below the folder.
+        panels: path of the panel, relative to `folder`, by image name.
     """
-    with optional("confusion.png"):
+    with log_plot_errors("confusion.png"):
         save_confusion(evaluation, folder / "confusion.png")
-    parts = [f"<h1>{escape(title)}</h1>", *_figures(evaluation), *_left_out(evaluation)]
-    parts += [*_classes(evaluation), *_confusions(evaluation)]
-    ranked = sorted(
-        (score for score in evaluation.scores if score.labelled), key=lambda score: (score.mean_iou, score.accuracy)
+    ranked = sorted((score for score in evaluation.scores if score.labelled), key=lambda s: (s.mean_iou, s.accuracy))
+    body = (
+        f"<h1>{escape(title)}</h1>"
+        + _metrics(evaluation)
+        + _skipped(evaluation)
+        + _classes(evaluation)
+        + _confusions(evaluation)
+        + _images("Worst", ranked[:MAX_IMAGES], panels)
+        + _images("Best", ranked[::-1][:MAX_IMAGES], panels)
     )
-    for name, scores in (("Worst", ranked[:PICTURES]), ("Best", ranked[::-1][:PICTURES])):
-        parts += _pictures(name, scores, panels)
     head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>"
-    body = "".join([*parts, f"<script>{SCRIPT}</script>"])
-    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>'
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}<script>{SCRIPT}</script></body></html>'
     with atomic_write(folder / "report.html") as partial:
-        partial.write_text(page + "\n", **TEXT)
+        partial.write_text(page + "\n", **UTF8)
 
 
-def _figures(evaluation: Evaluation) -> list[str]:
+def _metrics(evaluation: Evaluation) -> str:
     s = evaluation.summary
-    scores = {
+    values = {
         f"mean IoU, all {len(s.iou)} classes": f"{s.mean_iou:.2%}",
         f"mean IoU, {int(s.present.sum())} classes present": f"{s.mean_iou_present:.2%}",
         "pixel accuracy": f"{s.pixel_accuracy:.2%}",
@@ -121,83 +107,83 @@ def _figures(evaluation: Evaluation) -> list[str]:
         "images": f"{evaluation.images}",
         "images per second": f"{evaluation.images_per_second:.2f}",
     }
-    pairs = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in scores.items())
+    pairs = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
     warning = f"<p>{escape(ONE_CLASS_WARNING.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
-    return [f"<dl>{''.join(pairs)}</dl>{warning}"]
+    return f"<dl>{pairs}</dl>{warning}"
 
 
-def _left_out(evaluation: Evaluation) -> list[str]:
+def _skipped(evaluation: Evaluation) -> str:
     if not evaluation.skipped:
-        return []
-    lines = "".join(f"<li>{escape(sentence)}</li>" for sentence in evaluation.skipped)
-    return [f"<h2>{len(evaluation.skipped)} left out</h2><p>Not included in the scores:</p><ul>{lines}</ul>"]
+        return ""
+    lines = "".join(f"<li>{escape(message)}</li>" for message in evaluation.skipped)
+    return f"<h2>{len(evaluation.skipped)} images skipped</h2><p>Not included in the metrics:</p><ul>{lines}</ul>"
 
 
-def _sortable(head: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
-    """A table of cells (value to sort by, HTML); text is sorted as text and stands at the left."""
-    kinds = [' class="text"' if rows and isinstance(value, str) else "" for value, _ in rows[0]] if rows else []
-    top = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(head, kinds, strict=True)) if rows else ""
-    lines = []
+def _sortable(columns: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
+    """Return a table that is sorted by a click on a column; cells are (value to sort by, HTML)."""
+    classes = [' class="text"' if isinstance(value, str) else "" for value, _ in rows[0]]
+    head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(columns, classes, strict=True))
+    body = ""
     for row in rows:
-        cells = [
-            f'<td{kind} data-value="{escape(str(value))}">{shown}</td>'
-            for (value, shown), kind in zip(row, kinds, strict=True)
-        ]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<table class="sortable"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        cells = (
+            f'<td{kind} data-value="{escape(str(value))}">{html}</td>'
+            for (value, html), kind in zip(row, classes, strict=True)
+        )
+        body += f"<tr>{''.join(cells)}</tr>"
+    return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
-def _share(value: float) -> tuple[float, str]:
+def _percent(value: float) -> tuple[float, str]:
     return value, f"{value:.2%}"
 
 
-def _classes(evaluation: Evaluation) -> list[str]:
+def _classes(evaluation: Evaluation) -> str:
     table, s, confusion = evaluation.table, evaluation.summary, evaluation.metric.confusion
     total, rows = max(confusion.sum(), 1), []
-    for number, name in enumerate(table.names):
-        own, iou = confusion[number].sum(), float(s.iou[number])
-        color = tuple(int(v) for v in table.colors[number])
-        kind = "" if s.present[number] else ' class="absent"'
-        short = f'<span{kind} title="{escape(name)}">{escape(table.labels[number])}</span>'
-        shown = f'<span class="swatch" style="background: rgb{color}"></span>{short}'
+    for index, name in enumerate(table.names):
+        pixels, iou = confusion[index].sum(), float(s.iou[index])
+        color = tuple(table.colors[index].tolist())
+        css = "" if s.present[index] else ' class="absent"'
+        short = f'<span{css} title="{escape(name)}">{escape(table.labels[index])}</span>'
+        label = f'<span class="swatch" style="background: rgb{color}"></span>{short}'
         bar = f'{iou:.2%}<span class="bar"><i style="width: {iou:.1%}"></i></span>'
-        recall = _share(float(confusion[number, number] / max(own, 1)))
-        rows.append([(name, shown), (iou, bar), recall, _share(float(own / total))])
+        recall = _percent(float(confusion[index, index] / max(pixels, 1)))
+        rows.append([(name, label), (iou, bar), recall, _percent(float(pixels / total))])
     note = (
-        "Click on a column's head to sort. Accuracy (recall): the part of a class's pixels that were predicted as it. "
-        "Grey: not in the labels."
+        "Click a column header to sort. Accuracy (recall): fraction of the class's pixels that were predicted "
+        "correctly. Gray: classes without labelled pixels."
     )
-    head = "class", "IoU", "accuracy", "share of all pixels"
-    return ["<h2>Classes</h2>", f"<p>{note}</p>", _sortable(head, rows)]
+    return f"<h2>Classes</h2><p>{note}</p>" + _sortable(("class", "IoU", "accuracy", "fraction of all pixels"), rows)
 
 
-def _confusions(evaluation: Evaluation) -> list[str]:
+def _confusions(evaluation: Evaluation) -> str:
     names = evaluation.table.labels
     rows = [
         [
             (names[pair.label], escape(names[pair.label])),
             (names[pair.prediction], escape(names[pair.prediction])),
             (pair.pixels, f"{pair.pixels:,}"),
-            _share(pair.share),
+            _percent(pair.fraction),
         ]
         for pair in confused_pairs(evaluation.metric.confusion)
     ]
-    head = "label", "prediction", "pixels", "share of the label's pixels"
-    table = _sortable(head, rows) if rows else "<p>None: every labelled pixel is right.</p>"
-    caption = "<figcaption>Confusion matrix: labels in rows, predictions in columns, shares of the row.</figcaption>"
+    columns = "label", "prediction", "pixels", "fraction of the label's pixels"
+    table = _sortable(columns, rows) if rows else "<p>None: every labelled pixel is correct.</p>"
+    caption = "<figcaption>Confusion matrix: labels in rows, predictions in columns, normalized by row.</figcaption>"
     image = '<img src="confusion.png" alt="Confusion matrix">'
-    return ["<h2>Most confused classes</h2>", table, f"<figure>{image}{caption}</figure>"]
+    return f"<h2>Most confused classes</h2>{table}<figure>{image}{caption}</figure>"
 
 
-def _pictures(name: str, scores: Sequence[Score], panels: dict[str, str]) -> list[str]:
-    parts = [f"<h2>{name} images</h2>"]
+def _images(name: str, scores: Sequence[ImageScore], panels: dict[str, str]) -> str:
+    html = f"<h2>{name} images</h2>"
     if scores and not panels:
-        parts.append("<p>With VAL.visualize True they are shown here.</p>")
+        html += "<p>Set VAL.visualize True to show the images here.</p>"
+    columns = "".join(f"<span>{column}</span>" for column in ("image", "label", "prediction"))
     for score in scores:
         caption = f"{escape(score.name)}: mean IoU {score.mean_iou:.2%}, pixel accuracy {score.accuracy:.2%}"
-        image = panels.get(score.name)
-        columns = "".join(f"<span>{column}</span>" for column in ("image", "label", "prediction"))
-        picture = f'<img loading="lazy" src="{quote(os.fsencode(image))}" alt="{caption}">' if image else ""
-        shown = f'<div class="panel"><div class="columns">{columns}</div>{picture}</div>' if image else ""
-        parts.append(f"<figure>{shown}<figcaption>{caption}</figcaption></figure>")
-    return parts
+        panel = ""
+        if path := panels.get(score.name):
+            image = f'<img loading="lazy" src="{quote(os.fsencode(path))}" alt="{caption}">'
+            panel = f'<div class="panel"><div class="columns">{columns}</div>{image}</div>'
+        html += f"<figure>{panel}<figcaption>{caption}</figcaption></figure>"
+    return html

@@ -1,7 +1,6 @@
-"""Where the figures of a training run are shown: curves and panels as PNG, and TensorBoard."""
+"""Write the plots, validation panels and TensorBoard events of a training run."""
 
 import logging
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,28 +8,30 @@ from pathlib import Path
 import numpy as np
 
 from ..dataset import ClassTable
+from ..evaluation.evaluator import Evaluation
+from ..evaluation.metrics import Summary
 from ..lib.utils import UserError
-from ..predict.visualize import result_panel, result_stems, save_png
-from .plots import optional, save_curves
+from ..predict.results import save_png, unique_stems
+from ..predict.visualize import result_panel
+from .plots import log_plot_errors, save_curves
 
 logger = logging.getLogger(__name__)
 
-PICTURES = 4  # validation panels shown per validation
+TENSORBOARD_IMAGES = 4  # validation panels per validation
 
 
 class RunLogger:
-    """Writes `curves.png` after every epoch, and TensorBoard events if asked to.
+    """Writes `curves.png` after every epoch and, optionally, validation panels and TensorBoard events.
 
     Args:
         folder: DIR of the run.
-        table: class names and colours.
+        table: class names and colors.
         tensorboard: write events to `folder`/tensorboard.
-        pictures: of the validation, by their paths in the list: a panel of each is written to `folder`/vis/epoch_N at
-            every validation.
-        main: False leaves everything but the panels to another process.
+        images: paths of the validation images to write panels of, to `folder`/vis/epoch_N.
+        main: whether this is rank 0; other ranks write panels only.
 
     Raises:
-        UserError: TensorBoard is asked for but not installed.
+        UserError: TensorBoard is not installed.
     """
 
     def __init__(
@@ -39,93 +40,77 @@ class RunLogger:
         table: ClassTable,
         *,
         tensorboard: bool = False,
-        pictures: Sequence[str] = (),
+        images: Sequence[str] = (),
         main: bool = True,
     ):
         self.folder, self.table, self.main = Path(folder), table, main
-        self._names = result_stems(pictures)
-        self.writer, self._pictures, self._open, self._report = None, [], None, None
-        if tensorboard and main:
+        self._stems = unique_stems(images)
+        self._tensorboard, self._writer, self._panels = tensorboard and main, None, []
+        if self._tensorboard:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                import torch.utils.tensorboard  # noqa: F401
             except ImportError:
-                raise UserError(
-                    "TRAIN.tensorboard is on, but TensorBoard is not installed: pip install tensorboard"
-                ) from None
-            self._open = SummaryWriter
+                raise UserError("TRAIN.tensorboard True needs TensorBoard: pip install tensorboard") from None
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """Training figures at a step."""
-        if self._writes():
-            with self._optional():
-                for name, value in values.items():
-                    self.writer.add_scalar(f"train/{name}", value, step)
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Log metrics of a training step."""
+        with self._stop_on_write_error():
+            for name, value in values.items() if self._tensorboard else ():
+                self._open_writer().add_scalar(f"train/{name}", value, step)
 
-    def picture(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
-        """A validation result; TensorBoard gets the first few with the next `epoch`."""
-        shown = self._writes() and len(self._pictures) < PICTURES
-        panel = result_panel(item, prediction, self.table) if shown or self._names else None
-        if shown:
-            self._pictures.append(panel)
-        if self._names:
-            save_png(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._names[item['info']]}.png")
+    def log_image(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
+        """Write the panel of a validation item, and keep the first few for `log_epoch`; see `result_panel`."""
+        keep = self._tensorboard and len(self._panels) < TENSORBOARD_IMAGES
+        panel = result_panel(item, prediction, self.table) if keep or self._stems else None
+        if keep:
+            self._panels.append(panel)
+        if self._stems:
+            save_png(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._stems[item['info']]}.png")
 
-    def epoch(self, epoch: int, history: dict, evaluation) -> None:
-        """End of an epoch: curves, validation scores and pictures."""
+    def log_epoch(self, epoch: int, history: dict, evaluation: Evaluation | None) -> None:
+        """Write `curves.png`; log the metrics and panels of a validation."""
         if not self.main:
             return
-        with optional("curves.png"):
+        with log_plot_errors("curves.png"):
             save_curves(history, self.folder / "curves.png")
-        if self._writes():
-            with self._optional():
+        if self._tensorboard:
+            with self._stop_on_write_error():
                 if evaluation is not None:
-                    self._write_scores(epoch, evaluation.summary)
-                self.writer.flush()
-        self._pictures = []
+                    self._log_evaluation(epoch, evaluation.summary)
+                self._open_writer().flush()
+        self._panels = []
 
-    def _writes(self) -> bool:
-        """Whether there are events to be written. Their file is begun with the first: a run that starts anew has then
-        removed those of the one before."""
-        if self._open:
-            begin, self._open = self._open, None
-            with self._optional():
-                self.writer = begin(str(self.folder / "tensorboard"))
-        return self.writer is not None
-
-    def _write_scores(self, epoch: int, summary) -> None:
-        self.writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
-        self.writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
+    def _log_evaluation(self, epoch: int, summary: Summary) -> None:
+        writer = self._open_writer()
+        writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
+        writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
         for name, iou, present in zip(self.table.names, summary.iou, summary.present, strict=True):
             if present:
-                self.writer.add_scalar(f"val_iou/{name}", iou, epoch)
-        for i, picture in enumerate(self._pictures):
-            self.writer.add_image(f"val/{i}", np.asarray(picture), epoch, dataformats="HWC")
+                writer.add_scalar(f"val_iou/{name}", iou, epoch)
+        for i, panel in enumerate(self._panels):
+            writer.add_image(f"val/{i}", np.asarray(panel), epoch, dataformats="HWC")
+
+    def _open_writer(self):
+        """Return the `SummaryWriter`. It is opened late because a new run first deletes the previous run's events."""
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
+        return self._writer
 
     @contextmanager
-    def _optional(self) -> Iterator[None]:
-        """Around everything that is written for TensorBoard: a full disk ends that, and not the run."""
+    def _stop_on_write_error(self) -> Iterator[None]:
+        """Turn TensorBoard off if its events cannot be written, e.g. on a full disk."""
         try:
             yield
         except OSError as error:
-            logger.warning("TensorBoard's events cannot be written any more, the run goes on without: %s", error)
-            self.writer = None
+            logger.warning("TensorBoard events cannot be written, training continues without them: %s", error)
+            self._tensorboard, self._writer = False, None
 
     def __enter__(self) -> "RunLogger":
-        """Suppress the traceback of TensorBoard's writer thread on a full disk: the next write raises the same error,
-        which is handled."""
-        if self._open:
-            self._report = threading.excepthook
-            threading.excepthook = self._of_a_thread
         return self
 
     def __exit__(self, *_) -> None:
-        """Finish the event file."""
-        if self.writer:
-            with self._optional():
-                self.writer.close()
-        if self._report:
-            threading.excepthook = self._report
-
-    def _of_a_thread(self, failed: threading.ExceptHookArgs) -> None:
-        if not (isinstance(failed.exc_value, OSError) and type(failed.thread).__module__.startswith("tensorboard")):
-            self._report(failed)
+        if self._writer:
+            with self._stop_on_write_error():
+                self._writer.close()

@@ -1,168 +1,188 @@
-"""What there is of a segmented picture, and the files it can become."""
+"""Results of segmentation, and the files they are saved to."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
-from ..lib.utils import TEXT, UserError, atomic_write
-from .visualize import class_fractions, colorEncode, is_result, overlay, panel, result_stems, save_png
+from ..lib.utils import UTF8, UserError, atomic_write
+from .visualize import OPACITY, class_fractions, colorEncode, overlay, panel
 
-OPACITY = 0.55  # of the colours over a picture
+SUFFIXES = (".png", "_overlay.png", "_index.png", "_label.png", ".json")  # see `Result.save_as`
+SOFTWARE = "mit_semseg"  # PNG tag that identifies results
+PNG_LEVEL = 1  # half the time of Pillow's default 6, files a tenth larger
 
 
 @dataclass(frozen=True)
 class Result:
-    """A segmented picture.
+    """A segmented image.
 
     Attributes:
-        path: of the picture, or what it is called.
+        path: path or name of the image.
         image: (H, W, 3) uint8 RGB.
         label_map: (H, W) int64 class indices.
-        table: class names and colours.
-        stem: path without extension of what `save` writes; None is the picture's name.
+        table: class names and colors.
+        stem: relative path without suffix that `save` writes to; None uses the name of the image.
     """
 
     path: str
     image: np.ndarray
     label_map: np.ndarray
     table: ClassTable
-    _look_again: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
+    _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
     stem: Path | None = field(default=None, repr=False)
 
     @property
     def classes(self) -> list[dict]:
-        """Classes with name (`class`), `index`, `share` of the pixels in 0..1 and `color`, largest first."""
+        """Classes in the image, largest first; see `class_fractions`."""
         return class_fractions(self.label_map, self.table)
 
     def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
-        """The picture tinted with the colours of its classes, with a legend beside it.
+        """Blend the image with the class colors.
 
         Args:
-            alpha: weight of the colours, 0 (the picture) to 1 (the colours).
-            legend: False leaves it out; the image then has the picture's size.
+            alpha: weight of the colors, 0..1.
+            legend: add a legend to the right of the image.
 
         Raises:
-            ValueError: another weight.
+            ValueError: `alpha` is not in 0..1.
         """
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha {alpha}: give the weight of the colours, 0 to 1")
+            raise ValueError(f"alpha must be in 0..1, got {alpha}")
         return overlay(self.image, self.label_map, self.table, alpha, legend=legend)
 
     def panel(self) -> Image.Image:
-        """The picture and the colours of its classes side by side."""
+        """Draw the image and the colored label map side by side."""
         return panel([self.image, colorEncode(self.label_map, self.table.colors)])
 
     def probabilities(self, top: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """The most probable classes of every pixel; the network looks at the picture once more for them.
-
-        Args:
-            top: how many, at most the number of classes.
+        """Return the `top` most probable classes of every pixel; runs the network again.
 
         Returns:
-            Class indices (top, H, W) int64 and their probabilities (top, H, W) float32, largest first.
+            Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
 
         Raises:
-            ValueError: another number, or this result does not know its network any more (it was sent elsewhere).
+            ValueError: `top` is not in 1..number of classes, or the result was not made by a `Segmenter`.
         """
         if not 1 <= top <= len(self.table):
-            raise ValueError(f"top {top}: give 1 to {len(self.table)}, the number of classes")
-        if self._look_again is None:
-            raise ValueError("this result has no network to ask for probabilities")
-        return self._look_again(self.image, top)
+            raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
+        if self._top_classes is None:
+            raise ValueError("this result has no network; probabilities need a result of a Segmenter")
+        return self._top_classes(self.image, top)
 
-    def save(self, folder: str | Path, endings: Sequence[str] = (".png",)) -> list[Path]:
-        """Write files into a folder, named after the picture; those of an earlier result of that name are replaced.
+    def save(self, folder: str | Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
+        """Save files named after the image to a folder; see `save_as`."""
+        stem = self.stem or unique_stems([Path(self.path).name or "image"]).popitem()[1]
+        return self.save_as(Path(folder, stem), suffixes)
 
-        Args:
-            folder: is made if needed.
-            endings: as of `save_as`.
-
-        Returns:
-            What was written.
-
-        Raises:
-            UserError: a file is there that is no result; nothing is written.
-        """
-        stem = self.stem or result_stems([Path(self.path).name or "picture"]).popitem()[1]
-        return self.save_as(Path(folder, stem), endings)
-
-    def save_as(self, stem: Path, endings: Sequence[str] = (".png",)) -> list[Path]:
-        """Write `<stem><ending>` for every ending.
+    def save_as(self, stem: Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
+        """Save `<stem><suffix>` for every suffix and return the paths. Results of an earlier run are overwritten.
 
         Args:
-            stem: path without extension.
-            endings: of `.png` (the panel), `_overlay.png` (the tinted picture with a legend), `_index.png` (class
-                indices as grey values, 8 bits, 16 above 256 classes), `_label.png` (the same with the label values of
-                the data set, as evaluation servers read them) and `.json` (the classes with their shares).
+            stem: path without suffix.
+            suffixes: `.png` (panel), `_overlay.png` (overlay with legend), `_index.png` (class indices as 8-bit gray,
+                16-bit above 256 classes), `_label.png` (the raw label values of the dataset, as evaluation servers
+                expect) or `.json` (see `as_dict`).
 
         Raises:
-            UserError: see `save`.
+            UserError: a file exists that is not a result; nothing is written.
         """
-        paths = [named(stem, ending) for ending in endings]
-        refuse_overwriting(self.path, paths)
-        for ending, path in zip(endings, paths, strict=True):
-            if ending == ".json":
-                self._save_shares(path)
+        paths = [add_suffix(stem, suffix) for suffix in suffixes]
+        check_overwriting(self.path, paths)
+        for suffix, path in zip(suffixes, paths, strict=True):
+            if suffix == ".json":
+                with atomic_write(path) as partial:
+                    partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), **UTF8)
             else:
-                save_png(self.picture(ending), path)
+                save_png(self.render(suffix), path)
         return paths
 
-    def picture(self, ending: str) -> Image.Image:
-        """The picture that `save_as` writes for an ending."""
-        if ending == "_overlay.png":
+    def render(self, suffix: str) -> Image.Image:
+        """Render the image that `save_as` writes for a suffix."""
+        if suffix == "_overlay.png":
             return self.overlay()
-        if ending == "_index.png":
+        if suffix == "_index.png":
             return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
-        if ending == "_label.png":
+        if suffix == "_label.png":
             return Image.fromarray(self.table.decode(self.label_map))
         return self.panel()
 
-    def _save_shares(self, path: Path) -> None:
-        with atomic_write(path) as partial:
-            partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), **TEXT)
-
     def as_dict(self) -> dict:
-        """Plain values for a JSON file: the picture's name and size, its classes with their shares."""
+        """Return `image` (path), `width`, `height` and `classes` as plain values for a JSON file."""
         height, width = self.label_map.shape
         return {"image": self.path, "width": width, "height": height, "classes": self.classes}
 
 
-def with_own_names(results: Sequence[Result]) -> list[Result]:
-    """Results of which `save` writes none over another: with folders where the names of the pictures are the same."""
+def with_unique_stems(results: Sequence[Result]) -> list[Result]:
+    """Set the stems of results so that `save` writes no file twice; equal file names keep their folders."""
     names = [Path(result.path).name for result in results]
     if len(set(names)) < len({result.path for result in results}):
         names = [result.path for result in results]
-    stems = result_stems(names)
+    stems = unique_stems(names)
     return [replace(result, stem=stems[name]) for result, name in zip(results, names, strict=True)]
 
 
-def refuse_overwriting(picture: str, paths: Sequence[Path]) -> None:
-    """Check that what is written for a picture takes the place of nothing but results.
+def unique_stems(names: Sequence[str]) -> dict[str, Path]:
+    """Return a path without suffix for every image so that no two results share a file name.
 
-    Raises:
-        UserError: a file is there that is none.
+    The extension is dropped if it is not needed: `a.jpg` gives `a`, but `b.jpg` and `b.png` give `b.jpg` and `b.png`.
+    Folders are kept, `..` is replaced by `_parent`. File names that differ only in case count as equal, as on Windows
+    and macOS.
     """
+    paths = {name: _relative_path(Path(name)) for name in names}
+    uses = Counter(str(path.with_suffix("")).casefold() for path in paths.values())
+    stems, taken = {}, set()
+    for name, path in paths.items():
+        short = path.with_suffix("")
+        preferred = [short, path] if uses[str(short).casefold()] == 1 else [path]
+        for stem in chain(preferred, (path.with_name(f"{path.name}_{number}") for number in count(2))):
+            files = {f"{stem}{suffix}".casefold() for suffix in SUFFIXES}
+            if not files & taken:
+                break
+        stems[name] = stem
+        taken |= files
+    return stems
+
+
+def _relative_path(path: Path) -> Path:
+    parts = path.parts[1:] if path.is_absolute() else path.parts
+    return Path(*("_parent" if part == ".." else part for part in parts))
+
+
+def add_suffix(stem: Path, suffix: str) -> Path:
+    """Append a suffix to the file name; `Path.with_suffix` would replace an extension in it."""
+    return stem.with_name(stem.name + suffix)
+
+
+def save_png(image: Image.Image, path: Path) -> None:
+    """Save a PNG atomically, tagged as a result (see `is_result`)."""
+    info = PngInfo()
+    info.add_text("Software", SOFTWARE)
+    with atomic_write(path) as partial:
+        image.save(partial, format="PNG", pnginfo=info, compress_level=PNG_LEVEL)
+
+
+def check_overwriting(image: str, paths: Sequence[Path]) -> None:
+    """Raise a `UserError` if an output path of an image exists and is not a result."""
     for path in paths:
-        if path.exists() and not (_is_shares(path) if path.suffix == ".json" else is_result(path)):
-            raise UserError(
-                f"the result of {picture} would be written over {path}, which is no result of an earlier run: "
-                f"choose another folder"
-            )
+        if path.exists() and not is_result(path):
+            raise UserError(f"the result of {image} would overwrite {path}, which is not a result; use another folder")
 
 
-def _is_shares(path: Path) -> bool:
+def is_result(path: Path) -> bool:
+    """Return whether a file was written by `save_png` or is a JSON file of `Result.save_as`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        if path.suffix == ".json":
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return isinstance(content, dict) and {"image", "classes"} <= content.keys()
+        with Image.open(path) as image:
+            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False
-    return isinstance(content, dict) and {"image", "classes"} <= set(content)
-
-
-def named(stem: Path, ending: str) -> Path:
-    """The path of a result."""
-    return stem.with_name(stem.name + ending)

@@ -1,4 +1,4 @@
-"""Segmenting pictures: the few-line interface, and what test.py does with it."""
+"""Segment images with a trained network: the interface for programs and for test.py."""
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,40 +7,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from ..build import auto_device, build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
-from ..dataset.datasets import images_to_device
-from ..dataset.pairs import class_table_of
-from ..evaluation.evaluator import read_items
-from ..evaluation.inference import DEFAULT_INFERENCE, InferenceOptions, label_map, label_maps, top_classes, view_logits
+from ..dataset.classes import class_table_from_options
+from ..dataset.transforms import normalize_batch
+from ..evaluation import InferenceOptions, Predictor
+from ..evaluation.evaluator import LoadOptions, read_items
 from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
 from ..models.pretrained import PUBLISHED, download_published, published_options
 from .images import to_image
-from .results import Result, with_own_names
+from .results import Result, with_unique_stems
 
 
 class Segmenter:
-    """A network ready to segment pictures; may be used from several threads, which then wait for one another.
+    """A network that segments images. Thread-safe: concurrent calls run one after the other.
 
         segmenter = Segmenter.from_config("config/quickstart.yaml")
         result = segmenter("street.jpg")
         result.overlay().show()
 
     Args:
-        module: a `SegmentationModule`, of which a copy is made for inference (see `evaluation.network`).
-        table: class names and colours.
-        options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization, eval_resize,
-            max_pixels, max_bytes.
-        device: where the module is to be.
-        view: mirrored, windows, precision.
-
-    Attributes:
-        table: class names and colours.
-        device: where the network is.
+        module: a `SegmentationModule`; inference uses a copy of it.
+        table: class names and colors.
+        options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization and eval_resize.
+        device: for the network.
+        inference: options of inference.
     """
 
     def __init__(
@@ -50,41 +46,41 @@ class Segmenter:
         options,
         *,
         device: torch.device | str = "cpu",
-        view: InferenceOptions = DEFAULT_INFERENCE,
+        inference: InferenceOptions | None = None,
     ):
-        self.table, self.device, self._options, self._view = table, as_device(device), options, view
-        self._network = view.network(module.to(self.device), self.device)
-        self._scales = TestDataset([{"fpath_img": "given"}], options).as_uint8()
+        self.table, self.device, self._options = table, as_device(device), options
+        self._predictor = Predictor(module.to(self.device), self.device, inference)
+        self._scales = TestDataset([], options).as_uint8()
         self._lock = threading.Lock()
 
     @classmethod
     def from_config(
         cls, path: str | Path, checkpoint: str | None = None, opts: Sequence = (), *, device: str = "auto"
     ) -> "Segmenter":
-        """From the options and the weights of a training run.
+        """Load the network of a training run.
 
         Args:
             path: YAML file.
-            checkpoint: of the run's folder (DIR), e.g. `best.pth`, or a file; None is what TEST.checkpoint says.
-            opts: `[key, value, ...]`, as at the end of a command line.
-            device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+            checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or a file; None uses TEST.checkpoint.
+            opts: `[key, value, ...]`, as on the command line.
+            device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
 
         Raises:
-            UserError: the file, an option, the weights or the device cannot be used; says what to do.
+            UserError: the file, an option, the weights or the device cannot be used.
         """
         cfg = load_config(path, opts)
         return cls.from_cfg(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
-        """With published weights, which are downloaded at the first use.
+        """Load a published network; the weights are downloaded on first use.
 
         Args:
             name: one of `Segmenter.names()`, e.g. `ade20k-resnet50dilated-ppm_deepsup`.
-            device, opts: as of `from_config`.
+            device, opts: see `from_config`.
 
         Raises:
-            UserError: unknown name, or the weights cannot be had.
+            UserError: unknown name, or the download failed.
         """
         folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
@@ -92,93 +88,95 @@ class Segmenter:
 
     @staticmethod
     def names() -> list[str]:
-        """Names of the published networks."""
+        """Return the names of the published networks."""
         return list(PUBLISHED)
 
     @classmethod
     def from_cfg(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
-        """With the network that options describe, and a checkpoint of it."""
+        """Load a checkpoint of the network that a configuration describes."""
         module = build_module(cfg, device, checkpoint=checkpoint)
-        return cls(module, class_table_of(cfg.DATASET), cfg.DATASET, device=device, view=inference_options(cfg))
+        table = class_table_from_options(cfg.DATASET)
+        return cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
 
-    def __call__(self, picture) -> Result | list[Result]:
-        """Segment a picture, or every one of a list.
+    def __call__(self, image) -> Result | list[Result]:
+        """Segment an image, or a list or tuple of images.
 
         Args:
-            picture: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; a tensor
-                (3, H, W), uint8 or floating point in 0..1; or a list or tuple of such.
+            image: see `to_image`.
 
         Raises:
-            ImageFileError: a file that is no readable image.
-            UnsupportedImageError: something that is no picture.
+            ImageFileError: a file is missing or cannot be decoded.
+            UnsupportedImageError: unsupported type, shape, dtype or range.
         """
-        if isinstance(picture, (list, tuple)):
-            return with_own_names([self._segment(one, f"picture_{number}") for number, one in enumerate(picture)])
-        return self._segment(picture, "picture")
+        if isinstance(image, (list, tuple)):
+            return with_unique_stems([self._segment(entry, f"image_{number}") for number, entry in enumerate(image)])
+        return self._segment(image, "image")
 
-    def _segment(self, picture, name: str) -> Result:
-        name, image = to_image(picture, name, self._scales.limits)
-        pixels = np.array(image)
+    def _segment(self, image, name: str) -> Result:
+        name, rgb = to_image(image, name)
         with self._lock:
-            labels = label_map(self._network, self._item(pixels), self.device, self._view)
-        return Result(name, pixels, labels, self.table, self._top_classes)
+            item = self._preprocess(rgb)
+            label_map = self._predictor.label_map(item)
+        return self._result(name, item["img_ori"], label_map)
 
-    def _item(self, pixels: np.ndarray) -> dict:
-        """What the network looks at."""
-        item = self._scales.views(to_image(pixels)[1])
-        return {"img_ori": pixels, "img_data": images_to_device(item, self.device)}
+    def _preprocess(self, image: Image.Image) -> dict:
+        """Return the item of an image for the `Predictor`, normalized on the device."""
+        item = self._scales.multi_scale(image)
+        scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
+        return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
 
-    def _top_classes(self, pixels: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    def _result(self, name: str, pixels: np.ndarray, label_map: np.ndarray) -> Result:
+        return Result(name, pixels, label_map, self.table, self._top_classes)
+
+    def _top_classes(self, pixels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
-            return top_classes(self._network, self._item(pixels), top, self.device, self._view)
+            return self._predictor.top_classes(self._preprocess(Image.fromarray(pixels)), count)
 
-    def frames(self, pictures: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
-        """Segment pictures that follow each other in time.
+    def segment_frames(self, frames: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
+        """Segment the frames of a video.
 
         Args:
-            pictures: (H, W, 3) uint8 RGB each, of one size.
-            smoothing: share of the previous pictures in the scores (logits) of each, an exponential mean: 0 (none) to
-                below 1. Not with windows.
+            frames: (H, W, 3) uint8 RGB, all of one size.
+            smoothing: weight of the previous frames in an exponential moving average of the logits, 0 (off) to
+                below 1. Not possible with a sliding window.
 
         Raises:
-            ValueError: another share, or windows.
+            ValueError: `smoothing` is out of range, or combined with a sliding window.
         """
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing {smoothing}: give a share of 0 (none) to below 1")
-        if smoothing and self._view.window is not None:
-            raise ValueError("smoothing needs the whole picture: set INFERENCE.window_size 0")
-        before: list[torch.Tensor] | None = None
-        for number, picture in enumerate(pictures):
+            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
+        if smoothing and self._predictor.options.window_size is not None:
+            raise ValueError("smoothing does not work with a sliding window; set INFERENCE.window_size 0")
+        mean: list[torch.Tensor] | None = None
+        for number, frame in enumerate(frames):
             if not smoothing:
-                yield self._segment(picture, f"frame_{number}")
+                yield self._segment(frame, f"frame_{number}")
                 continue
-            pixels = np.array(to_image(picture)[1])
+            name, image = to_image(frame, f"frame_{number}")
             with self._lock:
-                logits = view_logits(self._network, self._item(pixels), self.device, self._view)
-                if before is not None:
-                    logits = [torch.lerp(x, old, smoothing) for x, old in zip(logits, before, strict=True)]
-                before, size = logits, pixels.shape[:2]
-                labels = label_map_from_logits(logits, size, align_corners=self._network.align_corners).cpu().numpy()
-            yield Result(f"frame_{number}", pixels, labels, self.table, self._top_classes)
+                item = self._preprocess(image)
+                logits = self._predictor.logits(item)
+                mean = [torch.lerp(new, old, smoothing) for new, old in zip(logits, mean or logits, strict=True)]
+                align_corners, size = self._predictor.network.align_corners, item["img_ori"].shape[:2]
+                label_map = label_map_from_logits(mean, size, align_corners=align_corners).cpu().numpy()
+            yield self._result(name, item["img_ori"], label_map)
 
-    def segment_files(self, paths: Sequence[str], **reading) -> Iterator[Result | tuple[str, str]]:
-        """Segment picture files one after the other; reading goes on in the background.
-
-        Args:
-            paths: of the pictures.
-            reading: options of `evaluator.read_items`.
+    def segment_files(
+        self, paths: Sequence[str], loading: LoadOptions | None = None
+    ) -> Iterator[Result | tuple[str, str]]:
+        """Segment image files in order; workers read ahead.
 
         Yields:
-            A `Result` for every picture, or (path, reason) for one that cannot be read.
+            A `Result` for every image, or (path, reason) for an image that cannot be read.
         """
-        pictures = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
-        items = read_items(pictures, device=self.device, **reading)
-        while group := list(islice(items, reading.get("batch_size", 1))):
-            good = [item for item in group if "error" not in item]
+        dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
+        loading = loading or LoadOptions()
+        items = read_items(dataset, self.device, loading)
+        while batch := list(islice(items, loading.batch_size)):
             with self._lock:
-                maps = iter(list(label_maps(self._network, good, self.device, self._view)))
-            for item in group:
+                label_maps = list(self._predictor.label_maps([item for item in batch if "error" not in item]))
+            for item in batch:
                 if "error" in item:
                     yield item["info"], item["error"]
                 else:
-                    yield Result(item["info"], item["img_ori"], next(maps), self.table, self._top_classes)
+                    yield self._result(item["info"], item["img_ori"], label_maps.pop(0))
