@@ -5,7 +5,7 @@ import offline
 import pytest
 import torch
 
-from mit_semseg.lib.utils import quiet_bars
+from mit_semseg.lib.utils import disable_progress_bars
 
 offline.forbid()
 
@@ -32,4 +32,4 @@ def _log_as_it_was():
         handler.close()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
-    quiet_bars(False)
+    disable_progress_bars(False)

@@ -1,16 +1,17 @@
-"""Comparing floating-point results that are computed in another order."""
+"""Compare floating-point results that depend on the order of operations."""
 
 import torch
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor, relative: float = 1e-4) -> None:
-    """Check that no value is off by more than a part of the largest one.
+    """Check that the largest error is at most a fraction of the largest value.
 
-    Sums of many terms are rounded relative to their terms, not to themselves: a small result of large terms may be all
-    rounding, and another processor, number of threads or version of a library rounds otherwise. Of float32, whose
-    rounding is 6e-8, networks keep 1e-6 to 1e-5; the default leaves room of ten.
+    Rounding errors of a sum are relative to its terms, so elementwise relative errors may be arbitrarily large. float32
+    results of networks are accurate to 1e-6 to 1e-5; the default leaves a margin of 10.
     """
     assert actual.shape == expected.shape
     actual, expected = actual.double(), expected.double()
-    worst, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-    assert worst <= relative * largest, f"off by {worst / largest:.2g} of the largest value, {relative:g} is allowed"
+    error, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
+    assert error <= relative * largest, (
+        f"error {error / largest:.2g} of the largest value, at most {relative:g} allowed"
+    )

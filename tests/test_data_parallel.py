@@ -1,4 +1,4 @@
-"""Scatter, replicas and gather over structures, on CPU replicas (and on GPUs where there are some)."""
+"""Scatter, replicas and gather of nested inputs, on CPU replicas and on GPUs if available."""
 
 import os
 import subprocess
@@ -20,18 +20,11 @@ from mit_semseg.lib.nn import (
     UserScatteredDataParallel,
     patch_replication_callback,
 )
-from mit_semseg.lib.nn.scatter import gather, scatter
+from mit_semseg.lib.nn.scatter import _copy_streams, copy_to_device, gather, scatter
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
 Pair = namedtuple("Pair", "first second")
-
-
-class Echo(nn.Module):
-    """Returns what it was given, and where."""
-
-    def forward(self, obj, **extra):
-        return {"obj": obj, "extra": extra, "thread": threading.current_thread().name}
 
 
 @pytest.mark.parametrize(
@@ -46,34 +39,38 @@ class Echo(nn.Module):
     ids=["tensor", "dict", "list", "tuple", "namedtuple"],
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
-def test_scatter_and_gather_are_inverse(make, count):
+def test_gather_inverts_scatter(make, count):
     obj = make(torch.arange(10.0).view(5, 2))
     parts = scatter(obj, [CPU] * count)
-    assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch reaches fewer devices
+    assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch uses fewer devices
     assert all(type(part) is type(obj) for part in parts)
     assert repr(gather(parts, CPU)) == repr(obj)
 
 
-def test_scatter_names_tensors_that_do_not_fit_together():
-    with pytest.raises(ValueError, match=r"different numbers of parts, \[1, 2\].* same size in dimension 0"):
+def test_scatter_rejects_different_numbers_of_chunks():
+    with pytest.raises(ValueError, match=r"\[1, 2\].* dimension 0"):
         scatter({"a": torch.ones(4), "b": torch.ones(1)}, [CPU, CPU])
 
 
 @pytest.mark.parametrize("kind", [DataParallelWithCallback, DictGatherDataParallel])
-def test_tensors_are_split_and_keyword_arguments_too(kind):
+def test_positional_and_keyword_tensors_are_scattered(kind):
+    class Echo(nn.Module):
+        def forward(self, x, **kwargs):
+            return {"x": x, "kwargs": kwargs, "thread": threading.current_thread().name}
+
     result = kind(Echo(), ["cpu", "cpu"])(torch.arange(5), scale=torch.arange(5) * 2, name="x")
-    assert torch.equal(result["obj"], torch.arange(5))
-    assert torch.equal(result["extra"]["scale"], torch.arange(5) * 2)
+    assert torch.equal(result["x"], torch.arange(5))
+    assert torch.equal(result["kwargs"]["scale"], torch.arange(5) * 2)
     assert result["thread"] == "replica 0"
 
 
-def test_every_replica_gets_its_own_dict():
-    """Pictures of different sizes, fewer than there are devices, and one: that needs no thread."""
-    seen = []
+def test_each_replica_gets_one_dict():
+    """Images of different sizes; fewer dicts than devices; a single dict runs in the calling thread."""
+    calls = []
 
     class Sizes(nn.Module):
         def forward(self, batch):
-            seen.append((threading.current_thread().name, tuple(batch["img_data"].shape), batch["info"]))
+            calls.append((threading.current_thread().name, tuple(batch["img_data"].shape), batch["info"]))
             return batch["img_data"].mean(), batch["img_data"].new_ones(1)
 
     parallel = UserScatteredDataParallel(Sizes(), ["cpu"] * 3)
@@ -81,31 +78,31 @@ def test_every_replica_gets_its_own_dict():
     means, ones = parallel(batches)
     assert means.tolist() == [2, 4, 3]
     assert ones.shape == (3,)
-    assert sorted(seen) == [(f"replica {i}", (1, 3, n, n + 1), [f"{n}.jpg"]) for i, n in enumerate((2, 4, 3))]
+    assert sorted(calls) == [(f"replica {i}", (1, 3, n, n + 1), [f"{n}.jpg"]) for i, n in enumerate((2, 4, 3))]
     assert parallel(batches[:2])[0].tolist() == [2, 4]
     assert parallel(batches[:1])[0].item() == 2
-    assert seen[-1][0] == threading.current_thread().name
+    assert calls[-1][0] == threading.current_thread().name
 
 
-def test_replicas_share_parameters_and_the_first_the_buffers():
-    class Count(nn.Module):
+def test_replicas_share_parameters_and_replica_0_the_buffers():
+    class Counter(nn.Module):
         def __init__(self):
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(2))
             self.register_buffer("calls", torch.zeros(1))
-            self.marks = []
+            self.values = []
 
         def forward(self, x):
             self.calls += 1
-            self.marks.append(1)  # belongs to the replica
+            self.values.append(1)
             return (x * self.weight).sum()
 
-    module = Count()
+    module = Counter()
     outputs = UserScatteredDataParallel(module, ["cpu"] * 3)([torch.ones(2) * n for n in (1, 2, 4)])
     outputs.sum().backward()
     assert module.weight.grad.tolist() == [7, 7]
     assert module.calls.item() == 1
-    assert module.marks == []
+    assert module.values == []
 
 
 @pytest.mark.parametrize(
@@ -119,17 +116,17 @@ def test_replicas_share_parameters_and_the_first_the_buffers():
     ],
     ids=["cpu", "gpu"],
 )
-def test_gradients_of_replicas_equal_those_of_the_whole_batch(devices):
+def test_gradients_equal_those_of_the_whole_batch(devices):
     module = tiny_module(crit=MaskedNLLLoss()).double().to(devices[0])
     images, labels = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.randint(0, 3, (4, 4, 5))
-    feeds = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
+    batches = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
     results = []
-    for call in (
-        lambda: UserScatteredDataParallel(module, devices)(feeds)[0].mean(),
+    for forward in (
+        lambda: UserScatteredDataParallel(module, devices)(batches)[0].mean(),
         lambda: module({"img_data": images.to(devices[0]), "seg_label": labels.to(devices[0])})[0],
     ):
         module.zero_grad()
-        loss = call()
+        loss = forward()
         loss.backward()
         results.append((loss.item(), [p.grad.clone() for p in module.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
@@ -137,42 +134,41 @@ def test_gradients_of_replicas_equal_those_of_the_whole_batch(devices):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-def test_callbacks_see_every_copy():
-    seen = []
+def test_replication_callbacks_share_a_context_per_submodule():
+    calls = []
 
     class Part(nn.Module):
         def __data_parallel_replicate__(self, context, copy_id):
             context.copies = [*getattr(context, "copies", []), copy_id]
-            seen.append((copy_id, list(context.copies)))
+            calls.append((copy_id, list(context.copies)))
 
         def forward(self, x):
             return x
 
     DataParallelWithCallback(nn.Sequential(Part()), ["cpu"] * 3)(torch.ones(3))
-    assert seen == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
+    assert calls == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
 
 
-def test_an_exception_keeps_its_type_and_place():
-    class Picky(nn.Module):
+def test_exception_of_a_replica_keeps_type_and_traceback():
+    class Failing(nn.Module):
         def forward(self, x):
             if x.max() > 1:
-                raise UnicodeDecodeError("utf-8", b"x", 0, 1, "an exception with five arguments")
+                raise UnicodeDecodeError("utf-8", b"x", 0, 1, "five arguments")
             return x
 
     with pytest.raises(UnicodeDecodeError, match="five arguments") as caught:
-        DataParallelWithCallback(Picky(), ["cpu", "cpu"])(torch.tensor([1, 2]))
+        DataParallelWithCallback(Failing(), ["cpu", "cpu"])(torch.tensor([1, 2]))
     assert caught.traceback[-1].name == "forward"
 
 
-def test_mixed_devices_and_a_module_elsewhere_are_refused():
-    with pytest.raises(ValueError, match="all on GPUs or all on the CPU"):
+def test_mixed_devices_and_module_on_another_device_are_rejected():
+    with pytest.raises(ValueError, match="cpu, cuda:0"):
         DataParallelWithCallback(nn.Identity(), ["cpu", "cuda:0"])
-    with pytest.raises(ValueError, match="the module must be on cpu, the first of its devices, not on meta"):
+    with pytest.raises(ValueError, match=r"cpu.* meta"):
         DataParallelWithCallback(nn.Linear(2, 2, device="meta"), ["cpu", "cpu"])(torch.ones(2, 2))
 
 
-def test_a_plain_data_parallel_can_be_patched():
-    """Its replicas share statistics, and a failing one ends the others with its own error."""
+def test_patched_data_parallel_synchronizes_and_stops_on_errors():
     norm = SynchronizedBatchNorm2d(3, clamp_variance=False)
     plain = nn.DataParallel(norm)
     assert torch.equal(plain(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
@@ -184,34 +180,32 @@ def test_a_plain_data_parallel_can_be_patched():
     outputs = plain.parallel_apply(replicas, [(x[:1],), (x[1:],)], [{}, {}])
     torch.testing.assert_close(torch.cat(outputs), nn.BatchNorm2d(3)(x))
     replicas = plain.replicate(norm, plain.device_ids)
-    with pytest.raises(ValueError, match="takes 3 channels"):
+    with pytest.raises(ValueError, match="3 channels"):
         plain.parallel_apply(replicas, [(x[:1],), (x[1:, :2],)], [{}, {}])
-    own = DataParallelWithCallback(norm, ["cpu", "cpu"])
-    patch_replication_callback(own)  # has it already
-    torch.testing.assert_close(own(x), nn.BatchNorm2d(3)(x))
+    ours = DataParallelWithCallback(norm, ["cpu", "cpu"])
+    patch_replication_callback(ours)  # no effect
+    torch.testing.assert_close(ours(x), nn.BatchNorm2d(3)(x))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_copies_to_a_gpu_wait_for_the_right_stream():
-    """A side stream copies while the main stream is busy; what is computed from the copies must still be right."""
-    from mit_semseg.lib.nn.scatter import _copy_streams, copy_to_device
-
+def test_copies_to_a_gpu_are_complete_before_they_are_used():
+    """The copy stream is kept busy, so the copies are late."""
     device = torch.device("cuda", 0)
-    copy_to_device({"x": torch.ones(1)}, device)  # makes the side stream
-    busy = torch.randn(4096, 4096, device=device)
+    copy_to_device({"x": torch.ones(1)}, device)  # creates the copy stream
+    matrix = torch.randn(4096, 4096, device=device)
     for n in range(20):
-        with torch.cuda.stream(_copy_streams[device]):  # the copies come late
+        with torch.cuda.stream(_copy_streams[device]):
             for _ in range(20):
-                busy = (busy @ busy).clamp(-1, 1)
+                matrix = (matrix @ matrix).clamp(-1, 1)
         host = {"x": torch.full((1000, 1000), float(n)).pin_memory(), "y": [torch.ones(3).pin_memory()]}
-        copied = copy_to_device(host, device)
-        assert copied["x"].sum().item() == n * 1e6
-        assert torch.equal(copy_to_device(copied, device)["y"][0].cpu(), torch.ones(3))
+        copies = copy_to_device(host, device)
+        assert copies["x"].sum().item() == n * 1e6
+        assert torch.equal(copy_to_device(copies, device)["y"][0].cpu(), torch.ones(3))
 
 
-def test_a_short_program_with_cpu_replicas_ends_cleanly():
-    """Several at once, on cores that are busy with the others: no replica thread outlives the interpreter."""
+def test_short_programs_with_cpu_replicas_exit_cleanly():
+    """No replica thread outlives the interpreter, also on a busy machine."""
     program = """
 import torch
 from mit_semseg.lib.nn import UserScatteredDataParallel
@@ -219,9 +213,6 @@ torch.set_num_threads(1)
 module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
 module([torch.randn(3, 4), torch.randn(5, 4)]).sum().backward()
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    programs = [
-        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE) for _ in range(4)
-    ]
-    ends = [(process.communicate(timeout=120)[1], process.returncode) for process in programs]
-    assert ends == [(b"", 0)] * 4
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    jobs = [subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE) for _ in range(4)]
+    assert [(job.communicate(timeout=120)[1], job.returncode) for job in jobs] == [(b"", 0)] * 4

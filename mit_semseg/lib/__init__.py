@@ -1,1 +1,1 @@
-"""Parts that anyone could use without the rest of the toolkit."""
+"""Components that do not depend on the rest of the package."""

@@ -1,4 +1,4 @@
-"""OpenCV (`cv2`), imported on first use: models, data sets and configuration work without it."""
+"""OpenCV (`cv2`), imported on first use: models, datasets and configuration do not need it."""
 
 from .utils import UserError
 
@@ -10,7 +10,7 @@ def __getattr__(name: str):
         import cv2
     except ImportError as error:
         raise UserError(
-            f"OpenCV cannot be imported ({error}). On systems without libGL, such as containers: pip uninstall "
-            f"opencv-python, then pip install opencv-python-headless. Otherwise: pip install opencv-python"
+            f"cannot import OpenCV ({error}); run `pip install opencv-python`, or, without libGL (containers), "
+            "`pip uninstall opencv-python` and `pip install opencv-python-headless`"
         ) from None
     return getattr(cv2, name)

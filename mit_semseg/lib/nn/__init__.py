@@ -1,6 +1,6 @@
-"""Synchronized batch normalization, also in place with its activation, and data parallelism over dicts."""
+"""Synchronized and in-place batch normalization, activation checkpointing, and data parallelism for dicts."""
 
-from .activation_checkpoint import Blocks, enable_activation_checkpointing
+from .activation_checkpoint import enable_activation_checkpointing
 from .batchnorm import (
     SynchronizedBatchNorm1d,
     SynchronizedBatchNorm2d,
@@ -20,7 +20,6 @@ from .scatter import async_copy_to, user_scattered_collate
 from .sync_stats import ProcessGroupError
 
 __all__ = [
-    "Blocks",
     "DataParallelWithCallback",
     "DictGatherDataParallel",
     "InPlaceABN",

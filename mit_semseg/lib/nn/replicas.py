@@ -1,8 +1,4 @@
-"""How the replicas of one process, and the processes of a group, meet to share statistics.
-
-Replicas are threads that meet at a `ReplicaGroup`; processes meet in collectives of `torch.distributed`. Whoever waits
-does so for a bounded time, and says at which layer.
-"""
+"""Exchange of tensors between the replicas of a module, which run in threads of one process."""
 
 import threading
 from collections.abc import Callable
@@ -11,68 +7,64 @@ from ..utils import UserError
 
 
 class ReplicaError(UserError, RuntimeError):
-    """A replica could not go on because another one failed or did not arrive."""
+    """A replica stopped because another one failed or timed out."""
 
 
 class ReplicaGroup:
-    """SyncStatistics point of the replicas of a module during one forward pass.
+    """The replicas of a module during one forward pass.
 
     Args:
         size: number of replicas.
-        timeout: seconds a replica waits for the others before it raises.
+        timeout: seconds that a replica waits for the others.
     """
 
     def __init__(self, size: int, timeout: float = 120.0):
         self.size, self.timeout, self.stopped = size, timeout, False
         self._barrier = threading.Barrier(size, timeout=timeout)
-        self._given: list = [None] * size
+        self._inputs: list = [None] * size
         self._results: list = []
 
-    def together(self, rank: int, name: str, value, work: Callable[[list], list]):
-        """Hand in a value; replica 0 works on the values of all, and each gets its part of the result.
+    def gather_and_compute(self, index: int, layer_name: str, value, compute: Callable[[list], list]):
+        """Gather a value from every replica, compute on replica 0, and return this replica's result.
 
         Args:
-            rank: of this replica.
-            name: of the layer; all replicas must come from the same one.
-            value: handed in by this replica.
-            work: from the values of all replicas, in the order of their ranks, to as many results. Only replica 0's is
-                called.
+            index: of this replica.
+            layer_name: must be the same in all replicas.
+            value: input of this replica.
+            compute: maps the values of all replicas to one result per replica.
 
         Raises:
-            ReplicaError: another replica failed, or did not arrive in time.
-            RuntimeError: the replicas came from different layers.
+            ReplicaError: another replica failed or timed out.
+            RuntimeError: the replicas called different layers.
         """
-        self._given[rank] = name, value
-        self._wait(rank, name)
-        if rank == 0:
+        self._inputs[index] = layer_name, value
+        self._wait(index, layer_name)
+        if index == 0:
             try:
-                self._check_names()
-                self._results = work([value for _, value in self._given])
+                names = [name for name, _ in self._inputs]
+                if len(set(names)) > 1:
+                    calls = ", ".join(f"replica {i} {name}" for i, name in enumerate(names))
+                    raise RuntimeError(f"replicas called different synchronized layers: {calls}")
+                self._results = compute([value for _, value in self._inputs])
             except BaseException:
                 self.stop()
                 raise
             finally:
-                self._given = [None] * self.size
-        self._wait(rank, name)
-        return self._results[rank]
+                self._inputs = [None] * self.size
+        self._wait(index, layer_name)
+        return self._results[index]
 
     def stop(self) -> None:
-        """Wake everybody who waits, now and later, with `ReplicaError`: a replica has failed."""
+        """Raise `ReplicaError` in all replicas that wait, now or later."""
         self.stopped = True
         self._barrier.abort()
 
-    def _wait(self, rank: int, name: str) -> None:
+    def _wait(self, index: int, layer_name: str) -> None:
         try:
             self._barrier.wait()
         except threading.BrokenBarrierError:
-            late = ", ".join(str(i) for i, given in enumerate(self._given) if given is None) or "0"
+            missing = ", ".join(str(i) for i, value in enumerate(self._inputs) if value is None) or "0"
             reason = (
-                "another one failed" if self.stopped else f"replica {late} did not arrive within {self.timeout:g} s"
+                "another replica failed" if self.stopped else f"replica {missing} timed out after {self.timeout:g} s"
             )
-            raise ReplicaError(f"{name}: replica {rank} of {self.size} waited for the others, but {reason}") from None
-
-    def _check_names(self) -> None:
-        names = [name for name, _ in self._given]
-        if len(set(names)) > 1:
-            places = ", ".join(f"replica {i} at {name}" for i, name in enumerate(names))
-            raise RuntimeError(f"the replicas went different ways through the network: {places}")
+            raise ReplicaError(f"{layer_name}: replica {index} of {self.size} stopped: {reason}") from None

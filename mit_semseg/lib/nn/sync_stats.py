@@ -1,11 +1,13 @@
-"""The arithmetic of synchronized batch normalization: statistics over everybody, one node of the autograd graph.
+"""Statistics and autograd function of synchronized batch normalization.
 
-Everybody contributes count, mean and sum of squared deviations, which are merged as in Chan, Golub & LeVeque (1979), so
-that the variance is never negative. There is one meeting in the forward pass and one in the backward pass. The replicas
-of one process share a single node, so that their backward pass needs no threads.
+Replicas and ranks contribute the count, mean and sum of squared deviations of their inputs. These are merged as in
+Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so that the
+variance is never negative. The forward and the backward pass each use one collective. The replicas of a process share
+one autograd node, so their backward pass needs no threads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,238 +16,228 @@ from torch.autograd.function import once_differentiable
 
 from ..utils import UserError, first_sentence
 
-# Elements worked on at a time on a CPU: 4 MiB in float32, of which the allocator keeps what is in between at hand.
+# Elements per block on a CPU, 4 MiB in float32: intermediate results of this size are served by the allocator's cache.
 BLOCK = 2**20
 
 
 class ProcessGroupError(UserError, RuntimeError):
-    """A process could not go on because another one ended or did not answer in time."""
+    """Communication failed because another rank ended or timed out."""
 
 
+@dataclass
 class SyncStatistics:
-    """Statistics of one layer in one forward pass, over everybody.
+    """Statistics of one layer in one forward pass, merged over replicas and ranks.
 
     Attributes:
-        count: elements per channel, a float64 scalar.
-        mean, squares: (C,) float64, mean and sum of squared deviations from it.
+        count: elements per channel, float64 scalar.
+        mean, squared_deviations, variance, inverse_std: (C,) float64; the variance is the biased one.
     """
 
-    count: Tensor
-    mean: Tensor
-    squares: Tensor
-
-    def __init__(
-        self,
-        eps: float,
-        clamp: bool = False,
-        group: dist.ProcessGroup | None = None,
-        name: str = "",
-        *,
-        alone: bool = False,
-    ):
-        self.eps, self.clamp, self.group, self.name, self.alone = eps, clamp, group, name, alone
-
-    def inverse_deviation(self, variance: Tensor) -> Tensor:
-        """One over what the centred values are divided by."""
-        return (variance.clamp(min=self.eps) if self.clamp else variance + self.eps).rsqrt()
+    eps: float
+    clamp_variance: bool = False  # divide by sqrt(max(var, eps)) instead of sqrt(var + eps)
+    group: dist.ProcessGroup | None = None  # None: the default group
+    layer_name: str = ""  # for error messages
+    local: bool = False  # do not communicate with other ranks
 
     def merge(self, moments: Sequence[Tensor]) -> None:
-        """Merge `moments` of the inputs, on the first one's device, with those of the other processes."""
+        """Compute the statistics from the `moments` of all replicas and ranks, on the first replica's device."""
         rows = torch.stack([row.to(moments[0].device) for row in moments])
-        if not self.alone:
-            rows = all_gather_rows(rows.flatten(), self.group, self.name).view(-1, rows.size(1))
+        if self._world_size > 1:
+            gathered = [torch.empty_like(rows) for _ in range(self._world_size)]
+            run_collective(lambda: dist.all_gather(gathered, rows, group=self.group), self.group, self.layer_name)
+            rows = torch.cat(gathered)
         counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
-        self.count = counts.sum().clamp(min=1)  # nobody has any: nothing divides by zero
+        self.count = counts.sum().clamp(min=1)  # avoid division by zero for an empty batch
         self.mean = (counts * means).sum(0) / self.count
-        self.squares = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
+        self.squared_deviations = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
+        self.variance = self.squared_deviations / self.count
+        divisor = self.variance.clamp(min=self.eps) if self.clamp_variance else self.variance + self.eps
+        self.inverse_std = divisor.rsqrt()
 
-    def add_up(self, sums: Sequence[Tensor]) -> Tensor:
-        """Sum of what the replicas give, on the first one's device, and of the other processes' sums."""
-        total = torch.stack([own.to(sums[0].device) for own in sums]).sum(0)
-        return total if self.alone else all_reduce_sum(total, self.group, self.name)
+    def sum(self, terms: Sequence[Tensor]) -> Tensor:
+        """Sum the terms of all replicas and ranks, on the first replica's device."""
+        total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
+        if self._world_size > 1:
+            run_collective(lambda: dist.all_reduce(total, group=self.group), self.group, self.layer_name)
+        return total
+
+    @property
+    def _world_size(self) -> int:
+        return 1 if self.local else world_size(self.group)
+
+    @property
+    def unbiased_variance(self) -> Tensor:
+        return self.squared_deviations / (self.count - 1).clamp(min=1)
+
+    def scale(self, weight: Tensor | None) -> Tensor:
+        """Return weight / std, (C,) float64."""
+        return self.inverse_std if weight is None else self.inverse_std * weight.to(self.inverse_std)
+
+    def scale_and_shift(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return scale and shift of `normalize`, (C,) float64."""
+        scale = self.scale(weight)
+        # Correct for the rounding of the mean to the dtype of x.
+        shift = scale * (self.mean.to(compute_dtype(x)).double() - self.mean)
+        return scale, shift if bias is None else shift + bias.to(shift)
 
 
-class Normalize(torch.autograd.Function):
-    """Batch normalization of several inputs (one per replica, sizes may differ) with common statistics.
+class SyncBatchNormFunction(torch.autograd.Function):
+    """Batch normalization of the inputs of all replicas of a process with common statistics.
 
-    `apply(meeting, *inputs[, *weights, *biases])` returns one output per input.
+    `apply(stats, *inputs, *weights, *biases)` takes one of each per replica and returns one output per replica. Inputs
+    are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
     """
 
     @staticmethod
-    def forward(ctx, meeting: SyncStatistics, *tensors: Tensor) -> tuple[Tensor, ...]:
-        affine = tensors[-1].dim() == 1
-        replicas = len(tensors) // 3 if affine else len(tensors)
-        inputs, weights, biases = tensors[:replicas], tensors[replicas : 2 * replicas], tensors[2 * replicas :]
-        meeting.merge([moments(x) for x in inputs])
-        variance = meeting.squares / meeting.count
-        ctx.meeting, ctx.replicas = meeting, replicas
-        ctx.save_for_backward(meeting.mean, variance, *inputs, *weights)
-        inverse, outputs = meeting.inverse_deviation(variance), []
-        for i, x in enumerate(inputs):
-            factor = inverse * weights[i].to(inverse) if affine else inverse
-            # What the mean loses when it is rounded to the type of x goes into the shift.
-            shift = factor * (meeting.mean.to(statistics_dtype(x)).double() - meeting.mean)
-            shift = shift + biases[i].to(shift) if affine else shift
-            outputs.append(blockwise(scaled, (x,), (meeting.mean, factor, shift)))
-        return tuple(outputs)
+    def forward(ctx, stats: SyncStatistics, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        inputs, weights, biases = split_evenly(tensors, 3)
+        stats.merge([moments(x) for x in inputs])
+        ctx.stats = stats
+        ctx.save_for_backward(*inputs, *weights)
+        return tuple(
+            blockwise(normalize, (x,), (stats.mean, *stats.scale_and_shift(x, weight, bias)))
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        mean, variance, *tensors = ctx.saved_tensors
-        meeting, replicas = ctx.meeting, ctx.replicas
-        inputs, weights = tensors[:replicas], tensors[replicas:]
-        own = [_gradient_sums(x, g, mean) for x, g in zip(inputs, gradients, strict=True)]
-        sum_g, sum_gx = meeting.add_up(own)
-        inverse = meeting.inverse_deviation(variance)
-        slope = -sum_gx * inverse.square() / meeting.count
-        if meeting.clamp:  # below eps the divisor is a constant, and no gradient goes through the variance
-            slope = torch.where(variance > meeting.eps, slope, 0)
-        input_gradients = []
-        for i, (x, g) in enumerate(zip(inputs, gradients, strict=True)):
-            factor = inverse * weights[i].to(inverse) if weights else inverse
-            vectors = mean, factor, factor * slope, -factor * sum_g / meeting.count
+        stats = ctx.stats
+        inputs, weights = split_evenly(ctx.saved_tensors, 2)
+        local_sums = [
+            channel_sums(_gradient_sums, (x, g), (stats.mean,)) for x, g in zip(inputs, gradients, strict=True)
+        ]
+        sum_g, sum_gx = stats.sum(local_sums)
+        slope = -sum_gx * stats.inverse_std.square() / stats.count
+        if stats.clamp_variance:  # below eps the divisor is constant, so the variance has no gradient
+            slope = torch.where(stats.variance > stats.eps, slope, 0)
+        input_gradients, weight_gradients, bias_gradients = [], [], []
+        for x, g, weight, (own_g, own_gx) in zip(inputs, gradients, weights, local_sums, strict=True):
+            scale = stats.scale(weight)
+            vectors = stats.mean, scale, scale * slope, -scale * sum_g / stats.count
             input_gradients.append(blockwise(_input_gradient, (x, g), vectors))
-        if not weights:
-            return None, *input_gradients
-        weight_gradients = [(s[1] * inverse.to(s)).to(w) for s, w in zip(own, weights, strict=True)]
-        bias_gradients = [s[0].to(w) for s, w in zip(own, weights, strict=True)]
+            if weight is not None:
+                own_gx = own_gx * stats.inverse_std.to(own_gx)
+            weight_gradients.append(None if weight is None else own_gx.to(weight))
+            bias_gradients.append(None if weight is None else own_g.to(weight))
         return None, *input_gradients, *weight_gradients, *bias_gradients
 
 
+def split_evenly(tensors: Sequence[Tensor | None], parts: int) -> list[Sequence[Tensor | None]]:
+    """Split a sequence into parts of equal length."""
+    size = len(tensors) // parts
+    return [tensors[i * size : (i + 1) * size] for i in range(parts)]
+
+
 def moments(x: Tensor) -> Tensor:
-    """Count, means and sums of squared deviations from them: (1 + 2 C,) float64.
-
-    Two passes of simple kernels: `torch.var_mean` takes many times longer on a CPU.
-    """
-    axes, kind = reduction_dims(x), statistics_dtype(x)
-    count = x.numel() // x.size(1)
-    columns = []
-    for (block,) in blocks((x,)):
-        mean = block.mean(axes, dtype=kind) if count else block.new_zeros(block.size(1), dtype=kind)
-        centred = block - spread(mean, block)
-        # Both are corrected by what rounding has left of the mean.
-        rest = centred.sum(axes).double() / max(count, 1)
-        squares = centred.mul_(centred).sum(axes).double() - count * rest.square()
-        columns.append(torch.stack([mean.double() + rest, squares.clamp(min=0)]))
-    moments = torch.cat(columns, dim=1).flatten()
-    return torch.cat([moments.new_full((1,), count), moments])
+    """Return count, means and sums of squared deviations of (N, C, ...), concatenated: (1 + 2 C,) float64."""
+    means_and_squares = channel_sums(_mean_and_squared_deviations, (x,)).flatten()
+    return torch.cat([means_and_squares.new_full((1,), x.numel() // x.size(1)), means_and_squares])
 
 
-def _gradient_sums(x: Tensor, gradient: Tensor, mean: Tensor) -> Tensor:
-    """Per channel the sums of the output's gradient and of its product with x - mean: (2, C) float64."""
-    axes, kind = reduction_dims(x), statistics_dtype(x)
-    columns = []
-    for block, part, center in blocks((x, gradient), (mean,)):
-        product = (block - spread(center, block)).mul_(part)
-        columns.append(torch.stack([part.sum(axes, dtype=kind), product.sum(axes)]).double())
-    return torch.cat(columns, dim=1)
+def _mean_and_squared_deviations(x: Tensor) -> tuple[Tensor, Tensor]:
+    # Two passes of simple kernels: `torch.var_mean` is many times slower on a CPU.
+    dims, dtype, count = reduction_dims(x), compute_dtype(x), x.numel() // x.size(1)
+    mean = x.mean(dims, dtype=dtype) if count else x.new_zeros(x.size(1), dtype=dtype)
+    centered = x - channel_view(mean, x)
+    # The mean of the centered values is the rounding error of the mean; correct both results by it.
+    error = centered.sum(dims).double() / max(count, 1)
+    squares = centered.mul_(centered).sum(dims).double() - count * error.square()
+    return mean.double() + error, squares.clamp(min=0)
 
 
-def scaled(x: Tensor, mean: Tensor, factor: Tensor, shift: Tensor) -> Tensor:
-    """(x - mean) * factor + shift."""
-    return (x - spread(mean, x)).mul_(spread(factor, x)).add_(spread(shift, x))
+def _gradient_sums(x: Tensor, g: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum(g) and sum(g * (x - mean)) per channel."""
+    product = (x - channel_view(mean, x)).mul_(g)
+    return g.sum(reduction_dims(x), dtype=compute_dtype(x)), product.sum(reduction_dims(x))
 
 
-def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, factor: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """g * factor + (x - mean) * slope + shift."""
-    result = (x - spread(mean, x)).mul_(spread(slope, x)).add_(spread(shift, x))
-    return result.addcmul_(g.to(result.dtype), spread(factor, x))
+def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return (x - mean) * scale + shift."""
+    return (x - channel_view(mean, x)).mul_(channel_view(scale, x)).add_(channel_view(shift, x))
 
 
-def blockwise(function: Callable[..., Tensor], tensors: Sequence[Tensor], vectors: Sequence[Tensor]) -> Tensor:
-    """The result, of the first tensor's type, of an elementwise function of tensors (N, C, ...) and vectors (C,)."""
-    pieces = list(blocks(tensors, vectors))
-    if len(pieces) == 1:
-        return function(*pieces[0]).to(tensors[0].dtype)
+def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
+    """Return g * scale + (x - mean) * slope + shift."""
+    result = normalize(x, mean, slope, shift)
+    return result.addcmul_(g.to(result.dtype), channel_view(scale, x))
+
+
+def channel_sums(
+    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()
+) -> Tensor:
+    """Apply a function that returns n tensors (C,) to all `blocks`; concatenate the results to (n, C) float64."""
+    return torch.cat([torch.stack(function(*block)).double() for block in blocks(tensors, vectors)], dim=1)
+
+
+def blockwise(
+    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()
+) -> Tensor:
+    """Apply an elementwise function of `tensors` and `vectors` to their `blocks`; return the first tensor's dtype."""
+    arguments = list(blocks(tensors, vectors))
+    if len(arguments) == 1:
+        return function(*arguments[0]).to(tensors[0].dtype)
     result = torch.empty_like(tensors[0])
-    for (part,), piece in zip(blocks((result,)), pieces, strict=True):
-        part.copy_(function(*piece))
+    for (block,), block_arguments in zip(blocks((result,)), arguments, strict=True):
+        block.copy_(function(*block_arguments))
     return result
 
 
-def blocks(tensors: Sequence[Tensor], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (N, C, ...) and vectors (C,) in blocks of channels.
+def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor | None, ...]]:
+    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels.
 
-    Fresh memory for large intermediate results costs a CPU more than the arithmetic, so it works in blocks. Elsewhere,
-    and where channels are the innermost dimension, there is one block.
+    On a CPU, allocating large intermediate results takes longer than the arithmetic. On other devices, and for the
+    channels-last layout, there is a single block.
     """
     x = tensors[0]
-    channels = x.size(1)
+    step = channels = x.size(1)
     if x.device.type == "cpu" and x.is_contiguous() and x.numel() > BLOCK:
-        channels = max(1, BLOCK * channels // x.numel())
-    return zip(*(t.split(channels, 1) for t in tensors), *(v.split(channels) for v in vectors), strict=True)
+        step = max(1, BLOCK * channels // x.numel())
+    for i in range(0, channels, step):
+        tensor_blocks = (None if t is None else t[:, i : i + step] for t in tensors)
+        yield *tensor_blocks, *(v[i : i + step] for v in vectors)
 
 
-def statistics_dtype(x: Tensor) -> torch.dtype:
-    """Type in which an input is worked on: its own, float32 at least."""
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype for arithmetic on `x`: its own, at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def reduction_dims(x: Tensor) -> list[int]:
-    """Axes of (N, C, ...) but the second."""
+    """Return all dimensions of (N, C, ...) except C."""
     return [0, *range(2, x.dim())]
 
 
-def channel_shape(x: Tensor) -> tuple[int, ...]:
-    """Shape in which values per channel are combined with (N, C, ...)."""
-    return (1, -1) + (1,) * (x.dim() - 2)
-
-
-def spread(values: Tensor, x: Tensor) -> Tensor:
-    """Values per channel, ready to be combined with (N, C, ...) `x` in the type of statistics."""
-    return values.to(x.device, statistics_dtype(x)).view(channel_shape(x))
+def channel_view(values: Tensor, x: Tensor) -> Tensor:
+    """Convert (C,) values to the device and compute dtype of (N, C, ...) `x` and to a shape that broadcasts with it."""
+    return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Number of processes of a group (None: the default group), 1 where `torch.distributed` is not in use."""
+    """Return the number of ranks in a group (None: the default group); 1 if `torch.distributed` is not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
-def all_gather_rows(vector: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
-    """Vectors of all processes.
-
-    Args:
-        vector: (n,), of the same length everywhere.
-        group: process group, None for the default one.
-        name: of the layer, for the error.
-
-    Returns:
-        (processes, n), in the order of the ranks, the same on all processes.
+def run_collective(collective: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
+    """Call a function that communicates, and name the layer if that fails.
 
     Raises:
-        ProcessGroupError: a process ended or did not answer within the group's time-out (gloo; NCCL works in the
-            background, and ends the process itself).
+        ProcessGroupError: a rank ended or timed out (gloo only: NCCL terminates the process).
     """
-    if world_size(group) == 1:
-        return vector.unsqueeze(0)
-    rows = [torch.empty_like(vector) for _ in range(world_size(group))]
-    _collective(lambda: dist.all_gather(rows, vector.contiguous(), group=group), group, name)
-    return torch.stack(rows)
-
-
-def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, name: str) -> Tensor:
-    """Sum of a tensor over all processes, in place; arguments and errors as of `all_gather_rows`."""
-    if world_size(group) > 1:
-        _collective(lambda: dist.all_reduce(tensor, group=group), group, name)
-    return tensor
-
-
-def is_communication_error(error: BaseException) -> bool:
-    """Whether an error was raised by the communication with other processes, and not by this one, e.g. for lack of
-    memory. gloo raises plain RuntimeErrors."""
-    if isinstance(error, dist.DistError):
-        return True
-    return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))
-
-
-def _collective(call: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
     try:
-        call()
+        collective()
     except RuntimeError as error:
         if not is_communication_error(error):
             raise
         raise ProcessGroupError(
-            f"{name}: process {dist.get_rank(group)} of {dist.get_world_size(group)} waited for the others, but one "
-            f"ended or did not answer in time ({first_sentence(error)})"
+            f"{name}: communication failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}, another "
+            f"rank ended or timed out ({first_sentence(error)})"
         ) from error
+
+
+def is_communication_error(error: BaseException) -> bool:
+    """Return whether an error comes from a collective and not, for example, from a lack of memory on this rank."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo raises plain RuntimeErrors.
+    return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))

@@ -1,4 +1,4 @@
-"""Names of version 2: conversions of tensors."""
+"""Tensor conversions under their names in version 2."""
 
 from . import as_numpy, mark_volatile
 

@@ -1,4 +1,4 @@
-"""Names of version 2: synchronized batch norms."""
+"""Synchronized batch norms under their names in version 2."""
 
 from ..batchnorm import (
     SynchronizedBatchNorm1d,

@@ -1,4 +1,4 @@
-"""Names of version 2: replication with callbacks."""
+"""Replication with callbacks under its names in version 2."""
 
 from ..parallel import DataParallelWithCallback, patch_replication_callback
 

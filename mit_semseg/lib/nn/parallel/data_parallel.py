@@ -1,4 +1,4 @@
-"""Names of version 2: data parallelism over dicts."""
+"""Data parallelism for dicts under its names in version 2."""
 
 from ..scatter import async_copy_to, user_scattered_collate
 from . import DictGatherDataParallel, UserScatteredDataParallel
