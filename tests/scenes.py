@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from mit_semseg.lib.nn import Blocks
 from mit_semseg.models import SegmentationModule
 from mit_semseg.models.decoders import C1
 from mit_semseg.models.layers import conv_bn_relu
@@ -51,6 +50,10 @@ def write_data_set(folder):
     return folder
 
 
+class _Block(nn.Sequential):
+    checkpoint_unit = True
+
+
 class TinyEncoder(nn.Module):
     """Two feature maps at strides 4 and 8."""
 
@@ -58,7 +61,7 @@ class TinyEncoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = Blocks(conv_bn_relu(3, 8, stride=2), conv_bn_relu(8, 8, stride=2))
+        self.stem = _Block(conv_bn_relu(3, 8, stride=2), conv_bn_relu(8, 8, stride=2))
         self.deep = conv_bn_relu(8, 16, stride=2)
 
     def forward(self, x, return_feature_maps=False):

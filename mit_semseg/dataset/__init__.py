@@ -1,4 +1,4 @@
-"""From files on disk to batches."""
+"""Datasets: lists of images, decoding, augmentation, batches."""
 
 from .base import BaseDataset, img_transform, round2nearest_multiple
 from .classes import ClassTable, class_table

@@ -1,30 +1,30 @@
-"""Variation of training pictures: crops, colours, sharpness. Pure functions; all draws come from the caller."""
+"""Data augmentation: random crops, color jitter and blur. All random numbers come from the caller's generator."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import Generator
 from PIL import Image
 
 from .classes import IGNORE
 
-CROP_TRIES = 10  # places tried for a crop that no class dominates
-HUE_SHARE = 0.2  # of the jitter's strength: hue shifts tell on the picture more than the others
-SMALLEST_SIGMA = 0.1  # of a blur, pixels
+CROP_TRIES = 10
+HUE_FRACTION = 0.2  # of the jitter strength, because hue changes are more visible than the others
+MIN_SIGMA = 0.1  # standard deviation of the weakest blur, in pixels
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is varied beside size and mirroring; the defaults vary nothing.
+    """Data augmentation besides the resize to a short side and the flip. The defaults change nothing.
 
     Attributes:
-        scale: smallest and largest factor of the picture's own size, drawn uniformly; None leaves the size to the
-            short sides of the data set.
-        crop: (height, width) of a region cut out at a random place; a smaller picture is not cut.
-        max_ratio: share of a crop's labelled pixels that one class may have, in 0..1; a crop with more is drawn again,
-            a few times.
-        jitter: largest relative change of brightness, contrast and saturation; hue changes by a fifth of it at most, in
-            turns of the colour circle.
-        blur: largest standard deviation of a Gaussian blur, pixels; half of the pictures are blurred.
+        scale: range of a random factor of the original size; None resizes to a short side instead.
+        crop: (height, width) of a random crop; smaller images are not cropped.
+        max_ratio: largest fraction of the labelled pixels of a crop that one class may have, 0..1. A crop that exceeds
+            it is drawn again, up to `CROP_TRIES` times; the last one is used, as in OpenMMLab's `cat_max_ratio`.
+        jitter: largest relative change of brightness, contrast and saturation. The hue turns by at most a fifth of it.
+        blur: largest standard deviation of a Gaussian blur in pixels; half of the images are blurred.
     """
 
     scale: tuple[float, float] | None = None
@@ -33,67 +33,84 @@ class Augmentation:
     jitter: float = 0.0
     blur: float = 0.0
 
+    @classmethod
+    def from_options(cls, options) -> "Augmentation":
+        """Build from the DATASET options; attributes that `options` lacks keep their default."""
+        crop, scale = getattr(options, "crop_size", 0), getattr(options, "random_scale", ())
+        crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
+        return cls(
+            scale=tuple(scale) or None,
+            crop=crop if all(crop) else None,
+            max_ratio=getattr(options, "cat_max_ratio", 1.0),
+            jitter=getattr(options, "color_jitter", 0.0),
+            blur=getattr(options, "blur", 0.0),
+        )
+
     def __call__(
-        self, image: Image.Image, label: np.ndarray, rng: np.random.Generator
+        self,
+        image: Image.Image,
+        label: np.ndarray,
+        encode: Callable[[np.ndarray], np.ndarray],
+        rng: Generator,
     ) -> tuple[Image.Image, np.ndarray]:
-        """Crop and recolour a picture that has its size already.
+        """Crop, recolor and blur a resized training image.
 
         Args:
-            image: RGB.
-            label: (H, W) class indices.
-            rng: of the draws.
+            image: RGB image.
+            label: (H, W) raw label values.
+            encode: converts raw label values to class indices; applied to the cropped label only.
+            rng: random generator.
+
+        Returns:
+            The image and its class indices (h, w) int64.
         """
         if self.crop:
-            left, top, right, bottom = draw_crop(label, self.crop, rng, self.max_ratio)
-            image, label = image.crop((left, top, right, bottom)), label[top:bottom, left:right]
+            (left, top, right, bottom), classes = random_crop(label, encode, self.crop, rng, self.max_ratio)
+            image = image.crop((left, top, right, bottom))
+        else:
+            classes = encode(label)
         if self.jitter:
             *factors, turn = rng.uniform(-self.jitter, self.jitter, 4)
-            image = recolor(image, *(1 + factor for factor in factors), turn * HUE_SHARE, order=rng.permutation(4))
+            order = rng.permutation(4)
+            image = adjust_colors(image, *(1 + factor for factor in factors), turn * HUE_FRACTION, order=order)
         if self.blur and rng.random() < 0.5:
-            image = blurred(image, rng.uniform(min(SMALLEST_SIGMA, self.blur), self.blur))
-        return image, label
+            image = gaussian_blur(image, rng.uniform(min(MIN_SIGMA, self.blur), self.blur))
+        return image, classes
 
 
-def draw_crop(
-    label: np.ndarray, size: tuple[int, int], rng: np.random.Generator, max_ratio: float = 1.0
-) -> tuple[int, int, int, int]:
-    """A random region of a picture.
-
-    Args:
-        label: (H, W) class indices.
-        size: (height, width) of the region; at most the picture is taken.
-        rng: of the draws.
-        max_ratio: see `Augmentation`; of several tries the last one counts, as in OpenMMLab's `cat_max_ratio`.
+def random_crop(
+    label: np.ndarray,
+    encode: Callable[[np.ndarray], np.ndarray],
+    size: tuple[int, int],
+    rng: Generator,
+    max_ratio: float = 1.0,
+) -> tuple[tuple[int, int, int, int], np.ndarray]:
+    """Draw a random crop of a raw label (H, W), see `Augmentation`.
 
     Returns:
-        (left, top, right, bottom), pixels.
+        (left, top, right, bottom) in pixels, and the class indices of the crop.
     """
-    height, width = (min(own, wanted) for own, wanted in zip(label.shape, size, strict=True))
+    height, width = (min(side, wanted) for side, wanted in zip(label.shape, size, strict=True))
     for _ in range(CROP_TRIES if max_ratio < 1 else 1):
         top = int(rng.integers(label.shape[0] - height + 1))
         left = int(rng.integers(label.shape[1] - width + 1))
-        if max_ratio >= 1 or largest_share(label[top : top + height, left : left + width]) < max_ratio:
+        classes = encode(label[top : top + height, left : left + width])
+        if max_ratio >= 1 or largest_class_fraction(classes) < max_ratio:
             break
-    return left, top, left + width, top + height
+    return (left, top, left + width, top + height), classes
 
 
-def largest_share(label: np.ndarray) -> float:
-    """Share of the most frequent class among the labelled pixels; 1 where nothing is labelled."""
-    counts = np.bincount(label[label != IGNORE].ravel(), minlength=1)
+def largest_class_fraction(classes: np.ndarray) -> float:
+    """Return the fraction of the most frequent class among the labelled pixels; 1 if no pixel is labelled."""
+    counts = np.bincount(classes[classes != IGNORE].ravel(), minlength=1)
     return counts.max() / counts.sum() if counts.sum() else 1.0
 
 
-def recolor(
+def adjust_colors(
     image: Image.Image, brightness: float, contrast: float, saturation: float, hue: float, order=(0, 1, 2, 3)
 ) -> Image.Image:
-    """Change the colours of an RGB picture.
-
-    Args:
-        brightness, contrast, saturation: factors, 1 changes nothing.
-        hue: turn of the colour circle, -0.5..0.5.
-        order: in which the four are applied.
-    """
-    from torchvision.transforms.v2 import functional as F  # takes a second to import, and few runs need it
+    """Change brightness, contrast and saturation by factors and turn the hue by -0.5..0.5, in the given order."""
+    from torchvision.transforms.v2 import functional as F  # takes a second to import and is rarely needed
 
     steps = (
         (F.adjust_brightness, brightness),
@@ -101,16 +118,16 @@ def recolor(
         (F.adjust_saturation, saturation),
         (F.adjust_hue, hue),
     )
-    for number in order:
-        adjust, amount = steps[number]
+    for index in order:
+        adjust, amount = steps[index]
         image = adjust(image, float(amount))
     return image
 
 
-def blurred(image: Image.Image, sigma: float) -> Image.Image:
-    """Gaussian blur of a standard deviation in pixels, cut off at three of them."""
+def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
+    """Blur with a Gaussian of standard deviation `sigma` pixels, truncated at three standard deviations."""
     from torchvision.transforms.v2 import functional as F
 
-    # The kernel is mirrored at the borders, so it may not reach over the whole picture.
-    reach = max(0, min(int(np.ceil(3 * sigma)), *(side - 1 for side in image.size)))
-    return F.gaussian_blur(image, [2 * reach + 1, 2 * reach + 1], [float(sigma), float(sigma)])
+    # The padding by reflection allows no kernel radius beyond the image.
+    radius = max(0, min(int(np.ceil(3 * sigma)), *(side - 1 for side in image.size)))
+    return F.gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [float(sigma), float(sigma)])

@@ -1,4 +1,4 @@
-"""Base class for custom data sets, with the attributes and methods of version 2."""
+"""Base class for custom datasets, with the attributes and methods of version 2."""
 
 from collections.abc import Sequence
 
@@ -13,26 +13,25 @@ from .transforms import normalize, round_up
 
 
 def round2nearest_multiple(x: int, p: int) -> int:
-    """The smallest multiple of `p` that is at least `x`."""
+    """Return the smallest multiple of `p` that is at least `x`."""
     return round_up(x, p)
 
 
 def img_transform(img: Image.Image | np.ndarray) -> Tensor:
-    """RGB picture, (H, W, 3) uint8 -> (3, H, W) float32, normalized with ImageNet's means and deviations."""
+    """Convert an RGB image (H, W, 3) uint8 to (3, H, W) float32 with ImageNet normalization."""
     return normalize(Image.fromarray(np.asarray(img, np.uint8)))
 
 
 class BaseDataset(Dataset):
-    """Base class of data sets over a list of images; a subclass implements `__getitem__` and `__len__`.
+    """Base class for datasets over a list of images. Subclasses implement `__getitem__` and `__len__`.
 
     Args:
         odgt: path of a list, or records such as `[{"fpath_img": path}]`.
-        opt: object with imgSizes, imgMaxSize, padding_constant.
-        kwargs: of `parse_input_list`.
+        opt: object with imgSizes, imgMaxSize, padding_constant; they become attributes.
+        kwargs: arguments of `parse_input_list`.
 
     Attributes:
-        list_sample, num_sample: records, and how many.
-        imgSizes, imgMaxSize, padding_constant: of `opt`.
+        list_sample, num_sample: the records and their number.
     """
 
     def __init__(self, odgt: str | Sequence[dict], opt, **kwargs):
@@ -42,12 +41,7 @@ class BaseDataset(Dataset):
     def parse_input_list(
         self, odgt: str | Sequence[dict], max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
     ) -> None:
-        """Set `list_sample` and `num_sample`.
-
-        Args:
-            max_sample: number of records to use, from the first on; -1 uses all.
-            start_idx, end_idx: then take this slice; -1 all.
-        """
+        """Set `list_sample` and `num_sample` to the first `max_sample` records (-1: all), then to a slice (-1: all)."""
         records = load_records(odgt)
         records = records[:max_sample] if max_sample > 0 else records
         self.list_sample = records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records
@@ -58,7 +52,7 @@ class BaseDataset(Dataset):
         return img_transform(img)
 
     def segm_transform(self, segm: Image.Image | np.ndarray) -> Tensor:
-        """Label (H, W) of ADE20K -> (H, W) int64: class indices, -1 where unlabelled."""
+        """Convert an ADE20K label (H, W) to class indices int64, -1 where unlabelled."""
         return torch.from_numpy(np.array(segm)).long() - 1
 
     def round2nearest_multiple(self, x: int, p: int) -> int:

@@ -1,89 +1,235 @@
-"""Data sets: from records to training batches, and to pictures at every scale of evaluation."""
+"""Datasets: training batches, and images at every scale of evaluation."""
 
 import copy
+import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch.utils.data import Dataset
 
-from ..lib.nn.scatter import copy_to_device
+from ..lib.utils import progress_bar
 from .augment import Augmentation
-from .image_io import ImageFileError, image_size, read_image
-from .pairs import UNUSABLE, LabelledRecords, Records
+from .classes import UNKNOWN, ClassTable, class_table_from_options
+from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
+from .layouts import ListError
+from .records import load_records
 from .samplers import OrientationBatches, shards
-from .transforms import as_bytes, normalize, normalized, pad_batch, scale_for, train_pair
+from .transforms import flip_and_resize, normalize, pad_batch, scale_for, scale_pyramid, to_uint8_tensor
 
-ENDLESS = int(1e10)  # length of the training set: a plain DataLoader over it never ends
-MOST_TRIES = 100  # unusable records one after the other, with DATASET.on_error skip
+logger = logging.getLogger(__name__)
 
-
-def augmentation_of(opt) -> Augmentation:
-    """What the options vary; objects without them vary nothing."""
-    crop, scale = getattr(opt, "crop_size", 0), getattr(opt, "random_scale", ())
-    crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
-    return Augmentation(
-        scale=tuple(scale) or None,
-        crop=crop if all(crop) else None,
-        max_ratio=getattr(opt, "cat_max_ratio", 1.0),
-        jitter=getattr(opt, "color_jitter", 0.0),
-        blur=getattr(opt, "blur", 0.0),
-    )
+TRAIN_LENGTH = int(1e10)  # length of the endless training set
+MAX_REPLACEMENTS = 100  # unusable images in a row, with DATASET.on_error skip
 
 
-class TrainDataset(LabelledRecords):
-    """Training batches; one element is the whole batch of one device.
+class ImageListDataset(Dataset):
+    """Base class: a list of images and the options to read them. Subclasses implement `load(record)`.
 
     Args:
         root_dataset: folder that the paths in the list are relative to.
         odgt: list of images, see `load_records`.
-        opt: object with imgSizes, imgMaxSize, padding_constant, segm_downsampling_rate, and optionally random_flip,
-            random_scale, crop_size, cat_max_ratio, color_jitter, blur, normalization, train_resize, classes,
-            num_class, ignore_values, palette_labels, on_error, max_pixels, max_bytes (as the options of the same name).
-        batch_per_gpu: images per batch.
-        side_step: the sides of a batch are rounded up to a multiple of this, beside padding_constant.
-        seed: of order, sizes and flips. Element `i` depends on the seed and `i` alone.
+        opt: object with imgSizes, imgMaxSize, padding_constant, and optionally the other DATASET options.
+        max_sample: use the first `max_sample` records; -1 uses all.
+        start_idx, end_idx: then use this slice; -1 leaves it open.
+
+    Attributes:
+        records: entries of the list.
+        skip: skip unusable images and lines (DATASET.on_error skip) instead of raising.
+        skipped: a sentence for every unusable line of the list.
+    """
+
+    def __init__(
+        self, root_dataset: str | os.PathLike, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
+    ):
+        self.root_dataset = root_dataset
+        self.skip = getattr(opt, "on_error", "stop") == "skip"
+        self.skipped: list[str] = []
+        records = load_records(odgt, root_dataset, self.skipped if self.skip else None)
+        records = records[:max_sample] if max_sample > 0 else records
+        self.records = records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
+        sizes = opt.imgSizes
+        self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
+        self.img_max_size = opt.imgMaxSize
+        self.padding_constant = opt.padding_constant
+        self.normalization = getattr(opt, "normalization", "imagenet")
+        self.fast_resize = getattr(opt, "eval_resize", "pixel-exact") == "fast"
+        self.uint8 = False
+
+    @property
+    def num_sample(self) -> int:
+        """Number of images."""
+        return len(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        """Return `load(record)` and `info`, the path. With `skip`, an unusable record has `info` and `error` only."""
+        record = self.records[index]
+        try:
+            return {**self.load(record), "info": record["fpath_img"]}
+        except (ImageFileError, ListError) as error:
+            if not self.skip:
+                raise
+            return {"info": record["fpath_img"], "error": str(error)}
+
+    def _copy(self, **attributes):
+        dataset = copy.copy(self)
+        vars(dataset).update(attributes)
+        return dataset
+
+    def as_uint8(self):
+        """Return a copy whose `img_data` is uint8, a quarter of the bytes; `images_to_device` normalizes it."""
+        return self._copy(uint8=True)
+
+    def with_skipping(self):
+        """Return a copy that skips unusable images, as with DATASET.on_error skip."""
+        return self._copy(skip=True)
+
+    def shard(self, index: int, count: int):
+        """Return a copy with shard `index` of `count` contiguous shards of the records."""
+        positions = shards(len(self.records), count)[index]
+        records = self.records[positions.start : positions.stop]
+        return self._copy(records=records, skipped=self.skipped if index == 0 else [])
+
+    def subsample(self, count: int):
+        """Return a copy with at most `count` records, evenly spaced because neighbors are often similar."""
+        total = len(self.records)
+        count = min(count, total)
+        return self._copy(records=[self.records[i * total // count] for i in range(count)])
+
+    def path(self, record: dict, key: str) -> Path:
+        """Return the path of the image (`fpath_img`) or label (`fpath_segm`) of a record."""
+        if key not in record:
+            raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
+        return Path(self.root_dataset, record[key])
+
+    def multi_scale(self, image: Image.Image) -> dict:
+        """Resize an RGB image to every scale of evaluation.
+
+        Returns:
+            `img_ori` (H, W, 3) uint8 and `img_data`, a list of (1, 3, h, w) float32. With `as_uint8`, both are uint8
+            tensors, and `normalization` is for `images_to_device`.
+        """
+        normalization = None if self.uint8 else self.normalization
+        sizes = self.img_sizes, self.img_max_size, self.padding_constant
+        scales = scale_pyramid(image, *sizes, normalization, fast=self.fast_resize)
+        original = np.array(image)
+        if normalization:
+            return {"img_ori": original, "img_data": scales}
+        return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
+
+
+class LabelledDataset(ImageListDataset):
+    """Base class: a list of images with labels, for arguments see `ImageListDataset`."""
+
+    def __init__(self, root_dataset: str | os.PathLike, odgt, opt, *args, **kwargs):
+        super().__init__(root_dataset, odgt, opt, *args, **kwargs)
+        self.table = class_table_from_options(opt)
+        self.palette = getattr(opt, "palette_labels", False)
+        # In shared memory, so that only one of all workers logs a warning.
+        self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
+
+    def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
+        """Load an image (RGB) and its raw label (mode L or I;16) of the same size, EXIF orientations applied.
+
+        Different orientations of the two are logged once per dataset.
+
+        Raises:
+            ImageFileError: a file cannot be used, the sizes differ, or the label has values outside the class table.
+            ListError: the record has no label.
+        """
+        label_path = self.path(record, "fpath_segm")
+        image = read_image(self.path(record, "fpath_img"))
+        label = read_label(label_path, palette=self.palette)
+        check_label(image.size, label, label_path, self.table.for_file(label_path))
+        if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
+            self._orientation_logged.fill_(True)
+            message = "%s: %s; further images are not logged, list them with python -m mit_semseg.dataset.doctor"
+            logger.warning(message, record["fpath_img"], mismatch)
+        return image, label
+
+    def encode_label(self, raw: np.ndarray, record: dict) -> np.ndarray:
+        """Convert raw label values (H, W) of a record to class indices int64, -1 where ignored."""
+        return self.table.for_file(record["fpath_segm"]).encode(raw)
+
+
+def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
+    """Check that a raw label has the size (width, height) of its image and only values of the class table.
 
     Raises:
-        ListError, ClassTableError: the list or class table cannot be used.
-        ValueError: the downsampling rate does not divide the padding.
+        ImageFileError: the label does not fit.
+    """
+    if image_size != label.size:
+        raise ImageFileError(
+            f"{path}: the label has size {label.width}x{label.height}, but its image {image_size[0]}x{image_size[1]} "
+            f"(after EXIF orientation); they must be equal"
+        )
+    present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
+    unknown = present[table.index[present] == UNKNOWN]
+    if len(unknown):
+        raise ImageFileError(
+            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
+            f"the class table ({table.describe_raw_values()}); correct the label, add the values to DATASET.classes, "
+            f"or ignore them (a row without name in the CSV file; DATASET.ignore_values for a list of names)"
+        )
+
+
+class TrainDataset(LabelledDataset):
+    """Training batches. One element is the batch of one device.
+
+    Args:
+        root_dataset, odgt, opt: see `ImageListDataset`; `opt` also needs segm_downsampling_rate.
+        batch_per_gpu: images per batch.
+        side_step: height and width of a batch are rounded up to a multiple of this and of padding_constant.
+        seed: element `i` depends on `seed` and `i` alone.
+
+    Raises:
+        ListError, ClassTableError: the list or the class table cannot be used.
+        ValueError: segm_downsampling_rate does not divide padding_constant.
     """
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
-        self.fast = getattr(opt, "train_resize", "pixel-exact") == "fast"
+        self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.segm_downsampling_rate = opt.segm_downsampling_rate
         if self.padding_constant % self.segm_downsampling_rate:
             raise ValueError(
-                f"padding_constant {self.padding_constant} is no multiple of segm_downsampling_rate "
+                f"padding_constant {self.padding_constant} must be a multiple of segm_downsampling_rate "
                 f"{self.segm_downsampling_rate}"
             )
         self.side_multiple = math.lcm(self.padding_constant, side_step)
         self.random_flip = getattr(opt, "random_flip", True)
-        self.augmentation = augmentation_of(opt)
+        self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
-        # Crops are of one size, so any picture goes with any other.
-        upright = [not self.augmentation.crop and self._is_upright(record) for record in self.records]
+        if self.augmentation.crop:  # crops have one size, so orientations can be mixed
+            upright = [False] * len(self.records)
+        else:
+            bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
+            upright = [self._is_upright(record) for record in bar]
         self.order = OrientationBatches(upright, batch_per_gpu, seed)
 
     def _is_upright(self, record: dict) -> bool:
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
         try:
-            width, height = image_size(self.path(record, "fpath_img"), limits=self.limits)
+            width, height = image_size(self.path(record, "fpath_img"))
         except ImageFileError:
             if not self.skip:
                 raise
-            return False  # it will be left out when its turn comes
+            return False  # skipped later, when the image is loaded
         return height > width
 
     def __len__(self) -> int:
-        return ENDLESS
+        return TRAIN_LENGTH
 
     def __getitem__(self, index: int) -> dict:
-        """Batch `index`: see `load_batch`."""
+        """Return batch `index`, see `load_batch`."""
         rng = np.random.default_rng((self.seed, 1, index))
         short_side = int(rng.choice(self.img_sizes))
         flips = rng.random(self.batch_per_gpu) < 0.5 if self.random_flip else [False] * self.batch_per_gpu
@@ -96,145 +242,88 @@ class TrainDataset(LabelledRecords):
         flips: Sequence[bool],
         rng: np.random.Generator | None = None,
     ) -> dict:
-        """A batch of given records, scale and flips.
+        """Load a batch of the given records, scale and flips.
 
         Args:
-            short_side: of the pictures, unless their scale is drawn.
-            rng: of all other draws; seeded with the data set's seed by default.
+            records: N entries of the list.
+            short_side: short side of the resized images; not used if `random_scale` is set.
+            flips: for every record, whether to flip it.
+            rng: generator of all other random numbers; None seeds one with the seed of the dataset.
 
         Returns:
-            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` the N paths; `of_bytes`
-            also `sizes`, (height, width) of the N pictures. With `on_error` skip `skipped`, a sentence for every
-            record that could not be used, in whose place there is another.
+            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` with the N paths. If
+            `as_uint8`, `img_data` is uint8, and `sizes`, the N (height, width), and `normalization` are added. With
+            `skip`, `skipped` has a sentence for every unusable record; other records replace them.
         """
-        rng, images, labels = rng or np.random.default_rng(self.seed), [], []
-        vary, used, skipped = self.augmentation, [], []
+        rng = rng or np.random.default_rng(self.seed)
+        images, labels, paths, skipped = [], [], [], []
         for wanted, flip in zip(records, flips, strict=True):
-            record, image, label = self._usable(wanted, rng, skipped)
-            used.append(record["fpath_img"])
-            scale = rng.uniform(*vary.scale) if vary.scale else scale_for(*image.size, short_side, self.img_max_size)
-            image, label = train_pair(image, label, scale=scale, flip=bool(flip), fast=self.fast)
-            image, indices = vary(image, self.encode(label, record), rng)
-            images.append(as_bytes(image) if self.as_bytes else normalize(image, self.normalization))
-            labels.append(indices)
-        batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, vary.crop)
-        batch |= {"info": used, "skipped": skipped} if self.skip else {"info": used}
-        if self.as_bytes:
+            record, image, label = self._load_usable_pair(wanted, rng, skipped)
+            if self.augmentation.scale:
+                scale = rng.uniform(*self.augmentation.scale)
+            else:
+                scale = scale_for(*image.size, short_side, self.img_max_size)
+            image, label = flip_and_resize(image, label, scale=scale, flip=bool(flip), fast=self.fast_resize)
+            encode = self.table.for_file(record["fpath_segm"]).encode
+            image, classes = self.augmentation(image, np.asarray(label), encode, rng)
+            images.append(to_uint8_tensor(image) if self.uint8 else normalize(image, self.normalization))
+            labels.append(classes)
+            paths.append(record["fpath_img"])
+        batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, self.augmentation.crop)
+        batch["info"] = paths
+        if self.skip:
+            batch["skipped"] = skipped
+        if self.uint8:
             batch |= {"sizes": [tuple(x.shape[1:]) for x in images], "normalization": self.normalization}
         return batch
 
-    def _usable(
+    def _load_usable_pair(
         self, wanted: dict, rng: np.random.Generator, skipped: list[str]
     ) -> tuple[dict, Image.Image, Image.Image]:
-        """The first record that can be used, of the one wanted and those in its place, with its picture and label."""
-        for record in self._in_order(wanted, rng):
+        """Load a record, or with `skip` its first usable replacement. Return record, image and raw label."""
+        for record in self._candidates(wanted, rng):
             try:
-                return record, *self.pair(record)
-            except UNUSABLE as error:
+                return record, *self.load_pair(record)
+            except (ImageFileError, ListError) as error:
                 if not self.skip:
                     raise
                 skipped.append(str(error))
         raise ImageFileError(
-            f"{len(skipped)} images one after the other cannot be used, DATASET.on_error skip finds none to go on "
-            f"with; the last: {skipped[-1]}"
+            f"DATASET.on_error skip: {len(skipped)} images in a row cannot be used; the last: {skipped[-1]}"
         )
 
-    def _in_order(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
-        """A record, and what may take its place: others of its orientation, then all others. Drawing them changes no
-        other draw."""
+    def _candidates(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
+        """Yield a record, then random replacements: first records of its orientation, then all others.
+
+        The order comes from a child generator, so that other random numbers do not change.
+        """
         yield wanted
-        fit = (self.order.upright == self._is_upright(wanted)) | bool(self.augmentation.crop)
-        own = rng.spawn(1)[0]
-        for which in (fit, ~fit):
-            for number in own.permutation(np.flatnonzero(which))[:MOST_TRIES]:
-                if self.records[number] is not wanted:
-                    yield self.records[number]
+        same = self.order.upright == (not self.augmentation.crop and self._is_upright(wanted))
+        child = rng.spawn(1)[0]
+        for mask in (same, ~same):
+            for index in child.permutation(np.flatnonzero(mask))[:MAX_REPLACEMENTS]:
+                if self.records[index] is not wanted:
+                    yield self.records[index]
 
 
-def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
-    """The pictures (N, 3, H, W) of a batch, or an item's at every scale, on a device, normalized if they are bytes."""
-    x, how = copy_to_device(batch["img_data"], torch.device(device)), batch.get("normalization")
-    if how is None:
-        return x
-    return [normalized(scale, how) for scale in x] if isinstance(x, list) else normalized(x, how, batch["sizes"])
-
-
-def _subset(records: list[dict], max_sample: int, start_idx: int, end_idx: int) -> list[dict]:
-    records = records[:max_sample] if max_sample > 0 else records
-    return records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
-
-
-class _Divisible(Records):
-    """Records that are looked at once each."""
-
-    def shard(self, number: int, parts: int):
-        """The same data set with one of `parts` contiguous shares of the records, which differ by one at most."""
-        share = shards(len(self.records), parts)[number]
-        part = copy.copy(self)
-        part.records = self.records[share.start : share.stop]
-        part.skipped = self.skipped if number == 0 else []
-        return part
-
-    def with_skipping(self):
-        """The same data set, which does with unusable records as `on_error` skip says."""
-        part = copy.copy(self)
-        part.skip = True
-        return part
-
-    def __getitem__(self, index: int) -> dict:
-        """See `load`; with `on_error` skip `info` and `error`, a sentence, for a record that cannot be used."""
-        record = self.records[index]
-        try:
-            return {**self.load(record), "info": record["fpath_img"]}
-        except UNUSABLE as error:
-            if not self.skip:
-                raise
-            return {"info": record["fpath_img"], "error": str(error)}
-
-    def subsample(self, count: int):
-        """The same data set with at most so many of the records, evenly spaced: neighbours are often alike."""
-        part, there = copy.copy(self), len(self.records)
-        count = min(count, there)
-        part.records = [self.records[i * there // count] for i in range(count)]
-        return part
-
-
-class ValDataset(_Divisible, LabelledRecords):
-    """Labelled pictures at every scale of evaluation.
-
-    Args:
-        root_dataset, odgt, opt: as for `TrainDataset`, without segm_downsampling_rate and random_flip.
-        max_sample: take the first so many records; -1 all.
-        start_idx, end_idx: then take this slice; -1 all.
-    """
-
-    def __init__(self, root_dataset, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1):
-        super().__init__(root_dataset, odgt, opt)
-        self.records = _subset(self.records, max_sample, start_idx, end_idx)
+class ValDataset(LabelledDataset):
+    """Labelled images at every scale of evaluation, for arguments see `ImageListDataset`."""
 
     def load(self, record: dict) -> dict:
-        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w), `seg_label` (1, H, W) int64; an item has also
-        `info`, the path."""
-        image, label = self.pair(record)
-        return {**self.views(image), "seg_label": torch.from_numpy(self.encode(label, record)).unsqueeze(0)}
+        """Load an item: `multi_scale` of the image, and `seg_label` (1, H, W) int64 with -1 ignored."""
+        image, label = self.load_pair(record)
+        classes = torch.from_numpy(self.encode_label(np.asarray(label), record))
+        return {**self.multi_scale(image), "seg_label": classes.unsqueeze(0)}
 
 
-class TestDataset(_Divisible):
-    """Pictures without labels at every scale.
+class TestDataset(ImageListDataset):
+    """Images without labels at every scale of evaluation, for arguments see `ImageListDataset`."""
 
-    Args:
-        odgt: list of images, or records such as `[{"fpath_img": path}]`.
-        opt: object with imgSizes, imgMaxSize, padding_constant.
-        max_sample: take the first so many records; -1 all.
-        start_idx, end_idx: then take this slice; -1 all.
-    """
-
-    __test__ = False  # no test class, whatever its name says to pytest
+    __test__ = False  # not a pytest class
 
     def __init__(self, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1):
-        super().__init__("", odgt, opt)
-        self.records = _subset(self.records, max_sample, start_idx, end_idx)
+        super().__init__("", odgt, opt, max_sample, start_idx, end_idx)
 
     def load(self, record: dict) -> dict:
-        """`img_ori` (H, W, 3) uint8, `img_data` list of (1, 3, h, w); an item has also `info`, the path."""
-        return self.views(read_image(record["fpath_img"], limits=self.limits))
+        """Load an item: `multi_scale` of the image."""
+        return self.multi_scale(read_image(record["fpath_img"]))

@@ -1,4 +1,4 @@
-"""How data sets lie on disk: twin folders of images and labels, and the split lists of PASCAL VOC."""
+"""Dataset layouts on disk: find images, pair image and annotation folders, read PASCAL VOC split lists."""
 
 import fnmatch
 import os
@@ -9,30 +9,29 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..lib.utils import UserError, progress_bar, shorten
-from .image_io import ImageFileError, image_size
+from ..lib.utils import UserError, shorten_list
 
-Record = dict  # fpath_img, fpath_segm (absent for pictures without annotation), width, height
+Record = dict  # fpath_img; optionally fpath_segm, width and height
 
 
 class ListError(UserError, ValueError):
-    """A list of images that cannot be used; the message names file and line."""
+    """A list of images or a folder of images cannot be used. The message names the file and the line."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the files of a data set lie: twin folders, and what the stems of a pair end with.
+    """Two folders with the same structure. An image and its label have the same relative path up to a suffix.
 
     Attributes:
-        images, annotations: names of the twin folders.
-        image_ending: of an image's stem.
-        label_endings: of a label's stem, preferred first; labels that end with none of them belong to something else.
+        images, annotations: folder names.
+        image_suffix: end of the file stem of every image.
+        label_suffixes: ends of the file stems of labels, preferred first; other files are not labels.
     """
 
     images: str
     annotations: str
-    image_ending: str = ""
-    label_endings: tuple[str, ...] = ("",)
+    image_suffix: str = ""
+    label_suffixes: tuple[str, ...] = ("",)
 
 
 LAYOUTS = (
@@ -44,109 +43,96 @@ VIDEO_ENDINGS = (
     ".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".3g2", ".ts",
     ".mts", ".m2ts", ".ogv", ".vob", ".mjpeg", ".mxf",
 )  # fmt: skip
-VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # PASCAL VOC
+VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # PASCAL VOC folders
 
 
 def read_lines(path: Path) -> list[str]:
-    """Lines of a list, whatever system has ended them.
+    """Return the lines of a text file, with any line ending.
 
     Raises:
-        ListError: it cannot be read.
+        ListError: the file cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: names may have other separators
+        return path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would split names with other separators
     except (OSError, UnicodeDecodeError) as error:
         raise ListError(f"list {path} cannot be read: {error}") from None
 
 
-def composed(name: str) -> str:
-    """Normalize a name to NFC: macOS stores accented letters decomposed (NFD)."""
-    return unicodedata.normalize("NFC", name)
+def _pairing_key(path: Path) -> str:
+    """Return a path without extension, in the Unicode form NFC: macOS stores accented letters decomposed (NFD)."""
+    return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
-def read_split(path: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
-    """Records of a split list of PASCAL VOC, in a folder ImageSets.
+def read_voc_split(path: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
+    """Return the records of a PASCAL VOC split list in a folder ImageSets.
 
-    Every line begins with a stem, or holds the paths of an image and its label below the folder above ImageSets, as the
-    lists of the augmented set do.
+    A line starts with a file stem, or has the paths of an image and its label as in the augmented set (SBD).
+
+    Args:
+        path: list file.
+        root: folder that the paths in records are relative to.
+        problems: receives a sentence for every missing file instead of an error.
 
     Raises:
-        ListError: the list is empty or files are missing (unless `problems` takes them, a sentence each).
+        ListError: the list is empty, or files are missing.
     """
-    base = next(p.parent for p in path.absolute().parents if p.name == VOC_LISTS)
-    images = {composed(p.stem): p for p in find_images(base / VOC_IMAGES)}
-    labels = {composed(p.stem): p for p in find_images(base / VOC_LABELS)}
+    base = next(parent.parent for parent in path.absolute().parents if parent.name == VOC_LISTS)
+    images = {_pairing_key(Path(p.name)): p for p in find_images(base / VOC_IMAGES)}
+    labels = {_pairing_key(Path(p.name)): p for p in find_images(base / VOC_LABELS)}
     pairs = []
     for words in (line.split() for line in read_lines(path) if line.strip()):
         if len(words) > 1 and all(Path(word).suffix for word in words[:2]):
             pairs.append(tuple(base / word.lstrip("/") for word in words[:2]))
         else:
-            stem = composed(words[0])
+            stem = unicodedata.normalize("NFC", words[0])
             image = images.get(stem, base / VOC_IMAGES / f"{words[0]}.jpg")
             pairs.append((image, labels.get(stem, base / VOC_LABELS / f"{words[0]}.png")))
-    missing = [str(p) for pair in pairs for p in pair if not p.is_file()]
-    if missing and problems is None:
-        raise ListError(f"{path}: {len(missing)} files are missing: {shorten(missing, 3)}")
     if not pairs:
         raise ListError(f"list {path} is empty")
-    there = [pair for pair in pairs if all(p.is_file() for p in pair)]
-    if not there:
-        raise ListError(f"{path}: all files are missing: {shorten(missing, 3)}")
+    missing = [str(file) for pair in pairs for file in pair if not file.is_file()]
+    complete = [pair for pair in pairs if all(file.is_file() for file in pair)]
+    if missing and (problems is None or not complete):
+        raise ListError(f"{path}: {len(missing)} of {2 * len(pairs)} files are missing: {shorten_list(missing, 3)}")
     if missing:
         problems += [f"{file} is missing" for file in missing]
-    return _records(there, root, str(path))
+    return _make_records(complete, root)
 
 
-def scan_pairs(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
-    """Records of a folder pair, sizes from the image headers; images and annotations pair up by relative stem, without
-    the endings of the layout.
+def scan_folders(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
+    """Return the records of an image folder and its annotation folder, see `load_records`.
 
-    A picture with an unreadable header is listed without its size.
+    Args:
+        folder: parent of both folders, or an image folder.
+        root: folder that the paths in records are relative to.
+        problems: receives a sentence for every file without a partner instead of an error.
 
     Raises:
-        ListError: no annotations folder, or files without a partner (all of them counted, the first ones named).
+        ListError: there is no annotation folder, or files have no partner.
     """
-    images, annotations, layout = _pair_of_folders(folder)
-    found = [] if problems is None else problems
-    by_stem, labels = _by_stem(images, layout.image_ending, found, all_of_them=True), {}
-    for ending in reversed(layout.label_endings):
-        labels |= _by_stem(annotations, ending, found)
-    wanted = annotations, layout.label_endings[0]
-    found += [_lonely(path, wanted, stem) for stem, path in by_stem.items() if stem not in labels]
-    wanted = images, layout.image_ending
-    found += [_lonely(path, wanted, stem) for stem, path in labels.items() if stem not in by_stem]
-    if problems is None and found:
-        raise ListError(f"{images} and {annotations}: {len(found)} files do not pair up: {shorten(found, 3)}")
-    if not by_stem:
-        raise ListError(f"{images}: no images")
-    stems = sorted(by_stem.keys() & labels.keys())
-    if not stems:
-        raise ListError(f"{images} and {annotations}: no files pair up: {shorten(found, 3)}")
-    return _records([(by_stem[stem], labels[stem]) for stem in stems], root, str(folder))
+    images, annotations, layout = _find_layout(folder)
+    found: list[str] = []
+    image_files, label_files = _files_by_key(images, layout.image_suffix, found, required=True), {}
+    for suffix in reversed(layout.label_suffixes):
+        label_files |= _files_by_key(annotations, suffix, found)
+    for files, partners, partner_folder, suffix in (
+        (image_files, label_files, annotations, layout.label_suffixes[0]),
+        (label_files, image_files, images, layout.image_suffix),
+    ):
+        for key, path in files.items():
+            if key not in partners:
+                found.append(f"{path} has no partner {partner_folder / key}{suffix}.*")
+    keys = sorted(image_files.keys() & label_files.keys())
+    if not image_files:
+        raise ListError(f"{images}: the folder has no images")
+    if found and (problems is None or not keys):
+        raise ListError(f"{images} and {annotations}: {len(found)} files do not form pairs: {shorten_list(found, 3)}")
+    if problems is not None:
+        problems += found
+    return _make_records([(image_files[key], label_files[key]) for key in keys], root)
 
 
-def _lonely(path: Path, wanted: tuple[Path, str], stem: str) -> str:
-    folder, ending = wanted
-    return f"{path} has no partner {folder / stem}{ending}.*"
-
-
-def _records(pairs: list[tuple[Path, Path]], root: str | os.PathLike, where: str) -> list[Record]:
-    return [
-        {"fpath_img": _relative(image, root), "fpath_segm": _relative(label, root), **_size(image)}
-        for image, label in progress_bar(pairs, desc=f"reading sizes in {where}", unit="img", leave=False)
-    ]
-
-
-def _size(path: Path) -> dict[str, int]:
-    """`width` and `height` of a picture; neither if it is unreadable, which whoever opens it will say."""
-    try:
-        width, height = image_size(path)
-    except ImageFileError:
-        return {}
-    return {"width": width, "height": height}
-
-
-def _pair_of_folders(folder: Path) -> tuple[Path, Path, Layout]:
+def _find_layout(folder: Path) -> tuple[Path, Path, Layout]:
+    """Return the image folder, the annotation folder and their layout."""
     parts = folder.parts
     for layout in LAYOUTS:
         candidates = [(folder / layout.images, folder / layout.annotations)]
@@ -156,61 +142,62 @@ def _pair_of_folders(folder: Path) -> tuple[Path, Path, Layout]:
         for images, annotations in candidates:
             if images.is_dir() and annotations.is_dir():
                 return images, annotations, layout
-    twins = " or ".join(f"{layout.images}/ and {layout.annotations}/" for layout in LAYOUTS)
-    raise ListError(f"{folder}: expected folders {twins} in it, or a path with the first as a part that has its twin")
+    names = " or ".join(f"{layout.images}/ and {layout.annotations}/" for layout in LAYOUTS)
+    raise ListError(f"{folder}: expected the folders {names} in it, or an image folder next to its annotation folder")
 
 
-def _by_stem(folder: Path, ending: str, problems: list[str], *, all_of_them: bool = False) -> dict[str, Path]:
-    """Images below a folder whose stems have the ending, by the rest of their stems; all of them should have it."""
-    found: dict[str, Path] = {}
+def _files_by_key(folder: Path, suffix: str, problems: list[str], *, required: bool = False) -> dict[str, Path]:
+    """Map relative paths without suffix and extension to the files; with `required`, other files are problems."""
+    files: dict[str, Path] = {}
     for path in find_images(folder):
-        stem = composed(path.relative_to(folder).with_suffix("").as_posix())
-        if not stem.endswith(ending):
-            if all_of_them:
-                problems.append(f"{path} does not end with {ending}")
+        key = _pairing_key(path.relative_to(folder))
+        if not key.endswith(suffix):
+            if required:
+                problems.append(f"{path} does not end with {suffix}")
             continue
-        stem = stem.removesuffix(ending)
-        if stem in found:
-            problems.append(f"{found[stem]} and {path} have the same stem, by which image and annotation pair up")
-        else:
-            found[stem] = path
-    return found
+        other = files.setdefault(key.removesuffix(suffix), path)
+        if other != path:
+            problems.append(f"{other} and {path} have the same name except for the extension")
+    return files
+
+
+def _make_records(pairs: list[tuple[Path, Path]], root: str | os.PathLike) -> list[Record]:
+    return [{"fpath_img": _relative(image, root), "fpath_segm": _relative(label, root)} for image, label in pairs]
 
 
 def _relative(path: Path, root: str | os.PathLike) -> str:
-    """Path below `root`, or the absolute path where it is not below."""
+    """Return the path relative to `root`, or the absolute path if it is not below `root`."""
     if not root:
         return str(path)
-    absolute, above = os.path.abspath(path), os.path.abspath(root)
-    return os.path.relpath(absolute, above) if Path(absolute).is_relative_to(above) else absolute
+    absolute, base = os.path.abspath(path), os.path.abspath(root)
+    return os.path.relpath(absolute, base) if Path(absolute).is_relative_to(base) else absolute
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Every file below a folder whose extension Pillow reads, any case, sorted; hidden files are left out."""
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return find_files(folder, known.difference(VIDEO_ENDINGS))
+    """Return all files below a folder whose extension Pillow reads, sorted; see `find_files`."""
+    readable = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return find_files(folder, readable.difference(VIDEO_ENDINGS))
 
 
 def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
-    """Files below a folder with one of these extensions (".png"), in any case, sorted; hidden files are skipped."""
+    """Return all files below a folder with one of the extensions (".png") in any case, sorted. Skip hidden files."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if _is_loop(parent):
+        if _is_link_loop(parent):
             folders.clear()
             continue
         found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in endings and not f.startswith(".")]
     return found
 
 
-def _is_loop(parent: str) -> bool:
-    """Whether a folder reached through links is one of its own ancestors."""
-    real, above = os.path.realpath(parent), Path(parent)
-    return any(os.path.realpath(ancestor) == real for ancestor in above.parents if str(ancestor) not in ("", "."))
+def _is_link_loop(folder: str) -> bool:
+    real = os.path.realpath(folder)
+    return any(os.path.realpath(parent) == real for parent in Path(folder).parents if str(parent) not in ("", "."))
 
 
 def find_recursive(root_dir: str, ext: str = ".jpg") -> list[str]:
-    """Files below a folder whose name ends with `ext`, any case, sorted."""
+    """Return all files below a folder whose name ends with `ext` in any case, sorted."""
     pattern = f"*{ext}".lower()
     return sorted(
         os.path.join(parent, name)

@@ -1,73 +1,75 @@
-"""Lists of images: odgt files, split lists and folder pairs become records {fpath_img, fpath_segm, width, height}."""
+"""Lists of images: load records from any source, write odgt files."""
 
 import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
-from ..lib.utils import TEXT, atomic_write
-from .layouts import VOC_IMAGES, VOC_LABELS, VOC_LISTS, ListError, Record, read_lines, read_split, scan_pairs
+from ..lib.utils import UTF8, atomic_write, progress_bar
+from .image_io import ImageFileError, image_size
+from .layouts import VOC_LISTS, ListError, Record, read_lines, read_voc_split, scan_folders
 
 
 def load_records(
     source: str | os.PathLike | Iterable[Mapping], root: str | os.PathLike = "", problems: list[str] | None = None
 ) -> list[Record]:
-    """Records of a list.
+    """Load the records of a list, a folder or an iterable.
 
     Args:
-        source: an odgt file (one JSON object, or the paths of an image and its label, a line); a split list of PASCAL
-            VOC (`ImageSets/.../NAME.txt`, one stem a line); a folder that holds `images/` and `annotations/`, or whose
-            path has a part `images` with a twin `annotations`, or the same with `leftImg8bit` and `gtFine` as
-            Cityscapes has them; or records themselves. A list is looked for as it stands, then below `root`; a folder
-            or split list the other way round.
+        source: one of
+            - an odgt file: per line one JSON object, or the paths of an image and its label;
+            - a PASCAL VOC split list (`ImageSets/.../NAME.txt`);
+            - a folder with `images/` and `annotations/`, or an image folder whose path has a part `images` that can be
+              replaced by `annotations`; the same with `leftImg8bit` and `gtFine` (Cityscapes);
+            - records.
+            odgt files are searched in the working directory, then in `root`; folders and split lists in `root` first.
         root: folder that the paths in records are relative to.
-        problems: gets a sentence for every file of a folder that has no partner, and every line of a list that is no
-            record, instead of an error.
+        problems: receives a sentence for every file without a partner and every invalid line instead of an error.
 
     Raises:
-        ListError: the list is missing, empty or broken, or images and annotations do not pair up.
+        ListError: the list is missing, empty or invalid, or files have no partner.
     """
     if not isinstance(source, (str, os.PathLike)):
         records = [dict(record) for record in source]
         for i, record in enumerate(records):
-            _require(record, f"record {i}")
+            _check_record(record, f"record {i}")
         return records
     path = Path(source)
-    for place in (Path(root) / path, path):
-        if place.is_dir():
-            return scan_pairs(place, root, problems)
-        if place.is_file() and VOC_LISTS in place.absolute().parts:
-            return read_split(place, root, problems)
-    for place in (path, Path(root) / path):
-        if place.is_file():
-            return _read_odgt(place, problems)
+    for candidate in (Path(root) / path, path):
+        if candidate.is_dir():
+            return scan_folders(candidate, root, problems)
+        if candidate.is_file() and VOC_LISTS in candidate.absolute().parts:
+            return read_voc_split(candidate, root, problems)
+    for candidate in (path, Path(root) / path):
+        if candidate.is_file():
+            return _read_odgt(candidate, problems)
     if root and not Path(root).is_dir():
         raise ListError(
-            f"DATASET.root_dataset {root} does not exist: there is no folder {Path(root).absolute()} (relative paths "
-            f"start at the working directory); it should contain {path}"
+            f"DATASET.root_dataset {root}: folder {Path(root).absolute()} not found (relative paths start at the "
+            f"working directory); it should contain {path}"
         )
     raise ListError(
-        f"there is no list or folder {path} in {Path(root).absolute()} or {Path.cwd()}: for ADE20K run "
-        f"./download_ade20k.sh; for your own images name a folder with images/ and annotations/ in DATASET.list_train "
-        f"and DATASET.list_val; for Cityscapes a folder such as leftImg8bit/train, for PASCAL VOC a list such as "
-        f"ImageSets/Segmentation/train.txt"
+        f"list or folder {path} not found in {Path(root).absolute()} and {Path.cwd()}; set DATASET.list_train and "
+        f"DATASET.list_val to a folder with images/ and annotations/, an odgt file, a Cityscapes folder "
+        f"(leftImg8bit/train) or a PASCAL VOC list (ImageSets/Segmentation/train.txt); for ADE20K run "
+        f"./download_ade20k.sh"
     )
 
 
-def _require(record: Mapping, where: str) -> None:
-    """Check what the rest relies on."""
+def _check_record(record: Mapping, where: str) -> None:
     if not isinstance(record.get("fpath_img"), str) or not record["fpath_img"]:
-        raise ListError(f"{where}: no fpath_img")
+        raise ListError(f"{where}: fpath_img is missing")
     for key in ("fpath_img", "fpath_segm"):
         if not isinstance(record.get(key, ""), str) or "\0" in record.get(key, ""):
-            raise ListError(f"{where}: {key} {record[key]!r} is no path")
+            raise ListError(f"{where}: {key} {record[key]!r} is not a path")
     for key in ("width", "height"):
         if not isinstance(record.get(key, 1), (int, float)) or not 0 <= record.get(key, 1) < math.inf:
-            raise ListError(f"{where}: {key} {record[key]!r} is no number of pixels")
+            raise ListError(f"{where}: {key} {record[key]!r} is not a number of pixels")
 
 
-def _record(line: str, where: str) -> Record:
+def _parse_line(line: str, where: str) -> Record:
     words = line.split()
     if len(words) == 2 and not line.lstrip().startswith(("{", "[")):
         return dict(zip(("fpath_img", "fpath_segm"), words, strict=True))
@@ -75,38 +77,51 @@ def _record(line: str, where: str) -> Record:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ListError(
-            f"{where}: no JSON object ({getattr(error, 'msg', error)}); a list has one a line, or the paths of an "
-            f"image and its label, or is a split list of PASCAL VOC in a folder {VOC_LISTS} beside {VOC_IMAGES} and "
-            f"{VOC_LABELS}"
+            f"{where}: not a JSON object ({getattr(error, 'msg', error)}); expected one JSON object per line, or the "
+            f"paths of an image and its label (PASCAL VOC lists must be in a folder {VOC_LISTS})"
         ) from None
     if not isinstance(record, dict):
-        raise ListError(f"{where}: expected a JSON object, found {type(record).__name__}")
-    _require(record, where)
+        raise ListError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    _check_record(record, where)
     return record
 
 
 def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
-    records, lines = [], read_lines(path)
+    records, found, lines = [], [], read_lines(path)
     if lines[0].lstrip().startswith("["):
         raise ListError(
-            f"list {path} is a JSON array; a list has one JSON object a line: jq -c '.[]' {path} > {path.stem}.odgt"
+            f"list {path} is a JSON array, expected one JSON object per line; convert it with: "
+            f"jq -c '.[]' {path} > {path.stem}.odgt"
         )
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            records.append(_record(line, f"{path}, line {number}"))
+            records.append(_parse_line(line, f"{path}, line {number}"))
         except ListError as error:
             if problems is None:
                 raise
-            problems.append(str(error))
+            found.append(str(error))
     if not records:
-        raise ListError(f"list {path} is empty" if not problems else f"list {path} has no usable line; {problems[0]}")
+        raise ListError(f"list {path} has no valid line; {found[0]}" if found else f"list {path} is empty")
+    if found:
+        problems += found
     return records
 
 
+def add_sizes(records: Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
+    """Return copies of the records with `width` and `height` from the image headers; unreadable images get none."""
+    result = []
+    for record in progress_bar(list(records), desc="reading image sizes", unit="img", leave=False):
+        record = dict(record)
+        with suppress(ImageFileError):  # reported when the image is decoded
+            record["width"], record["height"] = image_size(Path(root, record["fpath_img"]))
+        result.append(record)
+    return result
+
+
 def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
-    """Write records to an odgt file, one JSON object a line; the file appears whole or not at all."""
+    """Write records to an odgt file atomically, one JSON object per line."""
     with atomic_write(path) as partial:
         lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        partial.write_text("".join(lines), **TEXT)
+        partial.write_text("".join(lines), **UTF8)

@@ -1,4 +1,4 @@
-"""Which images form which batch: a function of the seed and the batch's number alone."""
+"""Which images form which batch, as a function of the seed and the batch index."""
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -7,25 +7,24 @@ import numpy as np
 
 
 class OrientationBatches:
-    """Endless numbered batches of record indices, each of one orientation.
+    """Endless sequence of batches of record indices. All images of a batch have the same orientation.
 
-    The records are shuffled anew in every pass by (seed, pass), and go to two buckets, upright and lying; a full bucket
-    is a batch. What is left in a bucket at the end of a pass opens the next, so that every pass takes every record
-    exactly once. Batch `i` is the same whoever asks for it, in whatever order: any number of workers and a resumed run
-    see the same sequence.
+    In every pass the records are shuffled with the seed (seed, pass) and put into two buckets, portrait and landscape.
+    A full bucket is a batch. Records left in a bucket start the next pass, so every pass uses every record once. Batch
+    `i` does not depend on the order of access: any number of workers and a resumed run see the same batches.
 
     Args:
-        upright: for every record, whether its picture is higher than wide.
+        upright: for every record, whether the image is higher than wide.
         batch_size: records per batch.
-        seed: of the shuffles.
+        seed: seed of the shuffles.
 
     Raises:
-        ValueError: no records.
+        ValueError: there are no records.
     """
 
     def __init__(self, upright: Sequence[bool], batch_size: int, seed: int = 0):
         if not len(upright):
-            raise ValueError("there are no records to make batches of")
+            raise ValueError("cannot build batches: the dataset has no records")
         self.upright = np.asarray(upright, bool)
         self.batch_size, self.seed = batch_size, seed
         self._restart()
@@ -45,23 +44,24 @@ class OrientationBatches:
                 self._batches.append(tuple(bucket))
                 bucket.clear()
 
-    def __getitem__(self, number: int) -> tuple[int, ...]:
-        """Record indices of batch `number` >= 0; going forward is cheap, going back starts at the first pass."""
-        if number < 0:
-            raise IndexError(f"batches are numbered from 0, got {number}")
-        if number < self._first:
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        """Return the record indices of batch `index` >= 0. An earlier pass is computed again from the first one."""
+        if index < 0:
+            raise IndexError(f"batch index must not be negative, got {index}")
+        if index < self._first:
             self._restart()
-        while number >= self._first + len(self._batches):
+        while index >= self._first + len(self._batches):
             self._next_pass()
-        return self._batches[number - self._first]
+        return self._batches[index - self._first]
 
 
 class BatchNumbers:
-    """Sampler that counts through batch numbers; of several devices each takes every n-th.
+    """Sampler of the batch indices of this rank's devices. In every round each device takes one batch.
 
     Args:
-        start, stop: range of rounds, as in `range`; in a round every device takes one batch.
-        first, count: devices of this process, by their position among all.
+        start, stop: range of rounds.
+        first: index of this rank's first device among all devices.
+        count: number of this rank's devices.
         total: number of all devices.
     """
 
@@ -69,14 +69,14 @@ class BatchNumbers:
         self.start, self.stop, self.first, self.count, self.total = start, stop, first, count, total
 
     def __iter__(self) -> Iterator[int]:
-        own = range(self.first, self.first + self.count)
-        return (turn * self.total + device for turn in range(self.start, self.stop) for device in own)
+        devices = range(self.first, self.first + self.count)
+        return (step * self.total + device for step in range(self.start, self.stop) for device in devices)
 
     def __len__(self) -> int:
         return max(0, self.stop - self.start) * self.count
 
 
-def shards(count: int, parts: int) -> list[range]:
-    """`count` positions as `parts` contiguous ranges whose lengths differ by one at most (some may be empty)."""
-    bounds = [count * i // parts for i in range(parts + 1)]
-    return [range(a, b) for a, b in pairwise(bounds)]
+def shards(length: int, count: int) -> list[range]:
+    """Split `length` positions into `count` contiguous ranges. Their lengths differ by at most one."""
+    bounds = [length * i // count for i in range(count + 1)]
+    return [range(start, stop) for start, stop in pairwise(bounds)]

@@ -1,9 +1,9 @@
-"""Generated scenes with exact labels: a data set for the quick start and the tests.
+"""Generate a dataset of synthetic scenes with exact labels, for the quick start and the tests.
 
     python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 320x240] [--seed 0]
 
-writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every picture is a landscape: sky,
-grass, a road, and a few houses, trees, cars and a sun, with texture, noise and light of its own.
+Writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every image shows sky, grass and a
+road, a few houses, trees and cars, often a sun, under varying light and noise.
 """
 
 import argparse
@@ -14,38 +14,39 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..lib.utils import UserError, atomic_write, expand_path, prepare_streams
 
-# raw label value = position + 1; 0 is unlabelled (a thin border between classes, as in PASCAL VOC)
+# The raw label value is the position + 1. 0 is unlabelled: a thin border between classes, as in PASCAL VOC.
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
 COLORS = ("#78b4e6", "#6eaa50", "#828282", "#be6450", "#1e6e3c", "#2850c8", "#fadc28")
 SKY, GRASS, ROAD, HOUSE, TREE, CAR, SUN = range(1, 8)
-SUPERSAMPLE = 2  # pictures are drawn larger and reduced, so that edges are antialiased
+SUPERSAMPLE = 2  # images are drawn larger and downsampled to antialias edges
 
 
-def _jitter(rng: np.random.Generator, color: tuple[int, int, int], spread: int = 22) -> tuple[int, int, int]:
+def _jitter_color(rng: np.random.Generator, color: tuple[int, int, int], spread: int = 22) -> tuple[int, int, int]:
     return tuple(int(v) for v in np.clip(np.array(color) + rng.integers(-spread, spread + 1, 3), 0, 255))
 
 
 class _Scene:
-    """A picture and its label, drawn together."""
+    """An image and its label. Every method draws one kind of object into both."""
 
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         self.rng, self.width, self.height = rng, width * SUPERSAMPLE, height * SUPERSAMPLE
         self.image = Image.new("RGB", (self.width, self.height))
         self.label = Image.new("L", (self.width, self.height))
-        self.pen, self.marker = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
+        self.image_draw, self.label_draw = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
         self.horizon = int(self.height * rng.uniform(0.35, 0.6))
 
     def shape(self, kind: str, box, color, value: int) -> None:
-        """Draw a rectangle, ellipse or polygon in the picture and, with its class, in the label."""
-        getattr(self.pen, kind)(box, fill=_jitter(self.rng, color))
-        getattr(self.marker, kind)(box, fill=value)
+        """Draw a rectangle, ellipse or polygon with a color in the image and a raw value in the label."""
+        getattr(self.image_draw, kind)(box, fill=_jitter_color(self.rng, color))
+        getattr(self.label_draw, kind)(box, fill=value)
 
     def background(self) -> None:
-        top, low = _jitter(self.rng, (90, 150, 220), 40), _jitter(self.rng, (190, 215, 240), 25)
+        top, low = _jitter_color(self.rng, (90, 150, 220), 40), _jitter_color(self.rng, (190, 215, 240), 25)
         for y in range(self.horizon):
             mix = y / max(1, self.horizon)
-            self.pen.line((0, y, self.width, y), tuple(int(a + (b - a) * mix) for a, b in zip(top, low, strict=True)))
-        self.marker.rectangle((0, 0, self.width, self.horizon), fill=SKY)
+            color = tuple(int(a + (b - a) * mix) for a, b in zip(top, low, strict=True))
+            self.image_draw.line((0, y, self.width, y), color)
+        self.label_draw.rectangle((0, 0, self.width, self.horizon), fill=SKY)
         self.shape("rectangle", (0, self.horizon, self.width, self.height), (95, 150, 70), GRASS)
 
     def sun(self) -> None:
@@ -98,7 +99,7 @@ class _Scene:
             self.shape("ellipse", (cx - r, y - r, cx + r, y + r), (30, 30, 30), CAR)
 
     def finish(self, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-        """The picture with light and noise, and its label with thin unlabelled borders, at the final size."""
+        """Add light and noise to the image and unlabelled borders to the label; return both at `size`."""
         image = self.image.resize(size, Image.Resampling.BILINEAR)
         label = self.label.resize(size, Image.Resampling.NEAREST)
         width, height = size
@@ -112,7 +113,7 @@ class _Scene:
 
 
 def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tuple[Image.Image, Image.Image]:
-    """A picture (RGB) and its label (mode L; 0 unlabelled, 1 to 7 as `CLASSES`); equal seeds, equal scenes."""
+    """Generate an RGB image and its label (mode L, raw values of `CLASSES`); the seed determines the scene."""
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, width, height)
     scene.background()
@@ -130,53 +131,52 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
 def write_dataset(
     folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
-    """Write a data set of scenes; every third one is upright. Files that exist are written anew.
+    """Write a dataset of scenes. Existing files are overwritten.
 
     Args:
-        folder: gets training/ and validation/, each with images/ and annotations/, and classes.csv.
-        train, val: number of pictures.
-        size: (width, height) of the lying ones.
-        seed: of the scenes.
+        folder: receives training/ and validation/, each with images/ and annotations/, and classes.csv.
+        train, val: number of images.
+        size: (width, height); every third image has the sides swapped.
+        seed: seed of the scenes.
     """
     folder = Path(folder)
     for number, (split, count) in enumerate((("training", train), ("validation", val))):
         for i in range(count):
             width, height = size if i % 3 else size[::-1]
             image, label = make_scene((seed, number, i), width, height)
-            for part, kind, picture in (("images", "jpg", image), ("annotations", "png", label)):
-                with atomic_write(folder / split / part / f"scene_{i:04d}.{kind}") as partial:
-                    picture.save(partial, format="JPEG" if kind == "jpg" else "PNG", quality=92)
+            with atomic_write(folder / split / "images" / f"scene_{i:04d}.jpg") as partial:
+                image.save(partial, format="JPEG", quality=92)
+            with atomic_write(folder / split / "annotations" / f"scene_{i:04d}.png") as partial:
+                label.save(partial, format="PNG")
     with atomic_write(folder / "classes.csv") as partial:
         rows = [f"{i},{name},{color}" for i, (name, color) in enumerate(zip(CLASSES, COLORS, strict=True), start=1)]
         partial.write_text("\n".join(["raw,name,color", "0,,", *rows]) + "\n", encoding="utf-8")
 
 
-def _size(text: str) -> tuple[int, int]:
+def _parse_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) >= 16 and int(height) >= 16):
-        raise argparse.ArgumentTypeError(f"{text!r}: give WIDTHxHEIGHT of 16 pixels and more, such as 320x240")
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT with sides of at least 16 pixels, e.g. 320x240")
     return int(width), int(height)
 
 
 def main() -> None:
-    """Write a data set from the command line."""
+    """Write a dataset from the command line."""
     prepare_streams()
     parser = argparse.ArgumentParser(
-        "python -m mit_semseg.dataset.synthetic", description="Write a small data set of generated scenes."
+        "python -m mit_semseg.dataset.synthetic", description="Write a small dataset of synthetic scenes."
     )
+    parser.add_argument("folder", metavar="FOLDER", type=expand_path, help="folder for images, labels and classes.csv")
+    parser.add_argument("--train", type=int, default=120, metavar="N", help="training images (default %(default)s)")
+    parser.add_argument("--val", type=int, default=20, metavar="N", help="validation images (default %(default)s)")
     parser.add_argument(
-        "folder", metavar="FOLDER", type=expand_path, help="to write the pictures, labels and classes.csv to"
+        "--size", type=_parse_size, default=(320, 240), metavar="WxH", help="image size (default 320x240)"
     )
-    parser.add_argument("--train", type=int, default=120, metavar="N", help="training pictures (default %(default)s)")
-    parser.add_argument("--val", type=int, default=20, metavar="N", help="validation pictures (default %(default)s)")
-    parser.add_argument("--size", type=_size, default=(320, 240), metavar="WxH", help="of a picture (default 320x240)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the scenes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default %(default)s)")
     args = parser.parse_args()
     try:
         write_dataset(args.folder, train=args.train, val=args.val, size=args.size, seed=args.seed)
-    except OSError as error:
-        parser.error(f"{error.filename}: {error.strerror}")
-    except UserError as error:
+    except (OSError, UserError) as error:
         parser.error(str(error))
     print(f"{args.train} training and {args.val} validation scenes written to {args.folder}")
 

@@ -1,7 +1,4 @@
-"""Resizing, padding and normalizing: pure functions on images and labels.
-
-The published weights rely on these numbers. What only varies the training pictures is in `augment.py`.
-"""
+"""Resize, pad and normalize images and labels. The published weights depend on these numbers."""
 
 from collections.abc import Sequence
 
@@ -13,9 +10,9 @@ from torch import Tensor
 
 from .classes import IGNORE
 
-MEAN = (0.485, 0.456, 0.406)  # of RGB in 0..1 over ImageNet
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
 STD = (0.229, 0.224, 0.225)
-CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # of BGR in 0..255 over ImageNet, as Caffe's networks take it
+CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # ImageNet, BGR in 0..255
 NORMALIZATIONS = ("imagenet", "caffe")
 
 _FILTERS = {
@@ -26,73 +23,64 @@ _FILTERS = {
 
 
 def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
-    """Resize with Pillow (antialiased but for nearest).
+    """Resize with Pillow. Bilinear and bicubic are antialiased.
 
     Args:
-        im: any picture.
+        im: image of any mode.
         size: (width, height).
         interp: 'nearest', 'bilinear' or 'bicubic'.
-
-    Raises:
-        ValueError: another `interp`.
     """
     if interp not in _FILTERS:
-        raise ValueError(f"interp {interp!r}: choose one of {', '.join(_FILTERS)}")
+        raise ValueError(f"unknown interp {interp!r}; choose one of {', '.join(_FILTERS)}")
     return im.resize(size, _FILTERS[interp])
 
 
 def imresize_fast(im: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`imresize` of an RGB picture in a quarter of the time: the same antialiased bilinear filter in PyTorch's 8-bit
-    arithmetic, whose result differs by one grey level here and there.
+    """Resize an RGB image with PyTorch's antialiased bilinear filter in 8-bit arithmetic.
 
-    Args:
-        im: RGB picture.
-        size: (width, height).
+    Takes a quarter of the time of `imresize`. Pixels differ from it by at most one level.
     """
-    # A batch of one, in a memory order that PyTorch knows as channels last: then its result has it, too.
+    # A batch of one whose strides PyTorch recognizes as channels last, so that the result has the same memory format.
     x = torch.from_numpy(np.array(im)).unsqueeze(0).permute(0, 3, 1, 2)
     x = F.interpolate(x, size[::-1], mode="bilinear", antialias=True)
     return Image.fromarray(x[0].permute(1, 2, 0).numpy())
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The smallest multiple that is at least `x`."""
+    """Return the smallest multiple of `multiple` that is at least `x`."""
     return -(-x // multiple) * multiple
 
 
 def scale_for(width: int, height: int, short_side: int, max_size: int) -> float:
-    """Factor that brings the short side to `short_side`, or the long side to `max_size` if that is less."""
+    """Return the factor that scales the short side to `short_side`, limited to a long side of `max_size`."""
     return min(short_side / min(height, width), max_size / max(height, width))
 
 
-def as_bytes(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) uint8, channels last in memory."""
+def to_uint8_tensor(image: Image.Image) -> Tensor:
+    """Convert an RGB image to (3, H, W) uint8, channels last in memory."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def normalized(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """Pictures as a network takes them, the same on every device.
+def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
+    """Normalize uint8 images on any device.
 
     Args:
         x: (N, 3, H, W) uint8 RGB.
-        kind: 'imagenet', per channel (value / 255 - mean) / std; or 'caffe', channels in the order BGR, value - mean.
-        sizes: (height, width) of every picture; beyond it everything becomes zero, the mean colour. None: all of it.
+        kind: 'imagenet' for (RGB / 255 - mean) / std, or 'caffe' for BGR - mean.
+        sizes: (height, width) of each image; the padding outside is set to zero. None if there is no padding.
 
     Returns:
-        (N, 3, H, W) float32, in the memory order of `x`.
-
-    Raises:
-        ValueError: another kind.
+        (N, 3, H, W) float32 in the memory format of `x`.
     """
     if kind not in NORMALIZATIONS:
-        raise ValueError(f"normalization {kind!r}: choose one of {', '.join(NORMALIZATIONS)}")
+        raise ValueError(f"unknown normalization {kind!r}; choose one of {', '.join(NORMALIZATIONS)}")
     if kind == "caffe":
         y = x.flip(1).float().sub_(_per_channel(CAFFE_MEAN, x))
     else:
         y = x.float().div_(255).sub_(_per_channel(MEAN, x)).div_(_per_channel(STD, x))
-    for picture, (height, width) in zip(y, sizes or (), strict=bool(sizes)):
-        picture[:, height:] = 0
-        picture[:, :, width:] = 0
+    for image, (height, width) in zip(y, sizes or (), strict=bool(sizes)):
+        image[:, height:] = 0
+        image[:, :, width:] = 0
     return y
 
 
@@ -101,8 +89,8 @@ def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:
-    """RGB picture -> (3, H, W) float32, see `normalized`."""
-    return normalized(as_bytes(image)[None], kind)[0].contiguous()
+    """Convert an RGB image to (3, H, W) float32, see `normalize_batch`."""
+    return normalize_batch(to_uint8_tensor(image)[None], kind)[0].contiguous()
 
 
 def scale_pyramid(
@@ -114,33 +102,36 @@ def scale_pyramid(
     *,
     fast: bool = False,
 ) -> list[Tensor]:
-    """One normalized (1, 3, h, w) tensor per short side, both sides rounded up to a multiple.
+    """Resize an RGB image to several scales.
 
     Args:
-        image: RGB picture.
-        short_sides: wanted short sides, pixels.
-        max_size: limit of the long side before rounding.
-        multiple: of the sides.
-        normalization: see `normalized`; None leaves it to later, and the tensors are uint8.
-        fast: resize by `imresize_fast`.
+        image: RGB image.
+        short_sides: short side of each scale, in pixels.
+        max_size: limit of the long side, before rounding.
+        multiple: both sides are rounded up to a multiple of this.
+        normalization: see `normalize_batch`; None returns uint8.
+        fast: use `imresize_fast`.
+
+    Returns:
+        One (1, 3, h, w) tensor per short side.
     """
     width, height = image.size
+    resize = imresize_fast if fast else imresize
     tensors = []
     for short_side in short_sides:
         scale = scale_for(width, height, short_side, max_size)
-        target = [round_up(max(1, int(side * scale)), multiple) for side in (width, height)]
-        small = (imresize_fast if fast else imresize)(image, tuple(target))
-        tensors.append((normalize(small, normalization) if normalization else as_bytes(small)).unsqueeze(0))
+        size = tuple(round_up(max(1, int(side * scale)), multiple) for side in (width, height))
+        resized = resize(image, size)
+        tensors.append((normalize(resized, normalization) if normalization else to_uint8_tensor(resized)).unsqueeze(0))
     return tensors
 
 
-def train_pair(
+def flip_and_resize(
     image: Image.Image, label: Image.Image, *, scale: float, flip: bool, fast: bool = False
 ) -> tuple[Image.Image, Image.Image]:
-    """Mirror and scale a picture and its raw label; the sides are cut to whole pixels, not rounded.
+    """Flip a training image and its label left to right if `flip`, then scale both. Sides are rounded down.
 
-    Args:
-        fast: resize by `imresize_fast`.
+    The label is resized with nearest sampling; `fast` resizes the image with `imresize_fast`.
     """
     if flip:
         image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
@@ -149,13 +140,13 @@ def train_pair(
 
 
 def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
-    """Nearest sampling of class indices (H, W) by `rate`, after padding with the ignore label to a multiple of it.
+    """Downsample class indices (H, W) by `rate` with nearest sampling, as Pillow does.
 
-    Takes the pixel that Pillow's NEAREST takes: the one at the centre of each cell.
+    The label is first padded with the ignore index to a multiple of `rate`.
     """
     small = np.full([-(-side // rate) for side in label.shape], IGNORE, label.dtype)
-    inside = label[rate // 2 :: rate, rate // 2 :: rate]
-    small[: inside.shape[0], : inside.shape[1]] = inside
+    samples = label[rate // 2 :: rate, rate // 2 :: rate]
+    small[: samples.shape[0], : samples.shape[1]] = samples
     return small
 
 
@@ -166,23 +157,22 @@ def pad_batch(
     rate: int,
     size: tuple[int, int] | None = None,
 ) -> dict[str, Tensor]:
-    """Stack pictures and labels of different sizes.
+    """Pad images and labels to a common size and stack them.
 
     Args:
-        images: (3, h, w) each, normalized or all of uint8.
-        labels: (h, w) class indices at the pictures' resolution.
-        multiple: the batch's height and width are rounded up to a multiple of this.
-        rate: labels are sampled down by this; divides `multiple`.
-        size: (height, width) of the batch, for crops; None takes what the pictures need.
+        images: (3, h, w) each, all float32 (normalized) or all uint8.
+        labels: (h, w) class indices in the resolution of the images.
+        multiple: height and width of the batch are rounded up to a multiple of this.
+        rate: downsampling rate of the labels; divides `multiple`.
+        size: (height, width) of the batch; None takes the largest image.
 
     Returns:
-        `img_data` (N, 3, H, W), padded with zeros (the mean colour of normalized ones), of uint8 channels last in
-        memory; `seg_label` (N, H / rate, W / rate) int64, rounded up, padded with the ignore label.
+        `img_data` (N, 3, H, W), padded with zeros, channels last in memory if uint8; `seg_label`
+        (N, H / rate, W / rate) int64, rounded up and padded with the ignore index.
     """
     height, width = size or (round_up(max(x.shape[i] for x in images), multiple) for i in (1, 2))
-    raw = images[0].dtype == torch.uint8
-    order = torch.channels_last if raw else torch.contiguous_format
-    img_data = torch.empty(len(images), 3, height, width, dtype=images[0].dtype, memory_format=order).zero_()
+    memory_format = torch.channels_last if images[0].dtype == torch.uint8 else torch.contiguous_format
+    img_data = torch.empty(len(images), 3, height, width, dtype=images[0].dtype, memory_format=memory_format).zero_()
     seg_label = torch.full((len(images), -(-height // rate), -(-width // rate)), IGNORE, dtype=torch.int64)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         img_data[i, :, : image.shape[1], : image.shape[2]] = image
