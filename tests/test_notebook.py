@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom; the server of the published weights is a folder."""
+"""Test of the notebook."""
 
 import json
 import os
@@ -12,27 +12,27 @@ from test_segmenter import write_weights
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "DemoSegmenter.ipynb"
 NAME = "ade20k-resnet50dilated-ppm_deepsup"
-SMALL = "ade20k-resnet18dilated-c1_deepsup"  # in its place: the same lines in less time
+SMALL = "ade20k-resnet18dilated-c1_deepsup"  # replaces it, to save time
 
 
 @pytest.mark.long
-def test_the_notebook_runs(tmp_path):
+def test_notebook_runs(tmp_path):
+    """The download server is a folder."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
-    assert all(not cell.get("outputs") for cell in cells), "it is kept without outputs"
-    lines = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
-    assert NAME in lines
-    lines = lines.replace(NAME, SMALL)
+    assert all(not cell.get("outputs") for cell in cells)
+    code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert NAME in code
     write_weights(tmp_path / "mirror" / "pytorch" / SMALL, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
-    places = {"MIT_SEMSEG_MIRROR": (tmp_path / "mirror").as_uri(), "MIT_SEMSEG_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", lines],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, **places, "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""},
-    )
+    environment = {
+        "MIT_SEMSEG_MIRROR": (tmp_path / "mirror").as_uri(),
+        "MIT_SEMSEG_HOME": str(tmp_path / "cache"),
+        "MPLBACKEND": "agg",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-c", code.replace(NAME, SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("cpu\n")
-    assert re.search(r"\(480, 640\) int64; in the middle: \d+, \w+", done.stdout)
+    assert re.search(r"\(480, 640\) int64; in the center: \d+, \w+", done.stdout)
     names = sorted(path.name for path in (tmp_path / "segmented").iterdir())
-    assert names == ["picture.json", "picture.png", "picture_index.png", "picture_overlay.png"]
+    assert names == ["image.json", "image.png", "image_index.png", "image_overlay.png"]
