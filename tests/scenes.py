@@ -1,4 +1,4 @@
-"""Small data sets and tiny networks for the tests."""
+"""Small datasets and networks for the tests."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from mit_semseg.models.layers import conv_bn_relu
 
 
 def options(**changes) -> SimpleNamespace:
-    """Options of a data set with three numbered classes, raw value 0 unlabelled."""
+    """Return DATASET options with three numbered classes; raw value 0 is ignored."""
     values = {
         "imgSizes": (40, 56),
         "imgMaxSize": 120,
@@ -29,7 +29,7 @@ def options(**changes) -> SimpleNamespace:
 
 
 def write_pairs(folder, sizes, *, values=(0, 1, 2, 3), seed=0):
-    """Write images/NN.png and annotations/NN.png of the given (width, height) sizes; coarse blocks of classes."""
+    """Write images/NN.png and annotations/NN.png with the given (width, height); labels are 4 x 4 blocks of values."""
     rng = np.random.default_rng(seed)
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -44,7 +44,7 @@ def write_pairs(folder, sizes, *, values=(0, 1, 2, 3), seed=0):
 
 
 def write_data_set(folder):
-    """A small data set below a folder: train, with pictures both upright and lying, and val."""
+    """Write a small dataset to train/ and val/, with portrait and landscape images."""
     write_pairs(folder / "train", [(60, 40), (40, 60), (52, 44), (44, 64)], seed=1)
     write_pairs(folder / "val", [(50, 40), (40, 56), (64, 48)], seed=3)
     return folder
@@ -70,6 +70,6 @@ class TinyEncoder(nn.Module):
 
 
 def tiny_module(num_class=3, seed=0, crit=None) -> SegmentationModule:
-    """A network of a few thousand parameters."""
+    """Return a network with a few thousand parameters."""
     torch.manual_seed(seed)
     return SegmentationModule(TinyEncoder(), C1((8, 16), num_class, deepsup=True), crit, 0.4)

@@ -1,4 +1,4 @@
-"""Scaling, padding and label sampling give the numbers the published weights were trained with."""
+"""Scaling, padding and label sampling give the numbers that the published weights were trained with."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def gold():
 
 def check(tensor, expected):
     assert list(tensor.shape) == expected["shape"]
-    # JPEG decoders differ by a level: 1/255 over the smallest std is 0.0175
+    # JPEG decoders differ by one level: 1/255 divided by the smallest std is 0.0175.
     np.testing.assert_allclose(sample(tensor, 64), expected["values"], rtol=0, atol=0.02)
     if "mean" in expected:
         assert tensor.double().mean().item() == pytest.approx(expected["mean"], abs=1e-3)
@@ -29,7 +29,7 @@ def histogram(label):
     return dict(zip(map(str, values), counts, strict=True))
 
 
-def test_training_batches():
+def test_training_batches_match_the_golden_values():
     for case in gold()["train"]:
         opt = SimpleNamespace(**case["opt"])
         root = shared("parity/data")
@@ -41,7 +41,7 @@ def test_training_batches():
             batch = dataset.load_batch([records[f] for f in drawn["files"]], drawn["short_size"], drawn["flips"])
             check(batch["img_data"], drawn["img"])
             assert list(batch["seg_label"].shape) == drawn["label"]["shape"]
-            # The original padded with class 0, ours with the ignore label: everything else agrees pixel for pixel.
+            # The original pads with class 0, this toolkit with the ignore index; all other pixels are equal.
             ours, theirs = histogram(batch["seg_label"]), drawn["label"]["hist"]
             assert {k: v for k, v in ours.items() if k not in "-10"} == {
                 k: v for k, v in theirs.items() if k not in "-10"
@@ -54,7 +54,7 @@ def test_training_batches():
 
 
 @pytest.mark.parametrize("kind", ["val", "test"])
-def test_evaluation_items(kind):
+def test_evaluation_items_match_the_golden_values(kind):
     for case in gold()[kind]:
         root, opt = shared("parity/data"), SimpleNamespace(**case["opt"])
         lines = [json.loads(line) for line in (root / "golden.odgt").read_text().splitlines()]
@@ -76,13 +76,13 @@ def test_evaluation_items(kind):
                 assert [list(x.shape) for x in item["img_data"]] == expected["shapes"]
 
 
-def test_slices():
+def test_slices_of_the_list_match_the_golden_values():
     root = shared("parity/data")
     opt = SimpleNamespace(imgSizes=[300], imgMaxSize=1000, padding_constant=8)
     dataset = ValDataset(root, root / "golden.odgt", opt, max_sample=4, start_idx=1, end_idx=3)
     assert [record["fpath_img"] for record in dataset.records] == gold()["val_slice_max4_1_3"]
 
 
-def test_rounding():
+def test_rounding_matches_the_golden_values():
     for x, multiple, expected in gold()["round2nearest_multiple"]:
         assert round_up(x, multiple) == expected

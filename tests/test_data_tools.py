@@ -1,7 +1,9 @@
-"""Data tools: the doctor, generated scenes, and the two shell scripts."""
+"""Dataset tools: the doctor, synthetic scenes, and the two shell scripts."""
 
 import json
 import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
@@ -10,15 +12,15 @@ import torch
 from PIL import Image
 from runs import ROOT, here, script, words
 from scenes import write_pairs
-from test_scripts import trained  # noqa: F401
 
 from mit_semseg.dataset import class_table
-from mit_semseg.dataset.doctor import grouped
+from mit_semseg.dataset.doctor import group_by_cause
 from mit_semseg.dataset.synthetic import CLASSES, make_scene, write_dataset
+from mit_semseg.models import ModelBuilder
 
 
 @pytest.mark.parametrize("words", [["new", "--size", "0x0"], ["new", "--size", "x"], ["file"], ["file/below"]])
-def test_scenes_that_cannot_be_written(tmp_path, monkeypatch, words):
+def test_wrong_arguments_of_synthetic_write_nothing(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     done = here("mit_semseg.dataset.synthetic", *words)
@@ -27,9 +29,9 @@ def test_scenes_that_cannot_be_written(tmp_path, monkeypatch, words):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_doctor_names_every_fault(trained, tmp_path):  # noqa: F811
+def test_doctor_reports_every_unusable_file(tmp_path):
     folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
-    (folder / "images" / "00.png").write_bytes(b"no picture")
+    (folder / "images" / "00.png").write_bytes(b"not an image")
     Image.new("RGB", (9, 9)).save(folder / "images" / "lonely.png")
     Image.new("L", (9, 9)).save(folder / "annotations" / "01.png")
     Image.new("L", (40, 30), 9).save(folder / "annotations" / "02.png")
@@ -38,39 +40,36 @@ def test_doctor_names_every_fault(trained, tmp_path):  # noqa: F811
     done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
     assert done.returncode == 1, done.stderr
     for part in (
-        "train: 6 images, 5 unusable",
-        "lonely.png has no partner",
-        "width 30 to 40, height 30 to 40",
-        "1 upright (higher than wide), 1 lying",
-        "classes that no label has (1): class 3",
-        "00.png: no readable image",
-        "01.png: the label is 9x9",
-        "02.png: label values 9 are not in the class table (1-3, ignored 0)",
-        "03.png: the label is an RGB image",
+        "train: 6 images, 5 problems",
+        "width 30..40, height 30..40",
+        "1 portrait, 1 landscape",
+        "classes without pixels (1): class 3",
     ):
         assert part in done.stdout
+    for name in ("lonely.png", "images/00.png", "annotations/01.png", "annotations/02.png", "annotations/03.png"):
+        assert any("UNUSABLE" in line and name in line for line in done.stdout.splitlines())
     clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
-    done = script(
-        "mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_train": clean, "DATASET.list_val": clean})
-    )
+    changes |= {"DATASET.list_train": clean, "DATASET.list_val": clean}
+    done = script("mit_semseg.dataset.doctor", *words(changes))
     assert done.returncode == 0
-    assert "every file can be used" in done.stdout
+    assert "UNUSABLE" not in done.stdout
     done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
     assert done.returncode == 2
-    assert "there is no list or folder none" in done.stderr
+    assert "list or folder none" in done.stderr
 
 
-def test_doctor_groups_equal_causes():
-    problems = [f"a b/{i}.png: the label is {i}x9, its image 40x30" for i in range(60)]
+def test_doctor_groups_problems_by_cause():
+    problems = [f"a b/{i}.png: the label has size {i}x9, but its image 40x30" for i in range(60)]
     problems += [f"images/{i}.png has no partner annotations/{i}.*" for i in range(5)]
-    problems += ["images/x.png: no such file"]
-    lines = grouped(problems)
-    assert lines == [
-        *problems[:3], "... and 57 more like it", *problems[60:63], "... and 2 more like it", problems[-1]
-    ]  # fmt: skip
+    problems += ["images/x.png: file not found"]
+    lines = group_by_cause(problems)
+    assert [*lines[:3], *lines[4:7], lines[8]] == [*problems[:3], *problems[60:63], problems[-1]]
+    assert "57" in lines[3]
+    assert "2" in lines[7]
+    assert len(lines) == 9
 
 
-def test_generated_scenes(tmp_path):
+def test_synthetic_scenes_are_deterministic_and_show_every_class(tmp_path):
     write_dataset(tmp_path, train=6, val=3, size=(64, 48))
     table = class_table(str(tmp_path / "classes.csv"), len(CLASSES))
     assert table.names == CLASSES
@@ -87,7 +86,7 @@ def test_generated_scenes(tmp_path):
 
 
 @pytest.mark.long
-def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):
+def test_download_script_unpacks_and_writes_lists_with_sizes(site, tmp_path):
     folder, address = site
     for split in ("training", "validation"):
         write_pairs(tmp_path / split, [(20, 30), (30, 20)])
@@ -113,37 +112,34 @@ def test_download_script_unpacks_and_lists(site, tmp_path, monkeypatch):
         "training.odgt",
         "validation.odgt",
     ]
-    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # nothing is downloaded twice
+    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # not downloaded again
     assert done.returncode == 0, done.stderr
 
 
 def bash(folder, name, **env):
-    import subprocess
-    import sys
-
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **env}
     return subprocess.run(["bash", name], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_both_names_of_the_download_are_the_same_script():
+def test_both_download_scripts_are_identical():
     assert (ROOT / "download_ADE20K.sh").read_bytes() == (ROOT / "download_ade20k.sh").read_bytes()
 
 
 @pytest.mark.long
-def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
-    """The real script against a local server that holds a picture and a (random) pair of the published shape."""
-    from mit_semseg.models import ModelBuilder
-
+def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, tmp_path):
+    """The local server has an image and random weights with the published shapes."""
     folder, _ = site
     name = "ade20k-resnet50dilated-ppm_deepsup"
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
-    encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
-    torch.save(encoder.state_dict(), folder / "model" / "pytorch" / name / "encoder_epoch_20.pth")
-    decoder = ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048)
-    torch.save(decoder.state_dict(), folder / "model" / "pytorch" / name / "decoder_epoch_20.pth")
-    pictures = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
-    pictures.mkdir(parents=True)
-    Image.new("RGB", (256, 8), "teal").save(pictures / "ADE_val_00001519.jpg")  # flat: small at every scale
+    parts = {
+        "encoder": ModelBuilder.build_encoder("resnet50dilated", pretrained=False),
+        "decoder": ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048),
+    }
+    for part, module in parts.items():
+        torch.save(module.state_dict(), folder / "model" / "pytorch" / name / f"{part}_epoch_20.pth")
+    images = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
+    images.mkdir(parents=True)
+    Image.new("RGB", (256, 8), "teal").save(images / "ADE_val_00001519.jpg")  # flat: small at every scale
     copy = tmp_path / "checkout"
     copy.mkdir()
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):
@@ -155,6 +151,5 @@ def test_demo_takes_the_published_model_when_the_server_answers(site, tmp_path):
     assert [p.name for p in (copy / "demo_result").iterdir()] == ["ADE_val_00001519.jpg"]
     done = bash(copy, "demo_test.sh")
     assert done.returncode == 0, done.stdout + done.stderr
-    last = "Picture and prediction: demo_result/ADE_val_00001519.png; tinted, with a legend"
-    assert done.stdout.splitlines()[-1].startswith(last)
+    assert "demo_result/ADE_val_00001519.png" in done.stdout
     assert (copy / "demo_result" / "ADE_val_00001519.png").is_file()

@@ -1,4 +1,4 @@
-"""Cityscapes and PASCAL VOC from their official folders: lists, labels, and the recipes from training to the server."""
+"""Cityscapes and PASCAL VOC in their official folders: lists, labels, and the configurations from training to test."""
 
 import json
 import shutil
@@ -16,13 +16,13 @@ from mit_semseg.dataset.classes import IGNORE, class_table
 from mit_semseg.dataset.layouts import ListError
 from mit_semseg.dataset.records import load_records
 
-# Cityscapes' train ids of its labelIds; every other one is ignored.
+# Cityscapes: labelIds to train ids; all others are ignored.
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
 TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
 def write_cityscapes(root, split, names, *, kind="labelIds", size=(96, 48), seed=0):
-    """Pictures and labels in the official layout; coarse blocks of classes with their own colours."""
+    """Write images and labels in the official layout; labels are 3 x 6 blocks of five labelIds."""
     rng = np.random.default_rng(seed)
     for name in names:
         folder = split + "/" + name.split("_")[0]
@@ -35,7 +35,7 @@ def write_cityscapes(root, split, names, *, kind="labelIds", size=(96, 48), seed
         if kind == "labelTrainIds":
             label = np.vectorize(lambda v: TRAIN_IDS.get(v, 255))(label).astype(np.uint8)
         Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_{kind}.png")
-        Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_instanceIds.png")  # belongs to others
+        Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_instanceIds.png")  # not a label
 
 
 NAMES = ["aachen_000000_000019", "aachen_000001_000019", "bonn_000000_000019"]
@@ -48,40 +48,29 @@ def cityscapes(tmp_path):
     return tmp_path
 
 
-def test_the_class_table_of_cityscapes():
+def test_cityscapes_class_table_reads_label_ids_and_train_ids():
     table = class_table("cityscapes", 19)
     ids = {raw: int(table.index[raw]) for raw in (*range(34), 255)}
     assert ids == {raw: TRAIN_IDS.get(raw, IGNORE) for raw in ids}
     assert np.array_equal(table.decode(np.arange(19)), sorted(TRAIN_IDS))
-    train_ids = table.of_file("x/aachen_gtFine_labelTrainIds.png")
+    train_ids = table.for_file("x/aachen_gtFine_labelTrainIds.png")
     assert [int(train_ids.index[i]) for i in (*range(19), 255)] == [*range(19), IGNORE]
     assert train_ids.names == table.names
-    assert table.of_file("x/aachen_gtFine_labelIds.png") is table
+    assert table.for_file("x/aachen_gtFine_labelIds.png") is table
 
 
-def test_official_folders_pair_up(cityscapes):
+def test_cityscapes_folders_pair_up(cityscapes):
     records = load_records("leftImg8bit/train", cityscapes)
-    assert [r["fpath_img"] for r in records] == [
-        f"leftImg8bit/train/{n.split('_')[0]}/{n}_leftImg8bit.png" for n in NAMES
-    ]
-    assert {r["fpath_segm"] for r in records} == {
-        f"gtFine/train/{n.split('_')[0]}/{n}_gtFine_labelIds.png" for n in NAMES
-    }
+    stems = [f"train/{name.split('_')[0]}/{name}" for name in NAMES]
+    assert [record["fpath_img"] for record in records] == [f"leftImg8bit/{stem}_leftImg8bit.png" for stem in stems]
+    assert [record["fpath_segm"] for record in records] == [f"gtFine/{stem}_gtFine_labelIds.png" for stem in stems]
     assert len(load_records(".", cityscapes)) == 5  # all splits
 
 
-def test_a_picture_without_label_is_named(cityscapes):
+def test_cityscapes_files_without_partner_or_suffix_are_named(cityscapes):
     (cityscapes / f"gtFine/train/bonn/{NAMES[2]}_gtFine_labelIds.png").unlink()
-    with pytest.raises(
-        ListError, match=r"1 files do not pair up: .*no partner .*bonn_000000_000019_gtFine_labelIds\.\*"
-    ):
-        load_records("leftImg8bit/train", cityscapes)
-
-
-def test_a_picture_of_another_name_is_named(cityscapes):
-    folder = cityscapes / "leftImg8bit/train/bonn"
-    Image.new("RGB", (96, 48)).save(folder / "extra.png")
-    with pytest.raises(ListError, match=r"extra\.png does not end with _leftImg8bit"):
+    Image.new("RGB", (96, 48)).save(cityscapes / "leftImg8bit/train/bonn/extra.png")
+    with pytest.raises(ListError, match=r"2 files .*extra\.png .*_leftImg8bit.*bonn_000000_000019_gtFine_labelIds\.\*"):
         load_records("leftImg8bit/train", cityscapes)
 
 
@@ -95,17 +84,17 @@ def test_label_ids_and_train_ids_give_the_same_classes(cityscapes):
     assert set(by_label_ids.unique().tolist()) <= {-1, 0, 2, 10, 13}
 
 
-def test_the_real_sample():
+def test_real_cityscapes_sample():
     root = shared("data/cityscapes_sample")
     opt = options(classes="cityscapes", num_class=19)
     (record,) = load_records("leftImg8bit/val", root)
     assert record["fpath_segm"].endswith("_gtFine_labelIds.png")
-    other = {**record, "fpath_segm": record["fpath_segm"].replace("labelIds", "labelTrainIds")}
-    ours, theirs = (ValDataset(root, [r], opt)[0]["seg_label"] for r in (record, other))
-    # The two files were reduced in size one by one, so a few pixels at the borders of classes differ.
-    both = (ours >= 0) & (theirs >= 0)
+    train_ids = {**record, "fpath_segm": record["fpath_segm"].replace("labelIds", "labelTrainIds")}
+    first, second = (ValDataset(root, [r], opt)[0]["seg_label"] for r in (record, train_ids))
+    # The two files were downsampled separately, so a few pixels at class borders differ.
+    both = (first >= 0) & (second >= 0)
     assert both.float().mean() > 0.8
-    assert (ours == theirs)[both].float().mean() > 0.995
+    assert (first == second)[both].float().mean() > 0.995
 
 
 def write_voc(root):
@@ -123,41 +112,44 @@ def write_voc(root):
     return root
 
 
-def test_pascal_voc(tmp_path):
-    write_voc(tmp_path)
+def test_pascal_voc_labels(tmp_path):
     opt = options(classes="pascal_voc", num_class=21, palette_labels=True)
-    dataset = ValDataset(tmp_path, "ImageSets/Segmentation/train.txt", opt)
+    dataset = ValDataset(write_voc(tmp_path), "ImageSets/Segmentation/train.txt", opt)
     assert [r["fpath_img"] for r in dataset.records] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000063.jpg"]
     assert set(dataset[1]["seg_label"].unique().tolist()) == {-1, 0, 15}
     assert dataset.table.names[15] == "person"
     assert dataset.table.colors[15].tolist() == [192, 128, 128]
     assert TrainDataset(tmp_path, "ImageSets/Segmentation/train.txt", opt)[0]["img_data"].shape[0] == 1
-    (tmp_path / "JPEGImages/2007_000063.jpg").unlink()
-    with pytest.raises(ListError, match=r"train\.txt: 1 files are missing: .*JPEGImages/2007_000063\.jpg"):
+
+
+def test_missing_files_of_a_voc_list_are_named(tmp_path):
+    missing = write_voc(tmp_path) / "JPEGImages/2007_000063.jpg"
+    missing.unlink()
+    with pytest.raises(ListError, match=r"train\.txt: 1 of 4 files .*JPEGImages/2007_000063\.jpg"):
         load_records("ImageSets/Segmentation/train.txt", tmp_path)
     problems = []
     assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
-    assert problems == [f"{tmp_path / 'JPEGImages/2007_000063.jpg'} is missing"]
+    assert problems == [f"{missing} is missing"]
     (tmp_path / "ImageSets/gone.txt").write_text("2007_000001\n2007_000002\n")
-    with pytest.raises(ListError, match=r"gone\.txt: all files are missing: .*JPEGImages/2007_000001\.jpg"):
+    with pytest.raises(ListError, match=r"gone\.txt: 4 of 4 files .*JPEGImages/2007_000001\.jpg"):
         load_records("ImageSets/gone.txt", tmp_path, [])
-    # Other extensions, and the lists of the augmented set, which name both files.
-    (tmp_path / "JPEGImages/2007_000039.jpg").rename(tmp_path / "JPEGImages/2007_000039.JPG")
-    (tmp_path / "ImageSets/aug.txt").write_text(
-        "2007_000039 1\n/JPEGImages/2007_000032.jpg /SegmentationClass/2007_000039.png\n"
-    )
-    assert [(r["fpath_img"], r["fpath_segm"]) for r in load_records("ImageSets/aug.txt", tmp_path)] == [
-        ("JPEGImages/2007_000039.JPG", "SegmentationClass/2007_000039.png"),
-        ("JPEGImages/2007_000032.jpg", "SegmentationClass/2007_000039.png"),
+
+
+def test_voc_lists_may_have_paths_and_any_extension(tmp_path):
+    (write_voc(tmp_path) / "JPEGImages/2007_000039.jpg").rename(tmp_path / "JPEGImages/2007_000039.JPG")
+    lines = "2007_000039 1\n/JPEGImages/2007_000032.jpg /SegmentationClass/2007_000039.png\n"
+    (tmp_path / "ImageSets/aug.txt").write_text(lines)
+    label = "SegmentationClass/2007_000039.png"
+    assert load_records("ImageSets/aug.txt", tmp_path) == [
+        {"fpath_img": "JPEGImages/2007_000039.JPG", "fpath_segm": label},
+        {"fpath_img": "JPEGImages/2007_000032.jpg", "fpath_segm": label},
     ]
-
-
-def test_other_lists_may_end_with_txt_and_begin_with_a_byte_order_mark(tmp_path):
+    # Elsewhere, a .txt file is an odgt file; a byte order mark is allowed.
     (tmp_path / "names.txt").write_text('{"fpath_img": "a.jpg"}\r\n', encoding="utf-8-sig")
     assert load_records("names.txt", tmp_path) == load_records(tmp_path / "names.txt") == [{"fpath_img": "a.jpg"}]
 
 
-REDUCED = {
+SMALL_RUN = {
     "MODEL.pretrained": False,
     "MODEL.arch_encoder": "mobilenetv2dilated",
     "DATASET.crop_size": 49,
@@ -176,29 +168,27 @@ REDUCED = {
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["cityscapes-resnet101-pspnet", "cityscapes-resnet101-deeplabv3"])
-def test_recipe_from_training_to_the_server(recipe, cityscapes, tmp_path):
-    """Trains, resumes, evaluates through windows, and writes labelIds under names the server knows."""
-    given = ["--cfg", f"config/{recipe}.yaml", "--gpu", "cpu"]
-    opts = {**REDUCED, "DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run"}
-    first = here("train.py", *given, *words({**opts, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}))
+@pytest.mark.parametrize("config", ["cityscapes-resnet101-pspnet", "cityscapes-resnet101-deeplabv3"])
+def test_cityscapes_config_trains_resumes_evaluates_and_writes_label_ids(config, cityscapes, tmp_path):
+    arguments = ["--cfg", f"config/{config}.yaml", "--gpu", "cpu"]
+    opts = {**SMALL_RUN, "DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run"}
+    first = here("train.py", *arguments, *words({**opts, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}))
     assert first.returncode == 0, first.stderr
-    second = here("train.py", *given, *words({**opts, "TRAIN.resume": "auto"}))
+    second = here("train.py", *arguments, *words({**opts, "TRAIN.resume": "auto"}))
     assert second.returncode == 0, second.stderr
-    assert "continuing" in second.stdout
     assert not same(weights(tmp_path / "run", "epoch_1.pth"), weights(tmp_path / "run", "epoch_2.pth"))
 
-    evaluated = here("eval.py", *given, *words(opts))
+    evaluated = here("eval.py", *arguments, *words(opts))
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads((tmp_path / "run/result/results.json").read_text())
     assert result["images"] == 2
     assert [entry["class"] for entry in result["iou_per_class"]][:2] == ["road", "sidewalk"]
 
-    pictures = cityscapes / "leftImg8bit/val"
-    opts["TEST.result"] = tmp_path / "server"
-    segmented = here("test.py", "--imgs", pictures, "--labels", "--no-panel", *given, *words(opts))
+    images = cityscapes / "leftImg8bit/val"
+    opts["TEST.result"] = tmp_path / "result"
+    segmented = here("test.py", "--imgs", images, "--labels", "--no-panel", *arguments, *words(opts))
     assert segmented.returncode == 0, segmented.stderr
-    files = sorted(p for p in (tmp_path / "server").rglob("*") if p.is_file())
+    files = sorted(p for p in (tmp_path / "result").rglob("*") if p.is_file())
     assert [f.name for f in files] == [f"ulm_00000{i}_000019_leftImg8bit_label.png" for i in (0, 1)]
     label = Image.open(files[0])
     assert (label.mode, label.size) == ("L", (96, 48))
