@@ -3,11 +3,10 @@
 import torch
 
 from mit_semseg import build
-from mit_semseg.cli import common, logs
-from mit_semseg.cli.devices import describe_all, pick_devices
+from mit_semseg.cli import common, devices, logs
 from mit_semseg.cli.run_logger import RunLogger
 from mit_semseg.config import load_config
-from mit_semseg.engine import RunFolder, distributed, fit
+from mit_semseg.engine import RunFolder, Trainer, distributed
 
 EXAMPLES = """\
   python train.py --cfg config/quickstart.yaml
@@ -17,45 +16,35 @@ EXAMPLES = """\
 
 
 def main() -> int:
-    args = common.make_parser(__doc__, EXAMPLES, common.TRAINING).parse_intermixed_args()
+    args = common.make_parser(__doc__, EXAMPLES, common.TRAIN_KEYS).parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
-    devices, files = pick_devices(args.device), RunFolder(cfg.DIR)
-    with distributed.join(devices[0], cfg.RUNTIME.timeout) as processes, files.locked(processes):
-        common.compare(cfg, processes)
-        cfg = common.after_restart(cfg, files, processes)
-        train = cfg.TRAIN
-        # Refuses to write over a run before anything is loaded or logged.
-        continued = bool(files.find_resume(train.resume, train.start_epoch) or train.start_epoch)
-        dataset, validation = build.build_data(cfg)
+    folder = RunFolder(cfg.DIR)
+    with distributed.join(devices.pick_devices(args.device), cfg.RUNTIME.timeout) as world, folder.locked(world):
+        common.check_ranks(cfg, world)
+        cfg = common.resume_after_restart(cfg, folder, world)
+        # Fails if the folder contains another run, before anything is loaded or logged.
+        resumed = bool(folder.find_resume(cfg.TRAIN.resume, cfg.TRAIN.start_epoch) or cfg.TRAIN.start_epoch)
+        dataset, val_dataset = build.build_data(cfg)
 
-        logger = logs.setup_logger(processes.rank, f"{cfg.DIR}/log.txt", args.level)
+        logger = logs.setup_logger(world.rank, f"{cfg.DIR}/log.txt", args.level)
         logs.log_options(logger, cfg)
-        logger.info("devices: %s", describe_all(devices, processes))
+        logger.info("devices: %s", devices.describe_all(world))
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
-        torch.manual_seed(train.seed)
-        with distributed.first_on_machine(processes):
-            module = build.build_module(cfg, devices[0], continued=continued)
-        batches = len(devices) * processes.size * train.accumulate
-        optimizer, settings = build.build_training(cfg, module, dataset.num_sample, batches)
-        pictures = [record["fpath_img"] for record in validation.records] if validation and train.visualize else []
-        show = {"tensorboard": train.tensorboard, "pictures": pictures, "main": processes.main}
-        with RunLogger(cfg.DIR, dataset.table, **show) as recorder:
-            run = fit(
-                module,
-                optimizer,
-                dataset,
-                files,
-                settings,
-                devices=devices,
-                processes=processes,
-                resume=train.resume,
-                val_dataset=validation,
-                view=build.inference_options(cfg),
-                recorder=recorder,
-            )
+        torch.manual_seed(cfg.TRAIN.seed)
+        with distributed.first_on_machine(world):
+            module = build.build_module(cfg, world.devices[0], resumed=resumed)
+        batches = len(world.devices) * world.size * cfg.TRAIN.accumulate
+        optimizer, options = build.build_training(cfg, module, dataset.num_sample, batches)
+        panels = [record["fpath_img"] for record in val_dataset.records] if val_dataset and cfg.TRAIN.visualize else []
+        trainer = Trainer(module, optimizer, folder, options, world)
+        with RunLogger(
+            cfg.DIR, dataset.table, tensorboard=cfg.TRAIN.tensorboard, images=panels, main=world.is_main
+        ) as run_logger:
+            inference = build.inference_options(cfg)
+            trainer.fit(dataset, val_dataset, resume=cfg.TRAIN.resume, inference=inference, run_logger=run_logger)
         logger.info("training is complete: %s", cfg.DIR)
-    return 1 if run.skipped else 0
+    return 1 if trainer.skipped else 0
 
 
 if __name__ == "__main__":
-    common.run(main, "DIR holds what was saved; the same command with TRAIN.resume auto goes on from there")
+    common.run(main, "DIR has the last checkpoint; run the same command with TRAIN.resume auto to continue")

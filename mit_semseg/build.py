@@ -1,4 +1,7 @@
-"""From options to objects: the network, its loss, the optimizer, and how inference looks at a picture."""
+"""Build objects from a configuration: devices, datasets, network, optimizer, inference options.
+
+Nothing below this module reads the configuration.
+"""
 
 import logging
 import math
@@ -8,10 +11,11 @@ import torch
 
 from .config import OPTIONS, Config, load_config
 from .dataset import TrainDataset, ValDataset
-from .dataset.pairs import class_table_of
-from .engine import RunFolder, Settings, build_loss, build_optimizer, freeze_batch_norm
+from .dataset.classes import class_table_from_options
+from .engine import RunFolder, TrainingOptions, build_loss, build_optimizer, freeze_batch_norm
 from .evaluation import InferenceOptions
-from .evaluation.network import lacks_bfloat16
+from .evaluation.evaluator import LoadOptions
+from .evaluation.inference import lacks_bfloat16
 from .lib.nn import enable_activation_checkpointing
 from .lib.nn.inplace_abn import has_inplace_norms
 from .lib.nn.scatter import as_device
@@ -23,137 +27,134 @@ from .models.weight_files import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-OF_THE_RUN = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "RUNTIME.", "VAL.num_val")
-HOW_IT_GOES_ON = ("TRAIN.resume", "TRAIN.start_epoch")
-COMPILED_SIZES = 64  # sides of batches are multiples of this where the network is compiled for every size
+# Options stored in checkpoints, except those that only say how a run starts.
+RUN_SECTIONS = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
+START_KEYS = ("TRAIN.resume", "TRAIN.start_epoch")
+COMPILE_MULTIPLE = 64  # of the sides of batches, so that the network is compiled for few sizes
 
 
 def build_module(
-    cfg: Config, device: torch.device, *, checkpoint: str | None = None, continued: bool = False
+    cfg: Config, device: torch.device, *, checkpoint: str | None = None, resumed: bool = False
 ) -> SegmentationModule:
-    """The network that the options describe, on a device.
+    """Build the network on a device.
 
     Args:
         cfg: configuration.
-        device: where to put it.
-        checkpoint: suffix of the trained weights in DIR, e.g. `epoch_20.pth`, which are downloaded if they are those of
-            a published model; None starts training, from the MODEL options.
-        continued: the weights will come from the run in DIR, so no others are read or fetched.
+        device: for the network.
+        checkpoint: suffix of trained weights in DIR, e.g. `epoch_20.pth`, or a file; the weights of a published model
+            are downloaded if they do not exist. None for training: the MODEL options choose the initial weights.
+        resumed: the weights will be restored from a checkpoint, so do not load initial ones.
 
     Raises:
-        UserError: weights are missing or do not fit, or MODEL.fc_dim contradicts the encoder.
+        UserError: weights do not exist or do not fit, or an option does not suit the device.
     """
     if not checkpoint:
-        _check_device(cfg, device)
-        model = cfg.MODEL
-        # A resumed run takes all weights from its saved state; the initial files may have been deleted.
-        initial = (
-            ("", "", False) if continued else (model.weights_encoder, model.weights_decoder, model.reset_classifier)
-        )
-        return _assembled(cfg, *initial, pretrained=model.pretrained and not continued).to(device)
-    files = RunFolder(cfg.DIR)
-    if name := _published(cfg, files, checkpoint):
+        _check_training_device(cfg, device)
+        if resumed:
+            return _assemble(cfg, pretrained=False).to(device)
+        files = cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder
+        return _assemble(cfg, files, pretrained=cfg.MODEL.pretrained).to(device)
+    folder = RunFolder(cfg.DIR)
+    if name := _missing_published(cfg, folder, checkpoint):
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
         download_published(name, cfg.DIR)
-    encoder_file, decoder_file = map(str, files.pair(checkpoint))
-    with files.offering(checkpoint):
-        if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(encoder_file)):
-            raise UserError(
-                f"{encoder_file} was not trained with MODEL.norm inplace, which would compute something else from it: "
-                f"set MODEL.norm sync"
-            )
-        return _assembled(cfg, encoder_file, decoder_file, reset_classifier=False, pretrained=False).to(device)
+    files = tuple(map(str, folder.weight_files(checkpoint)))
+    with folder.suggesting_readable(checkpoint):
+        if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(files[0])):
+            raise UserError(f"{files[0]} was not trained with MODEL.norm inplace: set MODEL.norm sync")
+        return _assemble(cfg, files, pretrained=False).to(device)
 
 
-def _published(cfg: Config, files: RunFolder, checkpoint: str) -> str:
-    """Name of the published model that these options describe if its weights are not in DIR, else ''."""
-    name, there = files.folder.name, [files.part(part, checkpoint).is_file() for part in ("encoder", "decoder")]
-    if any(there) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
+def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
+    """Name of the published model that the configuration describes if its weights are not in DIR, else ''."""
+    name, exists = folder.folder.name, [folder.path(part, checkpoint).is_file() for part in ("encoder", "decoder")]
+    if any(exists) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
         return ""
-    wanted = load_config(None, published_options(name))
+    published = load_config(None, published_options(name))
     keys = ("MODEL.arch_encoder", "MODEL.arch_decoder", "DATASET.num_class")
-    return name if all(cfg.option(key) == wanted.option(key) for key in keys) else ""
+    return name if all(cfg.option(key) == published.option(key) for key in keys) else ""
 
 
-def _check_device(cfg: Config, device: torch.device) -> None:
-    """Refuse training options that the device does not support.
-
-    Raises:
-        UserError: with the option and the device.
-    """
+def _check_training_device(cfg: Config, device: torch.device) -> None:
     if cfg.MODEL.norm == "inplace" and device.type == "mps":
         raise UserError("MODEL.norm inplace computes in float64, which mps does not support: set MODEL.norm sync")
     if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
         raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
 
 
-def _assembled(
-    cfg: Config, encoder_file: str, decoder_file: str, reset_classifier: bool, *, pretrained: bool
-) -> SegmentationModule:
-    """The network, with the weights of files."""
-    model = cfg.MODEL
+def _assemble(cfg: Config, files: tuple[str, str] = ("", ""), *, pretrained: bool) -> SegmentationModule:
+    """Build encoder, decoder and loss; load weights from the files of encoder and decoder."""
+    model, train, norm = cfg.MODEL, cfg.TRAIN, NORMS[cfg.MODEL.norm]
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
-        weights=encoder_file,
+        weights=files[0],
         pretrained=pretrained,
         output_stride=model.output_stride or None,
-        norm_layer=NORMS[model.norm],
+        norm_layer=norm,
     )
-    _check_fc_dim(model, encoder)
+    if model.fc_dim not in (OPTIONS["MODEL.fc_dim"].default, encoder.out_channels[-1]):
+        raise UserError(
+            f"MODEL.fc_dim {model.fc_dim}: {model.arch_encoder} has {encoder.out_channels[-1]} channels; set this "
+            f"number, or remove the option"
+        )
     decoder = ModelBuilder.build_decoder(
         model.arch_decoder,
         num_class=cfg.DATASET.num_class,
-        weights=decoder_file,
+        weights=files[1],
         in_channels=encoder.out_channels,
         output_stride=encoder.output_stride,
-        reset_classifier=reset_classifier,
-        norm_layer=NORMS[model.norm],
+        reset_classifier=model.reset_classifier,
+        norm_layer=norm,
     )
-    return SegmentationModule(encoder, decoder, _loss_of(cfg), cfg.TRAIN.deep_sup_scale)
-
-
-def _loss_of(cfg: Config) -> torch.nn.Module:
-    train, rate = cfg.TRAIN, cfg.DATASET.segm_downsampling_rate
-    return build_loss(
+    loss = build_loss(
         train.loss,
         class_weights=train.class_weights,
         label_smoothing=train.label_smoothing,
         ohem_threshold=train.ohem_threshold,
-        ohem_min_kept=max(1, train.ohem_min_kept // rate**2),  # pixels of the label
+        ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # pixels of the label
     )
+    return SegmentationModule(encoder, decoder, loss, train.deep_sup_scale)
 
 
 def inference_options(cfg: Config) -> InferenceOptions:
-    """How the options let the network look at a picture."""
-    window = cfg.INFERENCE.window_size
-    window = (window, window) if isinstance(window, int) else tuple(window)
+    """Return the options of inference."""
+    inference = cfg.INFERENCE
+    size = (inference.window_size,) * 2 if isinstance(inference.window_size, int) else tuple(inference.window_size)
     return InferenceOptions(
-        flip=cfg.INFERENCE.flip,
-        window=window if all(window) else None,
-        overlap=cfg.INFERENCE.window_overlap,
-        precision=cfg.INFERENCE.precision,
-        compiled=cfg.INFERENCE.compile,
+        flip=inference.flip,
+        window_size=size if all(size) else None,
+        window_overlap=inference.window_overlap,
+        precision=inference.precision,
+        compile=inference.compile,
     )
 
 
+def load_options(cfg: Config, batch_size: int, local_size: int) -> LoadOptions:
+    """Return the options of loading images for inference."""
+    return LoadOptions(batch_size, cfg.TRAIN.workers, cfg.RUNTIME.timeout, local_size)
+
+
+def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
+    """Return the validation set, its first `max_images` images if not 0."""
+    return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET, max_images or -1)
+
+
 def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
-    """What a run trains on and, if it validates, what it is validated on."""
+    """Return the training set and, if TRAIN.eval_epoch is not 0, the validation set."""
     train, data = cfg.TRAIN, cfg.DATASET
-    how = {"seed": train.seed, "side_step": COMPILED_SIZES if train.compile else 1}
-    training = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **how).as_uint8()
-    if not train.eval_epoch:
-        return training, None
-    return training, ValDataset(data.root_dataset, data.list_val, data, cfg.VAL.num_val or -1)
+    options = {"seed": train.seed, "side_step": COMPILE_MULTIPLE if train.compile else 1}
+    dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **options).as_uint8()
+    return dataset, build_val_dataset(cfg, cfg.VAL.num_val) if train.eval_epoch else None
 
 
 def build_training(
     cfg: Config, module: SegmentationModule, images: int, batches: int
-) -> tuple[torch.optim.Optimizer, Settings]:
-    """Optimizer and settings of a training run; freezes, lays out and compiles the network as the options say.
+) -> tuple[torch.optim.Optimizer, TrainingOptions]:
+    """Return optimizer and options of a training run; freeze, compile and lay out the network as configured.
 
     Args:
-        images: in the training list; TRAIN.epoch_iters 0 goes through them once an epoch.
-        batches: in a step.
+        images: in the training set; TRAIN.epoch_iters 0 is one pass over them.
+        batches: per step, over all devices and ranks.
     """
     train = cfg.TRAIN
     if train.channels_last:
@@ -171,51 +172,36 @@ def build_training(
     optimizer = build_optimizer(
         module.encoder,
         module.decoder,
-        name=train.optim,
-        lr_encoder=train.lr_encoder,
-        lr_decoder=train.lr_decoder,
+        train.optim,
+        rates=(train.lr_encoder, train.lr_decoder),
         beta1=train.beta1,
         weight_decay=train.weight_decay,
     )
-    values = {field.name: train[field.name] for field in fields(Settings) if field.name in train}
-    values["timeout"] = cfg.RUNTIME.timeout
+    values = {field.name: train[field.name] for field in fields(TrainingOptions) if field.name != "run_options"}
     values["epoch_iters"] = train.epoch_iters or math.ceil(images / (batches * train.batch_size_per_gpu))
-    return optimizer, Settings(**values, options=_of_the_run(cfg))
-
-
-def _of_the_run(cfg: Config) -> dict[str, object]:
-    """The options that make a run and its validations what they are, and the names of its classes."""
-    keys = [key for key in OPTIONS if key.startswith(OF_THE_RUN) and key not in HOW_IT_GOES_ON]
-    return {**{key: cfg.option(key) for key in keys}, "names of the classes": list(class_table_of(cfg.DATASET).names)}
-
-
-def _check_fc_dim(model: Config, encoder: torch.nn.Module) -> None:
-    default, own = 2048, encoder.out_channels[-1]
-    if model.fc_dim not in (default, own):
-        raise UserError(
-            f"MODEL.fc_dim is {model.fc_dim}, but {model.arch_encoder} gives {own} channels: set {own}, or leave it out"
-        )
+    keys = [key for key in OPTIONS if key.startswith(RUN_SECTIONS) and key not in START_KEYS]
+    stored = {key: cfg.option(key) for key in keys} | {"class names": list(class_table_from_options(cfg.DATASET).names)}
+    return optimizer, TrainingOptions(**values, run_options=stored)
 
 
 def auto_device(name: str | torch.device = "auto") -> torch.device:
-    """A device that is there.
+    """Return a device of this machine.
 
     Args:
-        name: `auto` (the first GPU if there is one, else the CPU), or anything that `torch.device` knows: `cpu`,
-            `cuda`, `cuda:1`, `mps`.
+        name: `auto` (the first GPU, or the CPU if there is none), or a name or device that `torch.device` accepts.
 
     Raises:
-        UserError: another name, or a device that this machine does not have.
+        UserError: unknown name, or this machine does not have the device.
     """
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    available += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        return torch.device(there[1] if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device {name!r}: give auto, {', '.join(there)}") from None
+        raise UserError(f"device {name!r}: choose one of auto, {', '.join(available)}") from None
     device = as_device(device) if torch.cuda.is_available() else device
-    if str(device) not in there:
-        raise UserError(f"device {name!r} is not there: this machine has {', '.join(there)}")
+    if str(device) not in available:
+        raise UserError(f"device {name!r}: this machine has {', '.join(available)}")
     return device

@@ -1,4 +1,4 @@
-"""Losses against PyTorch, brute force, and what they promise at their edges."""
+"""Losses against PyTorch, brute force and their definitions."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from mit_semseg.engine import cross_entropy
-from mit_semseg.engine.guards import deterministic
 from mit_semseg.engine.losses import LOSSES, DiceLoss, LovaszLoss, MaskedNLLLoss, OhemLoss, build_loss
+from mit_semseg.engine.train_step import deterministic_algorithms
 
 CLASSES, SHAPE = 5, (2, 6, 7)
 
@@ -21,7 +21,7 @@ def batch():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
-def test_cross_entropy_is_pytorchs(batch, weights, smoothing):
+def test_cross_entropy_equals_pytorch(batch, weights, smoothing):
     logits, label = batch
     ours = MaskedNLLLoss(weight=weights, label_smoothing=smoothing)(logits.log_softmax(1), label)
     weight = None if weights is None else torch.tensor(weights, dtype=torch.float64)
@@ -34,8 +34,8 @@ def test_cross_entropy_is_pytorchs(batch, weights, smoothing):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("block", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
-def test_cross_entropy_of_logits_is_pytorchs(batch, weights, block, layout, monkeypatch):
-    """Whatever is worked on at a time: less than a row, rows, pictures, everything."""
+def test_cross_entropy_of_logits_equals_pytorch(batch, weights, block, layout, monkeypatch):
+    """For blocks of less than a row, rows, images, and everything."""
     monkeypatch.setitem(cross_entropy.BLOCK, "cpu", block)
     logits, label = batch[0].detach().contiguous(memory_format=layout).requires_grad_(), batch[1]
     ours = MaskedNLLLoss(weight=weights).of_logits(logits, label)
@@ -46,7 +46,7 @@ def test_cross_entropy_of_logits_is_pytorchs(batch, weights, block, layout, monk
     torch.testing.assert_close(*gradients)
 
 
-def test_cross_entropy_of_logits_in_other_cases(batch):
+def test_cross_entropy_of_logits_in_16_bits_and_without_labels(batch):
     logits, label = batch[0].detach(), batch[1]
     criterion = MaskedNLLLoss()
     torch.testing.assert_close(criterion.of_logits(logits, label), criterion(logits.log_softmax(1), label))
@@ -65,8 +65,8 @@ def test_cross_entropy_of_logits_in_other_cases(batch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("class_weight", [1e-6, 1e-4, 1.0, 1e5, 1e6])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_gradients_under_autocast_are_pytorchs_for_any_class_weight(dtype, class_weight, smoothing):
-    """The factors that follow the loss (class weight, loss scale, weight of a device) are never rounded to 16 bits."""
+def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, class_weight, smoothing):
+    """Class weight, loss scale and the weight of a device are never rounded to 16 bits."""
     torch.manual_seed(1)
     features = torch.randn(2, 8, 24, 32)
     label = torch.randint(-1, CLASSES, (2, 24, 32))
@@ -86,7 +86,7 @@ def test_gradients_under_autocast_are_pytorchs_for_any_class_weight(dtype, class
     theirs = gradient(lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing))
     assert theirs.norm() > 0
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
-    # No direction of its own: a factor common to all entries would be missed by a training run's learning rate only.
+    # No common factor, which would act like another learning rate.
     assert abs((ours * theirs).sum() / theirs.square().sum() - 1) < 1e-3
     small = theirs.abs() > 0
     assert (ours[small] != 0).double().mean() > 0.99
@@ -94,8 +94,8 @@ def test_gradients_under_autocast_are_pytorchs_for_any_class_weight(dtype, class
 
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
-def test_ohem_is_its_definition(batch, threshold, min_kept):
-    """Pixels up to the threshold; if these are too few, the hardest ones."""
+def test_ohem_equals_its_definition(batch, threshold, min_kept):
+    """Pixels up to the threshold; if there are too few, the hardest ones."""
     logits, label = batch
     log_probs = logits.log_softmax(1)
     pixels = [(log_probs[n, label[n, i, j], i, j]) for n, i, j in np.ndindex(*SHAPE) if label[n, i, j] >= 0]
@@ -106,7 +106,7 @@ def test_ohem_is_its_definition(batch, threshold, min_kept):
     torch.testing.assert_close(OhemLoss(threshold, min_kept)(log_probs, label), expected)
 
 
-def test_dice_is_its_definition(batch):
+def test_dice_equals_its_definition(batch):
     logits, label = batch
     probs, losses = logits.softmax(1).detach(), []
     for number in range(CLASSES):
@@ -125,7 +125,7 @@ def jaccard_of(wrong, truth):
 
 
 def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
-    """The sum over the sorted errors of error times growth of the set function, from the set function itself."""
+    """Sum over the sorted errors of the error times the increase of the set function."""
     logits, label = batch
     probs, losses = logits.softmax(1).detach(), []
     for number in range(CLASSES):
@@ -142,8 +142,8 @@ def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
     assert LovaszLoss()(logits.log_softmax(1), label).item() == pytest.approx(np.mean(losses), rel=1e-12)
 
 
-def test_gradients_of_lovasz_in_16_bits_are_those_in_64():
-    """Counts of pixels beyond 256 are no numbers of bfloat16."""
+def test_gradients_of_lovasz_in_16_bits_are_close_to_64():
+    """bfloat16 cannot count beyond 256 pixels."""
     torch.manual_seed(0)
     logits, label = torch.randn(1, 4, 64, 64, dtype=torch.float64), torch.randint(0, 4, (1, 64, 64))
     gradients = []
@@ -156,8 +156,8 @@ def test_gradients_of_lovasz_in_16_bits_are_those_in_64():
 
 
 @pytest.mark.parametrize("hard", [True, False])
-def test_lovasz_and_dice_of_certain_predictions(hard):
-    """Nearly one-hot predictions: Lovász is one minus the IoU, Dice one minus the Dice coefficient."""
+def test_lovasz_and_dice_of_one_hot_predictions(hard):
+    """Lovász is one minus the IoU, Dice one minus the Dice coefficient."""
     label = torch.tensor([[[0, 0, 1, 1]]])
     predicted = torch.tensor([0, 1, 1, 1] if hard else [0, 0, 1, 1])
     log_probs = (F.one_hot(predicted, 2).double() * 100).T.reshape(1, 2, 1, 4).log_softmax(1)
@@ -179,7 +179,7 @@ def test_ignored_pixels_do_not_matter(name, batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_labelled_is_zero_with_gradients(name, batch):
+def test_loss_without_labelled_pixels_is_zero_with_gradients(name, batch):
     logits, label = batch
     value = build_loss(name, class_weights=(1.0,) * CLASSES, label_smoothing=0.1)(
         logits.log_softmax(1), torch.full_like(label, -1)
@@ -189,8 +189,8 @@ def test_nothing_labelled_is_zero_with_gradients(name, batch):
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
-def test_classes_without_weight_do_not_explode():
-    """A batch all of whose pixels weigh nothing, with label smoothing: zero, not the smoothing over nothing."""
+def test_class_weight_0_gives_loss_0():
+    """With label smoothing, for a batch in which all pixels have class weight 0."""
     logits = torch.randn(2, 3, 30, 30, requires_grad=True)
     label = torch.zeros(2, 30, 30, dtype=torch.int64)
     loss = MaskedNLLLoss(weight=(0, 1, 1), label_smoothing=0.1)(logits.log_softmax(1), label)
@@ -215,16 +215,16 @@ def test_float32_agrees_with_float64(name, batch):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_nothing_is_copied_to_the_host(name):
-    """On the meta device there are no values: whoever asks for one fails."""
+def test_losses_do_not_synchronize_with_the_device(name):
+    """Tensors on the meta device have no values, reading one fails."""
     log_probs = torch.empty(1, CLASSES, *SHAPE[1:], device="meta", requires_grad=True)
     label = torch.empty(1, *SHAPE[1:], device="meta", dtype=torch.int64)
     loss = build_loss(name, class_weights=(1.0,) * CLASSES, label_smoothing=0.1).to("meta")
     assert loss(log_probs, label).shape == ()
 
 
-def test_unknown_losses_list_the_known():
-    with pytest.raises(ValueError, match=r"no loss 'focal'; the losses are ce, ohem, dice"):
+def test_unknown_loss_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"focal.*ce, ohem, dice"):
         build_loss("focal")
 
 
@@ -232,12 +232,12 @@ def test_unknown_losses_list_the_known():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_has_a_deterministic_form_on_gpus(name, smoothing):
+def test_losses_are_deterministic_on_gpus(name, smoothing):
     loss = build_loss(name, label_smoothing=smoothing, class_weights=[1.0, 2.0, 0.5], ohem_min_kept=50).cuda()
     label = torch.randint(-1, 3, (2, 12, 10), device="cuda")
     scores = torch.randn(2, 3, 12, 10, device="cuda")
     results = []
-    with deterministic(True):
+    with deterministic_algorithms(True):
         for _ in range(2):
             x = scores.clone().requires_grad_()
             value = loss(torch.log_softmax(x, 1), label)
@@ -247,8 +247,8 @@ def test_every_loss_has_a_deterministic_form_on_gpus(name, smoothing):
 
 @pytest.mark.parametrize("ignore", [-1, 255])
 @pytest.mark.parametrize("loss", [MaskedNLLLoss, OhemLoss, DiceLoss])
-def test_any_value_can_mean_ignored(loss, ignore):
-    """And nothing else is ignored: another label that is no class is an error."""
+def test_any_value_can_be_the_ignore_index(loss, ignore):
+    """Any other label that is not a class is an error."""
     x = torch.randn(2, 3, 6, 5).log_softmax(1)
     label = torch.randint(0, 3, (2, 6, 5))
     label[0, :2] = -1

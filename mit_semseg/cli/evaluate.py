@@ -1,104 +1,92 @@
-"""What eval.py and eval_multipro.py share: scoring a checkpoint on one device or several, and writing the figures."""
+"""Evaluate a checkpoint and write its report, for eval.py and eval_multipro.py."""
 
 import json
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
-
-from ..build import build_module, inference_options
-from ..config import Config, load_config
+from ..build import build_module, build_val_dataset, inference_options, load_options
+from ..config import Config
 from ..dataset import ValDataset
-from ..engine import Processes
-from ..evaluation import evaluate
+from ..engine import World
+from ..evaluation import Predictor, evaluate
 from ..evaluation.evaluator import Evaluation
-from ..lib.utils import TEXT, atomic_write, progress_bar
-from ..predict.visualize import result_panel, result_stems, save_png
-from .background import Background
+from ..lib.utils import UTF8, atomic_write, progress_bar
+from ..predict.results import save_png, unique_stems
+from ..predict.visualize import result_panel
+from .devices import describe_all
 from .report import write_report
-from .workers import Share, share_out
+from .workers import BackgroundWriter, Shard, run_sharded
+
+logger = logging.getLogger(__name__)
 
 
-def result_folder(cfg: Config) -> Path:
-    """Where the figures and panels of an evaluation go."""
-    return Path(cfg.DIR, "result")
+def run(cfg: Config, world: World, config_path: str | None) -> int:
+    """Evaluate VAL.checkpoint on the validation set, print the scores and write the report to DIR/result.
+
+    Every image is scored or skipped exactly once and counts are added up, so that scores do not depend on the number
+    of devices.
+
+    Returns:
+        Exit code: 1 if images were skipped, else 0.
+
+    Raises:
+        UserError: weights or images cannot be used, or a worker ended.
+    """
+    logger.info("devices: %s", describe_all(world))
+    dataset = build_val_dataset(cfg)
+    own = len(dataset.shard(world.rank, world.size))
+    with progress_bar(total=own, desc="evaluating", unit="img", shown=world.is_main) as bar:
+        shards = run_sharded(evaluate_shard, world, len(dataset), (cfg, dataset), lambda name: bar.update())
+    evaluation = Evaluation.merge(shards)
+    if world.is_main:
+        report(cfg, config_path, evaluation, dataset)
+    return 1 if evaluation.skipped else 0
 
 
-def _dataset(cfg: Config) -> ValDataset:
-    return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET)
+def evaluate_shard(shard: Shard, report_image: Callable[[str], None], cfg: Config, dataset: ValDataset) -> Evaluation:
+    """Evaluate a shard of the validation set; with VAL.visualize write a panel per image."""
+    stems = _panel_stems(dataset)
 
+    def write_panel(item, prediction):
+        save_png(result_panel(item, prediction, dataset.table), Path(cfg.DIR, "result", f"{stems[item['info']]}.png"))
+        report_image(item["info"])
 
-def _score_share(share: Share, send: Callable, path: str | None, opts: Sequence[str]) -> Evaluation:
-    """Score a share of the validation list; sends the name of every image done."""
-    cfg = load_config(path, opts)
-    dataset, results = _dataset(cfg), result_folder(cfg)
-    names = result_stems([record["fpath_img"] for record in dataset.records])
-    module = build_module(cfg, share.device, checkpoint=cfg.VAL.checkpoint)
+    def on_result(item, prediction):
+        if cfg.VAL.visualize and prediction is not None:
+            writer.submit(partial(write_panel, item, prediction))
+        else:
+            report_image(item["info"])
 
-    with Background() as later:
-
-        def write(item, prediction):
-            save_png(result_panel(item, prediction, dataset.table), results / f"{names[item['info']]}.png")
-            send(item["info"])
-
-        def seen(item, prediction):
-            if cfg.VAL.visualize and prediction is not None:
-                later(lambda: write(item, prediction))
-            else:
-                send(item["info"])
-
+    module = build_module(cfg, shard.device, checkpoint=cfg.VAL.checkpoint)
+    with BackgroundWriter() as writer:
         return evaluate(
-            module,
-            dataset.shard(share.number, share.parts),
-            device=share.device,
-            view=inference_options(cfg),
-            batch_size=cfg.VAL.batch_size,
-            workers=cfg.TRAIN.workers,
-            timeout=cfg.RUNTIME.timeout,
-            processes=share.local,
+            Predictor(module, shard.device, inference_options(cfg)),
+            dataset.shard(shard.index, shard.count),
+            loading=load_options(cfg, cfg.VAL.batch_size, shard.local_size),
             progress=False,
-            on_result=seen,
+            on_result=on_result,
         )
 
 
-def score(
-    path: str | None, opts: Sequence[str], devices: Sequence[torch.device], processes: Processes | None = None
-) -> Evaluation:
-    """Evaluate VAL.checkpoint on the validation list; with VAL.visualize write a panel per picture.
-
-    Every picture is scored, or left out with a sentence (DATASET.on_error skip), exactly once, and the counts of all
-    shares are added up: the figures do not depend on the number of devices.
-
-    Args:
-        path, opts: as for `load_config`.
-        devices: of this process; several are worked on by one process each.
-        processes: of the job, each of which scores a share; None for this one alone.
-
-    Raises:
-        UserError: weights or data cannot be used, or a process failed or was killed.
-    """
-    processes = processes or Processes()
-    dataset = _dataset(load_config(path, opts))
-    own = len(dataset.shard(processes.rank, processes.size))
-    with progress_bar(total=own, desc="evaluating", unit="img", shown=processes.main) as bar:
-        arguments = path, list(opts)
-        shares = share_out(_score_share, devices, processes, len(dataset), arguments, lambda name: bar.update())
-    evaluation = Evaluation.merged(shares)
-    counted = evaluation.images + len(evaluation.skipped) - len(dataset.skipped)
-    assert counted == len(dataset), "every image is scored or left out exactly once"
-    return evaluation
+def _panel_stems(dataset: ValDataset) -> dict[str, Path]:
+    """Path of every image's panel, without extension, relative to DIR/result."""
+    return unique_stems([record["fpath_img"] for record in dataset.records])
 
 
-def report(cfg: Config, config_path: str | None, evaluation: Evaluation) -> None:
-    """Print the figures and write them to results.json and a page, report.html."""
+def report(cfg: Config, config_path: str | None, evaluation: Evaluation, dataset: ValDataset) -> None:
+    """Print the scores and write results.json, report.html and confusion.png."""
     print(evaluation.report())
-    results = result_folder(cfg)
-    with atomic_write(results / "results.json") as partial:
-        how = {key: cfg.DATASET[key] for key in ("root_dataset", "list_val", "imgSizes", "imgMaxSize")} | cfg.INFERENCE
-        content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": how, **evaluation.as_dict()}
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), **TEXT)
-    names = result_stems([record["fpath_img"] for record in _dataset(cfg).records]) if cfg.VAL.visualize else {}
-    panels = {name: f"{stem.as_posix()}.png" for name, stem in names.items()}
-    write_report(evaluation, results, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
-    more = ", a panel per image" if cfg.VAL.visualize else ""
-    print(f"Written to {results}: results.json, report.html, confusion.png{more}")
+    folder = Path(cfg.DIR, "result")
+    with atomic_write(folder / "results.json") as partial_path:
+        keys = "root_dataset", "list_val", "imgSizes", "imgMaxSize"
+        options = {key: cfg.DATASET[key] for key in keys} | cfg.INFERENCE
+        content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": options, **evaluation.as_dict()}
+        partial_path.write_text(json.dumps(content, indent=1, ensure_ascii=False), **UTF8)
+    panels: dict[str, str] = {}
+    if cfg.VAL.visualize:
+        panels = {name: f"{stem.as_posix()}.png" for name, stem in _panel_stems(dataset).items()}
+    write_report(evaluation, folder, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
+    files: Sequence[str] = ("results.json", "report.html", "confusion.png", *(["a panel per image"] if panels else []))
+    print(f"Written to {folder}: {', '.join(files)}")

@@ -1,135 +1,156 @@
-"""Segment images or a video: what test.py runs."""
+"""Segment images or a video, for test.py."""
 
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..config import Config, load_config
+from ..build import load_options
+from ..config import Config
 from ..dataset.loader import worker_errors
 from ..dataset.samplers import shards
-from ..lib.utils import UserError
-from ..predict.results import Result, named
+from ..engine import World
+from ..lib.utils import UserError, progress_bar
+from ..predict.images import find_inputs
+from ..predict.results import Result
 from ..predict.segmenter import Segmenter
-from ..predict.video import VideoError, _is_camera, is_video, output_path, segment_video
-from .background import Background
+from ..predict.video import is_video, output_path, segment_video
 from .common import refuse_torchrun
-from .devices import describe
-from .workers import Share
+from .devices import describe_all
+from .workers import BackgroundWriter, Shard, run_sharded
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_SHARE = 0.001  # classes below are not printed
+MIN_FRACTION = 0.001  # classes with a smaller fraction of the pixels are not printed
+SUFFIXES = {
+    "no_panel": ".png",
+    "overlay": "_overlay.png",
+    "index": "_index.png",
+    "labels": "_label.png",
+    "json": ".json",
+}
 
 
-def segment_share(
-    share: Share,
-    send: Callable[[str], None],
-    path: str | None,
-    opts: Sequence[str],
-    plan: dict[str, Path],
-    endings: Sequence[str],
-) -> list[str]:
-    """Segment a share of the pictures of a plan with TEST.checkpoint, and write the results.
-
-    Args:
-        send: called with what there is to say of every picture.
-        path, opts: as for `load_config`.
-        plan, endings: of `find_inputs`.
-
-    Returns:
-        For every picture that cannot be read, the reason.
-    """
-    cfg, failed = load_config(path, opts), []
-    part = shards(len(plan), share.parts)[share.number]
-    pictures = list(plan)[part.start : part.stop]
-    segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, share.device)
-    reading = {"workers": cfg.TRAIN.workers, "timeout": cfg.RUNTIME.timeout, "processes": share.local}
-    reading["batch_size"] = cfg.TEST.batch_size
-
-    def write(result: Result) -> None:
-        stem = plan[result.path]
-        result.save_as(stem, endings)
-        shares = [
-            f"\n  {result.table.labels[entry['index']]}: {entry['share'] * 100:.2f} %"
-            for entry in result.classes
-            if entry["share"] > SMALLEST_SHARE
-        ]
-        send(f"{result.path} -> {named(stem, endings[0])}{''.join(shares)}")
-
-    with worker_errors(), Background() as later:
-        for result in segmenter.segment_files(pictures, **reading):
-            if isinstance(result, Result):
-                later(partial(write, result))
-            else:
-                failed.append(result[1])
-                send(f"{result[0]}: not segmented")
-    return failed
-
-
-def add_result_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options that say what is written for a picture, to be handed to `endings_of`."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the files to write and for videos."""
     for name, text in {
-        "overlay": "also write the tinted picture with a legend",
-        "index": "also write the class indices as a grey PNG",
-        "labels": "also write the data set's own label values as a grey PNG, e.g. Cityscapes' labelIds",
-        "json": "also write the classes and their shares as JSON",
+        "overlay": "also write the image blended with the class colors, with a legend",
+        "index": "also write class indices as a grayscale PNG",
+        "labels": "also write the label values of the dataset as a grayscale PNG, e.g. Cityscapes labelIds",
+        "json": "also write the classes and their fractions of the pixels as JSON",
         "no-panel": "do not write the panel [image | prediction]",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_argument(
+        "--smoothing", type=float, default=0, help="of videos: weight of the previous frames, 0 to below 1 (default 0)"
+    )
 
 
-def endings_of(args: argparse.Namespace) -> list[str]:
-    """Endings of the results, see `Result.save`.
+def suffixes_of(args: argparse.Namespace) -> list[str]:
+    """Return the suffixes of the files to write, see `Result.save_as`.
 
     Raises:
-        UserError: nothing is to be written.
+        UserError: there are none, or the options do not apply to a video.
     """
-    wanted = {".png": not args.no_panel, "_overlay.png": args.overlay, "_index.png": args.index}
-    wanted |= {"_label.png": args.labels, ".json": args.json}
-    endings = [ending for ending, yes in wanted.items() if yes]
-    if not endings:
-        raise UserError("--no-panel leaves nothing to write: add --overlay, --index, --labels or --json")
-    return endings
+    given = [name for name in SUFFIXES if getattr(args, name)]
+    if is_video(args.imgs):
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise UserError(f"{options}: not for videos; the result of {args.imgs} is a video with class colors")
+        return []
+    if args.smoothing:
+        raise UserError(f"--smoothing {args.smoothing:g}: only for videos, {args.imgs} is not one")
+    suffixes = [suffix for name, suffix in SUFFIXES.items() if getattr(args, name) != (name == "no_panel")]
+    if not suffixes:
+        raise UserError("--no-panel leaves no file to write; add --overlay, --index, --labels or --json")
+    return suffixes
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Refuse what the command line asks for that the kind of `args.imgs` does not have.
+def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
+    """Segment images with TEST.checkpoint and write the results to TEST.result.
 
-    Raises:
-        UserError: names it.
+    Args:
+        inputs: image, folder or glob.
+        suffixes: of the files to write.
+
+    Returns:
+        Exit code: 1 if images were skipped, else 0.
     """
-    if not is_video(args.imgs):
-        if args.smoothing:
-            raise UserError(f"--smoothing {args.smoothing:g} is for videos, and {args.imgs} is none")
-        return
-    refuse_torchrun(f"a video is segmented by one process: python test.py --imgs {args.imgs} ...")
-    of_pictures = ("overlay", "index", "labels", "json", "no-panel")
-    given = [f"--{name}" for name in of_pictures if vars(args)[name.replace("-", "_")]]
-    if given:
-        raise UserError(f"{', '.join(given)}: for pictures; a video becomes a tinted video")
+    logger.info("devices: %s", describe_all(world))
+    found = find_inputs(inputs, Path(cfg.TEST.result), suffixes) if world.is_main else None
+    stems = world.gather(found, "looking for images")[0]  # one list for all ranks
+    with progress_bar(total=len(stems), desc="segmenting", unit="img", shown=world.is_main) as bar:
+        verbose = logger.isEnabledFor(logging.INFO)
+
+        def on_report(text: str) -> None:
+            bar.update()
+            if verbose:
+                bar.write(text)
+
+        reasons = run_sharded(segment_shard, world, len(stems), (cfg, stems, suffixes), on_report)
+    skipped = [reason for shard in reasons for reason in shard]
+    if world.is_main:
+        print(f"{len(stems) - len(skipped)} of {len(stems)} images segmented, results in {cfg.TEST.result}")
+        for reason in skipped:
+            print(f"skipped: {reason}")
+    return 1 if skipped else 0
 
 
-def run(cfg: Config, given: str, device: torch.device, smoothing: float) -> None:
-    """Segment the video that `--imgs` names with TEST.checkpoint, into TEST.result.
+def segment_shard(
+    shard: Shard, report: Callable[[str], None], cfg: Config, stems: dict[str, Path], suffixes: Sequence[str]
+) -> list[str]:
+    """Segment a shard of the images and write the results.
+
+    Args:
+        stems: path of the results, without suffix, of every image.
+
+    Returns:
+        The reason for every image that cannot be read.
+    """
+    own = shards(len(stems), shard.count)[shard.index]
+    segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, shard.device)
+    skipped = []
+
+    def write(result: Result) -> None:
+        path = result.save_as(stems[result.path], suffixes)[0]
+        classes = [
+            f"\n  {result.table.labels[entry['index']]}: {entry['fraction'] * 100:.2f} %"
+            for entry in result.classes
+            if entry["fraction"] > MIN_FRACTION
+        ]
+        report(f"{result.path} -> {path}{''.join(classes)}")
+
+    loading = load_options(cfg, cfg.TEST.batch_size, shard.local_size)
+    with worker_errors(), BackgroundWriter() as writer:
+        for result in segmenter.segment_files(list(stems)[own.start : own.stop], loading):
+            if isinstance(result, Result):
+                writer.submit(write, result)
+            else:
+                path, reason = result
+                skipped.append(reason)
+                report(f"{path}: skipped")
+    return skipped
+
+
+def run_video(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
+    """Segment a video or camera with TEST.checkpoint and write a video to TEST.result.
 
     Raises:
-        KeyboardInterrupt: there was one; the video has the frames until then.
+        KeyboardInterrupt: the run was interrupted; the video has the frames up to then.
         UserError: the video, the weights or an option cannot be used.
     """
+    refuse_torchrun(f"a video is segmented by one process; run python test.py --imgs {given} without torchrun")
     if not 0 <= smoothing < 1:
-        raise VideoError(f"--smoothing {smoothing:g}: give a share of 0 (none) to below 1")
+        raise UserError(f"--smoothing {smoothing:g}: must be at least 0 and below 1")
     if smoothing and any(np.atleast_1d(cfg.INFERENCE.window_size)):
-        raise VideoError("--smoothing needs the whole picture: set INFERENCE.window_size 0")
-    if not _is_camera(given) and not Path(given).is_file():
-        raise VideoError(f"--imgs {given}: there is no such file")
-    logger.info("device: %s", describe(device))
-    path = output_path(given, Path(cfg.TEST.result))
-    written = segment_video(Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device), given, path, smoothing=smoothing)
+        raise UserError("--smoothing does not work with a sliding window; set INFERENCE.window_size 0")
+    logger.info("device: %s", device)
+    segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device)
+    written = segment_video(segmenter, given, output_path(given, Path(cfg.TEST.result)), smoothing=smoothing)
     print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
     if written.interruption:
         raise written.interruption
+    return 0

@@ -1,200 +1,168 @@
-"""Work on a list shared out over devices: in this process, in worker processes, or over the processes of a job."""
+"""Distribute work on a list of images: over the ranks of a job, or over one worker process per device."""
 
 import logging
+import multiprocessing
 import signal
-import sys
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context, get_start_method, set_start_method
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
 from ..dataset.samplers import shards
-from ..engine import Processes
+from ..engine import World
 from ..lib.utils import UserError, available_cores
 from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS = 10.0  # seconds for a worker to end by itself
+MAX_PENDING_WRITES = 4  # each holds an image in memory
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """One part of a list that is processed in parallel.
 
     Attributes:
-        device: that processes the part.
-        number, parts: the part is number `number` of `parts`.
-        local: parts processed on this machine at the same time.
+        device: that processes the shard.
+        index, count: of this shard and of all.
+        local_size: number of shards processed on this machine at the same time.
     """
 
     device: torch.device
-    number: int
-    parts: int
-    local: int
+    index: int = 0
+    count: int = 1
+    local_size: int = 1
 
 
-Work = Callable[..., Any]  # work(share, send, *arguments): processes a share; `send` passes messages to the parent
+class WorkerError(UserError, RuntimeError):
+    """A worker process that ended unexpectedly; names its device and images."""
 
 
-class WorkerFailed(UserError, RuntimeError):
-    """A worker process that failed or was killed; names its share of the list."""
+Work = Callable[..., Any]  # work(shard, report, *arguments) -> result; report(text) is called after every image
 
 
-def share_out(
-    work: Work,
-    devices: Sequence[torch.device],
-    processes: Processes,
-    count: int,
-    arguments: Sequence = (),
-    on_message: Callable[[Any], None] = lambda message: None,
-) -> list:
-    """Do a piece of work in shares, one per device.
+def run_sharded(work: Work, world: World, length: int, arguments: Sequence, on_report: Callable[[str], None]) -> list:
+    """Run a function on every shard of a list and return the results in order.
 
-    In a job of several processes each does one share. Otherwise there is one worker process per device, or none for a
+    A job of several ranks has one shard per rank; otherwise there is one worker process per device, or none for a
     single device.
 
     Args:
-        work: a function of a module; called as `work(share, send, *arguments)`.
-        devices: of this process; the CPU may come more than once.
-        processes: of the job.
-        count: length of the list that is shared out, see `shards`.
-        arguments: of the work, plain values.
-        on_message: called here with everything the work sends; in a job, with what this process sends.
-
-    Returns:
-        What the work returned for every share, in order.
+        work: a function of a module; called as `work(shard, report, *arguments)`.
+        world: ranks and devices.
+        length: of the list.
+        arguments: of the function; can be pickled.
+        on_report: called in this process with every text that its workers report.
 
     Raises:
-        WorkerFailed: a worker process failed or was killed. The others are stopped.
+        WorkerError: a worker process was killed. The others are stopped.
     """
-    if processes.size > 1:
-        share = Share(devices[0], processes.rank, processes.size, processes.place.local_size)
-        own = work(share, on_message, *arguments)
-        return processes.collect(own, "waiting for the shares of the others", patient=True)
-    devices = devices[: max(count, 1)]
+    if world.size > 1:
+        shard = Shard(world.devices[0], world.rank, world.size, world.local_size)
+        return world.gather(work(shard, on_report, *arguments), "waiting for the other shards")
+    devices = world.devices[: max(length, 1)]
     if len(devices) == 1:
-        return [work(Share(devices[0], 0, 1, 1), on_message, *arguments)]
-    return _Workers(work, devices, count, arguments).results(on_message)
+        return [work(Shard(devices[0]), on_report, *arguments)]
+    return _run_in_workers(work, devices, length, arguments, on_report)
 
 
-@contextmanager
-def _without_interrupt() -> Iterator[None]:
-    """Processes started in here ignore Ctrl-C from their first moment on: it is for the parent, which ends them."""
-    if threading.current_thread() is not threading.main_thread():  # others cannot set signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _run_in_workers(
+    work: Work, devices: Sequence[torch.device], length: int, arguments: Sequence, on_report: Callable[[str], None]
+) -> list:
+    """One process per device, so that a broken pool names the device; each reports through its own pipe."""
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
+    before, level = multiprocessing.active_children(), logger.getEffectiveLevel()
+    threads = max(1, available_cores() // len(devices))
+    pools, futures, pipes = [], [], {}
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _worker(
-    connection: Connection,
-    start_method: str,
-    level: int,
-    work: Work,
-    share: Share,
-    arguments: Sequence,
-) -> None:
-    """Main function of a worker process."""
-    set_start_method(start_method, force=True)  # its loader processes start as those of a process on its own do
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends its loader processes, too
-    try:
-        setup_logger(share.number, None, level)
-        torch.set_num_threads(max(1, available_cores() // share.local))
-        result = work(share, lambda m: connection.send(("message", m)), *arguments)
-        connection.send(("result", result))
-    except UserError as error:
-        connection.send(("mistake", str(error)))
-    except Exception:  # travels to the parent, which raises it with this worker's share
-        connection.send(("failed", traceback.format_exc()))
-
-
-class _Workers:
-    """One process per device, and a connection to each; a connection that ends early means that its process died."""
-
-    def __init__(self, work: Work, devices: Sequence[torch.device], count: int, arguments: Sequence):
-        context = get_context("spawn")  # a fork cannot use CUDA
-        self.devices, self.count, self.parts = devices, count, shards(count, len(devices))
-        self.done = [0] * len(devices)
-        self.unfinished: dict[Connection, int] = {}
-        self.processes = []
-        for number, device in enumerate(devices):
+        for index, device in enumerate(devices):
             receiver, sender = context.Pipe(duplex=False)
-            share = Share(device, number, len(devices), len(devices))
-            process = context.Process(
-                target=_worker,
-                args=(sender, get_start_method(), logger.getEffectiveLevel(), work, share, arguments),
-                name=f"worker {number}",
+            pool = ProcessPoolExecutor(
+                1, context, initializer=_initialize_worker, initargs=(sender, index, level, threads)
             )
-            self.unfinished[receiver] = number
-            try:
-                with _without_interrupt():
-                    process.start()
-                self.processes.append(process)
-            except BaseException:
-                self._stop()
-                raise
-            sender.close()  # so that the worker holds the only end: it closes when the worker dies
+            pools.append(pool)
+            shard = Shard(device, index, len(devices), len(devices))
+            futures.append(pool.submit(_work_in_worker, work, shard, arguments))
+            sender.close()  # the pipe ends with the worker
+            pipes[receiver] = index
+        done = [0] * len(devices)
+        while pipes:
+            for receiver in wait(list(pipes)):
+                try:
+                    text = receiver.recv()
+                except EOFError:
+                    index = pipes.pop(receiver)
+                    _check(futures[index], shards(length, len(devices))[index], devices[index], done[index])
+                    continue
+                if text is None:  # the worker has finished its shard
+                    del pipes[receiver]
+                    continue
+                done[pipes[receiver]] += 1
+                on_report(text)
+        return [future.result() for future in futures]
+    finally:
+        for process in multiprocessing.active_children():
+            if process not in before and not all(future.done() for future in futures):
+                process.kill()
+        for pool in pools:
+            pool.shutdown(cancel_futures=True)
 
-    def results(self, on_message: Callable[[Any], None]) -> list:
-        """Pass messages on until all results are there."""
-        results: list = [None] * len(self.devices)
+
+def _check(future: Future, images: range, device: torch.device, done: int) -> None:
+    """Raise what a worker has raised."""
+    try:
+        future.result()
+    except BrokenProcessPool:
+        raise WorkerError(
+            f"the worker process on {device} for images {images.start + 1} to {images.stop} was killed after {done} "
+            f"images (out of memory?)"
+        ) from None
+
+
+_pipe: Connection | None = None  # of a worker process
+
+
+def _initialize_worker(pipe: Connection, index: int, level: int, threads: int) -> None:
+    global _pipe
+    _pipe = pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
+    setup_logger(index, None, level)
+    torch.set_num_threads(threads)
+
+
+def _work_in_worker(work: Work, shard: Shard, arguments: Sequence):
+    try:
+        return work(shard, _pipe.send, *arguments)
+    finally:
+        _pipe.send(None)
+
+
+class BackgroundWriter:
+    """Context that runs functions one after another in a thread, to write results while the network works.
+
+    An exception of a function is raised by the next call or at the end.
+    """
+
+    def __init__(self):
+        self._pool, self._pending = ThreadPoolExecutor(1), deque()
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def submit(self, function: Callable[..., object], *arguments) -> None:
+        """Schedule a function; blocks while too many are pending."""
+        while len(self._pending) >= MAX_PENDING_WRITES or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(function, *arguments))
+
+    def __exit__(self, kind, *_) -> None:
         try:
-            while self.unfinished:
-                for connection in wait(list(self.unfinished)):
-                    number = self.unfinished[connection]
-                    kind, value = self._receive(connection, number)
-                    if kind == "message":
-                        self.done[number] += 1
-                        on_message(value)
-                    else:
-                        results[number] = value
-                        del self.unfinished[connection]
+            while self._pending and kind is None:
+                self._pending.popleft().result()
         finally:
-            self._stop()
-        return results
-
-    def _stop(self) -> None:
-        """End the workers that are still at it, kindly at first."""
-        for process in self.processes:
-            if process.is_alive() and self.unfinished:
-                process.terminate()
-        for process in self.processes:
-            process.join(LAST_WORDS)
-            process.kill()
-            process.join()
-
-    def _receive(self, connection: Connection, number: int) -> tuple[str, Any]:
-        try:
-            kind, value = connection.recv()
-        except (EOFError, OSError):  # the worker died, perhaps in the middle of a message
-            self.processes[number].join()
-            raise WorkerFailed(f"{self._whose(number)} {_how(self.processes[number].exitcode)}") from None
-        if kind == "mistake":
-            raise WorkerFailed(value)
-        if kind == "failed":
-            raise WorkerFailed(f"{self._whose(number)} failed:\n{value}")
-        return kind, value
-
-    def _whose(self, number: int) -> str:
-        part = self.parts[number]
-        return (
-            f"worker process {number} on {self.devices[number]}, which had images {part.start + 1} to {part.stop} of "
-            f"{self.count} and had done {self.done[number]} of them,"
-        )
-
-
-def _how(exitcode: int) -> str:
-    if exitcode < 0:
-        return f"was killed by {signal.Signals(-exitcode).name}" + (" (out of memory?)" if exitcode == -9 else "")
-    return f"ended with exit code {exitcode}"
+            self._pool.shutdown(cancel_futures=True)

@@ -1,24 +1,22 @@
-"""Training: the loop, the losses, the optimizer, checkpoints."""
+"""Training: trainer, losses, optimizer, checkpoints, ranks."""
 
 from .checkpoint import CheckpointError, RunFolder
-from .distributed import Processes
-from .loop import fit
+from .distributed import World
 from .losses import MaskedNLLLoss, build_loss
 from .optim import build_optimizer, freeze_batch_norm, learning_rates
-from .run import Settings
-from .step import settle, train_step
+from .train_step import TrainingOptions
+from .trainer import Trainer, TrainingStopped
 
 __all__ = [
     "CheckpointError",
     "MaskedNLLLoss",
-    "Processes",
     "RunFolder",
-    "Settings",
+    "Trainer",
+    "TrainingOptions",
+    "TrainingStopped",
+    "World",
     "build_loss",
     "build_optimizer",
-    "fit",
     "freeze_batch_norm",
     "learning_rates",
-    "settle",
-    "train_step",
 ]

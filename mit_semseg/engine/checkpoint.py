@@ -1,41 +1,44 @@
-"""Files of a training run: weights and history of every epoch, the best weights, and the state to continue from."""
+"""Files of a training run: weights and history of every epoch, the best weights, and the checkpoint to resume from."""
 
 import logging
 import os
 import re
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..lib.utils import HOST, TEXT, UserError, atomic_write, is_abandoned, is_running
+from ..lib.utils import HOST, UTF8, UserError, atomic_write, is_process_alive, is_stale_partial
 from ..models.weight_files import WeightsError, read_checkpoint
 from ..models.weights import is_whole_network, load_weights
-from .distributed import Processes
+from .distributed import World
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
-UNLOCK_SECONDS = 20.0  # loader processes of a killed run end after some seconds and hold its lock until then
-
-
-# Entries of a state to continue from.
-STATE = ("step", "best", "history", "meters", "encoder", "decoder", "optimizer", "optimizer_name", "scaler")
+UNLOCK_SECONDS = 20.0  # workers of a killed run hold its lock until they end, some seconds later
+STATE = ("step", "best_iou", "history", "metrics", "encoder", "decoder", "optimizer", "optimizer_name", "scaler")
+PARTS = ("encoder", "decoder", "history")
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A run that cannot be started or continued; the message says what to do."""
+    """A run that cannot be started or resumed."""
 
 
 def new_history() -> dict:
-    """Empty history: `train` with fractional epochs, `val` with whole ones."""
+    """Return empty curves: `train` with fractional epochs, `val` with whole ones."""
     return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
 
 
 def save_atomic(obj, path: Path) -> None:
-    """`torch.save` that leaves the old file or the new one under the name, never a part of one."""
+    """`torch.save` to a temporary file that then replaces `path`."""
     with atomic_write(path) as partial:
         _save(obj, partial)
 
@@ -47,25 +50,11 @@ def _save(obj, path: Path) -> None:
         os.fsync(out.fileno())
 
 
-def _may_run(holder: Path) -> bool:
-    """Whether the process that last locked a folder may still be running."""
-    process, _, host = holder.read_text(**TEXT).partition(" ") if holder.is_file() else ("", "", "")
-    return not process.isdecimal() or host != HOST or is_running(int(process))
-
-
-def _plain(history: dict) -> dict:
-    """Convert NumPy scalars in a history to Python numbers."""
-    return {
-        part: {name: [x.item() if isinstance(x, np.generic) else x for x in points] for name, points in curves.items()}
-        for part, curves in history.items()
-    }
-
-
 class RunFolder:
-    """The folder of a run.
+    """Folder of a training run.
 
-    `encoder_<suffix>`, `decoder_<suffix>` with suffix `epoch_N.pth` or `best.pth` are state dicts,
-    `history_epoch_N.pth` the curves, `resume.pth` everything needed to continue.
+    `encoder_<suffix>` and `decoder_<suffix>` with the suffix `epoch_N.pth` or `best.pth` are state dicts,
+    `history_epoch_N.pth` are curves, `resume.pth` is the checkpoint to resume from.
 
     Args:
         folder: DIR of the configuration.
@@ -73,199 +62,292 @@ class RunFolder:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        self.resume = self.folder / "resume.pth"
 
-    def part(self, name: str, suffix: str) -> Path:
+    def path(self, part: str, suffix: str) -> Path:
         """Path of `encoder`, `decoder` or `history` with a suffix such as `epoch_20.pth`."""
-        return self.folder / f"{name}_{suffix}"
-
-    @property
-    def resume(self) -> Path:
-        """Path of the state to continue from."""
-        return self.folder / "resume.pth"
-
-    def remove_partial(self) -> None:
-        """Remove unfinished files of processes that have ended."""
-        for path in filter(is_abandoned, self.folder.rglob("*.partial")):
-            logger.info("removing %s, left by an interrupted save", path)
-            path.unlink(missing_ok=True)
-
-    @contextmanager
-    def locked(self, processes: Processes) -> Iterator[None]:
-        """Hold the lock of this folder, which only one training run can have; every process of a job calls this.
-
-        Raises:
-            CheckpointError: another run holds the lock; the message contains its process and machine.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
-        if processes.main:
-            try:
-                lock.acquire(timeout=0 if _may_run(holder) else UNLOCK_SECONDS)
-                holder.write_text(f"{os.getpid()} {HOST}", **TEXT)
-            except Timeout:
-                other = " on ".join(holder.read_text(**TEXT).split(" ", 1)) if holder.is_file() else "unknown"
-        if other := processes.collect(other, "locking DIR")[0]:
-            raise CheckpointError(
-                f"another training run (process {other}) uses {self.folder}: wait for its end, stop it, or set another "
-                f"DIR; the processes of one run are started by torchrun"
-            )
-        try:
-            yield
-        finally:
-            if processes.main:
-                holder.unlink(missing_ok=True)
-                lock.release()
+        return self.folder / f"{part}_{suffix}"
 
     def epochs(self) -> list[int]:
         """Epochs whose weights are in the folder, ascending."""
         names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
         return sorted(int(match[1]) for match in names if match)
 
-    def is_whole(self, suffix: str) -> bool:
-        """Whether encoder and decoder of a suffix are there and can be read."""
+    def weight_files(self, suffix: str) -> tuple[Path, Path]:
+        """Paths of encoder and decoder.
+
+        Args:
+            suffix: such as `epoch_20.pth`; or the path of a file that holds both, which is then returned twice.
+
+        Raises:
+            CheckpointError: a file does not exist; lists those that do.
+        """
+        paths, whole = (self.path("encoder", suffix), self.path("decoder", suffix)), Path(suffix)
+        if not any(path.is_file() for path in paths) and whole.is_file():
+            if not is_whole_network(whole):
+                raise CheckpointError(
+                    f"{whole} does not hold encoder and decoder, as files of the Cityscapes toolbox do; give the "
+                    f"suffix of a checkpoint in {self.folder}, e.g. epoch_20.pth"
+                )
+            return whole, whole
+        if len(whole.parts) > 1:
+            raise CheckpointError(f"checkpoint {whole.absolute()} does not exist")
+        for path in paths:
+            if not path.is_file():
+                found = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
+                choices = f"choose one of {', '.join(found)}" if found else "the folder has no checkpoints"
+                raise CheckpointError(f"checkpoint {path.absolute()} does not exist; {choices}")
+        return paths
+
+    def is_readable(self, suffix: str) -> bool:
+        """Return whether encoder and decoder exist and are not damaged."""
         try:
-            for path in set(self.pair(suffix)):
+            for path in set(self.weight_files(suffix)):
                 read_checkpoint(path)
         except UserError:
             return False
         return True
 
-    def last_whole(self) -> int | None:
-        """The newest epoch whose weights can be read."""
-        return next((epoch for epoch in reversed(self.epochs()) if self.is_whole(f"epoch_{epoch}.pth")), None)
+    def last_readable_epoch(self) -> int | None:
+        """Return the newest epoch whose weights are not damaged."""
+        return next((epoch for epoch in reversed(self.epochs()) if self.is_readable(f"epoch_{epoch}.pth")), None)
 
     @contextmanager
-    def offering(self, suffix: str) -> Iterator[None]:
-        """In here a checkpoint that is damaged is refused with the name of the newest one that can be read."""
+    def suggesting_readable(self, suffix: str) -> Iterator[None]:
+        """Context in which the error about a damaged checkpoint names the newest readable one."""
         try:
             yield
         except UserError as error:
-            if self.is_whole(suffix) or not (epoch := self.last_whole()):
+            if self.is_readable(suffix) or not (epoch := self.last_readable_epoch()):
                 raise
-            raise CheckpointError(f"{error}; epoch_{epoch}.pth in {self.folder} can be read") from None
+            raise CheckpointError(f"{error}; epoch_{epoch}.pth in {self.folder} is readable") from None
 
-    def last_saved(self) -> str:
-        """What there is to go on from, for the sentence that ends a run."""
+    def describe_saved(self) -> str:
+        """Name the last weights and the checkpoint to resume from, for error messages."""
         epochs = self.epochs()
-        weights = f"the last good checkpoint is epoch_{epochs[-1]}.pth in {self.folder}" if epochs else ""
-        state = f"the last state to continue from {self.resume}" if self.resume.is_file() else ""
-        return ", ".join(filter(None, (weights or "nothing was saved yet", state)))
-
-    def check_numbers(self, step: int, epoch_iters: int) -> None:
-        """Refuse to go on from a step where epochs that are there would be written over, as they had fewer steps.
-
-        Raises:
-            CheckpointError: epochs of higher numbers are there.
-        """
-        epochs, epoch = self.epochs(), step // epoch_iters
-        if epochs and epochs[-1] > epoch:
-            raise CheckpointError(
-                f"{self.folder} holds epochs up to {epochs[-1]}, but step {step} with TRAIN.epoch_iters {epoch_iters} "
-                f"is in epoch {epoch + 1}, which would write over them: use the TRAIN.epoch_iters of the saved run, or "
-                f"move those files away"
-            )
-
-    def pair(self, suffix: str) -> tuple[Path, Path]:
-        """Encoder and decoder files of a suffix.
-
-        Where the folder has none, `suffix` may be the path of a file that holds both: that file, twice.
-
-        Raises:
-            CheckpointError: one of them is not there; lists what is.
-        """
-        paths = self.part("encoder", suffix), self.part("decoder", suffix)
-        whole = Path(suffix)
-        if not any(path.is_file() for path in paths) and whole.is_file():
-            if not is_whole_network(whole):
-                raise CheckpointError(
-                    f"{whole} does not hold a whole network, as those of the Cityscapes toolbox do: name a checkpoint "
-                    f"of {self.folder}, e.g. epoch_20.pth"
-                )
-            return whole, whole
-        if len(whole.parts) > 1:
-            raise CheckpointError(f"there is no checkpoint file {whole.absolute()}")
-        for path in paths:
-            if not path.is_file():
-                there = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
-                choices = f"the checkpoint can be {', '.join(there)}" if there else "there is none in that folder"
-                raise CheckpointError(f"no checkpoint {path.absolute()}; {choices}")
-        return paths
-
-    def save_weights(self, module, suffix: str) -> None:
-        """Write encoder and decoder of a `SegmentationModule`; both are on the disk before one takes its name."""
-        encoder, decoder = (self.part(name, suffix) for name in ("encoder", "decoder"))
-        with atomic_write(encoder) as first, atomic_write(decoder) as second:
-            _save(module.encoder.state_dict(), first)
-            _save(module.decoder.state_dict(), second)
-
-    def load_epoch(self, module, epoch: int) -> dict:
-        """Load the weights of an epoch and return its history (a new one if there is no history file)."""
-        encoder, decoder = self.pair(f"epoch_{epoch}.pth")
-        with self.offering(f"epoch_{epoch}.pth"):
-            load_weights(module.encoder, encoder, what="encoder")
-            load_weights(module.decoder, decoder, what="decoder")
-        path = self.part("history", f"epoch_{epoch}.pth")
-        if not path.is_file():
-            return new_history()
-        return {**new_history(), **_plain(read_checkpoint(path))}
+        weights = f"the last weights are epoch_{epochs[-1]}.pth in {self.folder}" if epochs else ""
+        state = f"the checkpoint to resume from is {self.resume}" if self.resume.is_file() else ""
+        return ", ".join(filter(None, (weights, state))) or "nothing was saved yet"
 
     def find_resume(self, mode: str, start_epoch: int = 0) -> Path | None:
-        """File to continue from, or None to start anew or after `start_epoch`.
+        """Return the checkpoint to resume from, or None to start from scratch or after `start_epoch`.
 
         Args:
             mode: 'auto', 'off', 'restart', or a file.
-            start_epoch: continue after this epoch, 0 for none.
+            start_epoch: epoch after which training continues, 0 for none.
 
         Raises:
-            CheckpointError: files of a run in the folder would be written over, or there is no such file.
+            CheckpointError: files of a run in the folder would be overwritten, or the file does not exist.
         """
-        epochs, there = self.epochs(), self.resume.is_file()
+        epochs, exists = self.epochs(), self.resume.is_file()
         if start_epoch:
             if epochs and epochs[-1] > start_epoch:
                 raise CheckpointError(
-                    f"TRAIN.start_epoch {start_epoch} would write over epochs up to {epochs[-1]} in {self.folder}: "
-                    f"move them away, or use TRAIN.start_epoch {epochs[-1]}"
+                    f"TRAIN.start_epoch {start_epoch} would overwrite epochs up to {epochs[-1]} in {self.folder}; move "
+                    f"them away, or set TRAIN.start_epoch {epochs[-1]}"
                 )
             return None
         if mode == "restart":
             return None
-        if mode == "auto" and there:
-            return self.resume
-        if mode == "auto" and epochs:
-            raise CheckpointError(
-                f"{self.folder} holds epochs up to {epochs[-1]}, but no resume.pth to continue from: add "
-                f"TRAIN.start_epoch {epochs[-1]} (and TRAIN.resume off), or TRAIN.resume restart to write over them"
-            )
         if mode == "auto":
-            return None
+            if epochs and not exists:
+                raise CheckpointError(
+                    f"{self.folder} has weights up to epoch {epochs[-1]} but no resume.pth; set TRAIN.resume off "
+                    f"TRAIN.start_epoch {epochs[-1]}, or TRAIN.resume restart to overwrite them"
+                )
+            return self.resume if exists else None
         if mode != "off" and not Path(mode).is_file():
-            raise CheckpointError(f"TRAIN.resume: there is no file {mode} (or use auto, off, restart)")
-        if (there or epochs) and (mode == "off" or Path(mode).resolve() != self.resume.resolve()):
+            raise CheckpointError(f"TRAIN.resume: file {mode} does not exist; give a file, auto, off or restart")
+        if (exists or epochs) and (mode == "off" or Path(mode).resolve() != self.resume.resolve()):
             raise CheckpointError(
-                f"{self.folder} already holds a run: add TRAIN.resume auto to continue it, TRAIN.resume restart to "
-                f"write over it, or choose another DIR"
+                f"{self.folder} already contains a run; set TRAIN.resume auto to resume it, TRAIN.resume restart to "
+                f"overwrite it, or another DIR"
             )
         return None if mode == "off" else Path(mode)
 
+    def check_epoch_length(self, step: int, epoch_iters: int) -> None:
+        """Check that training from a step on does not overwrite weights of later epochs.
+
+        Raises:
+            CheckpointError: it would, since earlier epochs had fewer steps.
+        """
+        epochs, epoch = self.epochs(), step // epoch_iters
+        if epochs and epochs[-1] > epoch:
+            raise CheckpointError(
+                f"{self.folder} has weights up to epoch {epochs[-1]}, but step {step} with TRAIN.epoch_iters "
+                f"{epoch_iters} is in epoch {epoch + 1}; set TRAIN.epoch_iters of the saved run, or move those files "
+                f"away"
+            )
+
+    def save_weights(self, module, suffix: str) -> None:
+        """Save encoder and decoder of a `SegmentationModule`; both are on disk before the first replaces a file."""
+        with (
+            atomic_write(self.path("encoder", suffix)) as encoder,
+            atomic_write(self.path("decoder", suffix)) as decoder,
+        ):
+            _save(module.encoder.state_dict(), encoder)
+            _save(module.decoder.state_dict(), decoder)
+
+    def load_epoch(self, module, epoch: int) -> dict:
+        """Load the weights of an epoch and return its history, an empty one if it has no file."""
+        suffix = f"epoch_{epoch}.pth"
+        with self.suggesting_readable(suffix):
+            for part, path in zip(("encoder", "decoder"), self.weight_files(suffix), strict=True):
+                load_weights(getattr(module, part), path, name=part, part=part)
+        path = self.path("history", suffix)
+        curves = read_checkpoint(path) if path.is_file() else {}
+        return new_history() | {
+            part: {key: [x.item() if isinstance(x, np.generic) else x for x in points] for key, points in lines.items()}
+            for part, lines in curves.items()
+        }
+
     def remove_run(self) -> None:
-        """Remove what the run in the folder has written, so that none of it is taken for a new one's; its log stays."""
-        weights = (f"{part}_{which}.pth" for part in ("encoder", "decoder") for which in ("epoch_[0-9]*", "best"))
-        others = ("history_epoch_[0-9]*.pth", self.resume.name, "curves.png", "vis/epoch_*/**/*.png")
-        for pattern in (*weights, *others, "tensorboard/events.*"):
+        """Remove what the run in the folder has written, except its log."""
+        weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best"))
+        for pattern in (*weights, self.resume.name, "curves.png", "vis/epoch_*/**/*.png", "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
+    def remove_partial(self) -> None:
+        """Remove temporary files of processes that have ended."""
+        for path in filter(is_stale_partial, self.folder.rglob("*.partial")):
+            logger.info("removing %s of an interrupted run", path)
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self, world: World) -> Iterator[None]:
+        """Lock the folder for one training run; called on every rank.
+
+        Raises:
+            CheckpointError: another run holds the lock; names its process and host.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
+        if world.is_main:
+            text = holder.read_text(**UTF8) if holder.is_file() else ""
+            process, _, host = text.partition(" ")
+            ended = process.isdecimal() and host == HOST and not is_process_alive(int(process))
+            try:
+                lock.acquire(timeout=UNLOCK_SECONDS if ended else 0)
+                holder.write_text(f"{os.getpid()} {HOST}", **UTF8)
+            except Timeout:
+                other = " on ".join(holder.read_text(**UTF8).split(" ", 1)) if holder.is_file() else "unknown"
+        if other := world.gather(other, "locking DIR")[0]:
+            raise CheckpointError(
+                f"another training run (process {other}) uses {self.folder}; wait for its end, stop it, or set another "
+                f"DIR. Start several ranks of one run with torchrun"
+            )
+        try:
+            yield
+        finally:
+            if world.is_main:
+                holder.unlink(missing_ok=True)
+                lock.release()
+
 
 def read_resume(path: Path) -> dict:
-    """State of a run.
+    """Read a checkpoint to resume from.
 
     Raises:
-        CheckpointError: the file cannot be read or is no such state.
+        CheckpointError: the file is damaged, or is another kind of checkpoint.
     """
     try:
         state = read_checkpoint(path)
     except WeightsError as error:
         raise CheckpointError(str(error)) from None
     if not isinstance(state, dict) or not set(STATE) <= set(state):
-        raise CheckpointError(f"{path} is no state to continue from (resume.pth), but some other checkpoint")
+        raise CheckpointError(f"{path} is not a checkpoint to resume from (resume.pth) but another file")
     return state
+
+
+def trainer_state(trainer: "Trainer") -> dict:
+    """Return plain values and tensors from which training resumes bit for bit.
+
+    Random numbers need no state: they are functions of seed and step.
+    """
+    return {
+        "step": trainer.step,
+        "best_iou": trainer.best_iou,
+        "history": trainer.history,
+        "metrics": trainer.metrics.totals.tolist(),
+        "encoder": trainer.module.encoder.state_dict(),
+        "decoder": trainer.module.decoder.state_dict(),
+        "optimizer": trainer.optimizer.state_dict(),
+        "optimizer_name": type(trainer.optimizer).__name__,
+        "scaler": trainer.scaler.state_dict(),
+        "batches": _batches_per_step(trainer),
+        "amp": trainer.options.amp,
+        "job": trainer.world.job,
+        "options": dict(trainer.options.run_options),
+        "skipped": list(trainer.skipped),
+        "overflows": (trainer.overflows, trainer.overflows_in_a_row),
+    }
+
+
+def _batches_per_step(trainer: "Trainer") -> int:
+    return len(trainer.world.devices) * trainer.world.size * trainer.options.accumulate
+
+
+def restore_trainer(trainer: "Trainer", state: dict) -> None:
+    """Restore a `trainer_state`.
+
+    Learning rates, momentum and weight decay are those of the new options; the state of the optimizer (momentum
+    buffers) is restored.
+
+    Raises:
+        CheckpointError: the state belongs to another model or optimizer.
+    """
+    saved, options = state.get("options", {}), trainer.options.run_options
+    norms = [values.get("MODEL.norm", "sync") for values in (saved, options)]
+    try:
+        if norms[0] != norms[1] and "inplace" in norms:  # equal keys, but another function
+            raise RuntimeError
+        trainer.module.encoder.load_state_dict(state["encoder"])
+        trainer.module.decoder.load_state_dict(state["decoder"])
+    except RuntimeError:
+        raise CheckpointError(
+            f"the checkpoint is of another model (saved: {_describe_model(saved)}; now: {_describe_model(options)}); "
+            f"use its MODEL and DATASET.num_class options, or TRAIN.resume restart"
+        ) from None
+    _restore_optimizer(trainer.optimizer, state)
+    if state["scaler"] and state.get("amp") == trainer.options.amp:
+        trainer.scaler.load_state_dict(state["scaler"])
+    trainer.step, trainer.best_iou, trainer.history = state["step"], state["best_iou"], state["history"]
+    trainer.metrics.totals.copy_(torch.tensor(state["metrics"]))
+    trainer.skipped = dict.fromkeys(state["skipped"])
+    trainer.overflows, trainer.overflows_in_a_row = state["overflows"]
+    if state["batches"] != _batches_per_step(trainer):
+        logger.warning(
+            "the checkpoint was saved with %d batches per step (devices times TRAIN.accumulate), now there are %d; "
+            "consider changing the learning rates",
+            state["batches"],
+            _batches_per_step(trainer),
+        )
+    if changed := [key for key, value in options.items() if saved.get(key, value) != value]:
+        values = (f"{key} {reprlib.repr(options[key])} (was {reprlib.repr(saved[key])})" for key in changed)
+        logger.info("options changed since the checkpoint: %s", ", ".join(values))
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    own, saved, name = optimizer.state_dict(), state["optimizer"], type(optimizer).__name__
+    sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
+    if sizes[0] != sizes[1] or state["optimizer_name"] != name:
+        raise CheckpointError(
+            f"the checkpoint is of another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
+            f"now: {name} of {sum(sizes[0])}); use its TRAIN.optim and TRAIN.fix_bn, or TRAIN.resume restart"
+        )
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
+    # Fused kernels need the memory format of the parameter; the saved one is that of its run (TRAIN.channels_last).
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _describe_model(options: Mapping[str, object]) -> str:
+    """Describe the model of saved options, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes`."""
+    if "MODEL.arch_encoder" not in options:
+        return "unknown"
+    name = f"{options['MODEL.arch_encoder']} + {options['MODEL.arch_decoder']}, {options['DATASET.num_class']} classes"
+    stride = f", output stride {options['MODEL.output_stride']}" if options.get("MODEL.output_stride") else ""
+    return f"{name}{stride}, MODEL.norm {options['MODEL.norm']}"

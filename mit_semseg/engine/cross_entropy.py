@@ -1,8 +1,8 @@
-"""Cross entropy from class scores, without the log-probabilities of all classes in memory.
+"""Cross entropy of logits without storing log-probabilities.
 
-`log_softmax` followed by `nll_loss` keeps the log-probabilities in float32 and makes two gradients of that size. Here
-the scores alone are kept, in their own type. Forward and backward pass compute the softmax block by block; the gradient
-is the softmax minus one at the true class (Bishop, "Pattern Recognition and Machine Learning", 4.109).
+`log_softmax` followed by `nll_loss` stores the log-probabilities in float32 and allocates two gradients of that size.
+Here only the logits are stored, in their own dtype. Forward and backward pass compute the softmax in blocks; the
+gradient is the softmax minus one at the target class (Bishop, "Pattern Recognition and Machine Learning", 4.109).
 """
 
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Scores per block: 2 MiB of float32 on a CPU, which fit its caches.
+# Logits per block: 2 MiB in float32 on a CPU, which fit into its caches.
 BLOCK = {"cpu": 2**19, "other": 2**26}
 
 
-class _LikelihoodSum(torch.autograd.Function):
+class _NLLSum(torch.autograd.Function):
     """`apply(logits (N, C, H, W), label (N, H, W), weight (C,) or None, ignore_index)`: a scalar."""
 
     @staticmethod
@@ -36,8 +36,8 @@ class _LikelihoodSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, true, importance = ctx.saved_tensors
-        # All factors are multiplied in float32 and rounded once: class weights and loss scales span many orders of
-        # magnitude, and a factor of 16 bits would change the gradient as a whole.
+        # Factors are multiplied in float32 and rounded once: class weights and loss scales span many orders of
+        # magnitude, and rounding a common factor to 16 bits would scale the whole gradient.
         factor = importance * upstream
         gradient = torch.empty_like(logits)
         for images, rows in _blocks(logits):
@@ -48,25 +48,25 @@ class _LikelihoodSum(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def likelihood_sum(logits: Tensor, label: Tensor, weight: Tensor | None = None, ignore_index: int = -1) -> Tensor:
-    """Negative log-likelihood of the true classes, summed over the labelled pixels.
+def nll_sum(logits: Tensor, label: Tensor, weight: Tensor | None = None, ignore_index: int = -1) -> Tensor:
+    """Return the negative log-likelihood of the labels, summed over the labelled pixels.
 
     Equals `F.cross_entropy(logits, label, weight, ignore_index=ignore_index, reduction="sum")`, up to rounding.
 
     Args:
-        logits: (N, C, H, W) raw class scores.
+        logits: (N, C, H, W) logits.
         label: (N, H, W) int64.
-        weight: (C,) class weights; None weights all classes equally.
+        weight: (C,) class weights; None for equal weights.
         ignore_index: label of ignored pixels.
 
     Returns:
-        A scalar, float32 at least.
+        A scalar, at least float32.
     """
-    return _LikelihoodSum.apply(logits, label, weight, ignore_index)
+    return _NLLSum.apply(logits, label, weight, ignore_index)
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Images and rows of each block."""
+    """Yield slices of images and rows."""
     count, classes, height, width = logits.shape
     most = BLOCK.get(logits.device.type, BLOCK["other"])
     rows = max(1, min(height, most // max(1, classes * width)))

@@ -1,15 +1,15 @@
-"""The processes of a job, as torchrun starts them: who is who, how they add up and collect values, how long they wait.
+"""Ranks of a job started by torchrun: rank and world size, collectives over plain values, and their timeouts.
 
-One process drives one device. On its own, without torchrun, a process is a job of one.
+Every rank drives one device. Without torchrun the world has a single rank, which may drive several devices.
 """
 
-import logging
 import os
-import threading
-import time
+import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from inspect import signature
 
 import torch
@@ -21,111 +21,109 @@ from ..lib.nn import ProcessGroupError, UserScatteredDataParallel
 from ..lib.nn.batchnorm import SynchronizedBatchNorm
 from ..lib.nn.sync_stats import is_communication_error
 from ..lib.utils import UserError, first_sentence
-from .place import Place
-from .pulse import Pulse
 
-logger = logging.getLogger(__name__)
-
-TIMEOUT = 1800.0  # seconds, the default of gloo
-PATIENCE = 6 * 3600.0  # seconds that shares of work may differ by; a process that dies is noticed at once
-POLL = 0.02  # seconds between two looks at whether all are there
-LAST_WORDS = 2.0  # seconds for the processes of a broken job to say that they are still there
+DEFAULT_TIMEOUT = 1800.0  # seconds, the default of gloo
+PROBE_SECONDS = 5.0  # time that ranks have to answer after a collective failed
 
 
-class Processes:
-    """The processes of the job, seen from one of them.
+@dataclass(frozen=True)
+class World:
+    """The ranks of a job as seen from one of them; the defaults describe a process that torchrun has not started.
 
-    Args:
-        place: of this process.
-        store: where all of them can leave words; None for a process on its own.
-        timeout: seconds that one waits for the others.
-        pulse: that tells which of them have fallen silent, where one waits longer; None where that is not known.
+    Attributes:
+        rank, size: of this rank and of the job.
+        local_rank, local_size: on this machine.
+        restarts: number of times that torchrun has restarted the job.
+        devices: of this rank, one batch of each step goes to each; the CPU may be listed several times.
+        timeout: seconds that a rank waits for the others in a collective.
     """
 
-    def __init__(
-        self,
-        place: Place | None = None,
-        store: dist.Store | None = None,
-        timeout: float = TIMEOUT,
-        pulse: Pulse | None = None,
-    ):
-        self.place, self.store, self.timeout, self.pulse = place or Place(), store, timeout, pulse
-        self.rank, self.size = self.place.rank, self.place.size
-        # Plain values travel over gloo, also where the gradients go over NCCL.
-        self._group = self._patient = None
-        if self.size > 1:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
-            self._patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=max(timeout, PATIENCE)))
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0
+    devices: Sequence[torch.device] = (torch.device("cpu"),)
+    timeout: float = DEFAULT_TIMEOUT
 
-    @property
-    def main(self) -> bool:
-        """Whether this is the process that writes files and reports."""
-        return self.rank == 0
-
-    def sum(self, values: Sequence[float], doing: str) -> list[float]:
-        """Sums of values over all processes.
+    @classmethod
+    def from_environment(cls, **attributes) -> "World":
+        """Read rank and world size from torchrun's environment variables.
 
         Args:
-            doing: what the process is doing, for the error.
+            attributes: `devices` and `timeout`.
+        """
+        env = os.environ
+        if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
+            return cls(**attributes)
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        local = int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))
+        return cls(rank, size, *local, int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), **attributes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and reports."""
+        return self.rank == 0
+
+    @property
+    def job(self) -> str:
+        """Identifier of the job that restarts keep: torchrun's --rdzv_id, or the process ID of torchrun."""
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        return f"{socket.gethostname()}:{os.getppid()}" if run_id in ("", "none") else run_id
+
+    @cached_property
+    def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """gloo groups for plain values (gradients may use NCCL) and for probing the ranks after a failure."""
+        limit = timedelta(seconds=self.timeout)
+        return dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=limit)
+
+    def sum(self, values: Sequence[float], doing: str) -> list[float]:
+        """Sum values over all ranks.
+
+        Args:
+            values: as many on every rank.
+            doing: description for error messages.
 
         Raises:
-            ProcessGroupError: a process ended or did not answer in time.
+            ProcessGroupError: a rank ended or timed out.
         """
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
-        with self.waiting(doing):
-            dist.all_reduce(total, group=self._group)
+        with self.communicating(doing):
+            dist.all_reduce(total, group=self._groups[0])
         return total.tolist()
 
-    def collect(self, value, doing: str, *, patient: bool = False) -> list:
-        """A value of every process, any that can be pickled, in the order of the ranks; errors as of `sum`.
-
-        Args:
-            patient: the others may need much longer than this process, as long as they give signs of life.
-        """
+    def gather(self, value, doing: str) -> list:
+        """Return the values (any that can be pickled) of all ranks, ordered by rank; arguments and errors as `sum`."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        with self.waiting(doing):
-            if patient:
-                self._wait_for_all()
-            dist.all_gather_object(values, value, group=self._group)
+        with self.communicating(doing):
+            dist.all_gather_object(values, value, group=self._groups[0])
         return values
 
-    def _wait_for_all(self) -> None:
-        """Wait until all processes have come here."""
-        meeting = dist.all_reduce(torch.zeros(1), group=self._patient, async_op=True)
-        while self.pulse and not meeting.is_completed():
-            if silent := self.pulse.silent():
-                raise ProcessGroupError(
-                    f"no sign of life for {self.timeout:g} s of process {', '.join(map(str, silent))}"
-                )
-            time.sleep(POLL)
-        meeting.wait()
-
-    def agree(self, values: Mapping[str, object]) -> None:
-        """Check that all processes have been started alike.
+    def check_equal(self, values: Mapping[str, object]) -> None:
+        """Check that all ranks have the same values.
 
         Args:
-            values: to be the same everywhere, by what they are called.
+            values: by the name that the error message uses.
 
         Raises:
-            UserError: in all processes, naming those that differ.
+            UserError: on all ranks, with the names and values that differ.
         """
-        mine = {name: str(value) for name, value in values.items()}
-        everywhere = self.collect(mine, "comparing how the processes were started")
-        different = [name for name in everywhere[0] if len({theirs.get(name) for theirs in everywhere}) > 1]
+        gathered = self.gather({name: str(value) for name, value in values.items()}, "comparing the options")
+        different = [name for name in gathered[0] if len({ranks.get(name) for ranks in gathered}) > 1]
         if different:
-            told = (
-                f"{name} ({', '.join(f'rank {rank}: {theirs.get(name)}' for rank, theirs in enumerate(everywhere))})"
+            lists = (
+                f"{name} ({', '.join(f'rank {rank}: {values.get(name)}' for rank, values in enumerate(gathered))})"
                 for name in different
             )
-            raise UserError(f"the processes of the job were not started alike, they differ in {'; '.join(told)}")
+            raise UserError(f"the ranks were started with different values of {'; '.join(lists)}")
 
     @contextmanager
-    def waiting(self, doing: str) -> Iterator[None]:
-        """Turn the errors of a collective into `ProcessGroupError`."""
+    def communicating(self, doing: str) -> Iterator[None]:
+        """Context that turns the errors of a collective into `ProcessGroupError`."""
         try:
             yield
         except ProcessGroupError as error:
@@ -135,132 +133,108 @@ class Processes:
                 raise
             raise ProcessGroupError(f"{doing}: {first_sentence(error)}") from error
 
-    def missing(self) -> list[int]:
-        """Ranks that do not answer any more; called by those that have noticed that the job is broken.
-
-        Empty where that cannot be told: the store has gone with the machine that kept it, or the network to it has.
-        """
-        found: list[list[int]] = []
-
-        def ask() -> None:
-            limit, missing = time.monotonic() + LAST_WORDS, list(range(self.size))
-            with suppress(RuntimeError):
-                self.store.set(f"here/{self.rank}", str(os.getpid()))
-                while missing and time.monotonic() < limit:
-                    missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
-                    time.sleep(0.05)
-                found.append(missing)
-
-        # A store behind a cut cable does not answer for many minutes, whatever time-out it was given.
-        asking = threading.Thread(target=ask, name="asking who is there", daemon=True)
-        asking.start()
-        asking.join(2 * LAST_WORDS)
-        return found[0] if found else []
+    def probe(self) -> str:
+        """Describe which ranks do not respond, or return '' if all do; called on every rank after a failure."""
+        try:
+            dist.monitored_barrier(self._groups[1], timedelta(seconds=PROBE_SECONDS), wait_all_ranks=True)
+        except RuntimeError as error:
+            return f" ({first_sentence(error)})"
+        return ""
 
 
 @contextmanager
-def join(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Processes]:
-    """Take part in the job that torchrun has started; a process on its own is a job of one.
+def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> Iterator[World]:
+    """Join the job that torchrun has started; without torchrun, yield a world of one rank.
 
     Args:
-        device: of this process; GPUs exchange over NCCL, CPUs over gloo.
-        timeout: seconds that one process waits for the others.
+        devices: of this rank; GPUs communicate over NCCL, CPUs over gloo.
+        timeout: see `World`.
 
     Raises:
-        ProcessGroupError: another process ended or did not answer in time; says which.
+        ProcessGroupError: another rank ended or timed out.
     """
-    place = Place.of_this_process()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if place.size == 1:
-        yield Processes(place, timeout=timeout)
+    world = World.from_environment(devices=devices, timeout=timeout)
+    if devices[0].type == "cuda":
+        torch.cuda.set_device(devices[0])
+    if world.size == 1:
+        yield world
         return
-    processes = _meet(place, device, timeout)
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        with processes.pulse:
-            yield processes
-    except ProcessGroupError as error:
-        missing = processes.missing()
-        who = f"process {', '.join(map(str, missing))}" if missing else "a process"
+        backend = "nccl" if devices[0].type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        _ = world._groups
+    except RuntimeError as error:
         raise ProcessGroupError(
-            f"{who} of {place.size} ended or does not answer, so this one (rank {place.rank}) cannot go on: {error}. "
-            f"Look for the other's own message"
+            f"rank {world.rank} could not connect to the other {world.size - 1} ranks at {address} "
+            f"({first_sentence(error)}); on several machines set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+            f"network interface"
+        ) from error
+    try:
+        yield world
+    except ProcessGroupError as error:
+        raise ProcessGroupError(
+            f"rank {world.rank} of {world.size} stopped because another rank ended or timed out{world.probe()}: "
+            f"{error}. The log of that rank has the cause"
         ) from error
     dist.destroy_process_group()
 
 
-def _meet(place: Place, device: torch.device, timeout: float) -> Processes:
-    """Find the other processes, through torchrun's store where it keeps one, else through one that rank 0 opens."""
-    host, port, limit = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timedelta(seconds=timeout)
-    kept, store_name = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True", f"mit_semseg/{place.restarts}"
-    try:
-        tcp = dist.TCPStore(host, int(port), place.size, is_master=place.rank == 0 and not kept, timeout=limit)
-        store = dist.PrefixStore(store_name, tcp)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=limit)
-        own = dist.PrefixStore(store_name, dist.TCPStore(host, int(port), timeout=limit))
-        return Processes(place, store, timeout, Pulse(own, place.rank, place.size, timeout))
-    except RuntimeError as error:
-        raise ProcessGroupError(
-            f"rank {place.rank} could not meet the other {place.size - 1} processes at {host}:{port} "
-            f"({first_sentence(error)}); on several machines GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the "
-            f"network interface"
-        ) from error
-
-
 @contextmanager
-def first_on_machine(processes: Processes) -> Iterator[None]:
-    """Let the first process of every machine do something (a download) before the others do."""
-    doing = "waiting for the first process of the machine"
-    if processes.place.local_rank:
-        processes.collect(None, doing, patient=True)
+def first_on_machine(world: World) -> Iterator[None]:
+    """Run the block on the first rank of every machine, then on the others: for downloads."""
+    if world.local_rank:
+        world.gather(None, "waiting for the first rank of the machine")
     yield
-    if not processes.place.local_rank:
-        processes.collect(None, doing, patient=True)
+    if not world.local_rank:
+        world.gather(None, "waiting for the first rank of the machine")
 
 
-def parallel(module: nn.Module, devices: Sequence[torch.device], processes: Processes) -> UserScatteredDataParallel:
-    """A module that takes a list with one batch per device of this process, and runs in step with the other processes.
+def parallelize(module: nn.Module, world: World) -> nn.Module:
+    """Wrap a module for data parallel training.
 
     Args:
-        module: on the first of the devices; the parameters of rank 0 count.
-        devices: of this process; one only, where there are several processes.
+        module: on the first of the world's devices. With several ranks, the parameters of rank 0 are used.
+
+    Returns:
+        The module itself for one device; `UserScatteredDataParallel`, called with a list of one batch per device, for
+        several devices of one rank; `DistributedDataParallel` for several ranks.
 
     Raises:
-        UserError: several devices in this process, and blocks that are recomputed or compiled.
-        ValueError: several devices in several processes.
+        UserError: several devices of one rank together with activation checkpointing or compilation.
+        ValueError: several devices together with several ranks.
     """
-    for done in ("recomputed", "compiled") if len(devices) > 1 else ():
-        if any(getattr(part, done, False) for part in module.modules()):
-            raise UserError(
-                f"TRAIN.{done.removesuffix('d')} does not work with several devices of one process: start a process "
-                f"per device (torchrun --nproc_per_node=...), or leave it out"
-            )
-    if processes.size == 1:
-        return UserScatteredDataParallel(module, devices, timeout=processes.timeout)
-    if len(devices) > 1:
-        raise ValueError(f"with {processes.size} processes each drives one device, not {len(devices)}")
-    # Synchronized statistics are the same everywhere; others are shared when they are needed, see `share_buffers`. The
-    # option has had two names.
+    if len(world.devices) > 1:
+        if world.size > 1:
+            raise ValueError(f"a job of {world.size} ranks takes one device per rank, got {len(world.devices)}")
+        for option, attribute in (("activation_checkpointing",) * 2, ("compile", "compiled")):
+            if any(getattr(part, attribute, False) for part in module.modules()):
+                raise UserError(
+                    f"TRAIN.{option} does not work with several devices in one process: start one process per device "
+                    f"(torchrun --nproc_per_node=N), or set TRAIN.{option} False"
+                )
+        return UserScatteredDataParallel(module, world.devices, timeout=world.timeout)
+    if world.size == 1:
+        return module
     for name, part in module.named_modules():
         if isinstance(part, SynchronizedBatchNorm):
-            part.join(None, name=name)
-    new, old = "forward_sync_buffers", "broadcast_buffers"
-    option = new if new in signature(DistributedDataParallel).parameters else old
-    with processes.waiting("comparing the networks"):
-        module = DistributedDataParallel(module, **{option: False})
-    return UserScatteredDataParallel(module, devices)
+            part.layer_name = name  # for error messages
+    # PyTorch has renamed the option. Buffers are not broadcast in every step: synchronized statistics are equal on all
+    # ranks, others are broadcast before a validation.
+    names = signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    with world.communicating("comparing the networks"):
+        return DistributedDataParallel(module, **{option: False})
 
 
-def share_buffers(module: nn.Module, processes: Processes) -> None:
-    """Give all processes the first one's buffers: norms that are not synchronized have learnt others in each."""
-    if processes.size > 1:
-        with processes.waiting("sharing running estimates"):
+def broadcast_buffers(module: nn.Module, world: World) -> None:
+    """Copy the buffers of rank 0 to all ranks: statistics of norms that are not synchronized differ between ranks."""
+    if world.size > 1:
+        with world.communicating("broadcasting running statistics"):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
 
 
-def gradient_exchange(runner: UserScatteredDataParallel, wanted: bool):
-    """Context in which the gradients of a backward pass are exchanged between processes, or only gathered here."""
-    module = runner.module
-    return nullcontext() if wanted or not isinstance(module, DistributedDataParallel) else module.no_sync()
+def gradient_sync(model: nn.Module, enabled: bool):
+    """Context that enables or disables the gradient all-reduce of `DistributedDataParallel`."""
+    return nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -1,5 +1,8 @@
-"""Losses over log-probabilities, cross entropy also over raw class scores; all leave ignored pixels out, work without a
-copy to the host, and are zero, with gradients, for a batch without a single labelled pixel."""
+"""Losses over log-probabilities; cross entropy also over logits.
+
+All ignore the pixels of the ignore index, do not synchronize with the device, and return zero, with gradients, for a
+batch without labelled pixels.
+"""
 
 from collections.abc import Sequence
 
@@ -7,22 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.builder import lookup
 from ..models.layers import at_least_float32
-from .cross_entropy import likelihood_sum
-
-LOSSES = ("ce", "ohem", "dice", "lovasz", "ce+dice", "ce+lovasz")
+from .cross_entropy import nll_sum
 
 
 class MaskedNLLLoss(nn.Module):
-    """Negative log-likelihood averaged over the labelled pixels, weighted by their classes' weights if there are any.
+    """Negative log-likelihood, averaged over the labelled pixels.
 
-    Equal to `nn.CrossEntropyLoss` on logits, but a batch without a single labelled pixel gives zero, with gradients,
-    instead of NaN.
+    Equals `nn.CrossEntropyLoss` of the logits, except that a batch without labelled pixels gives zero instead of NaN.
 
     Args:
-        ignore_index: label of pixels that do not count.
-        weight: (C,) of the classes.
-        label_smoothing: share of the target that is spread over all classes, in 0..1 (Szegedy et al., 2016).
+        ignore_index: label of ignored pixels.
+        weight: (C,) class weights.
+        label_smoothing: fraction of the target spread over all classes, 0..1 (Szegedy et al., 2016).
     """
 
     def __init__(
@@ -32,94 +33,75 @@ class MaskedNLLLoss(nn.Module):
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
-        self._weight = weight  # stays on the host, where labels are counted
+        self._host_weight = weight  # labels are counted on the host
 
     def of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss, without the log-probabilities in memory.
-
-        Args:
-            logits: (N, C, H, W) raw class scores.
-            label: (N, H, W) int64.
-        """
+        """Return the loss of logits (N, C, H, W) and labels (N, H, W) without keeping log-probabilities in memory."""
         if self.label_smoothing:
             return self(F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)), label)
-        return likelihood_sum(logits, label, self.weight, self.ignore_index) / _or_one(self.normalizer(label))
+        return nll_sum(logits, label, self.weight, self.ignore_index) / _nonzero(self.normalizer(label))
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss.
-
-        Args:
-            log_probs: (N, C, H, W).
-            label: (N, H, W) int64.
-        """
+        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         log_probs = at_least_float32(log_probs)
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
-        # `F.nll_loss` has no deterministic CUDA implementation, `gather` has one.
-        known = label.where(labelled, 0)
-        chosen = log_probs.gather(1, known.unsqueeze(1)).squeeze(1).where(labelled, 0)
-        total = -(chosen if weight is None else chosen * weight[known]).sum()
+        # `gather` has a deterministic CUDA implementation, `F.nll_loss` does not.
+        target = label.where(labelled, 0)
+        chosen = log_probs.gather(1, target.unsqueeze(1)).squeeze(1).where(labelled, 0)
+        total = -(chosen if weight is None else chosen * weight[target]).sum()
         count = self.normalizer(label)
         if self.label_smoothing:
-            # Every class gets an equal fraction of the target, times its class weight, as in PyTorch. A product and a
-            # sum, no matrix product: autocast would compute that in 16 bits.
-            spread = (log_probs if weight is None else log_probs * weight.view(-1, 1, 1)).mean(1)
-            total = (1 - self.label_smoothing) * total - self.label_smoothing * (spread * labelled).sum()
-            total = total * (count > 0)  # all labelled pixels are of classes of weight 0: nothing to learn
-        return total / _or_one(count)
+            # The smoothed target is multiplied by the class weights, as in PyTorch. Not a matrix product, which
+            # autocast would compute in 16 bits.
+            smooth = (log_probs if weight is None else log_probs * weight.view(-1, 1, 1)).mean(1)
+            total = (1 - self.label_smoothing) * total - self.label_smoothing * (smooth * labelled).sum()
+            total = total * (count > 0)  # all labelled pixels may have class weight 0
+        return total / _nonzero(count)
 
     def normalizer(self, label: Tensor) -> Tensor:
-        """What the sum over the pixels is divided by: how much a batch counts beside others. A scalar.
-
-        Args:
-            label: (N, H, W) int64.
-        """
+        """Return the divisor of the loss of a batch: the sum of the weights of its labelled pixels."""
         labelled = label != self.ignore_index
         if self.weight is None:
             return labelled.sum()
-        weight = self.weight if self.weight.device == label.device else self._weight.to(label.device)
+        weight = self.weight if self.weight.device == label.device else self._host_weight.to(label.device)
         return (weight[label.where(labelled, 0)] * labelled).sum()
 
 
 class OhemLoss(nn.Module):
-    """Negative log-likelihood averaged over the hard pixels: those whose true class has at most a probability.
-
-    Online hard example mining (Shrivastava et al., 2016). Where fewer pixels are hard than are to be kept, the hardest
-    ones are taken; where fewer are labelled, all of them.
+    """Negative log-likelihood, averaged over the hard pixels (online hard example mining, Shrivastava et al., 2016).
 
     Args:
-        threshold: probability of the true class up to which a pixel counts as hard.
-        min_kept: pixels kept at least, of a batch of one device.
-        ignore_index, weight, label_smoothing: as of `MaskedNLLLoss`.
+        threshold: a pixel is hard if the probability of its class is at most this.
+        min_kept: minimum number of pixels per batch; the hardest are added if fewer are hard.
+        ignore_index, weight, label_smoothing: see `MaskedNLLLoss`.
     """
 
-    def __init__(self, threshold: float = 0.7, min_kept: int = 100_000, *, ignore_index: int = -1, **likelihood):
+    def __init__(self, threshold: float = 0.7, min_kept: int = 100_000, *, ignore_index: int = -1, **options):
         super().__init__()
         self.threshold, self.min_kept, self.ignore_index = threshold, min_kept, ignore_index
-        self.likelihood = MaskedNLLLoss(ignore_index, **likelihood)
+        self.nll = MaskedNLLLoss(ignore_index, **options)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss; arguments as of `MaskedNLLLoss`."""
+        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         with torch.no_grad():
             labelled = label != self.ignore_index
-            true = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
-            # Ignored pixels are easier than any labelled one: if they are among the first k, all labelled ones are.
-            true = true.where(labelled, 2)
-            # `kthvalue` has no deterministic CUDA implementation.
-            hardest = true.flatten().topk(min(self.min_kept, true.numel()), largest=False, sorted=False).values
+            probs = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
+            probs = probs.where(labelled, 2)  # ignored pixels sort after all others
+            # `topk` has a deterministic CUDA implementation, `kthvalue` does not.
+            hardest = probs.flatten().topk(min(self.min_kept, probs.numel()), largest=False, sorted=False).values
             limit = hardest.max().clamp(min=self.threshold)
-            hard = torch.where(true <= limit, label, self.ignore_index)
-        return self.likelihood(log_probs, hard)
+            hard = torch.where(probs <= limit, label, self.ignore_index)
+        return self.nll(log_probs, hard)
 
 
 class DiceLoss(nn.Module):
-    """One minus the soft Dice coefficient, averaged over the classes that are in the label.
+    """One minus the soft Dice coefficient 2 sum(p y) / (sum(p) + sum(y)), averaged over the classes in the label.
 
-    Milletari et al., "V-Net", 2016, with plain sums in the denominator: 2 sum(p y) / (sum(p) + sum(y)), over all
-    labelled pixels of the batch. Rare classes count as much as frequent ones.
+    Milletari et al., "V-Net", 2016, with plain sums in the denominator, over all labelled pixels of the batch.
 
     Args:
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of ignored pixels.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -127,7 +109,7 @@ class DiceLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss in 0..1; arguments as of `MaskedNLLLoss`."""
+        """Return the loss, 0..1, of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         labelled = (label != self.ignore_index).unsqueeze(1)
         probs = log_probs.exp() * labelled
         target = torch.zeros_like(probs).scatter_(1, label.unsqueeze(1).where(labelled, 0), 1) * labelled
@@ -138,12 +120,12 @@ class DiceLoss(nn.Module):
 
 
 class LovaszLoss(nn.Module):
-    """Lovász-softmax, a surrogate of one minus the mean IoU of the classes that are in the label.
+    """Lovász-Softmax, a surrogate of one minus the mean IoU of the classes in the label.
 
     Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018, over all labelled pixels of the batch.
 
     Args:
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of ignored pixels.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -151,13 +133,13 @@ class LovaszLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss in 0..1; arguments as of `MaskedNLLLoss`."""
+        """Return the loss, 0..1, of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         labelled = label.flatten() != self.ignore_index
-        log_probs = at_least_float32(log_probs)  # 16 bits cannot count pixels
+        log_probs = at_least_float32(log_probs)  # 16-bit floats cannot count pixels
         losses, present = [], []
-        for number in range(log_probs.size(1)):  # one class at a time: sorting all at once needs many times the memory
+        for number in range(log_probs.size(1)):  # sorting all classes at once would need C times the memory
             truth = ((label.flatten() == number) & labelled).to(log_probs)
-            # An ignored pixel makes no error, comes last, and weighs nothing there.
+            # Ignored pixels have error 0, sort last and have weight 0 there.
             errors = (truth - log_probs[:, number].flatten().exp()).abs() * labelled
             errors, order = errors.sort(descending=True)
             losses.append((errors * _jaccard_gradient(truth[order])).sum())
@@ -166,28 +148,38 @@ class LovaszLoss(nn.Module):
 
 
 def _jaccard_gradient(truth: Tensor) -> Tensor:
-    """Growth of the Jaccard loss (one minus IoU) with every further error, hardest first: algorithm 1 of the paper."""
-    # Of integers: a cumulative sum of floats has no deterministic CUDA implementation.
+    """Increase of the Jaccard loss (one minus IoU) with each error, largest first: algorithm 1 of the paper."""
+    # Integers: `cumsum` of floats has no deterministic CUDA implementation.
     total, hits = truth.sum(), truth.long().cumsum(0).to(truth)
     position = torch.arange(1, len(truth) + 1, device=truth.device, dtype=truth.dtype)
-    loss = 1 - (total - hits) / _or_one(total + position - hits)
+    loss = 1 - (total - hits) / _nonzero(total + position - hits)
     return torch.diff(loss, prepend=loss.new_zeros(1))
 
 
 class SumLoss(nn.Module):
-    """The sum of several losses."""
+    """Sum of several losses."""
 
     def __init__(self, *losses: nn.Module):
         super().__init__()
         self.losses = nn.ModuleList(losses)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Scalar loss; arguments as of `MaskedNLLLoss`."""
+        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         return sum(loss(log_probs, label) for loss in self.losses)
 
     def normalizer(self, label: Tensor) -> Tensor:
-        """How much a batch counts beside others, by the first loss; see `weight_of`."""
-        return weight_of(self.losses[0], label)
+        """Return the weight of a batch by the first loss, see `batch_weight`."""
+        return batch_weight(self.losses[0], label)
+
+
+LOSSES = {
+    "ce": lambda nll, ohem: MaskedNLLLoss(**nll),
+    "ohem": lambda nll, ohem: OhemLoss(*ohem, **nll),
+    "dice": lambda nll, ohem: DiceLoss(),
+    "lovasz": lambda nll, ohem: LovaszLoss(),
+    "ce+dice": lambda nll, ohem: SumLoss(MaskedNLLLoss(**nll), DiceLoss()),
+    "ce+lovasz": lambda nll, ohem: SumLoss(MaskedNLLLoss(**nll), LovaszLoss()),
+}
 
 
 def build_loss(
@@ -198,47 +190,38 @@ def build_loss(
     ohem_threshold: float = 0.7,
     ohem_min_kept: int = 100_000,
 ) -> nn.Module:
-    """A loss by its name.
+    """Return a loss by name.
 
     Args:
-        name: one of `LOSSES`; a plus adds two up.
-        class_weights, label_smoothing: of cross entropy (`ce`, `ohem`); () weighs all classes the same.
+        name: a key of `LOSSES`.
+        class_weights, label_smoothing: of cross entropy (`ce`, `ohem`); () for equal weights.
         ohem_threshold, ohem_min_kept: see `OhemLoss`.
 
     Raises:
-        ValueError: another name.
+        ValueError: unknown name.
     """
-    if name not in LOSSES:
-        raise ValueError(f"there is no loss {name!r}; the losses are {', '.join(LOSSES)}")
-    options = {"weight": class_weights or None, "label_smoothing": label_smoothing}
-    parts = {
-        "ce": lambda: MaskedNLLLoss(**options),
-        "ohem": lambda: OhemLoss(ohem_threshold, ohem_min_kept, **options),
-        "dice": DiceLoss,
-        "lovasz": LovaszLoss,
-    }
-    losses = [parts[part]() for part in name.split("+")]
-    return losses[0] if len(losses) == 1 else SumLoss(*losses)
+    nll = {"weight": class_weights or None, "label_smoothing": label_smoothing}
+    return lookup(LOSSES, name, "loss")(nll, (ohem_threshold, ohem_min_kept))
 
 
-def weight_of(loss: nn.Module | None, label: Tensor) -> Tensor:
-    """How much a batch counts beside those of other devices: a scalar.
+def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
+    """Return the weight of a batch's loss in the mean over devices and ranks: a scalar.
 
-    A loss with a `normalizer` is then the same however a batch is shared out. Others (hard pixels, Dice, Lovász) are of
-    each device's batch, and count by their labelled pixels.
+    With the `normalizer` of a loss, the mean does not depend on how a batch is distributed. Losses without one (hard
+    pixels, Dice, Lovász) are computed per device and weighted by labelled pixels.
 
     Args:
         loss: any loss over (log-probabilities, labels).
-        label: (N, H, W) int64, negative values ignored.
+        label: (N, H, W) int64, negative where ignored.
     """
     normalizer = getattr(loss, "normalizer", None)
     return normalizer(label) if normalizer else (label >= 0).sum()
 
 
-def _or_one(count: Tensor) -> Tensor:
-    """A divisor: of nothing at all it is one."""
+def _nonzero(count: Tensor) -> Tensor:
+    """Replace a divisor of 0 by 1."""
     return torch.where(count > 0, count, 1)
 
 
 def _mean_over_present(values: Tensor, present: Tensor) -> Tensor:
-    return (values * present).sum() / _or_one(present.sum())
+    return (values * present).sum() / _nonzero(present.sum())

@@ -1,73 +1,73 @@
-"""Optimizers and the learning rate schedule."""
+"""Optimizers, learning rate schedule, frozen batch norms."""
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-OPTIMIZERS = ("SGD", "AdamW")
+from ..models.builder import lookup
+from .train_step import TrainingOptions
+
+OPTIMIZERS = {
+    "SGD": lambda groups, beta1: torch.optim.SGD(groups, momentum=beta1, fused=True),
+    "AdamW": lambda groups, beta1: torch.optim.AdamW(groups, betas=(beta1, 0.999), fused=True),
+}
 
 
 def build_optimizer(
     encoder: nn.Module,
     decoder: nn.Module,
-    *,
     name: str = "SGD",
-    lr_encoder: float = 0.02,
-    lr_decoder: float = 0.02,
+    *,
+    rates: tuple[float, float] = (0.02, 0.02),
     beta1: float = 0.9,
     weight_decay: float = 1e-4,
 ) -> torch.optim.Optimizer:
-    """One optimizer over encoder and decoder, with their own learning rates; one kernel updates many parameters.
-
-    Weight decay acts on convolution and linear weights only, i.e. on parameters with two dimensions or more.
+    """Return an optimizer over encoder and decoder.
 
     Args:
-        name: 'SGD' (momentum `beta1`) or 'AdamW' (betas `beta1`, 0.999).
+        name: a key of `OPTIMIZERS`.
+        rates: initial learning rates of encoder and decoder.
+        beta1: momentum of SGD, first beta of AdamW.
+        weight_decay: of parameters with two or more dimensions (weights of convolutions and linear layers).
 
     Raises:
-        ValueError: another name, or nothing to train.
+        ValueError: unknown name, or all parameters are frozen.
     """
     groups = []
-    for part, module, lr in (("encoder", encoder, lr_encoder), ("decoder", decoder, lr_decoder)):
+    for part, module, lr in zip(("encoder", "decoder"), (encoder, decoder), rates, strict=True):
         parameters = [p for p in module.parameters() if p.requires_grad]
-        for decay, chosen in (
-            (weight_decay, [p for p in parameters if p.dim() > 1]),
-            (0.0, [p for p in parameters if p.dim() <= 1]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": lr, "initial_lr": lr, "weight_decay": decay, "part": part})
+        matrices, vectors = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+        for decay, group in ((weight_decay, matrices), (0.0, vectors)):
+            if group:
+                groups.append({"params": group, "lr": lr, "initial_lr": lr, "weight_decay": decay, "part": part})
     if not groups:
-        raise ValueError("no parameter to train: everything is frozen")
-    if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr_encoder, momentum=beta1, fused=True)
-    if name == "AdamW":
-        return torch.optim.AdamW(groups, lr=lr_encoder, betas=(beta1, 0.999), fused=True)
-    raise ValueError(f"optimizer {name!r}: choose one of {', '.join(OPTIMIZERS)}")
+        raise ValueError("no parameter to train: all are frozen")
+    return lookup(OPTIMIZERS, name, "optimizer")(groups, beta1)
 
 
-def schedule(step: int, total: int, power: float = 0.9, warmup: int = 0) -> float:
-    """Factor of the learning rates at step `step` of `total`: linear rise over `warmup` steps, times the poly decay
-    (1 - step / total) ** power of Chen et al., "DeepLab", 2016."""
-    rise = min(1.0, (step + 1) / warmup) if warmup else 1.0
-    return rise * max(0.0, 1 - step / total) ** power
+def lr_factor(step: int, options: TrainingOptions) -> float:
+    """Return the factor of the initial learning rates at a step.
+
+    Linear warm-up over `warmup_iters` steps times the poly schedule (1 - step / total) ** lr_pow of Chen et al.,
+    "DeepLab", 2016.
+    """
+    warmup = min(1.0, (step + 1) / options.warmup_iters) if options.warmup_iters else 1.0
+    return warmup * max(0.0, 1 - step / options.total_steps) ** options.lr_pow
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set every group's rate to `factor` times its initial one."""
+    """Set the learning rate of every group to `factor` times its initial one."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Current learning rate of `encoder` and `decoder` (those that are trained)."""
+    """Return the current learning rates of `encoder` and `decoder`, without those that are frozen."""
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze statistics and parameters of every batch norm; nothing else (dropout stays as it is).
-
-    The norms stay frozen through later calls of `.train()`.
-    """
+    """Freeze statistics and parameters of all batch norms, also through later calls of `train()`."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()

@@ -1,16 +1,15 @@
-"""Inference, metrics, and the one loop that evaluates."""
+"""Inference, metrics and evaluation."""
 
 from .evaluator import evaluate
-from .inference import InferenceOptions, label_map, multi_scale_scores
+from .inference import InferenceOptions, Predictor
 from .metrics import AverageMeter, SegmentationMetric, accuracy, intersectionAndUnion
 
 __all__ = [
     "AverageMeter",
     "InferenceOptions",
+    "Predictor",
     "SegmentationMetric",
     "accuracy",
     "evaluate",
     "intersectionAndUnion",
-    "label_map",
-    "multi_scale_scores",
 ]

@@ -1,146 +1,259 @@
-"""From a network and a picture to a label map: several scales, mirrored, whole or window by window."""
+"""Inference: prepare a network, apply it at several scales and flips, return label maps."""
 
-from collections.abc import Iterator, Sequence
+import copy
+import logging
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models.layers import at_least_float32
+from ..lib.utils import UserError
+from ..models.fuse_bn import fuse_batchnorm
 from .label_map import label_map_from_logits, probability_strips
-from .network import DEFAULT_INFERENCE, InferenceOptions, Model
-from .sliding_window import score_strips
+from .sliding_window import sliding_window_strips
 
-BATCHED = ("cuda",)  # devices on which several pictures at a time are faster than one after the other
+logger = logging.getLogger(__name__)
+
+Model = Callable[..., Tensor]  # model({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
+PRECISIONS = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and 64-bit Arm processors in /proc/cpuinfo
 
 
-def label_map(
-    model: Model, item: dict, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
-) -> np.ndarray:
-    """The most probable class of every pixel.
+@dataclass(frozen=True)
+class InferenceOptions:
+    """Options of inference.
+
+    Attributes:
+        flip: average with the horizontally flipped image.
+        window_size: (height, width) of the sliding window; None for the whole image.
+        window_overlap: minimum overlap of neighboring windows as a fraction of the window, 0 to below 1.
+        precision: of the network, a key of `PRECISIONS`. `fp32` disables TF32, which `auto` allows in convolutions on
+            NVIDIA GPUs as PyTorch does.
+        compile: compile the encoder with `torch.compile`, once per image size.
+    """
+
+    flip: bool = False
+    window_size: tuple[int, int] | None = None
+    window_overlap: float = 1 / 3
+    precision: str = "auto"
+    compile: bool = False
+
+
+class Predictor:
+    """A network prepared for inference on a device.
 
     Args:
-        model: a `SegmentationModule` in eval mode, whose class scores never have the picture's size; or any callable of
-            the same form.
-        item: of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3) and `img_data`, one tensor per scale.
-        device: where the model is.
-        view: mirrored, windows.
-
-    Returns:
-        (H, W) int64 class indices.
+        model: a `SegmentationModule`, of which a copy is prepared (see `prepare`); or a callable of the form of
+            `Model`, used as it is.
+        device: of the model.
+        options: of inference.
     """
-    size = tuple(item["img_ori"].shape[:2])
-    if view.window is None and hasattr(model, "logits"):
-        logits = view_logits(model, item, device, view)
-        return label_map_from_logits(logits, size, align_corners=model.align_corners).cpu().numpy()
-    if view.window is None:
-        return multi_scale_scores(model, item["img_data"], size, device, view).argmax(dim=0).cpu().numpy()
-    strips = score_strips(model, item["img_data"], size, device, view)
-    return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in strips])
+
+    def __init__(
+        self, model: nn.Module | Model, device: torch.device | str = "cpu", options: InferenceOptions | None = None
+    ):
+        self.device, self.options = torch.device(device), options or InferenceOptions()
+        self.network = prepare(model, self.device, self.options) if isinstance(model, nn.Module) else model
+        self._has_logits = hasattr(self.network, "logits")
+
+    def label_map(self, item: dict) -> np.ndarray:
+        """Return the class with the largest probability at every pixel.
+
+        Args:
+            item: of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3), and `img_data`, a list of normalized images
+                (1, 3, h, w), one per scale.
+
+        Returns:
+            (H, W) int64 class indices.
+        """
+        size = tuple(item["img_ori"].shape[:2])
+        if self.options.window_size is None and self._has_logits:
+            logits = [x[0] for x in self._logits(item["img_data"])]
+            return label_map_from_logits(logits, size, align_corners=self.network.align_corners).cpu().numpy()
+        return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in self._strips(item["img_data"], size)])
+
+    def label_maps(self, items: Sequence[dict]) -> Iterator[np.ndarray]:
+        """Yield the label map of every item; on a GPU, consecutive images of one size form a batch, which may round
+        differently."""
+        if self.device.type != "cuda" or self.options.window_size is not None or not self._has_logits:
+            yield from map(self.label_map, items)
+            return
+        for _, group in groupby(items, key=lambda item: [x.shape for x in item["img_data"]]):
+            batch = list(group)
+            logits = self._logits([torch.cat(same) for same in zip(*(x["img_data"] for x in batch), strict=True)])
+            for i, item in enumerate(batch):
+                own, size = [x[i] for x in logits], tuple(item["img_ori"].shape[:2])
+                yield label_map_from_logits(own, size, align_corners=self.network.align_corners).cpu().numpy()
+
+    @torch.inference_mode()
+    def top_classes(self, item: dict, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the most probable classes of every pixel.
+
+        Args:
+            item: see `label_map`.
+            count: number of classes.
+
+        Returns:
+            Class indices (count, H, W) int64 and probabilities (count, H, W) float32, largest first.
+        """
+        best = [strip.topk(count, dim=0) for strip in self._strips(item["img_data"], tuple(item["img_ori"].shape[:2]))]
+        return (
+            np.concatenate([part.indices.cpu().numpy() for part in best], axis=1),
+            np.concatenate([part.values.float().cpu().numpy() for part in best], axis=1),
+        )
+
+    def logits(self, item: dict) -> list[Tensor]:
+        """Return logits (C, h, w) float32, one per scale and flip; see `label_map`."""
+        return [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits(item["img_data"])]
+
+    @torch.inference_mode()
+    def probabilities(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Return class probabilities averaged over scales, flips and windows.
+
+        Args:
+            scales: normalized images (1, 3, h, w), one per scale.
+            size: (height, width) of the result.
+
+        Returns:
+            (C, height, width) on the device, sum 1 over C.
+        """
+        return torch.cat(list(self._strips(scales, size)), dim=1)
+
+    @torch.inference_mode()
+    def _logits(self, scales: Sequence[Tensor]) -> list[Tensor]:
+        """Logits (N, C, h, w), one per scale and flip."""
+        logits = []
+        with self._arithmetic():
+            for x in (scale.to(self.device, non_blocking=True) for scale in scales):
+                logits.append(self.network.logits({"img_data": x}))
+                if self.options.flip:
+                    logits.append(self.network.logits({"img_data": x.flip(-1)}).flip(-1))
+        return logits
+
+    @torch.inference_mode()
+    def _strips(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
+        """Probabilities (C, n, width) from top to bottom."""
+        if self.options.window_size is not None:
+            window = self.options.window_size, self.options.window_overlap
+            yield from sliding_window_strips(self._score_region, scales, size, *window)
+        elif self._has_logits:
+            logits = [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits(scales)]
+            yield from probability_strips(logits, size, align_corners=self.network.align_corners)
+        else:
+            with self._arithmetic():
+                entries = [score for x in scales for score in self._probabilities(x, size)]
+            yield torch.stack(entries).mean(0)
+
+    def _score_region(self, region: Tensor) -> tuple[list[Tensor], bool | None]:
+        """Scores of a region (1, 3, h, w) for `sliding_window_strips`."""
+        if self._has_logits:
+            logits = [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits([region])]
+            return logits, self.network.align_corners
+        with self._arithmetic():
+            return self._probabilities(region, tuple(region.shape[-2:])), None
+
+    def _probabilities(self, x: Tensor, size: tuple[int, int]) -> list[Tensor]:
+        """Probabilities (C, *size) of an image (1, 3, h, w) and, with `flip`, of the flipped image."""
+        x = x.to(self.device, non_blocking=True)
+        scores = [self.network({"img_data": x}, segSize=size)[0]]
+        if self.options.flip:
+            scores.append(self.network({"img_data": x.flip(-1)}, segSize=size)[0].flip(-1))
+        return scores
+
+    def _arithmetic(self) -> AbstractContextManager:
+        strict = self.options.precision == "fp32" and self.device.type == "cuda"
+        return _without_tf32() if strict else nullcontext()
 
 
-@torch.inference_mode()
-def top_classes(
-    model: Model, item: dict, top: int, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
-) -> tuple[np.ndarray, np.ndarray]:
-    """The most probable classes of every pixel, without the probabilities of all in memory.
+def prepare(module: nn.Module, device: torch.device | str, options: InferenceOptions) -> nn.Module:
+    """Return a copy of a network for inference: batch norms fused, converted to the precision, compiled.
 
     Args:
-        model, item, device, view: as of `label_map`.
-        top: how many classes.
+        module: a `SegmentationModule` on the device.
 
-    Returns:
-        Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
+    Raises:
+        UserError: fp16 on a CPU, or bf16 on a GPU that does not support it.
     """
-    size = tuple(item["img_ori"].shape[:2])
-    if view.window is not None:
-        strips = score_strips(model, item["img_data"], size, device, view)
-    else:
-        logits = view_logits(model, item, device, view)
-        strips = probability_strips(logits, size, align_corners=model.align_corners)
-    best = [strip.topk(top, dim=0) for strip in strips]
-    return (
-        np.concatenate([part.indices.cpu().numpy() for part in best], axis=1),
-        np.concatenate([part.values.float().cpu().numpy() for part in best], axis=1),
-    )
+    kind, precision = torch.device(device).type, options.precision
+    if precision == "fp16" and kind == "cpu":
+        raise UserError("INFERENCE.precision fp16 needs a GPU; on the CPU set bf16 or auto")
+    if precision == "bf16" and lacks_bfloat16(device):
+        raise UserError(f"INFERENCE.precision bf16: {device} does not support bfloat16; set fp16 or auto")
+    if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
+        logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions, auto is faster")
+    network = fuse_batchnorm(module)
+    if PRECISIONS[precision] != torch.float32:
+        logger.info("inference in %s: the class of some pixels may differ from float32", precision)
+        _convert_to_16_bit(network, PRECISIONS[precision])
+    if options.compile:
+        network.encoder.compile()  # the decoder takes little time, and caches matrices per image size
+    return network
 
 
-def label_maps(
-    model: Model, items: Sequence[dict], device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
-) -> Iterator[np.ndarray]:
-    """`label_map` of several items. On a GPU, pictures of one size that follow each other go through the network
-    together, which may round differently; on a CPU that gains nothing.
+class _Float32Layer(nn.Module):
+    """A layer that computes in float32 and converts its output to `dtype`."""
 
-    Args:
-        model, device, view: as of `label_map`.
-        items: as of `label_map`.
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.layer, self.dtype = layer.float(), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.float()).to(self.dtype)
+
+
+def _convert_to_16_bit(network: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a network to a 16-bit type, except the first convolution and the classifier.
+
+    The first convolution would round the colors of the image, the classifier would return equal scores for classes
+    that are close.
     """
-    if torch.device(device).type not in BATCHED or view.window is not None or not hasattr(model, "logits"):
-        yield from (label_map(model, item, device, view) for item in items)
-        return
-    for _, group in groupby(items, key=lambda item: [x.shape for x in item["img_data"]]):
-        group = list(group)
-        scales = [torch.cat(same) for same in zip(*(item["img_data"] for item in group), strict=True)]
-        logits = _all_logits(model, scales, device, view)
-        for number, item in enumerate(group):
-            own, size = [x[number] for x in logits], item["img_ori"].shape[:2]
-            yield label_map_from_logits(own, tuple(size), align_corners=model.align_corners).cpu().numpy()
+
+    def convolutions(module: nn.Module) -> list[str]:
+        return [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d)]
+
+    first = convolutions(network.encoder)[0]
+    last = f"conv_last.{convolutions(network.decoder.conv_last)[-1]}".rstrip(".")
+    layers = [
+        (part, name, _Float32Layer(copy.deepcopy(part.get_submodule(name)), output))
+        for part, name, output in ((network.encoder, first, dtype), (network.decoder, last, torch.float32))
+    ]
+    network.to(dtype)
+    for part, name, layer in layers:
+        part.set_submodule(name, layer)
 
 
-def view_logits(
-    model: Model, item: dict, device: torch.device | str = "cpu", view: InferenceOptions = DEFAULT_INFERENCE
-) -> list[Tensor]:
-    """Logits (C, h, w) float32 of every view of an item; arguments as of `label_map`."""
-    return [at_least_float32(x[0]) for x in _all_logits(model, item["img_data"], device, view)]
+def lacks_bfloat16(device: torch.device | str) -> bool:
+    """Return whether a device is a GPU without bfloat16 arithmetic."""
+    if torch.device(device).type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-@torch.inference_mode()
-def _all_logits(
-    model: Model, scales: Sequence[Tensor], device: torch.device | str, view: InferenceOptions
-) -> list[Tensor]:
-    """Logits (N, C, h, w) of every scale, and of its mirrored pictures, mirrored back."""
-    logits = []
-    with view.arithmetic(device):
-        for x in (scale.to(device, non_blocking=True) for scale in scales):
-            logits.append(model.logits({"img_data": x}))
-            if view.flip:
-                logits.append(model.logits({"img_data": x.flip(-1)}).flip(-1))
-    return logits
+def cpu_has_bfloat16() -> bool:
+    """Return whether the processor has bfloat16 instructions (read from /proc/cpuinfo; True on Apple silicon)."""
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        return platform.machine() == "arm64"
+    lines = [line for line in path.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    return any(BFLOAT16_FLAGS & set(line.split()) for line in lines)
 
 
-@torch.inference_mode()
-def multi_scale_scores(
-    model: Model,
-    scales: Sequence[Tensor],
-    size: tuple[int, int],
-    device: torch.device | str = "cpu",
-    view: InferenceOptions = DEFAULT_INFERENCE,
-) -> Tensor:
-    """Class probabilities of a picture, averaged over its scales and what `view` adds.
-
-    Args:
-        model, device, view: as of `label_map`.
-        scales: normalized pictures (1, 3, h, w), one per scale.
-        size: (height, width) of the result, the picture's own.
-
-    Returns:
-        (C, height, width) on `device`, summing to 1 over C.
-    """
-    if view.window is not None:
-        return torch.cat(list(score_strips(model, scales, size, device, view)), dim=1)
-    total: Tensor | None = None
-    for x in scales:
-        scores = _scores(model, x.to(device, non_blocking=True), size, view)
-        total = scores if total is None else total.add_(scores)
-    return total.div_(len(scales)) if len(scales) > 1 else total
-
-
-def _scores(model: Model, x: Tensor, size: tuple[int, int], view: InferenceOptions) -> Tensor:
-    """Probabilities (C, *size) of a picture or region (1, 3, h, w)."""
-    with view.arithmetic(x.device):
-        scores = model({"img_data": x}, segSize=size)[0]
-        if not view.flip:
-            return scores
-        mirrored = model({"img_data": x.flip(-1)}, segSize=size)[0].flip(-1)
-        return scores.add_(mirrored).div_(2)
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Context without TF32 in cuDNN convolutions. PyTorch 2.9 replaced `allow_tf32` by `fp32_precision`."""
+    cudnn = torch.backends.cudnn
+    new, old = ("fp32_precision", "ieee"), ("allow_tf32", False)
+    switch, (name, strict) = (cudnn.conv, new) if hasattr(cudnn, "conv") else (cudnn, old)
+    before = getattr(switch, name)
+    setattr(switch, name, strict)
+    try:
+        yield
+    finally:
+        setattr(switch, name, before)

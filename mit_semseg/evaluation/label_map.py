@@ -1,8 +1,8 @@
-"""From logits to a label map, without the scores of all classes at the picture's size.
+"""Label maps from logits, without the scores of all classes at image resolution.
 
-The straightforward way resizes the logits of every class to the picture, takes the softmax, averages over the scales
-and then the class with the largest mean: with 150 classes that is 600 bytes a pixel and scale. Here only a few rows, or
-one class, are at the picture's size at a time; the label map is the same but for ties within rounding.
+The direct way resizes the logits of every class to the image, applies softmax, averages over scales and takes the
+arg-max: 600 bytes per pixel and scale with 150 classes. Here only a few rows are at image resolution at a time. The
+label maps are equal except for ties within rounding.
 """
 
 import logging
@@ -20,247 +20,198 @@ from torch import Tensor
 
 from ..lib import opencv as cv2
 from ..lib.utils import first_sentence
-from ..models.layers import at_least_float32
 
 logger = logging.getLogger(__name__)
 _opencv_lock = threading.Lock()
 
-ELEMENTS = 2**21  # scores at the picture's size that are worked on at a time where OpenCV does not do it
-SAFE_RANGE = 100.0  # of logits, see `_View`
-CV_LIMIT = 2**15 - 1  # sides of pictures that OpenCV resizes
-BYTE_CLASSES = 256
-LARGE = 2**21  # pixels from which the scores of one class do not stay in the caches, and rows of all classes do better
+STRIP_ELEMENTS = 2**21  # scores per strip on a CPU, see `probability_strips`
+SAFE_RANGE = 100.0  # of logits, see `_ResizedLogits`
 
 
 def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """The class with the largest mean probability of every pixel.
+    """Return the class with the largest mean probability at every pixel.
 
     Args:
-        logits: (C, h, w) floating point each, of one or more views of a picture, on one device; h and w may differ.
-        size: (height, width) of the picture.
-        align_corners: of the bilinear resize, see `layers.resize`.
+        logits: (C, h, w) floating point, one per scale and flip, on one device; h and w may differ.
+        size: (height, width) of the image.
+        align_corners: of the bilinear resize.
 
     Returns:
-        (height, width) int64 on the logits' device; of equal probabilities the first class wins.
-
-    Raises:
-        ValueError: no logits.
+        (height, width) int64 on the device of the logits; the first class for equal probabilities.
     """
-    if not logits:
-        raise ValueError("no logits to make a label map of")
-    logits = [at_least_float32(x.detach()) for x in logits]
-    first = logits[0]
-    plain = first.device.type == "cpu" and first.dtype == torch.float32 and max(*size, *first.shape) <= CV_LIMIT
-    if first.device.type == "cuda" and first.dtype == torch.float32 and (fused := _fused(first.device)):
-        sides = [
+    logits = [x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
+    device = logits[0].device
+    if device.type == "cpu":
+        with _single_opencv_thread():  # per thread of the pool
+            return torch.from_numpy(_label_map_cpu([x.float().numpy() for x in logits], size, align_corners))
+    if device.type == "cuda" and (kernel := _triton_kernel(device)):
+        neighbors = [
             [bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits
         ]
-        return fused(logits, size, sides)
-    if not plain:
-        return _by_strips(logits, size, align_corners)
-    # The softmax does not change the order of the classes, so one view needs none.
-    small = size[0] * size[1] <= LARGE
-    if small and len(logits) == 1 and not align_corners and len(first) <= BYTE_CLASSES:
-        with _opencv_threads(torch.get_num_threads()):
-            return torch.from_numpy(_running_maximum(first.numpy(), size)).long()
-    with _opencv_threads(1):  # in every thread of the pool
-        return torch.from_numpy(_by_bands([x.numpy() for x in logits], size, align_corners))
+        return kernel([x.float() for x in logits], size, neighbors)
+    strips = probability_strips(logits, size, align_corners=align_corners, exact=False)
+    return torch.cat([strip.argmax(dim=0) for strip in strips])
 
 
 @cache
-def _fused(device: torch.device) -> Callable | None:
-    """The kernel for GPUs; None where Triton, which comes with PyTorch for Linux, is missing, or cannot compile it (it
-    needs a C compiler and Python's headers, and a GPU that is not too old)."""
+def _triton_kernel(device: torch.device) -> Callable | None:
+    """Return the Triton kernel, or None if Triton is not installed or cannot compile it (no C compiler, old GPU)."""
     try:
         from .label_map_triton import label_map_triton
 
-        one = torch.zeros(2, 1, 1, device=device)
-        label_map_triton([one], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
+        label_map_triton([torch.zeros(2, 1, 1, device=device)], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of Triton, of the compiler, of the driver
-        logger.warning(
-            "label maps are made strip by strip, without Triton's kernel (%s: %s)",
-            type(error).__name__,
-            first_sentence(error),
-        )
+    except Exception as error:  # of Triton, the compiler or the driver
+        reason = f"{type(error).__name__}: {first_sentence(error)}"
+        logger.warning("label maps are computed without Triton, which is slower (%s)", reason)
         return None
     return label_map_triton
 
 
-def _running_maximum(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Class of the largest resized logit, (H, W) uint8, one class after the other."""
-    height, width = size
-    best, scores = (np.empty(size, np.float32) for _ in range(2))
-    cv2.resize(logits[0], (width, height), dst=best, interpolation=cv2.INTER_LINEAR)
-    labels, larger = np.zeros(size, np.uint8), np.empty(size, np.uint8)
-    for number in range(1, len(logits)):
-        cv2.resize(logits[number], (width, height), dst=scores, interpolation=cv2.INTER_LINEAR)
-        cv2.compare(scores, best, cv2.CMP_GT, dst=larger)
-        cv2.max(scores, best, dst=best)
-        # The number is larger than all before: where the score is, it becomes the label.
-        np.bitwise_and(larger, number, out=larger)
-        np.maximum(larger, labels, out=labels)
-    return labels
-
-
 @contextmanager
-def _opencv_threads(threads: int) -> Iterator[None]:
-    """Set OpenCV's number of threads, and restore it. It is a global setting, so callers wait for one another."""
+def _single_opencv_thread() -> Iterator[None]:
+    """Context in which OpenCV uses one thread. The setting is global, so only one caller enters at a time."""
     with _opencv_lock:
         before = cv2.getNumThreads()
-        cv2.setNumThreads(threads)
+        cv2.setNumThreads(1)
         try:
             yield
         finally:
             cv2.setNumThreads(before)
 
 
-def _by_bands(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
-    """Label map (H, W) int64 on the CPU: every thread has a band of rows."""
-    views = [_View(x, size, align_corners) for x in logits]
-    labels = np.empty(size, np.int64)
+def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
+    """Label map (H, W) int64; every thread computes a band of rows."""
+    views, labels = [_ResizedLogits(x, size, align_corners) for x in logits], np.empty(size, np.int64)
     threads = min(torch.get_num_threads(), size[0])
-    bounds = [size[0] * i // threads for i in range(threads + 1)]
+    bands = pairwise(size[0] * i // threads for i in range(threads + 1))
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda band: _band(views, *band, labels), pairwise(bounds)))
+        list(pool.map(lambda band: _label_rows(views, *band, labels), bands))
     return labels
 
 
-def _band(views: Sequence["_View"], start: int, stop: int, labels: np.ndarray) -> None:
-    """Labels of the rows start to stop, one after the other: the scores of a row stay in a processor's caches.
+def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels: np.ndarray) -> None:
+    """Compute rows start to stop one by one: the scores of a row stay in the caches.
 
-    OpenCV's functions take a fraction of the time of others here; its exponential is right to 1.2e-7.
+    OpenCV's functions are several times faster than NumPy's here; its exponential has an error of 1.2e-7.
     """
     shape = views[0].classes, labels.shape[1]
     total, scores = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rows: list[dict[int, np.ndarray]] = [{} for _ in views]
+    last = shape[0] - 1
+    # The first class with the largest score has the largest number counted from the end; `argmax` is much slower.
+    from_end = np.arange(last, -1, -1, dtype=np.min_scalar_type(last))[:, None]
     for number in range(start, stop):
-        for view, kept, out in zip(views, rows, [total] + [scores] * (len(views) - 1), strict=True):
-            view.row(number, out, kept)
-            if len(views) > 1:
+        for i, (view, cached) in enumerate(zip(views, rows, strict=True)):
+            out = scores if i else total
+            view.write_row(number, out, cached)
+            if len(views) > 1:  # softmax does not change the order of the classes of a single view
                 if not view.safe:
                     np.subtract(out, cv2.reduce(out, 0, cv2.REDUCE_MAX), out=out)
                 cv2.exp(out, dst=out)
                 np.multiply(out, 1 / cv2.reduce(out, 0, cv2.REDUCE_SUM), out=out)
-            if out is scores:
+            if i:
                 cv2.add(total, scores, dst=total)
-        labels[number] = _first_largest(total)
+        labels[number] = last - np.multiply(total >= total.max(axis=0), from_end).max(axis=0).astype(np.int64)
 
 
-def _first_largest(scores: np.ndarray) -> np.ndarray:
-    """`scores.argmax(0)` of (C, W), which takes many times longer than a maximum."""
-    last = len(scores) - 1
-    # The first class that is the largest has the largest number, counted from the end.
-    numbers = np.arange(last, -1, -1, dtype=np.min_scalar_type(last))[:, None]
-    return last - np.multiply(scores >= scores.max(axis=0), numbers).max(axis=0).astype(np.int64)
-
-
-class _View:
-    """The logits of one view, less the largest of each position, resized to the picture row by row.
+class _ResizedLogits:
+    """Logits minus their maximum per position, resized to the image row by row.
 
     Args:
         logits: (C, h, w) float32.
-        size: (H, W) of the picture.
+        size: (H, W) of the image.
         align_corners: of the resize.
 
     Attributes:
-        safe: the exponentials of a pixel cannot all vanish. At a position of the logits the best class is 0. Between
-            four of them, one of which weighs 1/4 or more, it is above -3/4 of the range: exp(-75) is a normal float32,
-            exp(-90) is not.
+        safe: the exponentials of a pixel cannot all underflow. The best class of a position is 0; between four
+            positions, one of which has weight 1/4 or more, it is above -3/4 of the range, and exp(-75) is a normal
+            float32.
     """
 
     def __init__(self, logits: np.ndarray, size: tuple[int, int], align_corners: bool):
-        # The resize is linear: it does not matter when the same is taken from all classes.
-        self.logits = logits - logits.max(axis=0)
+        self.logits = logits - logits.max(axis=0)  # the resize is linear, so this does not change the order of classes
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
-        self.classes, self.height, _ = logits.shape
-        self.width, self.align_corners = size[1], align_corners
-        low, share = bilinear_neighbors(self.height, size[0], align_corners)
-        self.low, self.share = low.tolist(), share.tolist()
-        low, share = bilinear_neighbors(logits.shape[2], size[1], align_corners)
-        self.left, self.right = low.numpy(), (low + 1).clamp(max=logits.shape[2] - 1).numpy()
-        self.right_share = share.float().numpy()
+        self.classes, self.height, width = logits.shape
+        low, weight = bilinear_neighbors(self.height, size[0], align_corners)
+        self.low, self.weight = low.tolist(), weight.tolist()
+        low, weight = bilinear_neighbors(width, size[1], align_corners)
+        self.left, self.right = low.numpy(), (low + 1).clamp(max=width - 1).numpy()
+        self.right_weight = weight.float().numpy()
 
-    def row(self, number: int, out: np.ndarray, cache: dict[int, np.ndarray]) -> None:
-        """Row `number` of the picture, written to `out` (C, W).
+    def write_row(self, number: int, out: np.ndarray, cached: dict[int, np.ndarray]) -> None:
+        """Write row `number` of the resized logits to `out` (C, W).
 
         Args:
-            cache: rows of the logits at the picture's width, of this caller, who goes from top to bottom.
+            cached: source rows at image width, kept by a caller that goes from top to bottom.
         """
-        low, share = self.low[number], self.share[number]
-        above, below = (self._wide(min(n, self.height - 1), cache) for n in (low, low + 1))
-        cv2.addWeighted(above, 1 - share, below, share, 0, dst=out)
+        low, weight = self.low[number], self.weight[number]
+        above, below = (self._source_row(min(n, self.height - 1), cached) for n in (low, low + 1))
+        cv2.addWeighted(above, 1 - weight, below, weight, 0, dst=out)
 
-    def _wide(self, number: int, cache: dict[int, np.ndarray]) -> np.ndarray:
-        """Row `number` of the logits at the picture's width, (C, W)."""
-        if number not in cache:
-            for old in [n for n in cache if n < number - 1]:
-                del cache[old]
+    def _source_row(self, number: int, cached: dict[int, np.ndarray]) -> np.ndarray:
+        """Row `number` of the logits at image width, (C, W)."""
+        if number not in cached:
+            for old in [n for n in cached if n < number - 1]:
+                del cached[old]
             row = np.ascontiguousarray(self.logits[:, number])
-            if self.align_corners:
-                left, right = row[:, self.left], row[:, self.right]
-                cache[number] = left + (right - left) * self.right_share
-            else:
-                cache[number] = cv2.resize(row, (self.width, self.classes), interpolation=cv2.INTER_LINEAR)
-        return cache[number]
-
-
-def _by_strips(logits: Sequence[Tensor], size: tuple[int, int], align_corners: bool) -> Tensor:
-    """Label map on any device and in any precision, as many rows at a time as fit into `ELEMENTS`, or more on a GPU."""
-    strips = probability_strips(logits, size, align_corners=align_corners, exact=False)
-    return torch.cat([strip.argmax(dim=0) for strip in strips])
+            left, right = row.take(self.left, 1), row.take(self.right, 1)
+            right -= left
+            right *= self.right_weight
+            right += left
+            cached[number] = right
+        return cached[number]
 
 
 def probability_strips(
     logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False, exact: bool = True
 ) -> Iterator[Tensor]:
-    """Class probabilities, averaged over the views, from top to bottom.
+    """Yield class probabilities, averaged over scales and flips, from top to bottom.
 
     Args:
-        logits, size, align_corners: as of `label_map_from_logits`.
-        exact: False leaves the softmax of a single view out; the order of the classes is the same.
+        logits, size, align_corners: see `label_map_from_logits`.
+        exact: False omits the softmax of a single entry, which does not change the order of the classes.
 
     Yields:
         (C, n, width), together (C, height, width).
     """
     height, width = size
-    elements = ELEMENTS if logits[0].device.type == "cpu" else 32 * ELEMENTS
+    elements = STRIP_ELEMENTS if logits[0].device.type == "cpu" else 32 * STRIP_ELEMENTS
     rows = max(1, min(height, elements // (len(logits[0]) * width)))
     for top in range(0, height, rows):
         total: Tensor | None = None
         for x in logits:
-            scores = resized_rows(at_least_float32(x), size, top, min(top + rows, height), align_corners)
+            scores = resize_rows(x, size, top, min(top + rows, height), align_corners)
             if exact or len(logits) > 1:
                 scores = scores.softmax(dim=0)
             total = scores if total is None else total.add_(scores)
         yield total.div_(len(logits)) if len(logits) > 1 else total
 
 
-def resized_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
-    """Rows top to bottom of (C, h, w) resized to (C, *size)."""
-    low, share = bilinear_neighbors(x.size(1), size[0], align_corners)
-    low, share = low[top:bottom].to(x.device), share[top:bottom].to(x).view(-1, 1)
-    rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], share)
+def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
+    """Return rows top to bottom of (C, h, w) resized to (C, *size), bilinear."""
+    low, weight = bilinear_neighbors(x.size(1), size[0], align_corners)
+    low, weight = low[top:bottom].to(x.device), weight[top:bottom].to(x).view(-1, 1)
+    rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], weight)
     if rows.size(-1) == size[1]:
         return rows
     return F.interpolate(rows, size[1], mode="linear", align_corners=align_corners)
 
 
 def bilinear_neighbors(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-    """For every position of a bilinear resize: the neighbour before it, and the share of the one after it.
+    """Return, for every position of a bilinear resize, the lower neighbor and the weight of the upper one.
 
     Args:
-        source, target: number of positions before and after.
-        align_corners: see `layers.resize`.
+        source, target: lengths before and after.
 
     Returns:
         (target,) int64 and (target,) float64.
     """
-    place = torch.arange(target, dtype=torch.float64)
+    position = torch.arange(target, dtype=torch.float64)
     if align_corners:
-        place = place * ((source - 1) / max(target - 1, 1))
+        position = position * ((source - 1) / max(target - 1, 1))
     else:
-        place = ((place + 0.5) * source / target - 0.5).clamp(min=0)
-    low = place.floor().clamp(max=source - 1)
-    return low.long(), place - low
+        position = ((position + 0.5) * source / target - 0.5).clamp(min=0)
+    low = position.floor().clamp(max=source - 1)
+    return low.long(), position - low

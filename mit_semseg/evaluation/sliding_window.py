@@ -1,169 +1,161 @@
-"""A picture that goes through the network window by window: class probabilities from top to bottom, of which only the
-rows that are worked on are in memory."""
+"""Sliding window inference: class probabilities from top to bottom, with only a few rows in memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models.layers import at_least_float32
-from .label_map import bilinear_neighbors, resized_rows
-from .network import InferenceOptions, Model
+from .label_map import bilinear_neighbors, resize_rows
 
-STRIP = 64  # rows worked on at a time,
-ELEMENTS = 2**24  # or as many as have so many probabilities: 64 MiB
-
-
-@torch.inference_mode()
-def score_strips(
-    model: Model, scales: Sequence[Tensor], size: tuple[int, int], device: torch.device | str, view: InferenceOptions
-) -> Iterator[Tensor]:
-    """Class probabilities of a picture.
-
-    A window's probabilities have the resolution of its scale; where windows overlap they are averaged, then resized
-    (bilinear) to the picture.
-
-    Args:
-        model, scales, size, device, view: as of `inference.multi_scale_scores`; the view has a window.
-
-    Yields:
-        (C, h, width) from top to bottom, together `size`.
-    """
-    sources = [_Rows(window_rows(model, x, view, device), x.shape[-2:], size) for x in scales]
-    top = 0
-    while top < size[0]:
-        rows = _rows_at_once(sources[0].classes, size[1])
-        total: Tensor | None = None
-        for source in sources:
-            strip = source.resized(top, min(top + rows, size[0]))
-            total = strip if total is None else total.add_(strip)
-        yield total.div_(len(scales)) if len(scales) > 1 else total
-        top += rows
-
-
-def _rows_at_once(classes: int, width: int) -> int:
-    return max(1, min(STRIP, ELEMENTS // (classes * width)))
+STRIP_ROWS = 64
+STRIP_ELEMENTS = 2**24  # probabilities per strip: 64 MiB
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What the network has seen in a window.
+class WindowScores:
+    """Scores of the network for one window.
 
     Attributes:
-        seen: its logits (C, h, w) at the network's resolution, or, of a model that has none, probabilities.
-        top, left, height, width: of the window, in pixels of the scale.
-        align_corners: of the resize of logits to the window; None where there are probabilities.
+        scores: (C, h, w) logits at the network's resolution, or probabilities (C, height, width).
+        align_corners: of the resize of logits to the window; None if the scores are probabilities.
+        top, left, height, width: position of the window in the image, in pixels.
     """
 
-    seen: Tensor
-    top: int
-    left: int
-    height: int
-    width: int
+    scores: Tensor
     align_corners: bool | None
+    top: int = 0
+    left: int = 0
+    height: int = 0
+    width: int = 0
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Probabilities (C, stop - start, width) of some rows of the window."""
+        """Return the probabilities (C, stop - start, width) of rows of the window."""
         if self.align_corners is None:
-            return self.seen[:, start:stop]
+            return self.scores[:, start:stop]
         size = self.height, self.width
-        return resized_rows(self.seen, size, start, stop, self.align_corners).softmax(dim=0)
+        return resize_rows(self.scores, size, start, stop, self.align_corners).softmax(dim=0)
 
 
-def _looks(model: Model, region: Tensor, view: InferenceOptions, top: int, left: int) -> Iterator[_Look]:
-    """What the network sees in a region (1, 3, h, w), and what it sees in the mirrored one, mirrored back."""
-    size = tuple(region.shape[-2:])
-    with view.arithmetic(region.device):
-        for mirrored in (False, True)[: 1 + view.flip]:
-            feed = {"img_data": region.flip(-1) if mirrored else region}
-            whole = hasattr(model, "logits")
-            seen = (model.logits(feed) if whole else model(feed, segSize=size))[0]
-            seen = at_least_float32(seen.flip(-1) if mirrored else seen)
-            yield _Look(seen, top, left, *size, model.align_corners if whole else None)
+# Region (1, 3, h, w) -> scores of the network, one entry per flip, and align_corners of `WindowScores`.
+ScoreRegion = Callable[[Tensor], tuple[Sequence[Tensor], bool | None]]
 
 
 @torch.inference_mode()
-def window_rows(
-    model: Model, x: Tensor, view: InferenceOptions, device: torch.device | str = "cpu"
+def sliding_window_strips(
+    score: ScoreRegion,
+    scales: Sequence[Tensor],
+    size: tuple[int, int],
+    window: tuple[int, int],
+    overlap: float,
 ) -> Iterator[Tensor]:
-    """Class probabilities of a picture in strips, each as soon as no window to come touches it.
+    """Yield class probabilities of an image, averaged over overlapping windows, flips and scales.
+
+    Probabilities are averaged at the resolution of each scale, then resized (bilinear) to the image.
 
     Args:
+        score: applies the network to a region.
+        scales: (1, 3, h, w) normalized images, one per scale.
+        size: (height, width) of the image.
+        window: (height, width), at most the size of a scale is used.
+        overlap: minimum overlap of neighboring windows as a fraction of the window, 0 to below 1.
+
+    Yields:
+        (C, n, width) from top to bottom, together (C, height, width).
+    """
+    sources = [_ResizedStrips(window_strips(score, x, window, overlap), x.shape[-2:], size) for x in scales]
+    rows = _strip_rows(sources[0].classes, size[1])
+    for top in range(0, size[0], rows):
+        total: Tensor | None = None
+        for source in sources:
+            strip = source.rows(top, min(top + rows, size[0]))
+            total = strip if total is None else total.add_(strip)
+        yield total.div_(len(scales)) if len(scales) > 1 else total
+
+
+def _strip_rows(classes: int, width: int) -> int:
+    return max(1, min(STRIP_ROWS, STRIP_ELEMENTS // (classes * width)))
+
+
+@torch.inference_mode()
+def window_strips(score: ScoreRegion, x: Tensor, window: tuple[int, int], overlap: float) -> Iterator[Tensor]:
+    """Yield class probabilities of one scale, each strip as soon as no further window covers it.
+
+    Args:
+        score, window, overlap: see `sliding_window_strips`.
         x: (1, 3, h, w), normalized.
-        view: with a window; a picture that is smaller than it goes through as a whole.
 
     Yields:
         (C, n, w) from top to bottom, together (C, h, w).
     """
-    height, width = (min(own, wanted) for own, wanted in zip(x.shape[-2:], view.window, strict=True))
-    tops, lefts = window_starts(x.size(-2), height, view.overlap), window_starts(x.size(-1), width, view.overlap)
-    looks: list[_Look] = []  # into windows that are not finished
+    height, width = (min(side, limit) for side, limit in zip(x.shape[-2:], window, strict=True))
+    tops, lefts = window_starts(x.size(-2), height, overlap), window_starts(x.size(-1), width, overlap)
+    open_windows: list[WindowScores] = []
     for top, finished in zip(tops, [*tops[1:], x.size(-2)], strict=True):
         for left in lefts:
-            region = x[..., top : top + height, left : left + width].to(device, non_blocking=True)
-            looks += _looks(model, region, view, top, left)
-        rows = _rows_at_once(len(looks[0].seen), x.size(-1))
+            entries, align_corners = score(x[..., top : top + height, left : left + width])
+            open_windows += [WindowScores(entry, align_corners, top, left, height, width) for entry in entries]
+        rows = _strip_rows(len(open_windows[0].scores), x.size(-1))
         for start in range(top, finished, rows):
-            yield _mean(looks, start, min(start + rows, finished), x.size(-1))
-        looks = [look for look in looks if look.top + height > finished]
+            yield _mean_rows(open_windows, start, min(start + rows, finished), x.size(-1))
+        open_windows = [entry for entry in open_windows if entry.top + height > finished]
 
 
-def _mean(looks: Sequence[_Look], start: int, stop: int, width: int) -> Tensor:
-    """Mean probabilities (C, stop - start, width) of all windows that have a part in some rows."""
-    like = looks[0].seen
+def _mean_rows(windows: Sequence[WindowScores], start: int, stop: int, width: int) -> Tensor:
+    """Mean probabilities (C, stop - start, width) of the windows that cover some rows."""
+    like = windows[0].scores
     total, count = like.new_zeros(len(like), stop - start, width), like.new_zeros(stop - start, width)
-    for look in looks:
-        first, last = max(start, look.top), min(stop, look.top + look.height)
+    for window in windows:
+        first, last = max(start, window.top), min(stop, window.top + window.height)
         if first < last:
-            rows, columns = slice(first - start, last - start), slice(look.left, look.left + look.width)
-            total[:, rows, columns] += look.rows(first - look.top, last - look.top)
+            rows, columns = slice(first - start, last - start), slice(window.left, window.left + window.width)
+            total[:, rows, columns] += window.rows(first - window.top, last - window.top)
             count[rows, columns] += 1
     return total.div_(count)
 
 
 def window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """First positions of equally wide windows that cover a length, the last one flush with its end.
+    """Return the first positions of windows that cover a length; the last window ends at its end.
 
     Args:
-        length: to be covered.
-        window: width of a window, at most the length.
-        overlap: share of a window that the next one covers again, at least.
+        length: to cover.
+        window: length of a window, at most `length`.
+        overlap: see `sliding_window_strips`.
     """
     step = max(1, int(window * (1 - overlap)))
     return [*range(0, length - window, step), length - window]
 
 
-class _Rows:
-    """Rows of probabilities that arrive from top to bottom, handed out resized to another size.
+class _ResizedStrips:
+    """Rows of probabilities that arrive from top to bottom, resized (bilinear) to another size.
 
     Args:
         strips: (C, n, w) each.
         source: (height, width) of all strips together.
-        target: (height, width) they are resized to, bilinear, as `layers.resize` does.
+        target: (height, width) after resizing.
     """
 
     def __init__(self, strips: Iterator[Tensor], source: tuple[int, int], target: tuple[int, int]):
-        self.strips, self.source, self.target = strips, tuple(source), tuple(target)
-        self.held = next(self.strips)
-        self.classes = len(self.held)
-        self.first = 0  # row number of the first row held
+        self._strips, self._source, self._target = strips, tuple(source), tuple(target)
+        self._buffer = next(strips)  # rows from `_first` on
+        self._first = 0
+        self.classes = len(self._buffer)
 
-    def resized(self, top: int, bottom: int) -> Tensor:
-        """Rows `top` to `bottom` of the result, (C, bottom - top, width); they are to be asked for in order."""
-        low, share = (values[top:bottom] for values in bilinear_neighbors(self.source[0], self.target[0]))
-        high = (low + 1).clamp(max=self.source[0] - 1)
-        self._hold(int(low[0]), int(high[-1]))
-        low, high = ((rows - self.first).to(self.held.device) for rows in (low, high))
-        rows = torch.lerp(self.held[:, low], self.held[:, high], share.to(self.held).view(-1, 1))
-        if self.source[1] == self.target[1]:
+    def rows(self, top: int, bottom: int) -> Tensor:
+        """Return rows top to bottom of the result, (C, bottom - top, width); calls go from top to bottom."""
+        low, weight = (values[top:bottom] for values in bilinear_neighbors(self._source[0], self._target[0]))
+        high = (low + 1).clamp(max=self._source[0] - 1)
+        self._fill(int(low[0]), int(high[-1]))
+        low, high = ((rows - self._first).to(self._buffer.device) for rows in (low, high))
+        rows = torch.lerp(self._buffer[:, low], self._buffer[:, high], weight.to(self._buffer).view(-1, 1))
+        if self._source[1] == self._target[1]:
             return rows
-        return F.interpolate(rows, self.target[1], mode="linear", align_corners=False)
+        return F.interpolate(rows, self._target[1], mode="linear", align_corners=False)
 
-    def _hold(self, first: int, last: int) -> None:
-        """Take strips until the last row is there; forget the rows before the first."""
-        parts = [self.held]
-        while self.first + sum(part.size(1) for part in parts) <= last:
-            parts.append(next(self.strips))
-        self.held, self.first = torch.cat(parts, dim=1)[:, first - self.first :], first
+    def _fill(self, first: int, last: int) -> None:
+        """Read strips up to the last row and drop the rows before the first."""
+        parts = [self._buffer]
+        while self._first + sum(part.size(1) for part in parts) <= last:
+            parts.append(next(self._strips))
+        self._buffer, self._first = torch.cat(parts, dim=1)[:, first - self._first :], first

@@ -1,4 +1,4 @@
-"""Label maps from logits are those of the straightforward way, but for ties within rounding."""
+"""Label maps from logits equal the arg-max of resized scores, except for ties within rounding."""
 
 import pytest
 import torch
@@ -6,12 +6,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mit_semseg.evaluation.label_map import label_map_from_logits
+from mit_semseg.evaluation.label_map import label_map_from_logits, probability_strips
 
 KINDS = ("noise", "trained", "nearly one-hot", "far apart")
 
 
-def straightforward(logits, size, align_corners=False):
+def reference_scores(logits, size, align_corners=False):
     """Mean of the softmax of the resized logits of all classes, (C, H, W)."""
     resized = [F.interpolate(x[None], size, mode="bilinear", align_corners=align_corners)[0] for x in logits]
     return sum(x.softmax(0) for x in resized) / len(resized) if len(logits) > 1 else resized[0]
@@ -26,8 +26,8 @@ def logits_of(kind, classes, height, width, seed=0):
     return F.interpolate(coarse * scale, (height, width), mode="bicubic")[0]
 
 
-def assert_same(labels, scores):
-    """Equal to the arg-max, or to a class whose score is as good within rounding."""
+def assert_best(labels, scores):
+    """Every label is the class with the best score within rounding."""
     best = scores.amax(0)
     chosen = scores.gather(0, labels[None])[0]
     assert labels.shape == best.shape
@@ -38,11 +38,13 @@ def assert_same(labels, scores):
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_label_maps(kind, views, align_corners):
+def test_label_map_is_the_class_with_the_best_score(kind, views, align_corners):
     size = (61, 83)
     logits = [logits_of(kind, 20, 8 + 3 * i, 11 + 2 * i, seed=i) for i in range(views)]
-    labels = label_map_from_logits(logits, size, align_corners=align_corners)
-    assert_same(labels, straightforward(logits, size, align_corners))
+    expected = reference_scores(logits, size, align_corners)
+    assert_best(label_map_from_logits(logits, size, align_corners=align_corners), expected)
+    strips = probability_strips(logits, size, align_corners=align_corners, exact=views > 1)
+    torch.testing.assert_close(torch.cat(list(strips), 1), expected, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=80, deadline=None)
@@ -53,43 +55,37 @@ def test_label_maps(kind, views, align_corners):
     align_corners=st.booleans(),
     double=st.booleans(),
 )
-def test_any_size_up_and_down(classes, source, size, align_corners, double):
+def test_label_map_for_any_size(classes, source, size, align_corners, double):
     logits = [logits_of("noise", classes, *s, seed=i) for i, s in enumerate(source)]
     logits = [x.double() if double else x for x in logits]
     labels = label_map_from_logits(logits, size, align_corners=align_corners)
-    assert_same(labels, straightforward(logits, size, align_corners))
+    assert_best(labels, reference_scores(logits, size, align_corners))
 
 
 @pytest.mark.parametrize("elements", [1, 500, 2**21])
-def test_strips_do_not_change_the_result(elements, monkeypatch):
+def test_strip_size_does_not_change_the_probabilities(elements, monkeypatch):
     logits = [logits_of("trained", 7, 9, 12, seed=i) for i in range(2)]
-    whole = label_map_from_logits(logits, (40, 50))
-    monkeypatch.setattr("mit_semseg.evaluation.label_map.ELEMENTS", elements)
-    assert torch.equal(label_map_from_logits(logits, (40, 50)), whole)
+    whole = torch.cat(list(probability_strips(logits, (40, 50))), 1)
+    monkeypatch.setattr("mit_semseg.evaluation.label_map.STRIP_ELEMENTS", elements)
+    torch.testing.assert_close(torch.cat(list(probability_strips(logits, (40, 50))), 1), whole)
 
 
 @pytest.mark.parametrize("classes", [2, 255, 256, 257, 1000])
-def test_numbers_of_classes(classes):
-    """Above 256 classes a byte does not hold the label."""
+def test_label_map_with_many_classes(classes):
+    """More than 256 classes do not fit into a byte."""
     logits = logits_of("noise", classes, 6, 7)
     logits[-1] += 0.5
     labels = label_map_from_logits([logits], (20, 30))
-    assert_same(labels, straightforward([logits], (20, 30)))
+    assert_best(labels, reference_scores([logits], (20, 30)))
     assert (labels == classes - 1).any()
 
 
-def test_the_first_of_equal_classes_wins():
-    logits = torch.zeros(5, 3, 4)
-    for views in (1, 2):
-        assert (label_map_from_logits([logits] * views, (9, 9)) == 0).all()
+@pytest.mark.parametrize("views", [1, 2])
+def test_first_of_equal_classes_wins(views):
+    assert (label_map_from_logits([torch.zeros(5, 3, 4)] * views, (9, 9)) == 0).all()
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
-def test_low_precision(kind):
+def test_label_map_from_16_bit_logits(kind):
     logits = logits_of("trained", 9, 8, 8).to(kind)
-    assert_same(label_map_from_logits([logits], (30, 30)), straightforward([logits.float()], (30, 30)))
-
-
-def test_views_must_be_there():
-    with pytest.raises(ValueError, match="no logits"):
-        label_map_from_logits([], (3, 3))
+    assert_best(label_map_from_logits([logits], (30, 30)), reference_scores([logits.float()], (30, 30)))

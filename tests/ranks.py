@@ -1,4 +1,4 @@
-"""Running a function, or a script, in several processes that share a process group."""
+"""Run a function, or a script, on several ranks."""
 
 import os
 import socket
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from runs import ROOT, SMALL, Job, forked
 from scenes import write_pairs
 
-# One thread each: rounding does not depend on how the work is split.
+# One thread per rank: rounding does not depend on the distribution of work.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -26,15 +26,15 @@ def _work(rank: int, count: int, store: str, timeout: float, function: Callable,
     )
     try:
         results.put((rank, function(rank, *arguments), None))
-    except Exception:  # travels to the test, which compares it with what it expects
+    except Exception:
         results.put((rank, None, traceback.format_exc()))
     results.close()
     results.join_thread()
-    os._exit(0)  # a process group that has failed may wait for its peers when it is taken down
+    os._exit(0)  # a broken process group may wait for the other ranks during shutdown
 
 
-def in_processes(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
-    """Results of `function(rank, *arguments)` in `count` gloo processes; plain values, the errors as tracebacks."""
+def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
+    """Return `function(rank, *arguments)` of `count` gloo ranks: plain values, tracebacks for errors."""
     results, store = forked.Queue(), folder / f"store-{function.__name__}"
     processes = [
         forked.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
@@ -48,15 +48,15 @@ def in_processes(count: int, folder, function: Callable, *arguments, timeout: fl
     return [error or value for _, value, error in collected]
 
 
-def write_pictures(folder):
-    """Pictures of one size, with unlabelled pixels: any two batches of two are one batch of four."""
+def write_images(folder):
+    """Write images of one size, with unlabelled pixels: two batches of two equal one batch of four."""
     write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
     write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
     return folder
 
 
 def changes_for(root, folder, **changes):
-    """Options of a run that several processes share."""
+    """Options of a run on several ranks."""
     return {
         **SMALL,
         "DATASET.root_dataset": root,
@@ -74,30 +74,26 @@ def changes_for(root, folder, **changes):
 
 
 def torchrun(name, *arguments, flags=()):
-    """Run a script by torchrun, in two processes."""
+    """Run a script on two ranks of torchrun."""
     command = [*TORCHRUN, *flags, str(ROOT / name), "--gpus", "cpu", *map(str, arguments)]
     return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Return the environment that torchrun gives a rank."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     return {**ENV, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
 def start_ranks(name: str, arguments: Sequence[str], *, count: int = 2, own: Sequence[Sequence[str]] = ()) -> list[Job]:
-    """Start a script as torchrun does, one process per rank, without the seconds that it takes.
+    """Start a script on several ranks without torchrun, which takes seconds.
 
     Args:
-        own: for some ranks, arguments of their own at the end.
+        own: additional arguments per rank.
     """
-    port = free_port()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     own = [*own, *[()] * (count - len(own))]
     return [
         Job(name, "--gpus", "cpu", *arguments, *own[rank], env=rank_environment(rank, count, port))
@@ -106,7 +102,7 @@ def start_ranks(name: str, arguments: Sequence[str], *, count: int = 2, own: Seq
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started; none if it has ended."""
+    """Return the child processes of a process, none if it has ended."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]

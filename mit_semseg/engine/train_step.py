@@ -1,0 +1,209 @@
+"""Parts of a training step: options, loss weights, running metrics, random seeds, deterministic algorithms."""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..evaluation import AverageMeter
+from ..lib.utils import UserError
+from .distributed import World
+from .losses import batch_weight
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Texts by which PyTorch refuses an operation in deterministic mode.
+NONDETERMINISTIC = ("does not have a deterministic implementation", "Deterministic behavior was enabled")
+WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
+
+
+class NondeterministicError(UserError, RuntimeError):
+    """An operation that has no deterministic implementation on its device."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of a training run, named as in the TRAIN section of the configuration.
+
+    Attributes:
+        run_options: plain values stored in checkpoints; a resumed run logs those that have changed.
+    """
+
+    num_epoch: int = 20
+    epoch_iters: int = 5000
+    start_epoch: int = 0
+    disp_iter: int = 20
+    lr_pow: float = 0.9
+    warmup_iters: int = 0
+    accumulate: int = 1
+    clip_grad: float = 0.0
+    amp: str = "off"
+    channels_last: bool = False
+    eval_epoch: int = 0
+    checkpoint_iters: int = 1000
+    workers: int = 0
+    seed: int = 304
+    deterministic: bool = False
+    run_options: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self.num_epoch * self.epoch_iters
+
+
+class LossWeights:
+    """Weights of every batch's loss and accuracy in the mean over all labelled pixels of all devices and ranks.
+
+    Attributes:
+        loss, accuracy: [micro-batch][device], sums over the world are 1.
+        labelled: pixels of all ranks.
+        stop: whether a rank has received a signal to stop.
+    """
+
+    def __init__(self, micro_batches: Sequence[Sequence[dict]], criterion: nn.Module | None, world: World, stop: bool):
+        counts = torch.tensor(
+            [
+                [[float(batch_weight(x, batch["seg_label"])) for x in (criterion, None)] for batch in batches]
+                for batches in micro_batches
+            ],
+            dtype=torch.float64,
+        )  # (micro-batches, devices, 2)
+        *sums, stops = world.sum([*counts.sum((0, 1)).tolist(), float(stop)], "counting labelled pixels")
+        totals = torch.tensor(sums)
+        weights = (counts / totals.where(totals > 0, 1)).tolist()
+        self.loss = [[loss for loss, _ in row] for row in weights]
+        self.accuracy = [[accuracy for _, accuracy in row] for row in weights]
+        self.labelled, self.stop = sums[1], stops > 0
+
+
+class RunningMetrics:
+    """Loss and pixel accuracy of the steps since the last log line, accumulated on the device.
+
+    Adding does not synchronize with the device, reading does.
+
+    Attributes:
+        totals: (3,) sums of loss and accuracy, and the number of steps.
+    """
+
+    def __init__(self, device: torch.device):
+        self.totals = torch.zeros(3, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        self._nonfinite_step = torch.full((), -1, device=device)
+        self._nonfinite_losses: Tensor | None = None
+
+    def add(self, step: int, losses: Tensor, means: Tensor) -> None:
+        """Add a step.
+
+        Args:
+            losses: (B,) of the batches of this rank.
+            means: (2,) loss and accuracy over all labelled pixels of all ranks.
+        """
+        self.totals[:2] += means
+        self.totals[2] += 1
+        first = (self._nonfinite_step < 0) & ~means[0].isfinite()
+        self._nonfinite_step = self._nonfinite_step.where(~first, step)
+        if self._nonfinite_losses is None:
+            self._nonfinite_losses = losses
+        self._nonfinite_losses = torch.where(first, losses, self._nonfinite_losses)
+
+    def read(self) -> tuple[float, float, int]:
+        """Return the mean loss, the mean accuracy and the number of steps."""
+        loss, accuracy, steps = self.totals.tolist()
+        return loss / max(steps, 1), accuracy / max(steps, 1), round(steps)
+
+    def nonfinite(self) -> tuple[int, list[float]]:
+        """Return the first step whose loss is not finite, -1 if there is none, and its losses on this rank."""
+        step = int(self._nonfinite_step)
+        return step, self._nonfinite_losses.tolist() if step >= 0 else []
+
+    def reset(self) -> None:
+        """Start the next log line."""
+        self.totals.zero_()
+
+
+class StepTimer:
+    """Mean duration of the last steps, and of loading their data.
+
+    Args:
+        window: number of steps.
+    """
+
+    def __init__(self, window: int):
+        self._window, self._steps, self._data = window, AverageMeter(), AverageMeter()
+        self.start()
+
+    def start(self) -> None:
+        """Start a step; saving and validation before it do not count."""
+        self._started = time.perf_counter()
+
+    def data_loaded(self) -> None:
+        """Record that the data of the step is loaded."""
+        if (self._steps.count or 0) >= self._window:
+            self._steps, self._data = AverageMeter(), AverageMeter()
+        self._data.update(time.perf_counter() - self._started)
+
+    def step_done(self) -> None:
+        """Record the end of the step."""
+        self._steps.update(time.perf_counter() - self._started)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds per step."""
+        return self._steps.average()
+
+    @property
+    def data_seconds(self) -> float:
+        """Seconds per step spent waiting for data."""
+        return self._data.average()
+
+
+def weighted_sum(weights: Sequence[float], values: torch.Tensor) -> torch.Tensor:
+    """Sum of one value per device, without copying the weights to a device."""
+    return sum(weight * value for weight, value in zip(weights, values.reshape(-1), strict=True))
+
+
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Seed the random numbers of a step (dropout), so that a resumed run draws the same ones.
+
+    Every GPU has its own seed. CPU replicas of one rank draw from one generator, in the order in which they run.
+    """
+    first = len(world.devices) * world.rank
+    for position, device in enumerate(world.devices, first):
+        value = int(np.random.SeedSequence((seed, 2, step, position)).generate_state(1, np.uint64)[0])
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(value)
+        elif position == first:
+            torch.manual_seed(value)
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Context in which operations give the same bits on the same hardware, or raise.
+
+    Raises:
+        NondeterministicError: an operation has no deterministic implementation on its device.
+    """
+    if not enabled:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    os.environ.setdefault(*WORKSPACE)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, UserError) or not any(text in str(error) for text in NONDETERMINISTIC):
+            raise
+        raise NondeterministicError(
+            f"TRAIN.deterministic: {str(error).split(', but you set')[0].splitlines()[0]}; set it to False, or train "
+            f"with --gpus cpu"
+        ) from None
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

@@ -1,0 +1,482 @@
+"""The trainer: owns model, optimizer and counters of a training run, and contains the training loop."""
+
+import faulthandler
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.utils import clip_grad_norm_
+
+from ..dataset import TrainDataset, ValDataset
+from ..dataset.classes import ONE_CLASS_WARNING
+from ..dataset.loader import images_to_device, iterate, make_loader, worker_errors
+from ..dataset.samplers import BatchNumbers
+from ..evaluation import InferenceOptions, Predictor, evaluate
+from ..evaluation.evaluator import Evaluation, LoadOptions
+from ..lib.utils import UserError
+from .checkpoint import (
+    CheckpointError,
+    RunFolder,
+    new_history,
+    read_resume,
+    restore_trainer,
+    save_atomic,
+    trainer_state,
+)
+from .distributed import World, broadcast_buffers, gradient_sync, parallelize
+from .optim import learning_rates, lr_factor, set_learning_rates
+from .signals import StopSignals
+from .train_step import (
+    AMP_DTYPES,
+    LossWeights,
+    RunningMetrics,
+    StepTimer,
+    TrainingOptions,
+    deterministic_algorithms,
+    seed_step,
+    weighted_sum,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_OVERFLOWS = 25  # fp16 steps skipped in a row; by then the loss scale has been halved as many times
+DIVERGENCE_HINT = "Try a smaller learning rate, TRAIN.warmup_iters or TRAIN.clip_grad"
+
+
+class TrainingStopped(UserError, RuntimeError):
+    """A run that cannot continue; the message names the step, the images and the last checkpoint."""
+
+
+class Trainer:
+    """Trains a network, validates it and saves checkpoints; every rank of a job creates one, rank 0 writes the files.
+
+    Args:
+        module: a `SegmentationModule` on the first of the world's devices.
+        optimizer: over its parameters, see `build_optimizer`.
+        folder: for checkpoints.
+        options: of the run.
+        world: ranks and devices, see `distributed.join`; None is this process on the CPU.
+
+    Attributes:
+        step: number of training steps done.
+        history: training and validation curves, see `checkpoint.new_history`.
+        best_iou: best validation mean IoU so far, -1 before the first validation.
+        skipped: messages about images that could not be used (DATASET.on_error skip), as ordered set.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        folder: RunFolder,
+        options: TrainingOptions,
+        world: World | None = None,
+    ):
+        self.module, self.optimizer, self.folder, self.options = module, optimizer, folder, options
+        self.world = world or World()
+        self.device = self.world.devices[0]
+        self.model = module  # the module wrapped for data parallel training, see `parallelize`
+        # Also without fp16, at scale 1: it skips the update, without synchronizing, if a gradient is not finite.
+        fp16 = options.amp == "fp16"
+        constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
+        self.step, self.best_iou, self.history = 0, -1.0, new_history()
+        self.metrics, self.timer = RunningMetrics(self.device), StepTimer(options.disp_iter)
+        self.overflows, self.overflows_in_a_row = 0, 0
+        self.labelled_pixels, self.classes_seen = 0.0, set()
+        self.image_names: dict[int, list[Sequence[str]]] = {}  # of the batches of each step since the last log line
+        self.skipped: dict[str, None] = {}
+        self.signals = StopSignals()
+        self.resumed_in_place = False
+        self.val_dataset: ValDataset | None = None
+        self.inference, self.run_logger = InferenceOptions(), None
+
+    @property
+    def epoch(self) -> int:
+        """Number of complete epochs."""
+        return self.step // self.options.epoch_iters
+
+    def fit(
+        self,
+        dataset: TrainDataset,
+        val_dataset: ValDataset | None = None,
+        *,
+        resume: str = "off",
+        inference: InferenceOptions | None = None,
+        run_logger=None,
+    ) -> None:
+        """Train to the end and save a checkpoint after every epoch.
+
+        SIGINT or SIGTERM on any rank stops all ranks after the same step, which is saved.
+
+        Args:
+            dataset: training batches; element i is one batch of one device.
+            val_dataset: validated every `eval_epoch` epochs, sharded over the ranks.
+            resume: 'auto', 'off', 'restart' or a file, see `RunFolder.find_resume`.
+            inference: of validation.
+            run_logger: object with the methods of `cli.run_logger.RunLogger`, or None.
+
+        Raises:
+            ImageFileError: an image or label cannot be used and the dataset does not skip it.
+            CheckpointError: the folder holds another run, or the checkpoint cannot be read.
+            TrainingStopped: the loss is not finite.
+            LoaderError, ProcessGroupError: a worker or another rank ended or timed out.
+            NondeterministicError: `deterministic`, but an operation has no deterministic implementation.
+            KeyboardInterrupt: a signal stopped the run.
+        """
+        options, self.val_dataset, self.run_logger = self.options, val_dataset, run_logger
+        self.inference = inference or self.inference
+        self.start(resume)
+        self.report_skipped(getattr(dataset, "skipped", ()))
+        batches = iterate(self.make_loader(dataset))
+        with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
+            if self.epoch_is_incomplete():  # the run was stopped while it saved or validated
+                self.end_epoch()
+            if self.step < options.total_steps:
+                self.model = parallelize(self.module, self.world)
+            self.module.train()
+            while self.step < options.total_steps:
+                self.watch()
+                micro_batches = [list(islice(batches, len(self.world.devices))) for _ in range(options.accumulate)]
+                self.timer.data_loaded()
+                set_learning_rates(self.optimizer, lr_factor(self.step, options))
+                weights = LossWeights(micro_batches, self.module.crit, self.world, self.signals.received)
+                self.note_batches(micro_batches, weights)
+                seed_step(options.seed, self.step, self.world)
+                self.train_step([self.to_devices(batches) for batches in micro_batches], weights)
+                self.step += 1
+                self.timer.step_done()
+                stop = weights.stop or (self.world.size == 1 and self.signals.received)
+                end = self.step % options.epoch_iters == 0
+                if end or self.step % options.disp_iter == 0:
+                    self.log()
+                if end and not stop:
+                    self.end_epoch()
+                elif end or stop or (options.checkpoint_iters and self.step % options.checkpoint_iters == 0):
+                    self.save()
+                if stop:
+                    self.stop()
+                self.timer.start()
+        self.finish()
+
+    def train_step(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
+        """Update the weights once. Every labelled pixel of all devices and ranks has the same weight in the gradient.
+
+        If the loss or a gradient is not finite, the update is skipped on the device; `log` and `save` report it.
+
+        Args:
+            micro_batches: per micro-batch (gradient accumulation) one batch dict per device: `img_data` (N, 3, H, W)
+                and `seg_label` (N, h, w), on that device.
+            weights: of the batches.
+        """
+        options, size = self.options, self.world.size
+        before = self._state_before_overflow()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses, means = [], self.metrics.totals.new_zeros(2)
+        for i, batches in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with self.world.communicating("forward and backward pass"), gradient_sync(self.model, last):
+                with torch.autocast(self.device.type, AMP_DTYPES.get(options.amp), enabled=options.amp != "off"):
+                    loss, accuracy = self.model(batches if len(batches) > 1 else batches[0])
+                losses.append(loss.detach().reshape(-1))
+                loss = weighted_sum(weights.loss[i], loss.float())
+                # NaN for a loss that is not finite: all gradients become NaN, and the scaler skips the update.
+                finite = 1 + 0 * loss.detach()
+                # Gradients are averaged over the ranks, but the weighted losses are to be summed.
+                self.scaler.scale(loss * finite * size).backward()
+            means += torch.stack([loss.detach(), weighted_sum(weights.accuracy[i], accuracy)])
+        if options.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            clip_grad_norm_((p for group in self.optimizer.param_groups for p in group["params"]), options.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if size > 1:
+            with self.world.communicating("summing the loss"):
+                dist.all_reduce(means)
+        if not self._undo_overflow(before):
+            self.metrics.add(self.step + 1, torch.cat(losses), means)
+
+    def _state_before_overflow(self) -> tuple[float, list[torch.Tensor]]:
+        """Loss scale and copies of the buffers, with fp16 only."""
+        if self.options.amp != "fp16":
+            return 0.0, []
+        return self.scaler.get_scale(), [buffer.clone() for buffer in self.module.buffers()]
+
+    def _undo_overflow(self, before: tuple[float, list[torch.Tensor]]) -> bool:
+        """With fp16, restore the buffers if the scaler has skipped the update; return whether it has.
+
+        The forward pass has already changed the running statistics.
+
+        Raises:
+            TrainingStopped: too many skipped steps in a row.
+        """
+        scale, buffers = before
+        if self.options.amp != "fp16" or self.scaler.get_scale() >= scale:
+            self.overflows_in_a_row = 0
+            return False
+        for buffer, saved in zip(self.module.buffers(), buffers, strict=True):
+            buffer.copy_(saved)
+        if self.step == 0:  # fused SGD leaves uninitialized momentum if its first step is skipped
+            self.optimizer.state.clear()
+        self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1
+        if self.overflows_in_a_row >= MAX_OVERFLOWS:
+            raise TrainingStopped(
+                f"step {self.step + 1}: {self.overflows_in_a_row} steps in a row overflowed in fp16 and were skipped; "
+                f"{self.folder.describe_saved()}. Set TRAIN.amp bf16 or off, or try a smaller learning rate"
+            )
+        return True
+
+    def make_loader(self, dataset: TrainDataset) -> torch.utils.data.DataLoader:
+        """Return a loader of the batches of this rank's devices, from the current step on."""
+        options, world, count = self.options, self.world, len(self.world.devices)
+        start, stop = self.step * options.accumulate, options.total_steps * options.accumulate
+        loader = make_loader(
+            dataset,
+            workers=options.workers,
+            timeout=world.timeout,
+            local_size=world.local_size,
+            batch_size=None,
+            sampler=BatchNumbers(start, stop, count * world.rank, count, count * world.size),
+            pin_memory=self.device.type == "cuda",
+        )
+        logger.info("%d data loading workers", loader.num_workers)
+        return loader
+
+    def to_devices(self, batches: Sequence[dict]) -> list[dict]:
+        """Copy one batch to each device and normalize its images."""
+        order = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        moved = []
+        for batch, device in zip(batches, self.world.devices, strict=True):
+            images, label = images_to_device(batch, device), batch["seg_label"].to(device, non_blocking=True)
+            moved.append({"img_data": images.contiguous(memory_format=order), "seg_label": label})
+        return moved
+
+    def note_batches(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
+        """Record image names, skipped images, labelled pixels and classes of the batches of a step."""
+        batches = list(chain.from_iterable(micro_batches))
+        self.image_names[self.step + 1] = [batch.get("info", ()) for batch in batches]
+        self.report_skipped(chain.from_iterable(batch.get("skipped", ()) for batch in batches))
+        self.labelled_pixels += weights.labelled
+        for label in (batch["seg_label"] for batch in batches if len(self.classes_seen) < 2):
+            labelled = label[label >= 0]
+            if labelled.numel():
+                self.classes_seen |= {int(labelled.min()), int(labelled.max())}
+
+    def watch(self) -> None:
+        """In a job of several ranks, print the stack of this rank if it makes no progress until shortly before the
+        timeout. Every call restarts the countdown."""
+        if self.world.size > 1:
+            faulthandler.dump_traceback_later(0.9 * self.world.timeout, file=sys.__stderr__)
+
+    def report_skipped(self, messages: Iterable[str]) -> None:
+        """Log each message about an image that cannot be used once, and keep it for the end of the run."""
+        for message in messages:
+            if message not in self.skipped:
+                logger.warning("skipped: %s", message)
+                self.skipped[message] = None
+
+    def start(self, resume: str) -> None:
+        """Prepare the folder and restore the run in it if requested, see `fit`."""
+        options, folder = self.options, self.folder
+        path = folder.find_resume(resume, options.start_epoch)
+        if self.world.is_main:
+            folder.folder.mkdir(parents=True, exist_ok=True)
+            folder.remove_partial()
+        if options.start_epoch:
+            self.history = folder.load_epoch(self.module, options.start_epoch)
+            self.best_iou = max(self.history["val"]["mean_iou"], default=self.best_iou)
+            self.step = options.start_epoch * options.epoch_iters
+            logger.info("resuming after epoch %d: weights and history, new optimizer", options.start_epoch)
+        elif path:
+            restore_trainer(self, self._read_resume(path))
+            self.resumed_in_place = path.resolve() == folder.resume.resolve()
+            folder.check_epoch_length(self.step, options.epoch_iters)
+            logger.info("resuming %s at step %d of %d", path, self.step, options.total_steps)
+            if self.step >= options.total_steps:
+                logger.info("the run in %s is complete: nothing to train", folder.folder)
+        elif resume == "restart" and self.world.is_main:
+            folder.remove_run()
+        starts = self.world.gather((str(folder.folder.absolute()), self.step), "comparing the first step")
+        if len({step for _, step in starts}) > 1:
+            found = "; ".join(f"rank {rank}: step {step} in {path}" for rank, (path, step) in enumerate(starts))
+            raise CheckpointError(
+                f"DIR must be the same folder on all ranks, but they start at different steps: {found}"
+            )
+
+    def _read_resume(self, path: Path) -> dict:
+        """Read a checkpoint; if it is damaged, the error names an epoch to start from."""
+        try:
+            return read_resume(path)
+        except CheckpointError as error:
+            epoch = self.folder.last_readable_epoch()
+            if not epoch:
+                raise
+            later = " and move later epochs away" if epoch < self.folder.epochs()[-1] else ""
+            raise CheckpointError(
+                f"{error}; to resume from the weights of epoch {epoch}, use TRAIN.resume off TRAIN.start_epoch "
+                f"{epoch}{later}"
+            ) from None
+
+    def check_loss(self) -> None:
+        """Synchronize with the device and stop if the loss of a step since the last check was not finite.
+
+        Raises:
+            TrainingStopped: on all ranks, with the images of the first such step.
+        """
+        step, losses = self.metrics.nonfinite()
+        names = self.image_names.get(step, ())
+        own = [(loss, batch) for loss, batch in zip(losses, names, strict=False) if not abs(loss) < float("inf")]
+        self.image_names.clear()
+        if step < 0:
+            return
+        found = list(chain.from_iterable(self.world.gather(own, "naming the batch")))
+        loss = found[0][0] if found else float("inf")  # every loss is finite, their sum is not
+        images = ", ".join(name for _, batch in found for name in batch) or "(unknown)"
+        epoch, iteration = divmod(step - 1, self.options.epoch_iters)
+        raise TrainingStopped(
+            f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): the loss is {loss} for the batch {images}; "
+            f"{self.folder.describe_saved()}. Nothing was saved since. {DIVERGENCE_HINT}"
+        )
+
+    def log(self) -> None:
+        """Log the metrics since the last call and add them to the history."""
+        self.check_loss()
+        loss, accuracy, steps = self.metrics.read()
+        if not steps:
+            logger.info("step %d: all steps since the last log line overflowed in fp16 and were skipped", self.step)
+            return
+        if not self.labelled_pixels:
+            logger.warning("step %d: no labelled pixel since the last log line: nothing is learned", self.step)
+        if len(self.classes_seen) == 1 and not self.history["train"]["epoch"]:
+            logger.warning(ONE_CLASS_WARNING.format(f"number {min(self.classes_seen)} so far"))
+        epoch, iters = (self.step - 1) // self.options.epoch_iters, self.options.epoch_iters
+        rates, seconds = learning_rates(self.optimizer), self.timer.seconds
+        logger.info(
+            "epoch %d, step %d/%d, loss %.4f, acc %.2f %%, lr %s, %.2f s/step (%.2f s data), eta %s%s",
+            epoch + 1,
+            self.step - epoch * iters,
+            iters,
+            loss,
+            accuracy * 100,
+            "/".join(dict.fromkeys(f"{rate:.6f}" for rate in rates.values())),
+            seconds,
+            self.timer.data_seconds,
+            timedelta(seconds=round(seconds * (self.options.total_steps - self.step))),
+            f", {self.overflows} steps skipped (fp16 overflow)" if self.overflows else "",
+        )
+        for key, value in (("epoch", self.step / iters), ("loss", loss), ("acc", accuracy)):
+            self.history["train"][key].append(value)
+        self.metrics.reset()
+        self.labelled_pixels = 0.0
+        if self.run_logger:
+            rates = {f"lr_{part}": rate for part, rate in rates.items()}
+            self.run_logger.log_step(self.step, {"loss": loss, "accuracy": accuracy, **rates})
+
+    def save(self) -> None:
+        """Save the checkpoint to resume from.
+
+        Raises:
+            TrainingStopped: the loss of a step was not finite.
+        """
+        self.check_loss()
+        if self.world.is_main:
+            save_atomic(trainer_state(self), self.folder.resume)
+
+    def end_epoch(self) -> None:
+        """Save checkpoint, weights and history of an epoch, then validate if it is due.
+
+        A run that is killed in between does it again when it is resumed, see `epoch_is_incomplete`.
+        """
+        self.save()
+        self._save_weights(f"epoch_{self.epoch}.pth")
+        self._save_history()
+        evaluation = None
+        if self._validation_is_due():
+            evaluation = self.validate()
+            self._save_history()
+            self.save()
+        if self.run_logger:
+            self.run_logger.log_epoch(self.epoch, self.history, evaluation)
+
+    def epoch_is_incomplete(self) -> bool:
+        """Return whether files or the validation of the epoch that has just ended are missing."""
+        if self.step % self.options.epoch_iters or not self.epoch:
+            return False
+        paths = [self.folder.path(part, f"epoch_{self.epoch}.pth") for part in ("encoder", "decoder", "history")]
+        missing = self.resumed_in_place and not all(path.is_file() for path in paths)
+        return self.world.gather(missing or self._validation_is_due(), "looking for files")[0]
+
+    def _validation_is_due(self) -> bool:
+        every = self.options.eval_epoch if self.val_dataset is not None else 0
+        at_end = self.epoch and self.step % self.options.epoch_iters == 0
+        return bool(every and at_end and self.epoch % every == 0 and self.epoch not in self.history["val"]["epoch"])
+
+    def validate(self) -> Evaluation:
+        """Evaluate on the validation set, sharded over the ranks; add the scores to the history, keep the best
+        weights."""
+        broadcast_buffers(self.module, self.world)
+
+        def on_result(item, prediction):
+            self.watch()
+            self.signals.raise_received()  # the checkpoint is already saved
+            if self.run_logger and prediction is not None:
+                self.run_logger.log_image(self.epoch, item, prediction)
+
+        shard = evaluate(
+            Predictor(self.module, self.device, self.inference),
+            self.val_dataset.shard(self.world.rank, self.world.size),
+            loading=LoadOptions(1, self.options.workers, self.world.timeout, self.world.local_size),
+            progress=self.world.is_main,
+            on_result=on_result,
+        )
+        evaluation = Evaluation.merge(self.world.gather(shard, "validation"))
+        self.report_skipped(evaluation.skipped)
+        iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
+        logger.info(
+            "validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%%s",
+            self.epoch,
+            iou,
+            evaluation.summary.mean_iou_present,
+            accuracy * 100,
+            f", {len(evaluation.skipped)} images skipped" if evaluation.skipped else "",
+        )
+        if evaluation.only_class:
+            logger.warning(ONE_CLASS_WARNING.format(evaluation.only_class))
+        for key, value in (("epoch", self.epoch), ("mean_iou", iou), ("acc", accuracy)):
+            self.history["val"][key].append(value)
+        if iou > self.best_iou:
+            self.best_iou = iou
+            self._save_weights("best.pth")
+        return evaluation
+
+    def _save_weights(self, suffix: str) -> None:
+        if self.world.is_main:
+            self.folder.save_weights(self.module, suffix)
+
+    def _save_history(self) -> None:
+        if self.world.is_main:
+            save_atomic(self.history, self.folder.path("history", f"epoch_{self.epoch}.pth"))
+
+    def stop(self) -> None:
+        """End the run because of a signal, on all ranks.
+
+        Raises:
+            KeyboardInterrupt: always.
+        """
+        self.world.gather(None, "waiting for the last files")
+        self.signals.raise_received()
+        raise KeyboardInterrupt  # the signal was sent to another rank
+
+    def finish(self) -> None:
+        """Wait for the files of rank 0 and log the images that were skipped."""
+        faulthandler.cancel_dump_traceback_later()
+        for messages in self.world.gather(list(self.skipped), "waiting for the last files"):
+            self.skipped |= dict.fromkeys(messages)
+        if self.skipped:
+            logger.warning("%d skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))

@@ -1,0 +1,79 @@
+"""The Triton kernel gives the label maps of the reference: in Triton's interpreter, and on a GPU if there is one."""
+
+import sys
+
+import pytest
+import torch
+from test_label_map import KINDS, assert_best, logits_of, reference_scores
+
+from mit_semseg.evaluation import label_map
+from mit_semseg.evaluation.label_map import bilinear_neighbors
+
+kernel = pytest.importorskip("mit_semseg.evaluation.label_map_triton", reason="Triton is part of PyTorch on Linux only")
+CLASSES, PIXELS = kernel.CLASSES, kernel.PIXELS
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py enables the interpreter
+
+
+def triton_labels(logits, size, align_corners=False):
+    sides = [[bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
+    return kernel.label_map_triton([x.to(DEVICE) for x in logits], size, sides).cpu()
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_map_is_the_class_with_the_best_score(kind, views, align_corners):
+    size = (4, PIXELS + 3)
+    logits = [logits_of(kind, CLASSES + 5, 3 + i, 8 + 2 * i, seed=i) for i in range(views)]
+    assert_best(triton_labels(logits, size, align_corners), reference_scores(logits, size, align_corners))
+
+
+@pytest.mark.parametrize("classes", [1, 2, CLASSES, 2 * CLASSES + 1])
+@pytest.mark.parametrize("size", [(1, 1), (5, 7), (2, 2 * PIXELS)])
+def test_label_map_for_sizes_and_classes_around_the_block_size(size, classes):
+    logits = [logits_of("noise", classes, 4, 6, seed=i) for i in range(2)]
+    assert_best(triton_labels(logits, size), reference_scores(logits, size))
+
+
+def test_first_of_equal_classes_wins():
+    logits = torch.zeros(2 * CLASSES, 2, 3)
+    logits[[3, CLASSES + 3]] = 1
+    assert (triton_labels([logits], (4, 6)) == 3).all()
+    assert (triton_labels([logits, logits], (4, 6)) == 3).all()
+
+
+@pytest.fixture
+def uncached():
+    label_map._triton_kernel.cache_clear()
+    yield label_map._triton_kernel
+    label_map._triton_kernel.cache_clear()
+
+
+def test_missing_triton_gives_one_warning(monkeypatch, caplog, uncached):
+    monkeypatch.setitem(sys.modules, "mit_semseg.evaluation.label_map_triton", None)
+    assert uncached(torch.device("cpu")) is None
+    assert "without Triton" in caplog.text
+
+
+def test_kernel_that_cannot_be_compiled_gives_one_warning(monkeypatch, caplog, uncached):
+    def fail(*_):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nMore.")
+
+    monkeypatch.setattr("mit_semseg.evaluation.label_map_triton.label_map_triton", fail)
+    assert uncached(torch.device("cpu")) is None
+    assert "RuntimeError: Failed to find C compiler" in caplog.text
+
+
+def test_kernel_is_used_after_it_ran_once(uncached):
+    assert uncached(torch.device(DEVICE)) is kernel.label_map_triton
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+def test_large_image_needs_little_memory():
+    logits = [torch.randn(150, 250, 375, device="cuda") for _ in range(3)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    labels = label_map.label_map_from_logits(logits, (4000, 6000))
+    assert torch.cuda.max_memory_allocated() - before < 2**29
+    assert labels.shape == (4000, 6000)

@@ -1,0 +1,558 @@
+"""Every option of the configuration is read and has an effect."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import SMALL, in_process, same, weights, words
+from scenes import write_pairs
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mit_semseg import build
+from mit_semseg.config import load_config
+from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.dataset import transforms
+from mit_semseg.engine import MaskedNLLLoss, distributed, trainer
+from mit_semseg.evaluation import evaluator
+from mit_semseg.lib.utils import UserError
+from mit_semseg.models import SegmentationModule
+from mit_semseg.predict import segmenter
+
+SIZES = [(60, 40), (40, 60), (52, 44), (44, 64)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_pairs(root / "train", SIZES, seed=1)
+    write_pairs(root / "other", SIZES[:3], seed=2)
+    write_pairs(root / "val", [(50, 40), (40, 56)], seed=3)
+    write_pairs(root / "elsewhere" / "train", SIZES, seed=4)
+    write_pairs(root / "palette", SIZES, seed=1)
+    for path in (root / "palette" / "annotations").iterdir():
+        label = Image.fromarray(np.asarray(Image.open(path)))
+        label.putpalette(list(range(12)))
+        label.save(path)
+    return root
+
+
+class Scripts:
+    """Runs the scripts in this process with small options; options are given as keywords such as TRAIN__seed."""
+
+    def __init__(self, data, folder, monkeypatch):
+        self.data, self.folder, self.monkeypatch, self.count = data, folder, monkeypatch, 0
+
+    def options(self, changes):
+        changes = {key.replace("__", "."): value for key, value in changes.items()}
+        return {**SMALL, "DATASET.root_dataset": self.data, "DIR": self.folder / "run", **changes}
+
+    def train(self, *, gpus="cpu", **changes):
+        self.count += 1
+        options = self.options({"DIR": self.folder / f"run{self.count}", **changes})
+        in_process("train", self.monkeypatch, "--gpus", gpus, *words(options))
+        return Path(options["DIR"])
+
+    def evaluate(self, folder, **changes):
+        options = self.options({"DIR": folder, **changes})
+        assert in_process("eval", self.monkeypatch, "--gpu", "cpu", *words(options)) == 0
+        return json.loads((folder / "result" / "results.json").read_text())
+
+    def segment(self, folder, **changes):
+        """Return the files that test.py writes for the validation images."""
+        options = self.options({"DIR": folder, "TEST.result": self.folder / "out", **changes})
+        images = self.data / "val" / "images"
+        arguments = "--index", "--gpu", "cpu", "--imgs", images, *words(options)
+        assert in_process("test", self.monkeypatch, *arguments) == 0
+        return {path.name: path.read_bytes() for path in sorted(Path(options["TEST.result"]).iterdir())}
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        yield Scripts(data, tmp_path_factory.mktemp("runs"), patch)
+
+
+@pytest.fixture(scope="module")
+def baseline(run):
+    return run.train()
+
+
+def log_of(folder):
+    return (folder / "log.txt").read_text()
+
+
+def history_of(folder, epoch=1):
+    return torch.load(folder / f"history_epoch_{epoch}.pth", weights_only=True)
+
+
+# Options that change the trained weights.
+CHANGES_WEIGHTS = {
+    "DATASET.root_dataset": lambda data: data / "elsewhere",
+    "DATASET.list_train": "other",
+    "DATASET.num_class": 4,
+    "DATASET.imgSizes": 56,
+    "DATASET.imgMaxSize": 50,
+    "DATASET.padding_constant": 32,
+    "DATASET.segm_downsampling_rate": 4,
+    "DATASET.random_flip": False,
+    "DATASET.random_scale": (0.5, 1.5),
+    "DATASET.crop_size": (32, 40),
+    "DATASET.color_jitter": 0.5,
+    "DATASET.blur": 2.0,
+    "DATASET.normalization": "caffe",
+    "DATASET.train_resize": "pixel-exact",
+    "MODEL.arch_encoder": "resnet18",
+    "MODEL.arch_decoder": "c1",
+    "MODEL.weights_encoder": lambda data: data / "start_encoder.pth",
+    "MODEL.weights_decoder": lambda data: data / "start_decoder.pth",
+    "MODEL.output_stride": 16,
+    "MODEL.norm": "inplace",
+    "TRAIN.batch_size_per_gpu": 1,
+    "TRAIN.num_epoch": 3,
+    "TRAIN.epoch_iters": 2,
+    "TRAIN.optim": "AdamW",
+    "TRAIN.lr_encoder": 0.005,
+    "TRAIN.lr_decoder": 0.005,
+    "TRAIN.lr_pow": 2,
+    "TRAIN.warmup_iters": 3,
+    "TRAIN.beta1": 0.5,
+    "TRAIN.weight_decay": 0.1,
+    "TRAIN.deep_sup_scale": 1.0,
+    "TRAIN.loss": "ce+lovasz",
+    "TRAIN.class_weights": (1, 2, 3),
+    "TRAIN.label_smoothing": 0.1,
+    "TRAIN.fix_bn": True,
+    "TRAIN.seed": 5,
+    "TRAIN.accumulate": 2,
+    "TRAIN.clip_grad": 0.01,
+    "TRAIN.amp": "bf16",
+}
+
+
+@pytest.mark.parametrize("key", CHANGES_WEIGHTS)
+def test_option_changes_the_trained_weights(key, run, baseline, data):
+    value = CHANGES_WEIGHTS[key]
+    if "MODEL.weights_" in key:
+        for part in ("encoder", "decoder"):
+            (data / f"start_{part}.pth").write_bytes((baseline / f"{part}_epoch_1.pth").read_bytes())
+    changed = run.train(**{key: value(data) if callable(value) else value})
+    assert not same(weights(changed), weights(baseline))
+
+
+def test_equal_options_give_equal_weights(run, baseline):
+    assert same(weights(run.train()), weights(baseline))
+
+
+# Other options: TESTED maps the option to its test.
+TESTED = {}
+
+
+def tests(key):
+    def register(function):
+        TESTED[key] = function
+        return function
+
+    return register
+
+
+@tests("DATASET.cat_max_ratio")
+def _(run, baseline):
+    folders = [run.train(DATASET__crop_size=24, DATASET__cat_max_ratio=ratio) for ratio in (1, 0.5)]
+    assert not same(*map(weights, folders))
+
+
+@tests("TRAIN.ohem_threshold")
+def _(run, baseline):
+    folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_min_kept=1, TRAIN__ohem_threshold=p) for p in (0.2, 1)]
+    assert not same(*map(weights, folders))
+    losses = [history_of(folder)["train"]["loss"][0] for folder in (folders[1], baseline)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # every pixel is hard
+
+
+@tests("TRAIN.ohem_min_kept")
+def _(run, baseline):
+    folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_threshold=0.1, TRAIN__ohem_min_kept=n) for n in (1, 100_000)]
+    assert not same(*map(weights, folders))
+    losses = [history_of(folder)["train"]["loss"][0] for folder in (folders[1], baseline)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@tests("TRAIN.visualize")
+def _(run, baseline):
+    folder = run.train(TRAIN__eval_epoch=1, TRAIN__visualize=True)
+    panels = [p.relative_to(folder / "vis").as_posix() for p in sorted((folder / "vis").rglob("*.png"))]
+    assert panels == [f"epoch_{epoch}/val/images/{name}.png" for epoch in (1, 2) for name in ("00", "01")]
+    with pytest.raises(UserError, match=r"TRAIN\.eval_epoch"):
+        run.train(TRAIN__visualize=True)
+
+
+@tests("VAL.num_val")
+def _(run, baseline):
+    folder = run.train(TRAIN__eval_epoch=2, TRAIN__visualize=True, VAL__num_val=1)
+    assert [p.name for p in (folder / "vis").rglob("*.png")] == ["00.png"]
+
+
+@tests("INFERENCE.flip")
+def _(run, baseline):
+    iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
+    assert run.evaluate(baseline, INFERENCE__flip=True)["iou_per_class"] != iou
+    assert run.segment(baseline, INFERENCE__flip=True) != files
+
+
+@tests("INFERENCE.window_size")
+def _(run, baseline):
+    iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
+    assert run.evaluate(baseline, INFERENCE__window_size=(32, 40))["iou_per_class"] != iou
+    assert run.segment(baseline, INFERENCE__window_size=(32, 40)) != files
+
+
+@tests("INFERENCE.window_overlap")
+def _(run, baseline):
+    files = [run.segment(baseline, INFERENCE__window_size=32, INFERENCE__window_overlap=n) for n in (0, 0.8)]
+    assert files[0] != files[1]
+
+
+@tests("INFERENCE.precision")
+def _(run, baseline):
+    dtypes, logits = [], SegmentationModule.logits
+
+    def record(self, feed):
+        dtypes.append(list(self.encoder.parameters())[-1].dtype)
+        return logits(self, feed)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SegmentationModule, "logits", record)
+        auto, fp32, bf16 = (run.evaluate(baseline, INFERENCE__precision=p) for p in ("auto", "fp32", "bf16"))
+    assert dtypes == [torch.float32] * 8 + [torch.bfloat16] * 4
+    assert auto["iou_per_class"] == fp32["iou_per_class"]
+    assert abs(bf16["pixel_accuracy"] - auto["pixel_accuracy"]) < 0.05
+
+
+@tests("DATASET.eval_resize")
+def _(run, baseline):
+    calls, resize = [], transforms.imresize_fast
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transforms, "imresize_fast", lambda *args: calls.append(args) or resize(*args))
+        exact = run.evaluate(baseline)["pixel_accuracy"]
+        assert not calls
+        fast = run.evaluate(baseline, DATASET__eval_resize="fast")["pixel_accuracy"]
+    assert len(calls) == 4
+    assert abs(fast - exact) < 0.02
+
+
+@tests("INFERENCE.compile")
+def _(run, baseline):
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
+        scores = run.evaluate(baseline, INFERENCE__compile=True)
+    assert len(compiled) == 1  # the real compiler takes half a minute, see test_inference.py
+    assert scores["mean_iou"] == run.evaluate(baseline)["mean_iou"]
+
+
+@tests("DIR")
+def _(run, baseline):
+    assert (run.train(DIR=run.folder / "named") / "decoder_epoch_2.pth").is_file()
+
+
+@tests("DATASET.list_val")
+def _(run, baseline):
+    assert [run.evaluate(baseline, DATASET__list_val=split)["images"] for split in ("val", "other")] == [2, 3]
+
+
+@tests("DATASET.classes")
+def _(run, baseline):
+    result = run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values="[0]")
+    assert [entry["class"] for entry in result["iou_per_class"]] == ["a", "b", "c"]
+
+
+@tests("DATASET.ignore_values")
+def _(run, baseline):
+    results = [
+        run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values=v) for v in ("[0]", "[3]")
+    ]
+    assert results[0]["labelled_pixels"] != results[1]["labelled_pixels"]
+
+
+@tests("DATASET.on_error")
+def _(run, baseline):
+    (run.data / "missing.odgt").write_text('{"fpath_img": "missing.png", "width": 4, "height": 5}\n' * 3)
+    for mode, message in (("stop", "fpath_segm"), ("skip", r"DATASET\.on_error skip")):
+        with pytest.raises(UserError, match=message):
+            run.train(DATASET__list_train="missing.odgt", DATASET__on_error=mode)
+
+
+@tests("DATASET.palette_labels")
+def _(run, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
+        run.train(DATASET__list_train="palette")
+    assert same(weights(run.train(DATASET__list_train="palette", DATASET__palette_labels=True)), weights(baseline))
+
+
+@tests("MODEL.fc_dim")
+def _(run, baseline):
+    with pytest.raises(UserError, match=r"MODEL\.fc_dim 512.* 320"):
+        run.train(MODEL__fc_dim=512)
+    assert same(weights(run.train(MODEL__fc_dim=320)), weights(baseline))
+
+
+@tests("MODEL.pretrained")
+def _(run, baseline):
+    run.monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
+    run.monkeypatch.setenv("MIT_SEMSEG_HOME", str(run.folder / "cache"))
+    with pytest.raises(UserError, match=r"MODEL\.pretrained False"):
+        run.train(MODEL__pretrained=True)
+    run.train(DIR=baseline, MODEL__pretrained=True, TRAIN__resume="auto")  # a resumed run loads no initial weights
+
+
+@tests("MODEL.reset_classifier")
+def _(run, baseline):
+    changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
+    with pytest.raises(UserError, match=r"MODEL\.reset_classifier True"):
+        run.train(**changes)
+    assert "conv_last.weight" in log_of(run.train(**changes, MODEL__reset_classifier=True))
+
+
+@tests("TRAIN.start_epoch")
+def _(run, baseline):
+    folder = run.train(DIR=run.folder / "continued", TRAIN__num_epoch=1)
+    run.train(DIR=folder, TRAIN__start_epoch=1)
+    assert history_of(folder, 2)["train"]["epoch"] == [2 / 3, 1, 4 / 3, 2]
+
+
+def loader_of(run, **changes):
+    """Return the DataLoader of a training run."""
+    loaders, make = [], trainer.make_loader
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "make_loader", lambda *a, **kw: loaders.append(make(*a, **kw)) or loaders[-1])
+        run.train(TRAIN__num_epoch=1, TRAIN__epoch_iters=1, **changes)
+    return loaders[0]
+
+
+@tests("TRAIN.workers")
+def _(run, baseline):
+    counts = [loader_of(run, TRAIN__workers=n).num_workers for n in (0, 1, 10_000)]
+    assert counts[:2] == [0, 1]
+    assert 1 <= counts[2] < 10_000  # at most the number of cores
+    assert same(weights(run.train(TRAIN__workers=1)), weights(baseline))
+
+
+@tests("RUNTIME.timeout")
+def _(run, baseline):
+    assert loader_of(run, TRAIN__workers=1, RUNTIME__timeout=7.5).timeout == 7.5
+    with distributed.join([torch.device("cpu")], 7.5) as world:
+        assert world.timeout == 7.5
+
+
+@tests("TRAIN.disp_iter")
+def _(run, baseline):
+    assert [log_of(run.train(TRAIN__disp_iter=n)).count(", acc ") for n in (1, 3)] == [6, 2]
+
+
+@tests("TRAIN.deterministic")
+def _(run, baseline):
+    """On the CPU the weights are the same; an operation without a deterministic implementation is named."""
+    enabled, loss = [], MaskedNLLLoss.of_logits
+
+    def record(*args):
+        enabled.append(torch.are_deterministic_algorithms_enabled())
+        return loss(*args)
+
+    def nondeterministic(*args):
+        torch.zeros(3).put_(torch.tensor([1]), torch.ones(1))
+        return loss(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MaskedNLLLoss, "of_logits", record)
+        folder = run.train(TRAIN__deterministic=True)
+        assert enabled
+        assert all(enabled)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert same(weights(folder), weights(baseline))
+        patch.setattr(MaskedNLLLoss, "of_logits", nondeterministic)
+        with pytest.raises(UserError, match=r"TRAIN\.deterministic: put_ "):
+            run.train(TRAIN__deterministic=True)
+
+
+@tests("TRAIN.activation_checkpointing")
+def _(run, baseline):
+    """The weights are the same; see test_activation_checkpoint.py for the memory."""
+    assert same(weights(run.train(TRAIN__activation_checkpointing=True)), weights(baseline))
+    with pytest.raises(UserError, match=r"TRAIN\.activation_checkpointing"):
+        run.train(TRAIN__activation_checkpointing=True, MODEL__norm="inplace")
+    with pytest.raises(UserError, match=r"TRAIN\.activation_checkpointing"):
+        run.train(gpus="cpu,cpu", TRAIN__activation_checkpointing=True)
+
+
+@tests("TRAIN.compile")
+def _(run, baseline):
+    """The encoder is compiled (without the real compiler, which takes half a minute) for few image sizes."""
+    sizes = []
+
+    def compiler(function, **_):
+        return lambda *args, **kwargs: sizes.append(tuple(args[0].shape[-2:])) or function(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", compiler)
+        run.train(TRAIN__compile=True)
+    assert len(sizes) == 6
+    assert all(side % build.COMPILE_MULTIPLE == 0 for size in sizes for side in size)
+    with pytest.raises(UserError, match=r"TRAIN\.compile"):
+        run.train(gpus="cpu,cpu", TRAIN__compile=True)
+
+
+@tests("TRAIN.channels_last")
+def _(run, baseline):
+    cfg = load_config(None, words(run.options({"TRAIN.channels_last": True})))
+    module = build.build_module(cfg, torch.device("cpu"))
+    assert not module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
+    build.build_training(cfg, module, 12, 1)
+    assert module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
+    once = {"TRAIN.disp_iter": 1, "TRAIN.num_epoch": 1, "TRAIN.epoch_iters": 1}
+    folders = [run.train(TRAIN__channels_last=value, **once) for value in (False, True)]
+    first, second = (history_of(folder)["train"]["loss"][0] for folder in folders)
+    assert first == pytest.approx(second, rel=1e-3)  # sums in another order
+
+
+@tests("TRAIN.eval_epoch")
+def _(run, baseline):
+    folder = run.train(TRAIN__eval_epoch=2)
+    assert (folder / "decoder_best.pth").is_file()
+    assert not (baseline / "decoder_best.pth").exists()
+    assert history_of(folder, 2)["val"]["epoch"] == [2]
+    assert same(weights(folder), weights(baseline))  # validation does not change the training
+
+
+@tests("TRAIN.checkpoint_iters")
+def _(run, baseline):
+    for every, expected in ((0, 2), (1, 6)):
+        paths, save = [], trainer.save_atomic
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                trainer, "save_atomic", lambda obj, path, p=paths, s=save: (p.append(path.name), s(obj, path))
+            )
+            run.train(TRAIN__checkpoint_iters=every)
+        assert paths.count("resume.pth") == expected
+
+
+@tests("TRAIN.resume")
+def _(run, baseline):
+    with pytest.raises(UserError, match=r"TRAIN\.resume auto"):
+        run.train(DIR=baseline)
+    run.train(DIR=baseline, TRAIN__resume="auto")
+    assert "nothing to train" in log_of(baseline)
+    copy = run.train(TRAIN__resume=baseline / "resume.pth", TRAIN__num_epoch=3)
+    assert (copy / "decoder_epoch_3.pth").is_file()
+    assert not (copy / "decoder_epoch_2.pth").exists()
+    run.train(DIR=copy, TRAIN__resume="restart")
+    assert same(weights(copy), weights(baseline))
+
+
+@tests("TRAIN.tensorboard")
+def _(run, baseline):
+    folder = run.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr_encoder", "val/mean_iou", "val_iou/class 1"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("val/mean_iou")] == [1, 2]
+    assert set(events.Tags()["images"]) == {"val/0", "val/1"}
+
+
+def with_batch_sizes(module, function):
+    """Return the results of a function for batch sizes 1 and 2, and check the batch sizes of `read_items`."""
+    sizes, read = [], module.read_items
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            module,
+            "read_items",
+            lambda d, device, loading: sizes.append(loading.batch_size) or read(d, device, loading),
+        )
+        results = [function(size) for size in (1, 2)]
+    assert sizes == [1, 2]
+    return results
+
+
+@tests("VAL.batch_size")
+def _(run, baseline):
+    results = with_batch_sizes(evaluator, lambda size: run.evaluate(baseline, VAL__batch_size=size))
+    one, two = ({key: value for key, value in result.items() if "second" not in key} for result in results)
+    assert one == two
+
+
+@tests("VAL.visualize")
+def _(run, baseline):
+    panels = baseline / "result" / "val" / "images"
+    run.evaluate(baseline)
+    assert not panels.exists()
+    run.evaluate(baseline, VAL__visualize=True)
+    assert sorted(p.name for p in panels.iterdir()) == ["00.png", "01.png"]
+
+
+@tests("VAL.checkpoint")
+def _(run, baseline):
+    first, last = (run.evaluate(baseline, VAL__checkpoint=f"epoch_{n}.pth") for n in (1, 2))
+    assert first["iou_per_class"] != last["iou_per_class"] or first["pixel_accuracy"] != last["pixel_accuracy"]
+    for name, message in (
+        ("epoch_9.pth", r"epoch_9\.pth .*epoch_1\.pth, epoch_2\.pth"),
+        ("/nowhere/a.pth", r"/nowhere/a\.pth"),
+        (baseline / "encoder_epoch_2.pth", r"encoder_epoch_2\.pth"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run.evaluate(baseline, VAL__checkpoint=name)
+
+
+@tests("TEST.checkpoint")
+def _(run, baseline):
+    with pytest.raises(UserError, match=r"epoch_9\.pth"):
+        run.segment(baseline, TEST__checkpoint="epoch_9.pth")
+
+
+@tests("TEST.result")
+def _(run, baseline):
+    files = run.segment(baseline, TEST__result=run.folder / "there")
+    assert list(files) == ["00.png", "00_index.png", "01.png", "01_index.png"]
+
+
+@tests("TEST.batch_size")
+def _(run, baseline):
+    one, two = with_batch_sizes(segmenter, lambda size: run.segment(baseline, TEST__batch_size=size))
+    assert one == two
+
+
+@pytest.mark.parametrize("key", TESTED)
+def test_option_has_its_effect(key, run, baseline):
+    TESTED[key](run, baseline)
+
+
+def test_every_option_is_tested():
+    assert set(CHANGES_WEIGHTS) | set(TESTED) == set(OPTIONS)
+    assert not set(CHANGES_WEIGHTS) & set(TESTED)
+
+
+def test_checkpoints_of_different_norms_are_not_mixed_up(run, baseline):
+    inplace = run.train(MODEL__norm="inplace")
+    assert run.evaluate(inplace, MODEL__norm="inplace")["images"] == 2
+    with pytest.raises(UserError, match=r"MODEL\.norm inplace"):
+        run.evaluate(inplace)
+    with pytest.raises(UserError, match=r"MODEL\.norm sync"):
+        run.evaluate(baseline, MODEL__norm="inplace")
+    with pytest.raises(UserError, match=r"MODEL\.norm inplace"):
+        run.train(DIR=inplace, TRAIN__resume="auto", TRAIN__num_epoch=3)
+
+
+def test_results_contain_the_options_of_inference(run, baseline):
+    options = run.evaluate(baseline, INFERENCE__flip=True, DATASET__imgSizes="(40,)")["options"]
+    assert options["flip"] is True
+    assert options["imgSizes"] == [40]
+    assert options["list_val"] == "val"
+
+
+def test_option_that_the_device_lacks_is_refused_before_training(monkeypatch):
+    with pytest.raises(UserError, match=r"MODEL\.norm inplace"):
+        build.build_module(load_config(None, ["MODEL.norm", "inplace"]), torch.device("mps"))
+    monkeypatch.setattr(build, "lacks_bfloat16", lambda device: True)
+    with pytest.raises(UserError, match=r"TRAIN\.amp bf16: cuda:0"):
+        build.build_module(load_config(None, ["TRAIN.amp", "bf16"]), torch.device("cuda:0"))

@@ -1,0 +1,332 @@
+"""Checkpoints: files of a run, resuming bit for bit, signals, the lock of the folder."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import SMALL, Job, here, same, script, weights, words
+from scenes import options, tiny_module, write_data_set
+from training import make_trainer, run
+
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.engine import CheckpointError, MaskedNLLLoss, RunFolder, TrainingStopped, build_optimizer, checkpoint
+from mit_semseg.engine.checkpoint import read_resume, save_atomic
+from mit_semseg.engine.signals import StopSignals
+from mit_semseg.engine.train_step import deterministic_algorithms
+from mit_semseg.lib.utils import HOST, UserError, WriteError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp("data"))
+
+
+def test_files_of_a_run(root, tmp_path):
+    trainer, _ = run(root, tmp_path, training={"eval_epoch": 1}, val_dataset=ValDataset(root, "val", options()))
+    parts = ("encoder", "decoder", "history")
+    expected = [f"{part}_epoch_{n}.pth" for part in parts for n in (1, 2)] + ["resume.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*expected, "encoder_best.pth", "decoder_best.pth"])
+    history = torch.load(tmp_path / "history_epoch_2.pth", weights_only=True)
+    assert history["train"]["epoch"] == [0.5, 1.0, 1.5, 2.0]
+    assert set(history["train"]) == {"epoch", "loss", "acc"}
+    assert history["val"]["epoch"] == [1, 2]
+    assert max(history["val"]["mean_iou"]) == trainer.best_iou
+
+
+@pytest.mark.parametrize("stop", range(1, 8))
+def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
+    """The run fails while it loads the batch after `stop` steps, and is started again."""
+
+    class Failing(TrainDataset):
+        def __getitem__(self, index):
+            if index == stop:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    val, training = ValDataset(root, "val", options()), {"eval_epoch": 1, "checkpoint_iters": 3}
+    whole, expected = run(root, tmp_path / "whole", training=training, val_dataset=val)
+    dataset = Failing(root, "train", options(), batch_per_gpu=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "cut", training=training, val_dataset=val, dataset=dataset)
+    # Before the first checkpoint the run starts from scratch; later, initial weights do not matter.
+    seed = 0 if stop < training["checkpoint_iters"] else 9
+    resumed, got = run(root, tmp_path / "cut", seed=seed, training=training, val_dataset=val, resume="auto")
+    assert same(got, expected)
+    assert resumed.history == whole.history
+    assert resumed.best_iou == whole.best_iou
+
+
+def test_resume_uses_new_rates_and_refuses_another_model_or_optimizer(root, tmp_path):
+    make_trainer(tmp_path, num_epoch=1).fit(TrainDataset(root, "train", options()))
+
+    def resume(name="SGD", num_class=3):
+        module = tiny_module(num_class, crit=MaskedNLLLoss())
+        optimizer = build_optimizer(module.encoder, module.decoder, name, rates=(0.5, 0.5), beta1=0.3, weight_decay=0.2)
+        trainer = make_trainer(tmp_path, module=module, optimizer=optimizer, num_epoch=1)
+        trainer.fit(TrainDataset(root, "train", options()), resume="auto")
+        return optimizer
+
+    optimizer = resume()
+    group = optimizer.param_groups[0]
+    assert (group["initial_lr"], group["momentum"], group["weight_decay"]) == (0.5, 0.3, 0.2)
+    assert all("momentum_buffer" in s for s in optimizer.state.values())
+    with pytest.raises(CheckpointError, match=r"SGD .* AdamW .*TRAIN\.optim"):
+        resume("AdamW")
+    with pytest.raises(CheckpointError, match=r"DATASET\.num_class"):
+        resume(num_class=5)
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+@pytest.mark.parametrize("first", [False, True])
+def test_resume_with_another_memory_format_keeps_the_optimizer_state(root, tmp_path, name, first):
+    """Changing TRAIN.channels_last changes the weights by rounding only."""
+    lr = {"SGD": 0.05, "AdamW": 0.001}[name]
+
+    def train(folder, formats):
+        for epoch, channels_last in enumerate(formats, start=1):
+            module = tiny_module(crit=MaskedNLLLoss())
+            module.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            optimizer = build_optimizer(module.encoder, module.decoder, name, rates=(lr, lr))
+            changes = {"num_epoch": epoch, "epoch_iters": 3, "channels_last": channels_last}
+            trainer = make_trainer(folder, module=module, optimizer=optimizer, **changes)
+            trainer.fit(TrainDataset(root, "train", options(), batch_per_gpu=2), resume="auto")
+            for parameter, state in optimizer.state.items():
+                assert all(v.dim() == 0 or v.stride() == parameter.stride() for v in state.values())
+        return weights(folder)
+
+    expected = train(tmp_path / "same", [first, first])
+    changed = train(tmp_path / "changed", [first, not first])
+    for key, value in expected.items():
+        if value.is_floating_point():
+            assert (changed[key] - value).norm() <= 1e-3 * max(1e-3, value.norm()), key
+
+
+def test_options_changed_since_the_checkpoint_are_logged(root, tmp_path):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1}
+    changes |= {"DATASET.classes": "['sea','land','sky']", "DATASET.ignore_values": "[0]"}
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    changes["TRAIN.resume"] = "auto"
+    assert "options changed" not in here("train.py", "--gpu", "cpu", *words(changes)).stdout
+    changes |= {"TRAIN.num_epoch": 2, "INFERENCE.flip": True, "DATASET.classes": "['sea','sky','land']"}
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "options changed" in line)
+    assert "TRAIN.num_epoch 2 (was 1)" in line
+    assert "INFERENCE.flip True (was False)" in line
+    assert "['sea', 'sky', 'land'] (was ['sea', 'land', 'sky'])" in line
+
+
+def test_another_epoch_length_overwrites_no_epoch(root, tmp_path):
+    run(root, tmp_path)
+    with pytest.raises(CheckpointError, match=r"TRAIN\.epoch_iters 8"):
+        run(root, tmp_path, training={"epoch_iters": 8}, resume="auto")
+    run(root, tmp_path, training={"epoch_iters": 2, "num_epoch": 5}, resume="auto")
+    assert RunFolder(tmp_path).epochs() == [1, 2, 4, 5]
+
+
+def test_temporary_files_of_ended_processes_are_removed(root, tmp_path):
+    """Those of other hosts after a day; never those of a process that may still write."""
+    run(root, tmp_path, training={"num_epoch": 1})
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    vis = tmp_path / "vis" / "epoch_1"
+    vis.mkdir(parents=True)
+    names = f"a.{HOST}.{ended.pid}", f"b.{HOST}.{os.getppid()}", "c.elsewhere.1", "d.elsewhere.1", "film"
+    removed, running, new, old, unrelated = (vis / f"{name}.partial" for name in names)
+    for path in (removed, running, new, old, unrelated):
+        path.touch()
+    for path in (old, unrelated):
+        os.utime(path, (time.time() - 90_000,) * 2)
+    run(root, tmp_path, training={"num_epoch": 1}, resume="auto")
+    assert sorted(vis.iterdir()) == sorted([running, new, unrelated])
+
+
+def test_second_run_in_a_folder_is_refused(root, tmp_path):
+    """Also if both start at the same time; after a kill the folder is free again."""
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1000}
+    arguments = "train.py", "--gpu", "cpu", *words({**changes, "TRAIN.workers": 1, "TRAIN.resume": "auto"})
+    jobs = [Job(*arguments) for _ in range(2)]
+    deadline = time.monotonic() + 120
+    while sum(job.returncode is None for job in jobs) > 1 or not (tmp_path / "run" / "encoder_epoch_1.pth").is_file():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (running,) = [job for job in jobs if job.returncode is None]
+    refused = next(job for job in jobs if job is not running).end(10)
+    assert refused.returncode == 2
+    assert f"process {running.pid} on {HOST}" in refused.stderr
+    assert str(tmp_path / "run") in refused.stderr
+    assert "Traceback" not in refused.stderr
+    running.kill()
+    later = Job(*arguments)
+    assert any("resuming" in line for line in later.lines()), later.errors()
+    later.kill()
+
+
+def test_encoder_and_decoder_are_replaced_together(tmp_path, monkeypatch):
+    folder, save = RunFolder(tmp_path), checkpoint._save
+    folder.save_weights(tiny_module(seed=0), "best.pth")
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def disk_full(obj, path):
+        save(obj, path)
+        if "decoder" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_save", disk_full)
+    with pytest.raises(WriteError, match=r"decoder_best\.pth"):
+        folder.save_weights(tiny_module(seed=1), "best.pth")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+
+
+def test_existing_run_is_only_overwritten_on_request(root, tmp_path):
+    folder, val = RunFolder(tmp_path), ValDataset(root, "val", options())
+    run(root, tmp_path, training={"num_epoch": 3, "eval_epoch": 1}, val_dataset=val)
+    kept = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    elsewhere = tmp_path.parent / "elsewhere.pth"
+    elsewhere.write_bytes(kept["resume.pth"])
+    for mode, start, option in (
+        ("off", 0, "TRAIN.resume auto"),
+        (str(elsewhere), 0, "TRAIN.resume auto"),
+        ("off", 1, "TRAIN.start_epoch 3"),
+    ):
+        with pytest.raises(CheckpointError, match=option):
+            folder.find_resume(mode, start)
+    assert folder.find_resume("off", 3) is None
+    assert folder.find_resume("auto") == folder.resume
+    folder.resume.unlink()
+    with pytest.raises(CheckpointError, match=r"resume\.pth.* TRAIN\.start_epoch 3"):
+        folder.find_resume("auto")
+    assert {p.name for p in tmp_path.iterdir()} == set(kept) - {"resume.pth"}
+    unrelated = {"encoder_imagenet.pth", "film.partial"}
+    for name in (*unrelated, f"resume.pth.{HOST}.{os.getpid()}.partial"):
+        (tmp_path / name).touch()
+    run(root, tmp_path, training={"num_epoch": 1}, resume="restart")
+    names = {f"{part}_epoch_1.pth" for part in ("encoder", "decoder", "history")} | {"resume.pth", *unrelated}
+    assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_run_stopped_during_validation_validates_when_resumed(root, tmp_path):
+    class Failing(ValDataset):
+        def __getitem__(self, index):
+            raise UserError("a damaged image")
+
+    training, val = {"eval_epoch": 2}, ValDataset(root, "val", options())
+    whole, expected = run(root, tmp_path / "whole", training=training, val_dataset=val)
+    with pytest.raises(UserError, match="a damaged image"):
+        run(root, tmp_path / "cut", training=training, val_dataset=Failing(root, "val", options()))
+    assert same(weights(tmp_path / "cut"), expected)
+    resumed, _ = run(root, tmp_path / "cut", training=training, val_dataset=val, resume="auto")
+    assert resumed.history == whole.history
+    assert (tmp_path / "cut" / "decoder_best.pth").is_file()
+    continued, _ = run(root, tmp_path / "cut", training={**training, "start_epoch": 2, "num_epoch": 3})
+    assert continued.best_iou == whole.best_iou
+
+
+@pytest.mark.parametrize("lost", ["encoder", "decoder", "history"])
+def test_run_stopped_while_saving_an_epoch_saves_it_when_resumed(root, tmp_path, lost):
+    whole, expected = run(root, tmp_path / "whole")
+    run(root, tmp_path / "cut")
+    (tmp_path / "cut" / f"{lost}_epoch_2.pth").unlink()
+    again, got = run(root, tmp_path / "cut", resume="auto")
+    assert same(got, expected)
+    history = torch.load(tmp_path / "cut" / "history_epoch_2.pth", weights_only=True)
+    assert history == again.history == whole.history
+
+
+def signal_options(root):
+    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 14, "TRAIN.num_epoch": 1}
+    return changes | {"TRAIN.disp_iter": 1, "TRAIN.workers": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    assert here("train.py", "--gpu", "cpu", *words({**signal_options(root), "DIR": folder})).returncode == 0
+    return weights(folder, "epoch_1.pth")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_the_last_step_and_resume_is_bit_identical(root, tmp_path, undisturbed, number, code):
+    changes = {**signal_options(root), "DIR": tmp_path / "run"}
+    job = Job("train.py", *words(changes))
+    job.until("epoch 1, step 3/14")
+    os.killpg(job.pid, number)  # as a terminal does; the DataLoader worker must not react
+    done = job.end(60)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.count(f"{signal.Signals(number).name}: stopping") == 1
+    assert "TRAIN.resume auto" in done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stdout.count(", acc ")
+    assert 3 <= last < 14
+    assert read_resume(tmp_path / "run" / "resume.pth")["step"] == last
+
+    done = script("train.py", *words({**changes, "TRAIN.resume": "auto"}))
+    assert f"at step {last} of 14" in done.stdout
+    assert same(weights(tmp_path / "run", "epoch_1.pth"), undisturbed)
+
+
+def test_ignored_signal_stays_ignored():
+    """As in a process that a shell has started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not signals.received
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_second_signal_stops_immediately():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_deterministic_mode_passes_other_errors_on():
+    with pytest.raises(TrainingStopped, match=r"^ckpt/deterministic"), deterministic_algorithms(True):
+        raise TrainingStopped("ckpt/deterministic: something else")
+
+
+def test_failed_save_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.pth"
+    save_atomic({"x": 1}, path)
+    with pytest.raises(Exception, match=r"pickle|local"):
+        save_atomic({"x": lambda: None}, path)
+    assert torch.load(path, weights_only=True) == {"x": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+def test_file_that_is_not_a_resume_checkpoint_is_named(root, tmp_path):
+    torch.save({"x": 1}, tmp_path / "resume.pth")
+    with pytest.raises(CheckpointError, match=r"resume\.pth"):
+        run(root, tmp_path, resume="auto")
+    (tmp_path / "resume.pth").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"resume\.pth.* damaged"):
+        run(root, tmp_path, resume="auto")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        run(root, tmp_path, resume="nowhere")
+
+
+def test_error_about_a_damaged_checkpoint_names_a_readable_one(root, tmp_path):
+    run(root, tmp_path)
+    damaged = tmp_path / "encoder_epoch_2.pth"
+    (tmp_path / "resume.pth").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"TRAIN\.start_epoch 2$"):
+        run(root, tmp_path, resume="auto")
+    damaged.write_bytes(damaged.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"TRAIN\.start_epoch 1 "):
+        run(root, tmp_path, resume="auto")
+    with pytest.raises(CheckpointError, match=r"encoder_epoch_2\.pth .*damaged.*epoch_1\.pth"):
+        run(root, tmp_path, training={"start_epoch": 2, "num_epoch": 3})
