@@ -173,7 +173,9 @@ def test_concurrent_calls_give_the_same_results(segmenter):
 
 def test_published_network_is_downloaded_once(tmp_path, monkeypatch):
     """The download server is a folder."""
-    write_weights(tmp_path / "mirror" / "pytorch" / PUBLISHED_NAME, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
+    write_weights(
+        tmp_path / "mirror" / "pytorch" / PUBLISHED_NAME, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150
+    )
     monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "mirror").as_uri())
     monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
     small = ["DATASET.imgSizes", "40"]
