@@ -105,18 +105,12 @@ def test_replicas_share_parameters_and_replica_0_the_buffers():
     assert module.values == []
 
 
-@pytest.mark.parametrize(
-    "devices",
-    [
-        [CPU, CPU],
-        pytest.param(
-            [torch.device("cuda", 0), torch.device("cuda", 1)],
-            marks=[pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")],
-        ),
-    ],
-    ids=["cpu", "gpu"],
-)
-def test_gradients_equal_those_of_the_whole_batch(devices):
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def test_gradients_equal_those_of_the_whole_batch(kind):
+    devices = [CPU, CPU] if kind == "cpu" else [torch.device("cuda", 0), torch.device("cuda", 1)]
     module = tiny_module(crit=MaskedNLLLoss()).double().to(devices[0])
     images, labels = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.randint(0, 3, (4, 4, 5))
     batches = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]

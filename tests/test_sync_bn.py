@@ -24,22 +24,17 @@ from mit_semseg.lib.nn import (
     to_batchnorm,
 )
 
-PLAIN = {
-    SynchronizedBatchNorm1d: nn.BatchNorm1d,
-    SynchronizedBatchNorm2d: nn.BatchNorm2d,
-    SynchronizedBatchNorm3d: nn.BatchNorm3d,
-}
+SYNCHRONIZED = SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
 
 
-def norm_pair(kind=SynchronizedBatchNorm2d, channels=3, **options):
+def norm_pair(dimensions=2, channels=3, *, eps=1e-14, clamp_variance=True, **options):
     """Return a synchronized and a plain norm with equal parameters, float64.
 
-    With the default, tiny eps, the divisors sqrt(max(var, eps)) and sqrt(var + eps) are equal.
+    With the default eps the divisors sqrt(max(var, eps)) and sqrt(var + eps) are equal.
     """
-    options = {"eps": 1e-14, **options}
-    synchronized = kind(channels, **options).double()
-    options.pop("clamp_variance", None)
-    plain = PLAIN[kind](channels, **options).double()
+    plain = getattr(nn, f"BatchNorm{dimensions}d")(channels, eps, **options).double()
+    kind = SYNCHRONIZED[dimensions - 1]
+    synchronized = kind(channels, eps, clamp_variance=clamp_variance, **options).double()
     if plain.affine:
         nn.init.uniform_(plain.weight, 0.5, 1.5)
         nn.init.normal_(plain.bias)
@@ -51,7 +46,7 @@ def outputs_and_gradients(norm, chunks, factors):
     """Outputs and gradients of sum(output * factor): one chunk per CPU replica; a plain norm takes the whole batch."""
     norm.zero_grad()
     chunks = [c.detach().clone(memory_format=torch.preserve_format).requires_grad_() for c in chunks]
-    if type(norm) in PLAIN:
+    if isinstance(norm, SYNCHRONIZED):
         outputs = UserScatteredDataParallel(norm, ["cpu"] * len(chunks), timeout=20)(chunks)
     else:
         outputs = norm(torch.cat(chunks))
@@ -80,30 +75,16 @@ def test_replicas_equal_whole_batch(sizes, mean, std, options):
     assert_equal_training(*norm_pair(**options), sizes, (5, 4), mean, std)
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [
-        (SynchronizedBatchNorm1d, ()),
-        (SynchronizedBatchNorm1d, (7,)),
-        (SynchronizedBatchNorm2d, (1, 1)),
-        (SynchronizedBatchNorm2d, (5, 3)),
-        (SynchronizedBatchNorm3d, (2, 3, 2)),
-    ],
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"clamp_variance": False, "eps": 1e-2},
-        {"affine": False},
-        {"track_running_stats": False},
-        {"momentum": None},
-        {"momentum": 0.3},
-    ],
-    ids=lambda o: "-".join(map(str, o)) or "default",
-)
-def test_every_dimension_and_option_equals_pytorch(kind, shape, options):
-    assert_equal_training(*norm_pair(kind, **options), (2, 3), shape, mean=2, steps=3)
+OPTIONS = [
+    {}, {"clamp_variance": False, "eps": 1e-2}, {"affine": False}, {"track_running_stats": False}, {"momentum": None},
+    {"momentum": 0.3},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dimensions", "shape"), [(1, ()), (1, (7,)), (2, (1, 1)), (2, (5, 3)), (3, (2, 3, 2))])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o)) or "default")
+def test_every_dimension_and_option_equals_pytorch(dimensions, shape, options):
+    assert_equal_training(*norm_pair(dimensions, **options), (2, 3), shape, mean=2, steps=3)
 
 
 def test_replicas_with_maps_of_different_sizes_equal_all_pixels():
