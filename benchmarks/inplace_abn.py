@@ -1,10 +1,10 @@
-"""What do in-place norms save, and what do they cost?
+"""How much memory do in-place norms save, and how much time do they cost?
 
     python benchmarks/inplace_abn.py [--device cuda] [--json FILE]
 
-A training step of ResNet-101 PSPNet with batch norm and ReLU, and with in-place activated batch norm. Bytes kept are
-those of the tensors that the nodes of the autograd graph hold after the forward pass, each storage counted once and
-parameters left out: those that normalization and activation hold, and those that anything holds.
+A training step of ResNet-101 PSPNet with batch norm and ReLU, and with in-place activated batch norm. Memory is the
+size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers: those saved by
+the nodes of normalization and activation, and all.
 """
 
 import torch
@@ -15,42 +15,43 @@ from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import NORMS
 
-WAYS = {"batch norm, ReLU": "batch", "in place": "inplace"}
-KINDS = ("BatchNorm", "Relu", "NormalizeInPlace")  # in the names of the nodes that normalize and activate
+VARIANTS = {"batch norm, ReLU": "batch", "in place": "inplace"}
+NODES = ("BatchNorm", "Relu", "InPlaceABN")  # parts of the names of normalization and activation nodes
 
 
-def network(norm: str, device: torch.device) -> SegmentationModule:
+def build_network(norm: str, device: torch.device) -> SegmentationModule:
     torch.manual_seed(0)
-    options = {"norm_layer": NORMS[norm]}
-    encoder = ModelBuilder.build_encoder("resnet101_cityscapes", pretrained=False, **options)
-    decoder = ModelBuilder.build_decoder("psp_deepsup", num_class=19, in_channels=encoder.out_channels, **options)
+    layer = NORMS[norm]
+    encoder = ModelBuilder.build_encoder("resnet101_cityscapes", pretrained=False, norm_layer=layer)
+    decoder = ModelBuilder.build_decoder(
+        "psp_deepsup", num_class=19, in_channels=encoder.out_channels, norm_layer=layer
+    )
     return SegmentationModule(encoder, decoder, MaskedNLLLoss(), 0.4).to(device).train()
 
 
-def bytes_kept(module: nn.Module, feed: dict) -> dict[str, int]:
-    """Bytes that the graph of a training step keeps: in `normalization and activation`, and in `everything`."""
-    own = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
-    kept: dict[str, dict[int, int]] = {"normalization and activation": {}, "everything": {}}
-    todo, seen = [module(feed)[0].grad_fn], set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
+def saved_bytes(module: nn.Module, batch: dict) -> dict[str, int]:
+    """Return the bytes that the graph of a training step saves."""
+    excluded = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    sizes: dict[str, dict[int, int]] = {"normalization and activation": {}, "everything": {}}
+    stack, visited = [module(batch)[0].grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
-        todo += [following for following, _ in node.next_functions]
-        for tensor in saved(node):
+        visited.add(node)
+        stack += [function for function, _ in node.next_functions]
+        for tensor in saved_tensors(node):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept["everything"][storage.data_ptr()] = storage.nbytes()
-                if any(kind in node.name() for kind in KINDS):
-                    kept["normalization and activation"][storage.data_ptr()] = storage.nbytes()
-    return {name: sum(sizes.values()) for name, sizes in kept.items()}
+            if storage.data_ptr() not in excluded:
+                sizes["everything"][storage.data_ptr()] = storage.nbytes()
+                if any(part in node.name() for part in NODES):
+                    sizes["normalization and activation"][storage.data_ptr()] = storage.nbytes()
+    return {name: sum(storages.values()) for name, storages in sizes.items()}
 
 
-def saved(node) -> list[torch.Tensor]:
-    """Tensors that a node of the graph holds."""
+def saved_tensors(node) -> list[torch.Tensor]:
     if hasattr(node, "saved_tensors"):
-        return list(node.saved_tensors)
+        return [tensor for tensor in node.saved_tensors if tensor is not None]
     values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
     flat = [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
     return [v for v in flat if isinstance(v, torch.Tensor)]
@@ -58,25 +59,25 @@ def saved(node) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--size", type=int, default=193, help="side of the pictures")
+    parser.add_argument("--size", type=int, default=193, help="image height and width")
     parser.add_argument("--batch", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, rows, steps = torch.device(args.device), {}, {}
-    feed = {
+    batch = {
         "img_data": torch.randn(args.batch, 3, args.size, args.size, device=device),
         "seg_label": torch.randint(0, 19, (args.batch, args.size, args.size), device=device),
     }
-    for name, norm in WAYS.items():
-        module = network(norm, device)
+    for name, norm in VARIANTS.items():
+        module = build_network(norm, device)
         rows[name] = {
             "what": name,
-            **{f"MiB, {what}": size / 2**20 for what, size in bytes_kept(module, feed).items()},
+            **{f"MiB, {what}": size / 2**20 for what, size in saved_bytes(module, batch).items()},
         }
 
         def step(module=module):
             module.zero_grad(set_to_none=True)
-            module(feed)[0].backward()
+            module(batch)[0].backward()
 
         steps[name] = step
     for name, ms in interleaved(steps, device, args.repeats).items():
