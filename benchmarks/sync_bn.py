@@ -84,19 +84,18 @@ def run_rank(rank: int, count: int, args: argparse.Namespace) -> None:
     device = torch.device(args.device, rank) if args.device == "cuda" else torch.device("cpu")
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
-    cases = [
-        (f"layer {'x'.join(map(str, shape))}", {
+    cases = {
+        f"layer {'x'.join(map(str, shape))}": {
             "plain": _make_layer_step(nn.BatchNorm2d, shape, device),
             "synchronized": _make_layer_step(SynchronizedBatchNorm2d, shape, device),
-        })
+        }
         for shape in SHAPES
-    ]  # fmt: skip
-    cases.append(
-        (f"ResNet-50 step, 2x3x{args.size}x{args.size}", {
-            kind: _make_network_step(kind, args.size, [device]) for kind in ("plain", "collectives only", "synchronized")
-        })
-    )  # fmt: skip
-    rows = [_measure(name, steps, device, args.repeats) for name, steps in cases]
+    }
+    kinds = "plain", "collectives only", "synchronized"
+    cases[f"ResNet-50 step, 2x3x{args.size}x{args.size}"] = {
+        kind: _make_network_step(kind, args.size, [device]) for kind in kinds
+    }
+    rows = [_measure(name, steps, device, args.repeats) for name, steps in cases.items()]
     if rank == 0:
         write(args.json, f"sync_bn, {count} ranks", device, rows)
     dist.destroy_process_group()
