@@ -142,7 +142,7 @@ def test_data_parallel_says_what_it_takes():
     for wrong in (torch.ones(1), [], [{"a": 1}] * 99):
         with pytest.raises(ValueError, match="one list with 1 to"):
             module(wrong)
-    with pytest.raises(TypeError, match=r"takes an nn\.DataParallel"):
+    with pytest.raises(TypeError, match=r"nn\.DataParallel"):
         patch_replication_callback(nn.Identity())
     assert issubclass(UserScatteredDataParallel, DictGatherDataParallel)
     assert issubclass(DictGatherDataParallel, DataParallelWithCallback)
