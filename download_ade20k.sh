@@ -1,15 +1,43 @@
 #!/usr/bin/env bash
-# Downloads ADE20K scene parsing (0.9 GB) to data/, unpacks it, and writes data/training.odgt and data/validation.odgt.
+# Download ADE20K scene parsing (0.9 GB) to data/, unpack it, and write data/training.odgt and data/validation.odgt.
+# If interrupted, start it again: it resumes. ADE20K_ADDRESS sets another URL of the archive.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-$(command -v python || command -v python3)}
-address=${ADE20K_ADDRESS:-http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip}
-archive=data/ADEChallengeData2016.zip
+name=ADEChallengeData2016
+archive=data/$name.zip
+unpacked=data/$name.tmp
 
-if [ ! -d data/ADEChallengeData2016/images ]; then
-    [ -f "$archive" ] || "$python" -m mit_semseg.cli.fetch file "$address" --to "$archive"
-    "$python" -m mit_semseg.cli.fetch unpack "$archive" --strip --to data/ADEChallengeData2016
-    rm "$archive"
+# The command exits with 0 if a checksum is wrong; only a sound archive prints nothing but this line.
+is_complete() { [ "$("$python" -m zipfile -t "$archive" 2> /dev/null)" = "Done testing" ]; }
+
+fetch() { curl -fL -C - --retry 3 --connect-timeout 20 -o "$archive" "$1"; }
+
+download() {
+    local address=data.csail.mit.edu/places/ADEchallenge/$name.zip
+    if [ -n "${ADE20K_ADDRESS:-}" ]; then
+        fetch "$ADE20K_ADDRESS"
+    else
+        fetch "https://$address" || fetch "http://$address"
+    fi
+}
+
+mkdir -p data
+if [ ! -d "data/$name" ]; then
+    is_complete || download
+    if ! is_complete; then
+        rm "$archive"
+        echo "error: the downloaded $archive was damaged and is removed; start again" >&2
+        exit 1
+    fi
+    rm -rf "$unpacked"
+    "$python" -m zipfile -e "$archive" "$unpacked"
+    mv "$unpacked/$name" "data/$name"
+    rm -r "$unpacked" "$archive"
 fi
-"$python" -m mit_semseg.cli.fetch list data/ADEChallengeData2016/images/training --root data --to data/training.odgt
-"$python" -m mit_semseg.cli.fetch list data/ADEChallengeData2016/images/validation --root data --to data/validation.odgt
+"$python" -c "
+from mit_semseg.dataset.records import add_sizes, load_records, write_odgt
+for split in ('training', 'validation'):
+    records = load_records('data/$name/images/' + split, 'data')
+    write_odgt(add_sizes(records, 'data'), f'data/{split}.odgt')
+"

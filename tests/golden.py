@@ -1,4 +1,4 @@
-"""Deterministic weights and inputs behind the golden vectors in tests/data."""
+"""Deterministic weights and inputs of the golden vectors in tests/data."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ DATA = Path(__file__).parent / "data"
 
 @cache
 def golden(name: str) -> dict:
-    """A JSON file of golden numbers."""
+    """Load a JSON file in tests/data."""
     return json.loads((DATA / f"{name}.json").read_text())
 
 
 def fill_value(key: str, shape, gain: float) -> np.ndarray:
-    """Value of one state-dict entry from its key and shape alone, float32-rounded."""
+    """Return the value of a state-dict entry; depends only on its key and shape."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     rng, leaf, shape = np.random.default_rng(seed), key.rsplit(".", 1)[-1], tuple(shape)
     if leaf == "num_batches_tracked":
@@ -33,24 +33,24 @@ def fill_value(key: str, shape, gain: float) -> np.ndarray:
 
 
 def empty(build: Callable[..., torch.nn.Module], *args, **options) -> torch.nn.Module:
-    """A module without values, to be filled: drawing those of a large one takes as long as its forward pass."""
+    """Build a module on the meta device, without spending time on its initialization."""
     with torch.device("meta"):
         return build(*args, **options)
 
 
 def fill(module: torch.nn.Module, gain: float) -> torch.nn.Module:
-    """Give every entry of a module its golden value."""
+    """Set every entry of the state dict to its golden value."""
     state = {k: torch.from_numpy(np.asarray(fill_value(k, v.shape, gain))) for k, v in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     return module
 
 
 def golden_input(height: int, width: int) -> torch.Tensor:
-    """The (2, 3, height, width) float32 input of the golden vectors."""
+    """Return the (2, 3, height, width) float32 input of the golden vectors."""
     return torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32))
 
 
 def sample(tensor: torch.Tensor, n: int) -> np.ndarray:
-    """The `n` values that the golden files hold."""
+    """Return the `n` values that are stored in the golden files."""
     index = np.random.default_rng(12345).integers(0, tensor.numel(), n)
     return tensor.detach().reshape(-1).numpy()[index].astype(np.float64)

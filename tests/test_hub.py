@@ -1,4 +1,4 @@
-"""torch.hub finds every published network in the checkout."""
+"""Entry points of torch.hub."""
 
 import importlib.util
 from pathlib import Path
@@ -13,7 +13,11 @@ from mit_semseg.models.pretrained import PUBLISHED
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_there_is_an_entry_for_every_published_network():
+def load(name, **kwargs):
+    return torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", **kwargs)
+
+
+def test_every_published_model_has_an_entry_point():
     spec = importlib.util.spec_from_file_location("hubconf", ROOT / "hubconf.py")
     hub = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hub)
@@ -22,27 +26,27 @@ def test_there_is_an_entry_for_every_published_network():
     assert all("published" in getattr(hub, name).__doc__ for name in entries)
 
 
-@pytest.mark.parametrize("name", ["ade20k_mobilenetv2dilated_c1_deepsup", "ade20k_resnet18dilated_ppm_deepsup"])
-def test_a_network_without_its_weights(name):
-    module = torch.hub.load(str(ROOT), name, source="local", pretrained=False, num_class=7)
+@pytest.mark.parametrize("name", ["ade20k-mobilenetv2dilated-c1_deepsup", "ade20k-resnet18dilated-ppm_deepsup"])
+def test_model_with_random_weights(name):
+    module = load(name, pretrained=False, num_class=7)
     with torch.inference_mode():
         scores = module({"img_data": torch.randn(1, 3, 64, 72)}, segSize=(60, 70))
     assert scores.shape == (1, 7, 60, 70)
     torch.testing.assert_close(scores.sum(1), torch.ones(1, 60, 70))
 
 
-def test_a_classifier_is_started_anew(tmp_path, monkeypatch):
+def test_model_with_published_weights_and_a_new_classifier(tmp_path, monkeypatch):
     name = "ade20k-resnet18dilated-c1_deepsup"
     write_weights(tmp_path / "pytorch" / name, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
     monkeypatch.setenv("MIT_SEMSEG_MIRROR", tmp_path.as_uri())
     monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
-    module = torch.hub.load(str(ROOT), name.replace("-", "_"), source="local", num_class=7, reset_classifier=True)
+    module = load(name, num_class=7, reset_classifier=True)
     with torch.inference_mode():
         assert module({"img_data": torch.randn(1, 3, 64, 64)}, segSize=(64, 64)).shape == (1, 7, 64, 64)
 
 
-def test_weights_that_cannot_be_had_are_named(monkeypatch, tmp_path):
-    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "gone").as_uri())
+def test_missing_weights_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "missing").as_uri())
     monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"encoder_epoch_20\.pth"):
-        torch.hub.load(str(ROOT), "ade20k_resnet18dilated_ppm_deepsup", source="local")
+        load("ade20k-resnet18dilated-ppm_deepsup")

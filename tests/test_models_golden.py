@@ -1,4 +1,4 @@
-"""Our models are the published ones: same keys, same numbers."""
+"""Models of version 2: state-dict keys and outputs equal those of the published models."""
 
 import numpy as np
 import pytest
@@ -26,14 +26,14 @@ def own_keys(module):
 
 
 @pytest.mark.parametrize("name", KEYS["encoders"])
-def test_encoder_keys(name):
+def test_keys_of_encoder(name):
     encoder = encoder_of(name)
     assert own_keys(encoder) == published_keys(KEYS["encoders"][name])
     assert sum(p.numel() for p in encoder.parameters()) == MODELS["encoders"][name]["params"]
 
 
 @pytest.mark.parametrize("name", KEYS["decoders"])
-def test_decoder_keys(name):
+def test_keys_of_decoder(name):
     arch, dim = name.split("/fc")
     decoder = empty(ModelBuilder.build_decoder, arch=arch, fc_dim=int(dim), num_class=150)
     assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
@@ -42,7 +42,7 @@ def test_decoder_keys(name):
 
 
 @pytest.mark.parametrize("name", MODELS["encoders"])
-def test_encoder_features(name):
+def test_feature_maps_of_encoder(name):
     gold = MODELS["encoders"][name]
     encoder = fill(encoder_of(name), MODELS["_about"]["gains"][name]["encoder"]).eval()
     for dtype, relative in zip(DTYPES, (1e-4, 1e-8), strict=True):
@@ -55,7 +55,7 @@ def test_encoder_features(name):
             np.testing.assert_allclose(sample(x, 32), expected["values"], rtol=0, atol=atol)
 
 
-def built_pair(name):
+def build_pair(name):
     pair = MODELS["pairs"][name]
     gains = MODELS["_about"]["gains"][pair["encoder"]]
     encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
@@ -75,12 +75,12 @@ def check_outputs(gold, softmax, log_softmax, *, exact):
 
 
 @pytest.mark.parametrize("name", MODELS["pairs"])
-def test_pair_outputs(name):
-    gold, module = MODELS["pairs"][name]["soft"], built_pair(name)
+def test_outputs_loss_and_accuracy_of_pair(name):
+    gold, module = MODELS["pairs"][name]["soft"], build_pair(name)
     size = tuple(gold["softmax"]["shape"][-2:])
     label = torch.from_numpy(np.random.default_rng(1).integers(-1, 150, (2, *gold["label_hw"])))
-    maps = []  # of every forward pass
-    module.encoder.register_forward_hook(lambda encoder, given, output: maps.append(output))
+    maps = []
+    module.encoder.register_forward_hook(lambda encoder, inputs, output: maps.append(output))
     for dtype in DTYPES:
         exact, x = dtype == torch.float64, golden_input(*size).to(dtype)
         with torch.no_grad():

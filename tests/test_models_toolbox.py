@@ -1,4 +1,4 @@
-"""The Cityscapes toolbox's PSPNet and DeepLabV3: its checkpoints load, and give its numbers."""
+"""PSPNet and DeepLabV3 of the Cityscapes toolbox: outputs from its checkpoints equal its own."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ INPLACE = ({"norm_layer": partial(InPlaceABNSync, activation="none")}, {"norm_la
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request, tmp_path_factory):
-    """Name, and a checkpoint file as the toolbox wrote it: one state dict, in-place norms count no batches."""
+    """Name and checkpoint file in the format of the toolbox: one state dict, without `num_batches_tracked`."""
     state = {
         key: torch.from_numpy(fill_value(key, shape, GAIN))
         for key, shape in KEYS[request.param]
@@ -42,8 +42,8 @@ def load(name, path, norms):
 
 
 @pytest.mark.parametrize("norms", [PLAIN, INPLACE], ids=["plain", "inplace"])
-def test_outputs(network, norms):
-    """Plain norms take over |weight| + eps from the file, so both give what the in-place network gave."""
+def test_outputs_from_inplace_norms(network, norms):
+    """Ordinary norms are loaded with |weight| + eps and give the same outputs as in-place norms."""
     name, path = network
     encoder, decoder = load(name, path, norms)
     assert sum(p.numel() for part in (encoder, decoder) for p in part.parameters()) == GOLD[name]["params"]
@@ -60,7 +60,7 @@ def test_outputs(network, norms):
             gold = GOLD[name]["outputs"][f"soft_{height}x{width}_iabn"]
             for output, key in zip(outputs, ("out", "dsn"), strict=True):
                 assert list(output.shape) == gold[key]["shape"]
-                # Rounded to float32 once more, |weight| + eps differs a little from the golden run's.
+                # |weight| + eps is rounded to float32 when it is loaded into ordinary norms.
                 atol = max(tolerance, 5e-7 if norms is PLAIN else 0) * gold[key]["absmax"]
                 np.testing.assert_allclose(sample(output, 64), gold[key]["values"], rtol=0, atol=atol)
             upsampled = resize(outputs[0], (height, width), align_corners=decoder.align_corners)
@@ -68,16 +68,16 @@ def test_outputs(network, norms):
             assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # near ties
 
 
-def test_plain_batch_norm_weights(network):
-    """A file with batch counters was trained with ordinary norms: its scales are taken as they are."""
+def test_outputs_from_ordinary_norms(network):
+    """A file with `num_batches_tracked` was trained with ordinary norms; its scales are not changed."""
     name, path = network
     state = torch.load(path, weights_only=True)
     state |= {
         key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in state if "running_mean" in key
     }
-    counted = path.with_name("counted.pth")
-    torch.save(state, counted)
-    encoder, decoder = load(name, counted, PLAIN)
+    ordinary = path.with_name("ordinary.pth")
+    torch.save(state, ordinary)
+    encoder, decoder = load(name, ordinary, PLAIN)
     for height, width in ((72, 104), (97, 129)):
         with torch.no_grad():
             maps = encoder.double()(golden_input(height, width).double(), return_feature_maps=True)
@@ -87,11 +87,11 @@ def test_plain_batch_norm_weights(network):
             np.testing.assert_allclose(sample(output, 64), gold["values"], rtol=0, atol=1e-8 * gold["absmax"])
 
 
-def test_a_network_that_does_not_fit_is_refused(network, tmp_path):
+def test_wrong_decoder_and_number_of_classes_are_refused(network):
     name, path = network
-    with pytest.raises(WeightsError, match=r"does not fit decoder c1: .*missing in the file"):
+    with pytest.raises(WeightsError, match="decoder c1"):
         ModelBuilder.build_decoder("c1", fc_dim=2048, num_class=19, weights=str(path))
-    with pytest.raises(WeightsError, match="another number of classes"):
+    with pytest.raises(WeightsError, match="reset_classifier"):
         ModelBuilder.build_decoder(ARCHITECTURES[name], fc_dim=2048, num_class=20, weights=str(path))
     decoder = ModelBuilder.build_decoder(
         ARCHITECTURES[name], fc_dim=2048, num_class=20, weights=str(path), reset_classifier=True

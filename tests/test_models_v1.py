@@ -1,4 +1,4 @@
-"""The models of version 1.0: same keys, same numbers, and told from later ones by their weights."""
+"""Models of version 1.0: keys and outputs equal those of the published models."""
 
 from functools import cache
 
@@ -22,20 +22,19 @@ def encoder_of(name):
 
 @cache
 def features_of(name):
-    """Keys and number of parameters of an encoder, and its feature maps in both precisions."""
+    """Return keys and number of parameters of an encoder, and its feature maps in float32 and float64."""
     encoder = fill(encoder_of(name), MODELS["encoders"][name]["gains"][0]).eval()
     with torch.no_grad():
         maps = [encoder.to(d)(golden_input(72, 104).to(d), return_feature_maps=True) for d, _ in DTYPES]
     return own_keys(encoder), sum(p.numel() for p in encoder.parameters()), maps
 
 
-def but_the_largest(names):
-    """VGGs are for the long tests."""
+def vgg_is_long(names):
     return [pytest.param(name, marks=[pytest.mark.long] * ("vgg" in name)) for name in names]
 
 
-@pytest.mark.parametrize("name", but_the_largest(MODELS["encoders"]))
-def test_encoder(name):
+@pytest.mark.parametrize("name", vgg_is_long(MODELS["encoders"]))
+def test_keys_and_features_of_encoder(name):
     gold = MODELS["encoders"][name]
     keys, count, maps = features_of(name)
     assert keys == published_keys(KEYS["encoders"][name])
@@ -47,16 +46,16 @@ def test_encoder(name):
 
 
 @pytest.mark.parametrize("name", KEYS["decoders"])
-def test_decoder_keys(name):
+def test_keys_of_decoder(name):
     arch, dim = name.split("/fc")
     decoder = empty(ModelBuilder.build_decoder, arch, fc_dim=int(dim))
     assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
     assert sum(p.numel() for p in decoder.parameters()) == MODELS["decoders"][name]["params"]
 
 
-@pytest.mark.parametrize("name", but_the_largest(MODELS["pairs"]))
-def test_pair(name):
-    """With aligned corners, as the published results were obtained, and without, as the same code does today."""
+@pytest.mark.parametrize("name", vgg_is_long(MODELS["pairs"]))
+def test_outputs_of_pair(name):
+    """With aligned corners, as published, and without."""
     pair, (encoder_name, decoder_name) = MODELS["pairs"][name], name.split("+")
     gain = MODELS["encoders"][encoder_name]["gains"][1]
     decoder = fill(empty(ModelBuilder.build_decoder, decoder_name, fc_dim=pair["fc_dim"]), gain).eval()
@@ -74,7 +73,7 @@ def test_pair(name):
 
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50"])
-def test_old_names_are_told_by_their_weights(name, tmp_path):
+def test_version_1_is_recognized_by_its_weights(name, tmp_path):
     path = tmp_path / "encoder.pth"
     old = ModelBuilder.build_encoder(f"{name}_v1", pretrained=False)
     torch.save(old.state_dict(), path)

@@ -1,4 +1,4 @@
-"""Encoders, decoders and the whole network."""
+"""Encoders, decoders and the segmentation network."""
 
 from .builder import DECODERS, ENCODERS, ModelBuilder
 from .segmentation import SegmentationModule

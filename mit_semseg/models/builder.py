@@ -1,21 +1,25 @@
-"""Names of encoders and decoders, and how to build them."""
+"""Names of encoders and decoders, and functions that build them."""
 
 import difflib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet
+from ..lib.utils import UserError
+from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet, UPerNetLite
 from .decoders.base import NORM_BIAS
-from .encoders import hrnetv2, mobilenetv2, resnet18, resnet34, resnet50, resnet101, resnext101, vgg16, vgg19
+from .encoders.hrnet import HRNetV2
+from .encoders.mobilenet import MobileNetV2
+from .encoders.resnet import resnet18, resnet34, resnet50, resnet101, resnext101
+from .encoders.vgg import vgg16, vgg19
 from .layers import init_layer
 from .pretrained import load_imagenet_weights
-from .weights import is_of_version_1, load_weights
+from .weight_files import read_state_dict
+from .weights import is_version_1, load_weights
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
-    "mobilenetv2dilated": partial(mobilenetv2, output_stride=8),
+    "mobilenetv2dilated": partial(MobileNetV2, output_stride=8),
     "resnet18": resnet18,
     "resnet18dilated": partial(resnet18, output_stride=8),
     "resnet34": resnet34,
@@ -25,8 +29,8 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet101": resnet101,
     "resnet101dilated": partial(resnet101, output_stride=8),
     "resnext101": resnext101,
-    "hrnetv2": hrnetv2,
-    # Version 1.0; its resnet34 and resnet50 are told from the later ones by their weights, or by the ending.
+    "hrnetv2": HRNetV2,
+    # Version 1.0; its files of `resnet34` and `resnet50` are recognized by their weights.
     "vgg16_dilated8": vgg16,
     "vgg19_dilated8": vgg19,
     "resnet34_v1": partial(resnet34, stem=64),
@@ -35,7 +39,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet50_v1": partial(resnet50, stem=64),
     "resnet50_dilated16": partial(resnet50, stem=64, output_stride=16),
     "resnet50_dilated8": partial(resnet50, stem=64, output_stride=8),
-    # The Cityscapes toolbox.
+    # Cityscapes toolbox
     "resnet101_cityscapes": partial(resnet101, output_stride=8, full_dilation=True),
 }
 
@@ -45,25 +49,37 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm": PPM,
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
-    "upernet_lite": partial(UPerNet, fpn_dim=256),
-    # DeepLabV3 and PSPNet as the Cityscapes toolbox has them.
+    "upernet_lite": UPerNetLite,
+    # DeepLabV3 and PSPNet of the Cityscapes toolbox
     "aspp": ASPP,
     "aspp_deepsup": partial(ASPP, deepsup=True),
     "psp": PSP,
     "psp_deepsup": partial(PSP, deepsup=True),
-    # Version 1.0.
+    # Version 1.0
     "c1_bilinear": C1Bilinear,
     "c5_bilinear": C5Bilinear,
     "psp_bilinear": PSPBilinear,
 }
 
 
-def _lookup(table: dict[str, Callable], name: str, kind: str) -> Callable:
+class UnknownNameError(UserError, ValueError):
+    """A name that is not in a table; the message lists the valid names."""
+
+
+def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:
+    """Return `table[name]`.
+
+    Args:
+        kind: what the table holds, for the error message, e.g. 'encoder'.
+
+    Raises:
+        UnknownNameError: the name is not in the table.
+    """
     if name in table:
         return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no {kind} {name!r}; {hint}the {kind}s are {', '.join(table)}")
+    close = difflib.get_close_matches(str(name), table, n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise UnknownNameError(f"unknown {kind} {name!r}{hint}; choose one of {', '.join(table)}")
 
 
 class ModelBuilder:
@@ -71,7 +87,7 @@ class ModelBuilder:
 
     @staticmethod
     def weights_init(m: nn.Module) -> None:
-        """Initialize one layer as in the decoders; for `module.apply`."""
+        """Initialize one layer like those of a decoder; to be passed to `module.apply`."""
         init_layer(m, "fan_in", NORM_BIAS)
 
     @staticmethod
@@ -87,31 +103,28 @@ class ModelBuilder:
         """Build an encoder.
 
         Args:
-            arch: a name in `ENCODERS`, any case. With weights of version 1.0, `resnet34` and `resnet50` are its models.
-            fc_dim: not needed (an encoder knows its channels); accepted for old callers.
-            weights: file with the encoder's state dict; '' means the ImageNet base of `arch`, downloaded when needed.
-            pretrained: False starts from random weights instead of the ImageNet base.
-            output_stride: 8, 16 or 32 (HRNetV2 also 4); None takes what the name says.
+            arch: name in `ENCODERS`, in upper or lower case. If `weights` is a file of version 1.0, `resnet34` and
+                `resnet50` stand for its models.
+            fc_dim: ignored, accepted for compatibility.
+            weights: file with a state dict of the encoder; '' means ImageNet weights, downloaded if needed.
+            pretrained: False starts from random weights if `weights` is ''.
+            output_stride: 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default of `arch`.
             kwargs: passed to the encoder, e.g. `norm_layer`.
 
         Raises:
-            ValueError: unknown name or output stride.
-            mit_semseg.models.weight_files.WeightsError: the weights cannot be had or do not fit.
+            ValueError: unknown name or unsupported output stride.
+            mit_semseg.models.weight_files.WeightsError: the weights cannot be downloaded or read, or do not fit.
         """
         arch = arch.lower()
-        if weights and f"{arch}_v1" in ENCODERS and is_of_version_1(weights):
+        state = read_state_dict(weights) if weights else None
+        if state and f"{arch}_v1" in ENCODERS and is_version_1(state):
             arch = f"{arch}_v1"
-        build = _lookup(ENCODERS, arch, "encoder")
+        build = lookup(ENCODERS, arch, "encoder")
         if output_stride:
-            allowed = {"hrnetv2": (4, 8, 16, 32), "vgg16_dilated8": (8,), "vgg19_dilated8": (8,)}.get(arch, (8, 16, 32))
-            if output_stride not in allowed:
-                raise ValueError(
-                    f"output stride {output_stride} of {arch}: choose one of {', '.join(map(str, allowed))}"
-                )
             kwargs["output_stride"] = output_stride
         encoder = build(**kwargs)
         if weights:
-            load_weights(encoder, weights, what=f"encoder {arch}", part="encoder")
+            load_weights(encoder, weights, state=state, name=f"encoder {arch}", part="encoder")
         elif pretrained:
             load_imagenet_weights(encoder, arch)
         return encoder
@@ -132,29 +145,36 @@ class ModelBuilder:
         """Build a decoder.
 
         Args:
-            arch: a name in `DECODERS`, any case.
-            fc_dim: channels of the encoder's last feature map; used when `in_channels` is not given.
+            arch: name in `DECODERS`, in upper or lower case.
+            fc_dim: channels of the last feature map; ignored if `in_channels` is given.
             num_class: number of classes.
-            weights: file with the decoder's state dict; '' starts from random weights.
-            use_softmax: a call without `segSize` returns probabilities instead of log-probabilities.
-            in_channels: channels of every feature map, the encoder's `out_channels`; needed for UPerNet on anything but
-                ResNet-50/101 and ResNeXt-101.
-            output_stride: of the last feature map, the encoder's `output_stride`; ASPP dilates accordingly.
-            reset_classifier: start the classifier anew where `weights` has another number of classes.
+            weights: file with a state dict of the decoder; '' starts from random weights.
+            use_softmax: return probabilities instead of log-probabilities if the decoder is called without `segSize`.
+            in_channels: channels of every feature map, the encoder's `out_channels`. Required for UPerNet with
+                encoders other than ResNet-50, ResNet-101 and ResNeXt-101.
+            output_stride: stride of the last feature map, the encoder's `output_stride`.
+            reset_classifier: start from a random classifier if `weights` has a different number of classes.
             kwargs: passed to the decoder, e.g. `norm_layer`.
 
         Raises:
             ValueError: unknown name.
             mit_semseg.models.weight_files.WeightsError: the weights cannot be read or do not fit.
         """
-        build = _lookup(DECODERS, arch.lower(), "decoder")
+        arch = arch.lower()
+        build = lookup(DECODERS, arch, "decoder")
         if in_channels is None:
-            # Old callers name the last map only: the others were those of a ResNet-50, or half for deep supervision.
-            in_channels = (256, 512, 1024 if "upernet" in arch.lower() else fc_dim // 2, fc_dim)
-        if "output_stride" in inspect.signature(build).parameters:
-            kwargs["output_stride"] = output_stride
-        decoder = build(in_channels, num_class, use_softmax=use_softmax, **kwargs)
+            # Feature maps of a ResNet-50; for deep supervision the second to last has half the channels of the last.
+            in_channels = (256, 512, 1024 if "upernet" in arch else fc_dim // 2, fc_dim)
+        decoder = build(in_channels, num_class, use_softmax=use_softmax, output_stride=output_stride, **kwargs)
         if weights:
-            what = f"decoder {arch.lower()}"
-            load_weights(decoder, weights, what=what, reset_classifier=reset_classifier, part="decoder")
+            load_weights(decoder, weights, name=f"decoder {arch}", part="decoder", reset_classifier=reset_classifier)
         return decoder
+
+
+def constructor(arch: str) -> Callable[..., nn.Module]:
+    """Return the constructor of version 2 of an encoder: `constructor("resnet18")(pretrained=False, **kwargs)`."""
+
+    def construct(pretrained: bool = False, **kwargs) -> nn.Module:
+        return ModelBuilder.build_encoder(arch, pretrained=pretrained, **kwargs)
+
+    return construct

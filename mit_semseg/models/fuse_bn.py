@@ -1,4 +1,4 @@
-"""A network for inference: batch norms folded into the convolutions before them, channels last in memory."""
+"""Fusion of batch norms into the preceding convolutions, for inference."""
 
 import copy
 from collections.abc import Iterator
@@ -12,36 +12,32 @@ from ..lib.nn import InPlaceABN
 
 
 def fuse_batchnorm(module: nn.Module) -> nn.Module:
-    """A copy of a network in eval mode that computes the same with fewer operations, up to rounding.
+    """Return a copy for inference with batch norms fused into convolutions, in channels_last memory format.
 
-    A batch norm in eval mode is a scale and a shift per channel, which the convolution before it can do as well.
+    The outputs are equal to those of `module` in eval mode, up to rounding.
 
     Args:
-        module: built of `nn.Sequential`s and blocks whose `convN` goes before their `bnN`; parameters of any type.
-
-    Returns:
-        The copy, on the same device, for inference only.
+        module: network of `nn.Sequential`s and of blocks in which `bnN` follows `convN`.
     """
-    copied = copy.deepcopy(module).eval().requires_grad_(False)
-    for parent, conv, norm in list(_pairs(copied)):
+    fused = copy.deepcopy(module).eval().requires_grad_(False)
+    for parent, conv, norm in list(_conv_norm_pairs(fused)):
         setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), getattr(parent, norm)))
         setattr(parent, norm, nn.Identity())
-    return copied.to(memory_format=torch.channels_last)
+    return fused.to(memory_format=torch.channels_last)
 
 
-def _pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """(parent, name of the convolution, name of the norm after it)."""
+def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield (parent, name of a convolution, name of the norm after it)."""
     for parent in module.modules():
-        names = dict(parent.named_children())
+        children = dict(parent.named_children())
         if isinstance(parent, nn.Sequential):
-            candidates = list(zip(names, list(names)[1:], strict=False))
+            pairs = list(zip(children, list(children)[1:], strict=False))
         else:
-            candidates = [(name, f"bn{name.removeprefix('conv')}") for name in names if name.startswith("conv")]
-        for conv, norm in candidates:
-            if _can_fold(names[conv], names.get(norm)):
+            pairs = [(name, f"bn{name.removeprefix('conv')}") for name in children if name.startswith("conv")]
+        for conv, norm in pairs:
+            if isinstance(children[conv], nn.Conv2d) and _can_fuse(children.get(norm)):
                 yield parent, conv, norm
 
 
-def _can_fold(conv: nn.Module, norm: nn.Module | None) -> bool:
-    plain = isinstance(norm, _BatchNorm) and not isinstance(norm, InPlaceABN)
-    return isinstance(conv, nn.Conv2d) and plain and norm.track_running_stats
+def _can_fuse(norm: nn.Module | None) -> bool:
+    return isinstance(norm, _BatchNorm) and not isinstance(norm, InPlaceABN) and norm.track_running_stats

@@ -1,33 +1,33 @@
-"""Encoders and decoders with the names and constructors of version 2."""
+"""Old names of version 2: encoders and decoders with their constructors."""
 
 from collections.abc import Sequence
 
 from torch import nn
 
 from . import decoders
-from .builder import ModelBuilder
-from .encoders import MobileNetV2, ResNet
-from .encoders.mobilenet import TAPS
-from .layers import POOL_SCALES, dilate
-from .segmentation import SegmentationModule, SegmentationModuleBase
+from .builder import ModelBuilder as ModelBuilder
+from .encoders.mobilenet import TAPS, MobileNetV2
+from .encoders.resnet import ResNet
+from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
+from .segmentation import SegmentationModule as SegmentationModule
+from .segmentation import SegmentationModuleBase as SegmentationModuleBase
 
-__all__ = [
-    "C1",
-    "PPM",
-    "C1DeepSup",
-    "MobileNetV2Dilated",
-    "ModelBuilder",
-    "PPMDeepsup",
-    "Resnet",
-    "ResnetDilated",
-    "SegmentationModule",
-    "SegmentationModuleBase",
-    "UPerNet",
-]
+
+def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int) -> None:
+    """Replace the strides of the last two stages, with output strides 16 and 32, by dilation."""
+    encoder.output_stride = check_output_stride(output_stride, (8, 16))
+    for stage, input_stride in zip(stages, (8, 16), strict=True):
+        stride, first, others = dilation_of_stage(2, input_stride, output_stride)
+        for conv in (layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)):
+            dilation = first if conv.stride == (2, 2) else others
+            if conv.stride == (2, 2):
+                conv.stride = (stride, stride)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (dilation, dilation)
 
 
 class Resnet(ResNet):
-    """Encoder that takes over the layers of a ResNet."""
+    """Encoder with the layers of an existing ResNet."""
 
     def __init__(self, orig_resnet: ResNet):
         nn.Module.__init__(self)
@@ -35,27 +35,25 @@ class Resnet(ResNet):
 
 
 class ResnetDilated(Resnet):
-    """`Resnet` with an output stride of 8 or 16."""
+    """Encoder with the layers of an existing ResNet, dilated to output stride 8 or 16."""
 
     def __init__(self, orig_resnet: ResNet, dilate_scale: int = 8):
         super().__init__(orig_resnet)
-        dilate((self.layer3, self.layer4), dilate_scale)
-        self.output_stride = dilate_scale
+        _dilate(self, (self.layer3, self.layer4), dilate_scale)
 
 
 class MobileNetV2Dilated(MobileNetV2):
-    """Encoder that takes over the layers of a MobileNetV2, with an output stride of 8 or 16."""
+    """Encoder with the layers of an existing MobileNetV2, dilated to output stride 8 or 16."""
 
     def __init__(self, orig_net: MobileNetV2, dilate_scale: int = 8):
         nn.Module.__init__(self)
         vars(self).update(vars(orig_net))
         first, second = TAPS[-2:]
-        dilate((self.features[first:second], self.features[second:]), dilate_scale)
-        self.output_stride = dilate_scale
+        _dilate(self, (self.features[first:second], self.features[second:]), dilate_scale)
 
 
 class C1(decoders.C1):
-    """Decoder defined by the channels of the last feature map."""
+    """Decoder built from the channels of the last feature map."""
 
     _deepsup = False
 
@@ -70,7 +68,7 @@ class C1DeepSup(C1):
 
 
 class PPM(decoders.PPM):
-    """Decoder defined by the channels of the last feature map."""
+    """Decoder built from the channels of the last feature map."""
 
     _deepsup = False
 
@@ -92,7 +90,7 @@ class PPMDeepsup(PPM):
 
 
 class UPerNet(decoders.UPerNet):
-    """Decoder defined by the channels of all feature maps."""
+    """Decoder built from the channels of all feature maps."""
 
     def __init__(
         self,
@@ -104,9 +102,10 @@ class UPerNet(decoders.UPerNet):
         fpn_dim: int = 256,
     ):
         _check(pool_scales)
-        super().__init__((*fpn_inplanes[:-1], fc_dim), num_class, use_softmax=use_softmax, fpn_dim=fpn_dim)
+        self.fpn_dim = fpn_dim  # read by `make_layers`
+        super().__init__((*fpn_inplanes[:-1], fc_dim), num_class, use_softmax=use_softmax)
 
 
 def _check(pool_scales: Sequence[int]) -> None:
     if tuple(pool_scales) != POOL_SCALES:
-        raise ValueError(f"pool_scales {tuple(pool_scales)}: pyramid pooling has {POOL_SCALES}")
+        raise ValueError(f"pool_scales {tuple(pool_scales)} are not supported: use {POOL_SCALES}")

@@ -1,6 +1,4 @@
-"""The whole network: encoder, decoder and loss."""
-
-from collections.abc import Sequence
+"""The segmentation network: encoder, decoder and loss."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,22 +7,22 @@ from .layers import at_least_float32
 
 
 class SegmentationModuleBase(nn.Module):
-    """What modules of encoder and decoder share."""
+    """Base class of version 2."""
 
     def pixel_acc(self, pred: Tensor, label: Tensor) -> Tensor:
-        """See `pixel_accuracy`."""
+        """Old name of `pixel_accuracy`."""
         return pixel_accuracy(pred, label)
 
 
 class SegmentationModule(SegmentationModuleBase):
-    """Encoder and decoder, called with a batch dict.
+    """Encoder, decoder and loss, called with a batch dict.
 
     Args:
         enc: encoder, see `mit_semseg.models.encoders`.
         dec: decoder, see `mit_semseg.models.decoders`.
-        crit: loss over (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`; or with
-            a method `of_logits` over (logits, labels), which is then called instead.
-        deep_sup_scale: weight of the deep supervision branch; None leaves the branch out.
+        crit: loss on (log-probabilities (N, C, H, W), labels (N, H, W)), e.g. `nn.NLLLoss(ignore_index=-1)`. If it has
+            a method `of_logits(logits, labels)`, this is called instead.
+        deep_sup_scale: weight of the deep supervision (auxiliary) loss; None disables it.
     """
 
     def __init__(self, enc: nn.Module, dec: nn.Module, crit: nn.Module | None, deep_sup_scale: float | None = None):
@@ -35,59 +33,52 @@ class SegmentationModule(SegmentationModuleBase):
         self.deep_sup_scale = deep_sup_scale
 
     def forward(self, feed_dict: dict, *, segSize: tuple[int, int] | None = None):
-        """Loss and accuracy of a labelled batch, or class probabilities.
+        """Return loss and pixel accuracy in training, or class probabilities in inference.
 
         Args:
-            feed_dict: `img_data` (N, 3, H, W) normalized pictures and, for training, `seg_label` (N, h, w) int64 with
-                negative values ignored; h and w may be any size (usually H and W over the label's downsampling rate).
-            segSize: (height, width) of the probabilities; given, no label is needed.
+            feed_dict: `img_data` (N, 3, H, W), normalized images. For training also `seg_label` (N, h, w) int64 of any
+                size, usually (H, W) divided by the label downsampling rate; negative labels are ignored.
+            segSize: (height, width) of the probabilities; selects inference.
 
         Returns:
-            With `segSize` probabilities (N, C, *segSize), else (loss, pixel accuracy), both scalars.
+            Probabilities (N, C, *segSize), or the scalars (loss, accuracy).
         """
-        features = self._features(feed_dict)
+        features = self.encoder(feed_dict["img_data"], return_feature_maps=True)
         if segSize is not None:
             return self.decoder(features, segSize=segSize)
         label = feed_dict["seg_label"]
-        # Where the decoder's resolution is not the label's, the scores are brought to the label: a label cannot be
-        # interpolated. The published recipes choose the label's rate so that nothing is resized here.
-        logits = [self.decoder.resize(scores, label.shape[-2:]) for scores in self.decoder.logits(features)]
+        # With the published options the label already has the decoder's resolution, and nothing is resized.
+        size = label.shape[-2:]
+        logits = [x if x.shape[-2:] == size else self.decoder.resize(x, size) for x in self.decoder.logits(features)]
         loss = self._loss(logits[0], label)
         if self.deep_sup_scale is not None and len(logits) > 1:
             loss = loss + self.deep_sup_scale * self._loss(logits[1], label)
         return loss, pixel_accuracy(logits[0], label)
 
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        of_logits = getattr(self.crit, "of_logits", None)
-        if of_logits:
-            return of_logits(logits, label)
-        return self.crit(F.log_softmax(at_least_float32(logits), dim=1), label)  # a CPU's autocast leaves 16 bits
+        if hasattr(self.crit, "of_logits"):
+            return self.crit.of_logits(logits, label)
+        return self.crit(F.log_softmax(at_least_float32(logits), dim=1), label)  # autocast on CPU keeps 16 bits
 
     def logits(self, feed_dict: dict) -> Tensor:
-        """Raw class scores (N, C, h, w) of `img_data`, at the decoder's own resolution."""
-        return self.decoder.head(self._features(feed_dict))
-
-    def _features(self, feed_dict: dict) -> Sequence[Tensor]:
-        x, options = feed_dict["img_data"], {"return_feature_maps": True}
-        if getattr(self.encoder, "can_be_lazy", False):
-            options["lazily"] = True
-        return self.encoder(x, **options)
+        """Return the logits (N, C, h, w) of `img_data` at the resolution of the decoder."""
+        return self.decoder.head(self.encoder(feed_dict["img_data"], return_feature_maps=True))
 
     @property
     def align_corners(self) -> bool:
-        """How the decoder resizes, see `Decoder`."""
+        """The `align_corners` of the decoder."""
         return self.decoder.align_corners
 
 
 def pixel_accuracy(scores: Tensor, label: Tensor) -> Tensor:
-    """Share of labelled pixels (label >= 0) whose highest score is the label's; 0 if no pixel is labelled.
+    """Return the fraction of correctly classified pixels, not counting pixels with a negative label.
 
     Args:
         scores: (N, C, H, W).
         label: (N, H, W) integers.
 
     Returns:
-        A float32 scalar in 0..1, on the scores' device.
+        A float32 scalar in 0..1 on the device of `scores`; 0 if no pixel is labelled.
     """
     valid = label >= 0
     correct = ((scores.argmax(dim=1) == label) & valid).sum()

@@ -1,20 +1,18 @@
-"""Names of version 2: download of a state dict."""
+"""Old name of version 2: download of a state dict."""
 
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 
-from ..lib.download import download
+from .pretrained import download
 
 
 def load_url(url: str, model_dir: str = "./pretrained", map_location=None) -> dict:
-    """The state dict at an address, downloaded to a folder unless it is there.
+    """Load the state dict at a URL, downloaded to `model_dir` if it is not there.
 
     Raises:
-        DownloadError: it cannot be had.
+        mit_semseg.models.weight_files.WeightsError: the download failed.
     """
-    path = Path(model_dir, Path(urlsplit(url).path).name)
-    if not path.is_file():
-        download(url, path)
+    path = download(url, Path(model_dir, Path(urlsplit(url).path).name))
     return torch.load(path, map_location=map_location, weights_only=True)

@@ -1,7 +1,7 @@
-"""Blocks whose insides are computed again in the backward pass instead of being kept (Chen et al., "Training Deep Nets
-with Sublinear Memory Cost", 2016)."""
+"""Activation checkpointing (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016)."""
 
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import nn
@@ -10,35 +10,32 @@ from torch.utils.checkpoint import checkpoint
 from .batchnorm import recomputation
 
 
-class Blocks(nn.Sequential):
-    """Modules one after the other, as `nn.Sequential`.
+class _Checkpointed:
+    """Mixin that keeps only the input of a block in training and recomputes the block in the backward pass."""
 
-    Attributes:
-        recomputed: in training, keep the input of every module only.
-    """
-
-    recomputed = False
+    activation_checkpointing = True
 
     def forward(self, x):
-        """The output of the last module."""
-        for block in self:
-            x = self.through(block, x)
-        return x
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
 
-    def through(self, block: nn.Module, x):
-        """The output of one of the modules."""
-        if not (self.recomputed and self.training and torch.is_grad_enabled()):
-            return block(x)
-        return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
+
+@cache
+def _checkpointed_class(block_class: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Checkpointed{block_class.__name__}", (_Checkpointed, block_class), {})
 
 
 def enable_activation_checkpointing(module: nn.Module) -> int:
-    """Let all `Blocks` of a module recompute, but for those inside of others.
+    """Enable activation checkpointing in the outermost blocks whose class sets `checkpoint_unit = True`.
+
+    The class of each block is replaced by a subclass; parameters, buffers and state-dict keys do not change.
 
     Returns:
-        How many there are.
+        The number of blocks.
     """
-    if isinstance(module, Blocks):
-        module.recomputed = True
+    if getattr(module, "checkpoint_unit", False):
+        if not isinstance(module, _Checkpointed):
+            module.__class__ = _checkpointed_class(type(module))
         return 1
     return sum(enable_activation_checkpointing(child) for child in module.children())

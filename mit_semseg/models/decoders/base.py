@@ -1,4 +1,4 @@
-"""What every decoder shares: the public call, and the deep supervision branch."""
+"""Base class of the decoders: constructor, call and deep supervision."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -6,77 +6,99 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import NormLayer, at_least_float32, conv_bn_relu, resize
-from ..pyramid import through_map
+from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_weights, resize
 
-NORM_BIAS = 1e-4  # initial bias of a decoder's norms; the published models were trained from it
+NORM_BIAS = 1e-4  # initial bias of the norms in the decoders of the published models
 
 
 class Decoder(nn.Module, ABC):
-    """Base of all decoders. A subclass implements `head(features)`, and calls `make_deepsup` if it was asked to.
+    """Base of all decoders; a subclass implements `make_layers` and `head`.
 
     Args:
-        in_channels: channels of every feature map the encoder returns.
+        in_channels: channels of every feature map of the encoder.
         num_class: number of classes.
-        use_softmax: a call without `segSize` returns probabilities instead of log-probabilities (kept for old callers).
+        output_stride: stride of the last feature map (ASPP divides its dilation by it).
+        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only.
+        use_softmax: return probabilities instead of log-probabilities if `segSize` is not given.
+        norm_layer: function from a number of channels to a normalization layer.
 
     Attributes:
-        align_corners: how the decoder resizes, see `layers.resize`; its weights were trained with it.
+        align_corners: option of the bilinear resize; the weights depend on it.
+        norm_bias: initial bias of the norms.
+
+    Raises:
+        ValueError: `deepsup` is set and the decoder has no deep supervision.
     """
 
     align_corners = False
+    norm_bias = NORM_BIAS
 
-    def __init__(self, in_channels: Sequence[int], num_class: int, use_softmax: bool = False):
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_class: int = 150,
+        *,
+        output_stride: int = 8,
+        deepsup: bool = False,
+        use_softmax: bool = False,
+        norm_layer: NormLayer = DEFAULT_NORM,
+    ):
         super().__init__()
         self.in_channels = tuple(in_channels)
         self.num_class = num_class
+        self.output_stride = output_stride
+        self.deepsup = deepsup
         self.use_softmax = use_softmax
+        self.make_layers(norm_layer)
+        if deepsup:
+            if not hasattr(self, "cbr_deepsup"):
+                raise ValueError(f"{type(self).__name__} has no deep supervision: set deepsup=False")
+            self.conv_last_deepsup = nn.Conv2d(self.cbr_deepsup[0].out_channels, num_class, 1)
+        init_weights(self, norm_bias=self.norm_bias)
+
+    @abstractmethod
+    def make_layers(self, norm_layer: NormLayer) -> None:
+        """Create the layers, the last one as `conv_last`; call `make_deepsup` if `self.deepsup`."""
 
     @abstractmethod
     def head(self, features: list[Tensor]) -> Tensor:
-        """Logits (N, num_class, h, w) at the decoder's own resolution."""
+        """Return logits (N, num_class, h, w) at the resolution of the decoder."""
+
+    def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **options) -> None:
+        """Create the first layer of the deep supervision head; `options` are those of `layers.conv_bn_relu`."""
+        self.cbr_deepsup = conv_bn_relu(_second_to_last(self.in_channels), channels, norm_layer=norm_layer, **options)
+        self.dropout_deepsup = nn.Dropout2d(dropout)
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
-        """Raw class scores, each (N, num_class, h, w): the main ones, then the deep supervision branch's, if any."""
+        """Return logits (N, num_class, h, w): the main ones, then those of the deep supervision head, if any."""
         main = self.head(features)
-        if not hasattr(self, "cbr_deepsup"):
+        if not self.deepsup:
             return [main]
-        branch = self.dropout_deepsup(through_map(self.cbr_deepsup, features, _last_but_one(len(features))))
-        return [main, self.conv_last_deepsup(branch)]
+        auxiliary = self.dropout_deepsup(self.cbr_deepsup(_second_to_last(features)))
+        return [main, self.conv_last_deepsup(auxiliary)]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
-        """Probabilities for inference, or log-probabilities for training.
+        """Return probabilities for inference or log-probabilities for training.
 
         Args:
-            features: the encoder's feature maps, highest resolution first.
-            segSize: (height, width) to upsample the logits to (bilinear).
+            features: feature maps of the encoder, highest resolution first.
+            segSize: (height, width) to resize the logits to.
 
         Returns:
-            With `segSize` or `use_softmax`: probabilities (N, num_class, *segSize). Else log-probabilities at the
-            decoder's own resolution; with deep supervision a pair (main, branch).
+            Probabilities (N, num_class, *segSize) if `segSize` or `use_softmax` is set. Otherwise log-probabilities
+            at the resolution of the decoder; with deep supervision a tuple (main, auxiliary).
         """
         if segSize is not None or self.use_softmax:
             scores = at_least_float32(self.head(features))
             return (scores if segSize is None else self.resize(scores, segSize)).softmax(dim=1)
         outputs = tuple(F.log_softmax(logits, dim=1) for logits in self.logits(features))
-        return outputs if len(outputs) > 1 else outputs[0]
+        return outputs if self.deepsup else outputs[0]
 
     def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bilinear resize to (height, width), the way this decoder does it."""
+        """Resize (N, C, H, W) bilinearly to (height, width), with the `align_corners` of this decoder."""
         return resize(x, size, align_corners=self.align_corners)
 
-    def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **layer) -> None:
-        """Add the first layer of the deep supervision branch on the last but one feature map.
 
-        Args:
-            layer: options of `layers.conv_bn_relu`.
-        """
-        self.cbr_deepsup = conv_bn_relu(
-            self.in_channels[_last_but_one(len(self.in_channels))], channels, norm_layer=norm_layer, **layer
-        )
-        self.dropout_deepsup = nn.Dropout2d(dropout)
-
-
-def _last_but_one(maps: int) -> int:
-    # An encoder with a single map (HRNetV2) supervises that one twice.
-    return -2 if maps > 1 else -1
+def _second_to_last(items: Sequence):
+    # HRNetV2 has a single feature map, which then serves both heads.
+    return items[-2] if len(items) > 1 else items[-1]

@@ -1,58 +1,35 @@
-"""C1: one 3x3 convolution, then the classifier."""
+"""C1: one 3x3 convolution and a classifier."""
 
 import copy
-from collections.abc import Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...lib.nn import to_batchnorm
-from ..layers import DEFAULT_NORM, NormLayer, conv_bn_relu, init_weights
-from ..pyramid import through_map
-from .base import NORM_BIAS, Decoder
+from ..layers import NormLayer, conv_bn_relu
+from .base import Decoder
 
 
 class C1(Decoder):
-    """3x3 convolution to a quarter of the channels, and a 1x1 classifier.
+    """3x3 convolution to a quarter of the channels, then a 1x1 classifier."""
 
-    Args:
-        in_channels: channels of every feature map the encoder returns.
-        num_class: number of classes.
-        deepsup: add a second such head on the last but one feature map, used in training only.
-        use_softmax: see `Decoder`.
-        norm_layer: makes a normalization layer from a number of channels.
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_class: int = 150,
-        *,
-        deepsup: bool = False,
-        use_softmax: bool = False,
-        norm_layer: NormLayer = DEFAULT_NORM,
-    ):
-        super().__init__(in_channels, num_class, use_softmax)
-        width = in_channels[-1] // 4
-        self.cbr = conv_bn_relu(in_channels[-1], width, norm_layer=norm_layer)
-        if deepsup:
-            self.make_deepsup(width, norm_layer)
-        self.conv_last = nn.Conv2d(width, num_class, 1)
-        if deepsup:
-            self.conv_last_deepsup = nn.Conv2d(width, num_class, 1)
-        init_weights(self, norm_bias=NORM_BIAS)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Module that `torch.jit.script` compiles in place of a `C1` without deep supervision."""
-        return self if hasattr(self, "cbr_deepsup") else _ScriptableC1(self)
+    def make_layers(self, norm_layer: NormLayer) -> None:
+        channels = self.in_channels[-1]
+        self.cbr = conv_bn_relu(channels, channels // 4, norm_layer=norm_layer)
+        if self.deepsup:
+            self.make_deepsup(channels // 4, norm_layer)
+        self.conv_last = nn.Conv2d(channels // 4, self.num_class, 1)
 
     def head(self, features: list[Tensor]) -> Tensor:
-        """Logits (N, num_class, h, w) at the resolution of the last feature map."""
-        return self.conv_last(through_map(self.cbr, features))
+        return self.conv_last(self.cbr(features[-1]))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Return the module that `torch.jit.script` compiles in place of this one."""
+        return self if self.deepsup else _ScriptableC1(self)
 
 
 class _ScriptableC1(nn.Module):
-    """A `C1` that TorchScript can compile: it shares the weights, and its norms are not synchronized."""
+    """`C1` for TorchScript: shares the weights; its norms are not synchronized."""
 
     def __init__(self, decoder: C1):
         super().__init__()
@@ -61,7 +38,6 @@ class _ScriptableC1(nn.Module):
         self.conv_last, self.use_softmax = decoder.conv_last, decoder.use_softmax
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None) -> Tensor:
-        """See `Decoder.forward`."""
         scores = self.conv_last(self.cbr(features[-1]))
         if segSize is not None:
             size = [segSize[0], segSize[1]]
