@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import interleaved, parser_of, write
-from metrics_and_colors import CLASSES, class_by_class, histograms
+from metrics_and_colors import CLASSES, color_by_class, histograms
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,7 +29,8 @@ from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
 from mit_semseg.evaluation import InferenceOptions, evaluate
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
-from mit_semseg.predict.visualize import result_panel, save_png
+from mit_semseg.predict.results import save_png
+from mit_semseg.predict.visualize import result_panel
 
 ADE20K = (300, 375, 450, 525, 600)
 CASES = (
@@ -78,7 +79,7 @@ def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Pat
             prediction = scores.argmax(dim=1)[0].numpy()
             totals += histograms(prediction, label)
             pictures = [np.asarray(item["img_ori"])]
-            pictures += [class_by_class(values, dataset.table.colors) for values in (label, prediction)]
+            pictures += [color_by_class(values, dataset.table.colors) for values in (label, prediction)]
             Image.fromarray(np.concatenate(pictures, axis=1)).save(folder / f"{number}.png")
     return totals
 

@@ -1,10 +1,11 @@
-"""What does an exported network cost, also in 8-bit integers, beside the network in PyTorch?
+"""How fast are exported networks, in float32 and in 8-bit integers, compared to PyTorch?
 
     python benchmarks/exported.py [--json FILE]
 
-Networks of random weights, a 512x688 picture, class scores of its size; the 8-bit files are calibrated with four
-generated pictures. PyTorch: the network as it was trained (eager, float32, channels first), and as inference runs it in
-float32 and bfloat16; ONNX Runtime: the file of `python -m mit_semseg.export`, with as many threads. All take turns.
+Networks with random weights, one 512x688 image, logits resized to the image. PyTorch: the network as trained (eager,
+float32, channels first), and as prepared for inference in float32 and bfloat16. ONNX Runtime: the file of
+`python -m mit_semseg.export` and its int8 copy, calibrated with four synthetic images. All use the same number of
+threads and take turns.
 """
 
 from pathlib import Path
@@ -19,26 +20,27 @@ from data import write_pictures
 from mit_semseg.cli.export import export
 from mit_semseg.cli.quantize import OnnxNetwork, quantize
 from mit_semseg.dataset import ValDataset
-from mit_semseg.evaluation import InferenceOptions
+from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.models.layers import resize
 
 PAIRS = (("mobilenetv2dilated", "c1_deepsup"), ("resnet18dilated", "ppm_deepsup"), ("resnet50dilated", "ppm_deepsup"))
-CALIBRATION = 4  # pictures: the time does not depend on it
+CALIBRATION_IMAGES = 4  # their number does not change the time
 CPU = torch.device("cpu")
 
 
-def row_of(encoder: str, decoder: str, folder: Path, pictures: ValDataset, repeats: int) -> dict:
-    """Milliseconds of every way for a pair."""
+def measure(encoder: str, decoder: str, folder: Path, dataset: ValDataset, repeats: int) -> dict:
+    """Return the time of the network in PyTorch, and how many times faster the other forms are."""
     module, feed = network_of(encoder, decoder), {"img_data": torch.randn(1, 3, *INPUT)}
-    path, small = folder / f"{encoder}.onnx", folder / f"{encoder}.int8.onnx"
-    export(module, path, kind="onnx", about={})
-    quantize(path, small, pictures)
+    path, int8_path = folder / f"{encoder}.onnx", folder / f"{encoder}.int8.onnx"
+    export(module, path, kind="onnx", metadata={})
+    quantize(path, int8_path, dataset)
     networks = {
         "eager": module,
-        "inference": InferenceOptions().network(module),
-        "bf16": InferenceOptions(precision="bf16").network(module),
+        "inference": Predictor(module, CPU).network,
+        "bf16": Predictor(module, CPU, InferenceOptions(precision="bf16")).network,
+        "onnx": OnnxNetwork(path),
+        "onnx int8": OnnxNetwork(int8_path),
     }
-    networks |= {"onnx": OnnxNetwork(path), "onnx int8": OnnxNetwork(small)}
 
     def call(network):
         return lambda: resize(network.logits(feed), INPUT)
@@ -56,8 +58,8 @@ def main() -> None:
         folder = Path(name)
         write_pictures(folder)
         options = SimpleNamespace(imgSizes=(512,), imgMaxSize=1000, padding_constant=8)
-        pictures = ValDataset(name, name, options).spread(CALIBRATION)
-        rows = [row_of(*pair, folder, pictures, args.repeats) for pair in PAIRS]
+        dataset = ValDataset(name, name, options).subsample(CALIBRATION_IMAGES)
+        rows = [measure(*pair, folder, dataset, args.repeats) for pair in PAIRS]
     write(args.json, f"exported networks, {INPUT[0]}x{INPUT[1]}", CPU, rows)
 
 

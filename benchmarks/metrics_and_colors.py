@@ -1,9 +1,9 @@
-"""What do counting a picture's scores and colouring its label map cost, next to the plain ways?
+"""How fast are metrics and class colors of an image, compared to common implementations?
 
     python benchmarks/metrics_and_colors.py [--json FILE]
 
-150 classes, a 512x683 picture. Scores: one count of pairs against two histograms (of the hits, and of both maps), as
-scripts often have it. Colours: a table lookup against a loop over the classes that are there. Both ways take turns.
+150 classes, a 512x683 image. IoU: one confusion count against three histograms (intersection, prediction, label).
+Colors: a table lookup against a loop over the classes of the image. The implementations take turns.
 """
 
 from functools import partial
@@ -19,15 +19,14 @@ from mit_semseg.predict.visualize import colorEncode
 CLASSES, SIZE = 150, (512, 683)
 
 
-def one_count(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+def iou_by_confusion(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     metric = SegmentationMetric(CLASSES)
     metric.add(prediction, label)
-    summary = metric.summary()
-    return summary.iou
+    return metric.summary().iou
 
 
 def histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Intersections and unions, (2, CLASSES)."""
+    """Return intersection and union per class, (2, CLASSES)."""
     prediction, label = prediction + 1, label + 1
     prediction = prediction * (label > 0)
     hits = prediction * (prediction == label)
@@ -37,21 +36,21 @@ def histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     return np.stack([intersection, union])
 
 
-def two_histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
+def iou_by_histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
     intersection, union = histograms(prediction, label)
     return intersection / (union + 1e-10)
 
 
-def class_by_class(label_map: np.ndarray, colors: np.ndarray) -> np.ndarray:
-    picture = np.zeros((*label_map.shape, 3), np.uint8)
-    for number in np.unique(label_map):
-        if number >= 0:
-            picture += (label_map == number)[..., None].astype(np.uint8) * colors[number]
-    return picture
+def color_by_class(label_map: np.ndarray, colors: np.ndarray) -> np.ndarray:
+    image = np.zeros((*label_map.shape, 3), np.uint8)
+    for index in np.unique(label_map):
+        if index >= 0:
+            image += (label_map == index)[..., None].astype(np.uint8) * colors[index]
+    return image
 
 
 def label_maps(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and label: noise, or regions as a picture has them."""
+    """Return prediction and label: noise, or regions like those of real images."""
     rng = np.random.default_rng(0)
     if kind == "noise":
         return rng.integers(0, CLASSES, SIZE), rng.integers(-1, CLASSES, SIZE)
@@ -66,18 +65,18 @@ def main() -> None:
     device, rows = torch.device("cpu"), []
     for kind in ("noise", "regions"):
         prediction, label = label_maps(kind)
-        np.testing.assert_allclose(one_count(prediction, label), two_histograms(prediction, label), atol=1e-9)
-        np.testing.assert_array_equal(colorEncode(label, colors), class_by_class(label, colors))
-        for what, ways in {
+        np.testing.assert_allclose(iou_by_confusion(prediction, label), iou_by_histograms(prediction, label), atol=1e-9)
+        np.testing.assert_array_equal(colorEncode(label, colors), color_by_class(label, colors))
+        for topic, ways in {
             "scores": {
-                "plain": partial(two_histograms, prediction, label),
-                "ours": partial(one_count, prediction, label),
+                "common": partial(iou_by_histograms, prediction, label),
+                "ours": partial(iou_by_confusion, prediction, label),
             },
-            "colours": {"plain": partial(class_by_class, label, colors), "ours": partial(colorEncode, label, colors)},
+            "colors": {"common": partial(color_by_class, label, colors), "ours": partial(colorEncode, label, colors)},
         }.items():
             ms = interleaved(ways, device, args.repeats)
             times = {f"{name} ms": value for name, value in ms.items()}
-            rows.append({"what": f"{what}, {kind}", **times, "times faster": ms["plain"] / ms["ours"]})
+            rows.append({"topic": f"{topic}, {kind}", **times, "times faster": ms["common"] / ms["ours"]})
     write(args.json, f"metrics_and_colors, {CLASSES} classes, {SIZE[0]}x{SIZE[1]}", device, rows)
 
 

@@ -1,10 +1,10 @@
-"""How does the way from logits to a label map grow with the picture, the classes and the scales?
+"""How do time and memory from logits to a label map grow with image size, classes and scales?
 
     python benchmarks/plots.py [--device cuda] [--out docs/images/label_map_costs.png] [--json FILE]
 
-Time (median, both ways in turns) and memory (of one call in a fresh process) of the straightforward way and of ours,
-see label_map.py: pictures of 0.1 to 24 megapixels, 2 to 1,000 classes, 1 to 5 scales. Logits have the stride 8 at the
-scales of ADE20K. The straightforward way ends where it would take more than `--most` MiB.
+Time (median, taking turns) and memory (one call in a new process) of the straightforward implementation and of ours,
+see label_map.py: images of 0.1 to 24 megapixels, 2 to 1,000 classes, 1 to 5 scales. Logits have stride 8 at the scales
+of ADE20K. The straightforward implementation is omitted where it would need more than `--max-memory` MiB.
 """
 
 from functools import partial
@@ -27,34 +27,43 @@ SWEEPS = {
 COLORS = {"straightforward": "tab:red", "ours": "tab:blue"}
 
 
-def points(sweep: str, most: float, repeats: int, device: torch.device) -> list[dict]:
-    """Time and memory along a sweep."""
+def measure(sweep: str, max_memory: float, repeats: int, device: torch.device) -> list[dict]:
+    """Return time and memory for every point of a sweep."""
     rows = []
     for x, size, classes in SWEEPS[sweep]:
         for scales in (x,) if sweep == "scales" else (1, len(SHORT_SIDES)):
-            # Scores and their softmax, and with several scales the sum.
-            large = 4 * size[0] * size[1] * classes * (2 + (scales > 1)) / 2**20 > most
+            # Logits, their softmax and, with several scales, the sum.
+            large = 4 * size[0] * size[1] * classes * (2 + (scales > 1)) / 2**20 > max_memory
             names = ["ours"] if large else list(WAYS)
             arguments = "trained", classes, size, scales, device.type, True
             logits = make_logits(*arguments)
             ms = interleaved({name: partial(WAYS[name], logits, size) for name in names}, device, repeats)
             for name in names:
                 mib = elsewhere(memory, name, arguments, size)
-                rows.append({"sweep": sweep, "x": float(x), "scales": scales, "way": name, "ms": ms[name], "MiB": mib})
+                rows.append(
+                    {
+                        "sweep": sweep,
+                        "x": float(x),
+                        "scales": scales,
+                        "implementation": name,
+                        "ms": ms[name],
+                        "MiB": mib,
+                    }
+                )
             print(rows[-1], flush=True)
     return rows
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """A column per sweep, time above memory."""
+    """Plot one column per sweep, time above memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(title)
     for column, sweep in enumerate(SWEEPS):
-        for line, (key, label) in enumerate((("ms", "time, ms"), ("MiB", "memory, MiB"))):
+        for line, (key, ylabel) in enumerate((("ms", "time, ms"), ("MiB", "memory, MiB"))):
             axes = figure.add_subplot(2, len(SWEEPS), 1 + column + line * len(SWEEPS))
-            for way, color in COLORS.items():
+            for name, color in COLORS.items():
                 for scales in sorted({row["scales"] for row in rows}) if sweep != "scales" else (None,):
-                    own = [r for r in rows if r["sweep"] == sweep and r["way"] == way]
+                    own = [r for r in rows if r["sweep"] == sweep and r["implementation"] == name]
                     own = [r for r in own if scales is None or r["scales"] == scales]
                     if own:
                         style = {
@@ -63,9 +72,9 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
                             "markersize": 4,
                             "linestyle": "-" if scales != 1 else ":",
                         }
-                        name = way if scales is None else f"{way}, {scales} scale{'s' * (scales > 1)}"
-                        axes.plot([r["x"] for r in own], [max(r[key], 0.1) for r in own], label=name, **style)
-            axes.set(xlabel=sweep, ylabel=label if column == 0 else "", yscale="log")
+                        label = name if scales is None else f"{name}, {scales} scale{'s' * (scales > 1)}"
+                        axes.plot([r["x"] for r in own], [max(r[key], 0.1) for r in own], label=label, **style)
+            axes.set(xlabel=sweep, ylabel=ylabel if column == 0 else "", yscale="log")
             if sweep != "scales":
                 axes.set_xscale("log")
                 axes.set_xticks([x for x, *_ in SWEEPS[sweep]], [f"{x:g}" for x, *_ in SWEEPS[sweep]], minor=False)
@@ -79,12 +88,12 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, repeats=3)
-    parser.add_argument("--most", type=float, default=6000, help="MiB that the straightforward way may take")
+    parser.add_argument("--max-memory", type=float, default=6000, help="of the straightforward implementation, in MiB")
     parser.add_argument("--out", default="docs/images/label_map_costs.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    rows = [row for sweep in SWEEPS for row in points(sweep, args.most, args.repeats, device)]
+    rows = [row for sweep in SWEEPS for row in measure(sweep, args.max_memory, args.repeats, device)]
     draw(rows, f"From logits to a label map: {hardware(device)}, PyTorch {torch.__version__}", Path(args.out))
     write(args.json, "plots", device, rows)
 
