@@ -111,7 +111,7 @@ def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int],
     listed = record.get("width", image.width), record.get("height", image.height)
     if listed != image.size:
         raise UserError(
-            f"{record['fpath_img']}: the list has size {listed[0]}x{listed[1]}, but the image {image.width}x{image.height}"
+            f"{record['fpath_img']}: the list has size {listed[0]}x{listed[1]}, the file {image.width}x{image.height}"
         )
     notes = unusual_properties(dataset.path(record, "fpath_img"))
     if mismatch := orientation_mismatch(image, label):

@@ -74,8 +74,8 @@ def iterate(loader: DataLoader) -> Iterator:
         iterator = iter(loader)
         workers = getattr(iterator, "_workers", ())
         yield from iterator
-    except (RuntimeError, OSError) as error:
-        reason = _missing_resource(str(error)) or _worker_failure(str(error))
+    except (RuntimeError, OSError, EOFError) as error:
+        reason = _missing_resource(str(error)) or _worker_failure(error)
         if reason is None:
             raise
         raise LoaderError(f"loading data: {reason}") from error
@@ -96,7 +96,7 @@ def worker_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = None if isinstance(error, LoaderError) else _worker_failure(str(error))
+        reason = None if isinstance(error, LoaderError) else _worker_failure(error)
         if reason is None:
             raise
         raise LoaderError(f"loading data: {reason}") from error
@@ -110,16 +110,19 @@ def _missing_resource(message: str) -> str | None:
     return None
 
 
-def _worker_failure(message: str) -> str | None:
+def _worker_failure(error: Exception) -> str | None:
+    message = str(error)
     if "DataLoader timed out" in message:
         return f"a worker hangs ({message}); check the disk, or raise RUNTIME.timeout"
-    if not re.search(r"DataLoader worker \(pid", message):
+    # A worker that dies while it sends a batch closes the connection. Errors of the dataset start with "Caught".
+    lost_connection = isinstance(error, (ConnectionError, EOFError)) and not message.startswith("Caught")
+    if not lost_connection and not re.match(r"DataLoader worker \(pid", message):
         return None
     if signal.strsignal(signal.SIGBUS) in message:
         return SHARED_MEMORY_FULL
     return (
-        f"a worker was killed ({message.splitlines()[0].strip()}), probably out of memory or shared memory; use fewer "
-        f"workers (TRAIN.workers) or more shared memory (docker run --shm-size 8g)"
+        f"a worker was killed ({message.partition('. ')[0].strip()}), probably out of memory or shared memory; use "
+        f"fewer workers (TRAIN.workers) or more shared memory (docker run --shm-size 8g)"
     )
 
 
@@ -128,7 +131,9 @@ def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[T
 
     uint8 images (see `ImageListDataset.as_uint8`) are normalized there.
     """
-    images = copy_to_device(batch["img_data"], torch.device(device))
+    images, device = batch["img_data"], torch.device(device)
+    if device.type != "cpu":
+        images = copy_to_device(images, device)
     normalization = batch.get("normalization")
     if normalization is None:
         return images

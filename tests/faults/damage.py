@@ -1,4 +1,4 @@
-"""A data set in which everything is wrong once."""
+"""Write datasets with one file of every kind of damage, and of every unusual but valid kind."""
 
 import json
 import struct
@@ -10,8 +10,8 @@ from PIL import Image
 SIZE = (48, 40)
 
 
-def _png(width: int, height: int, data: bytes) -> bytes:
-    """A grey PNG whose header promises a size, whatever its data."""
+def _gray_png(width: int, height: int, data: bytes) -> bytes:
+    """Return a PNG whose header has the given size, whatever its data."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -20,127 +20,112 @@ def _png(width: int, height: int, data: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
-class Writer:
-    """Writes pictures and labels of three classes into a folder below `root`, and the list of them."""
+class DatasetWriter:
+    """Writes images and labels of three classes to a folder below `root`, and collects the lines of their list."""
 
     def __init__(self, root, name: str):
-        self.root, self.name, self.rng, self.lines = root, name, np.random.default_rng(0), []
-        self.folder = folder = root / name
-        for name in ("images", "labels"):
-            (folder / name).mkdir(parents=True)
+        self.name, self.rng, self.lines = name, np.random.default_rng(0), []
+        self.folder = root / name
+        for part in ("images", "labels"):
+            (self.folder / part).mkdir(parents=True)
 
-    def picture(self, size=SIZE) -> Image.Image:
+    def image(self, size=SIZE) -> Image.Image:
         return Image.fromarray(self.rng.integers(0, 256, (size[1], size[0], 3), np.uint8))
 
-    def label(self, size=SIZE) -> Image.Image:
-        return Image.fromarray(self.rng.integers(0, 4, (size[1], size[0]), np.uint8))
+    def label(self, size=SIZE, dtype=np.uint8) -> Image.Image:
+        return Image.fromarray(self.rng.integers(0, 4, (size[1], size[0]), np.uint8).astype(dtype))
 
-    def add(self, name: str, picture=None, label=None, *, size=SIZE, **how) -> None:
-        """A record; picture and label are images, the bytes of files, or good ones."""
-        image, annotation = self.folder / "images" / name, self.folder / "labels" / f"{name.rpartition('.')[0]}.png"
-        for path, content in ((image, picture), (annotation, label)):
-            if content is None:
-                content = self.picture(size) if path == image else self.label(size)
+    def add(self, name: str, image=None, label=None, *, size=SIZE, **save_options) -> None:
+        """Write a pair and its line. `image` and `label` are images or file contents; None writes a valid one."""
+        image = self.image(size) if image is None else image
+        label = self.label(size) if label is None else label
+        label_name = f"{name.rpartition('.')[0]}.png"
+        for path, content, options in (
+            (self.folder / "images" / name, image, save_options),
+            (self.folder / "labels" / label_name, label, {}),
+        ):
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:
-                content.save(path, **(how if path == image else {}))
-        self.listed(name, annotation.name)
+                content.save(path, **options)
+        self.add_line(name, label_name)
 
-    def values(self, kind) -> Image.Image:
-        """A label in pixels of another kind."""
-        return Image.fromarray(np.asarray(self.label()).astype(kind))
-
-    def listed(self, image: str, label: str) -> None:
-        self.lines.append(
-            json.dumps({"fpath_img": f"{self.name}/images/{image}", "fpath_segm": f"{self.name}/labels/{label}"})
-        )
+    def add_line(self, image: str, label: str) -> None:
+        record = {"fpath_img": f"{self.name}/images/{image}", "fpath_segm": f"{self.name}/labels/{label}"}
+        self.lines.append(json.dumps(record))
 
 
 def write_unusable(root) -> list[str]:
-    """Write `unusable.odgt`, a list of what cannot be used, and the folder `broken`.
+    """Write `unusable.odgt` and the folder `broken`, where no pair can be used.
 
     Returns:
-        What names every one of them, in order.
+        For every line, the file name or line number that its error must have.
     """
-    to = Writer(root, "broken")
-    folder = to.folder
-    whole = folder / "images" / "whole.jpg"
-    to.picture((200, 160)).save(whole)
-    to.add("truncated.jpg", whole.read_bytes()[:2000], size=(200, 160))
-    whole.unlink()
-    to.add("zero_bytes.png", b"")
-    wrong = bytearray(_png(*SIZE, b"\x00" + bytes(SIZE[0])))
-    wrong[29] ^= 1  # of the header's checksum
-    to.add("checksum.png", bytes(wrong))
-    to.add("page.jpg", b"<!doctype html><title>404</title>")
-    to.add("bomb.png", _png(30_000, 30_000, b""))
-    to.add("float.tiff", to.values(np.float32))
-    palette = to.label()
+    writer = DatasetWriter(root, "broken")
+    images, labels = writer.folder / "images", writer.folder / "labels"
+    writer.image((200, 160)).save(images / "whole.jpg")
+    writer.add("truncated.jpg", (images / "whole.jpg").read_bytes()[:2000], size=(200, 160))
+    (images / "whole.jpg").unlink()
+    writer.add("zero_bytes.png", b"")
+    wrong_checksum = bytearray(_gray_png(*SIZE, b"\x00" + bytes(SIZE[0])))
+    wrong_checksum[29] ^= 1  # checksum of the header
+    writer.add("checksum.png", bytes(wrong_checksum))
+    writer.add("page.jpg", b"<!doctype html><title>404</title>")
+    writer.add("bomb.png", _gray_png(30_000, 30_000, b""))
+    writer.add("float.tiff", writer.label(dtype=np.float32))
+    palette = writer.label()
     palette.putpalette(range(12))
-    to.add("palette_label.png", label=palette)
-    to.add("rgb_label.png", label=to.picture())
-    to.add("values.png", label=Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)))
-    to.add("other_size.png", label=to.label((47, 40)))
-    to.add("float_label.png", label=b"")
-    to.values(np.float32).save(folder / "labels" / "float_label.png", "TIFF")
-    to.listed("missing.png", "values.png")
-    to.add("lonely.png")
-    (folder / "labels" / "lonely.png").unlink()
-    to.add("unlabelled.png")
-    to.lines[-1] = json.dumps({"fpath_img": "broken/images/unlabelled.png"})
-    for a, b in (("loop_a.png", "loop_b.png"), ("loop_b.png", "loop_a.png")):
-        (folder / "images" / a).symlink_to(folder / "images" / b)
-    to.listed("loop_a.png", "values.png")
-    to.listed(f"{'long' * 80}.png", "values.png")
-    (folder / "images" / "folder.png").mkdir()
-    to.listed("folder.png", "values.png")
-    names = [_fault(json.loads(line)) for line in to.lines]
-    to.lines += ["{bad", "[1]", '{"fpath_img": 7}', '{"fpath_img": "a\\u0000b.png"}']
-    (root / "unusable.odgt").write_text("\n".join(to.lines))
-    numbers = range(len(names) + 1, len(to.lines) + 1)
-    return names + [f"line {number}:" for number in numbers]
+    writer.add("palette_label.png", label=palette)
+    writer.add("rgb_label.png", label=writer.image())
+    writer.add("values.png", label=Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)))
+    writer.add("other_size.png", label=writer.label((47, 40)))
+    writer.add("float_label.png", label=b"")
+    writer.label(dtype=np.float32).save(labels / "float_label.png", "TIFF")
+    writer.add_line("missing.png", "values.png")
+    writer.add("lonely.png")
+    (labels / "lonely.png").unlink()
+    writer.add("unlabelled.png")
+    writer.lines[-1] = json.dumps({"fpath_img": "broken/images/unlabelled.png"})
+    for name, target in (("loop_a.png", "loop_b.png"), ("loop_b.png", "loop_a.png")):
+        (images / name).symlink_to(images / target)
+    writer.add_line("loop_a.png", "values.png")
+    writer.add_line(f"{'long' * 80}.png", "values.png")
+    (images / "folder.png").mkdir()
+    writer.add_line("folder.png", "values.png")
+    expected = [_file_at_fault(json.loads(line)) for line in writer.lines]
+    invalid = ["{bad", "[1]", '{"fpath_img": 7}', '{"fpath_img": "a\\u0000b.png"}']
+    (root / "unusable.odgt").write_text("\n".join([*writer.lines, *invalid]))
+    return expected + [f"line {len(expected) + 1 + i}:" for i in range(len(invalid))]
 
 
-def _fault(record: dict) -> str:
-    """The file of a record that cannot be used: its label, where it has one of its own that is at fault."""
+def _file_at_fault(record: dict) -> str:
     name = record["fpath_img"]
-    at_fault = ("_label.png", "values.png", "other_size.png", "lonely.png")
-    return record["fpath_segm"] if name.endswith(at_fault) and "fpath_segm" in record else name
+    bad_labels = ("_label.png", "values.png", "other_size.png", "lonely.png")
+    return record["fpath_segm"] if name.endswith(bad_labels) and "fpath_segm" in record else name
 
 
 def write_unusual(root) -> list[str]:
-    """Write `unusual.odgt`, a list of what can be used, but does not look like it, and the folder `odd`.
-
-    Returns:
-        The names of the pictures.
-    """
-    to = Writer(root, "odd")
-    folder = to.folder
-    to.add("one_pixel.png", size=(1, 1))
-    to.add("label_of_16_bits.png", label=to.values(np.uint16))
-    to.add("strip.png", size=(20_000, 2))
-    to.add("sixteen_bit.png", Image.fromarray(to.rng.integers(0, 65536, SIZE[::-1], np.uint16)))
-    to.add("cmyk.jpg", to.picture().convert("CMYK"))
-    to.add("animated.gif", to.picture(), save_all=True, append_images=[to.picture()])
+    """Write `unusual.odgt` and the folder `odd`, where every pair is unusual but valid. Return the image paths."""
+    writer = DatasetWriter(root, "odd")
+    images = writer.folder / "images"
+    writer.add("one_pixel.png", size=(1, 1))
+    writer.add("label_of_16_bits.png", label=writer.label(dtype=np.uint16))
+    writer.add("strip.png", size=(20_000, 2))
+    writer.add("sixteen_bit.png", Image.fromarray(writer.rng.integers(0, 65536, SIZE[::-1], np.uint16)))
+    writer.add("cmyk.jpg", writer.image().convert("CMYK"))
+    writer.add("animated.gif", writer.image(), save_all=True, append_images=[writer.image()])
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        stored = SIZE if orientation < 5 else SIZE[::-1]
-        to.add(f"exif_{orientation}.jpg", to.picture(stored), exif=exif)
-    to.add("späße_街.png")
-    to.add(f"{'n' * 200}.png")
-    to.add("checksum_of_data.png")
-    path = folder / "images" / "checksum_of_data.png"
-    content = bytearray(path.read_bytes())
-    content[-13] ^= 1  # of the checksum of the pixels, which are whole
-    path.write_bytes(bytes(content))
-    to.add("absolute.png")
-    to.lines[-1] = json.dumps(
-        {"fpath_img": str(folder / "images" / "absolute.png"), "fpath_segm": "odd/labels/absolute.png"}
-    )
-    to.add("above.png")
-    to.lines[-1] = json.dumps({"fpath_img": "odd/../odd/images/above.png", "fpath_segm": "odd/labels/above.png"})
-    names = [json.loads(line)["fpath_img"] for line in to.lines]
-    (root / "unusual.odgt").write_text("\r\n\r\n".join(to.lines) + "\r\n", encoding="utf-8", newline="")
-    return names
+        writer.add(f"exif_{orientation}.jpg", writer.image(SIZE if orientation < 5 else SIZE[::-1]), exif=exif)
+    writer.add("späße_街.png")
+    writer.add(f"{'n' * 200}.png")
+    writer.add("checksum_of_data.png")
+    content = bytearray((images / "checksum_of_data.png").read_bytes())
+    content[-13] ^= 1  # checksum of the pixels, which are intact
+    (images / "checksum_of_data.png").write_bytes(bytes(content))
+    for name, folder in (("absolute.png", str(images)), ("above.png", "odd/../odd/images")):
+        writer.add(name)
+        writer.lines[-1] = json.dumps({"fpath_img": f"{folder}/{name}", "fpath_segm": f"odd/labels/{name}"})
+    (root / "unusual.odgt").write_text("\r\n\r\n".join(writer.lines) + "\r\n", encoding="utf-8", newline="")
+    return [json.loads(line)["fpath_img"] for line in writer.lines]
