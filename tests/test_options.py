@@ -150,7 +150,7 @@ def test_equal_options_give_equal_weights(run, baseline):
 TESTED = {}
 
 
-def tests(key):
+def covers(key):
     def register(function):
         TESTED[key] = function
         return function
@@ -158,13 +158,13 @@ def tests(key):
     return register
 
 
-@tests("DATASET.cat_max_ratio")
+@covers("DATASET.cat_max_ratio")
 def _(run, baseline):
     folders = [run.train(DATASET__crop_size=24, DATASET__cat_max_ratio=ratio) for ratio in (1, 0.5)]
     assert not same(*map(weights, folders))
 
 
-@tests("TRAIN.ohem_threshold")
+@covers("TRAIN.ohem_threshold")
 def _(run, baseline):
     folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_min_kept=1, TRAIN__ohem_threshold=p) for p in (0.2, 1)]
     assert not same(*map(weights, folders))
@@ -172,7 +172,7 @@ def _(run, baseline):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # every pixel is hard
 
 
-@tests("TRAIN.ohem_min_kept")
+@covers("TRAIN.ohem_min_kept")
 def _(run, baseline):
     folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_threshold=0.1, TRAIN__ohem_min_kept=n) for n in (1, 100_000)]
     assert not same(*map(weights, folders))
@@ -180,7 +180,7 @@ def _(run, baseline):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@tests("TRAIN.visualize")
+@covers("TRAIN.visualize")
 def _(run, baseline):
     folder = run.train(TRAIN__eval_epoch=1, TRAIN__visualize=True)
     panels = [p.relative_to(folder / "vis").as_posix() for p in sorted((folder / "vis").rglob("*.png"))]
@@ -189,33 +189,33 @@ def _(run, baseline):
         run.train(TRAIN__visualize=True)
 
 
-@tests("VAL.num_val")
+@covers("VAL.num_val")
 def _(run, baseline):
     folder = run.train(TRAIN__eval_epoch=2, TRAIN__visualize=True, VAL__num_val=1)
     assert [p.name for p in (folder / "vis").rglob("*.png")] == ["00.png"]
 
 
-@tests("INFERENCE.flip")
+@covers("INFERENCE.flip")
 def _(run, baseline):
     iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
     assert run.evaluate(baseline, INFERENCE__flip=True)["iou_per_class"] != iou
     assert run.segment(baseline, INFERENCE__flip=True) != files
 
 
-@tests("INFERENCE.window_size")
+@covers("INFERENCE.window_size")
 def _(run, baseline):
     iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
     assert run.evaluate(baseline, INFERENCE__window_size=(32, 40))["iou_per_class"] != iou
     assert run.segment(baseline, INFERENCE__window_size=(32, 40)) != files
 
 
-@tests("INFERENCE.window_overlap")
+@covers("INFERENCE.window_overlap")
 def _(run, baseline):
     files = [run.segment(baseline, INFERENCE__window_size=32, INFERENCE__window_overlap=n) for n in (0, 0.8)]
     assert files[0] != files[1]
 
 
-@tests("INFERENCE.precision")
+@covers("INFERENCE.precision")
 def _(run, baseline):
     dtypes, logits = [], SegmentationModule.logits
 
@@ -231,7 +231,7 @@ def _(run, baseline):
     assert abs(bf16["pixel_accuracy"] - auto["pixel_accuracy"]) < 0.05
 
 
-@tests("DATASET.eval_resize")
+@covers("DATASET.eval_resize")
 def _(run, baseline):
     calls, resize = [], transforms.imresize_fast
     with pytest.MonkeyPatch.context() as patch:
@@ -243,7 +243,7 @@ def _(run, baseline):
     assert abs(fast - exact) < 0.02
 
 
-@tests("INFERENCE.compile")
+@covers("INFERENCE.compile")
 def _(run, baseline):
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
@@ -253,23 +253,23 @@ def _(run, baseline):
     assert scores["mean_iou"] == run.evaluate(baseline)["mean_iou"]
 
 
-@tests("DIR")
+@covers("DIR")
 def _(run, baseline):
     assert (run.train(DIR=run.folder / "named") / "decoder_epoch_2.pth").is_file()
 
 
-@tests("DATASET.list_val")
+@covers("DATASET.list_val")
 def _(run, baseline):
     assert [run.evaluate(baseline, DATASET__list_val=split)["images"] for split in ("val", "other")] == [2, 3]
 
 
-@tests("DATASET.classes")
+@covers("DATASET.classes")
 def _(run, baseline):
     result = run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values="[0]")
     assert [entry["class"] for entry in result["iou_per_class"]] == ["a", "b", "c"]
 
 
-@tests("DATASET.ignore_values")
+@covers("DATASET.ignore_values")
 def _(run, baseline):
     results = [
         run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values=v) for v in ("[0]", "[3]")
@@ -277,7 +277,7 @@ def _(run, baseline):
     assert results[0]["labelled_pixels"] != results[1]["labelled_pixels"]
 
 
-@tests("DATASET.on_error")
+@covers("DATASET.on_error")
 def _(run, baseline):
     (run.data / "missing.odgt").write_text('{"fpath_img": "missing.png", "width": 4, "height": 5}\n' * 3)
     for mode, message in (("stop", "fpath_segm"), ("skip", r"DATASET\.on_error skip")):
@@ -285,21 +285,21 @@ def _(run, baseline):
             run.train(DATASET__list_train="missing.odgt", DATASET__on_error=mode)
 
 
-@tests("DATASET.palette_labels")
+@covers("DATASET.palette_labels")
 def _(run, baseline):
     with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
         run.train(DATASET__list_train="palette")
     assert same(weights(run.train(DATASET__list_train="palette", DATASET__palette_labels=True)), weights(baseline))
 
 
-@tests("MODEL.fc_dim")
+@covers("MODEL.fc_dim")
 def _(run, baseline):
     with pytest.raises(UserError, match=r"MODEL\.fc_dim 512.* 320"):
         run.train(MODEL__fc_dim=512)
     assert same(weights(run.train(MODEL__fc_dim=320)), weights(baseline))
 
 
-@tests("MODEL.pretrained")
+@covers("MODEL.pretrained")
 def _(run, baseline):
     run.monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
     run.monkeypatch.setenv("MIT_SEMSEG_HOME", str(run.folder / "cache"))
@@ -308,7 +308,7 @@ def _(run, baseline):
     run.train(DIR=baseline, MODEL__pretrained=True, TRAIN__resume="auto")  # a resumed run loads no initial weights
 
 
-@tests("MODEL.reset_classifier")
+@covers("MODEL.reset_classifier")
 def _(run, baseline):
     changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
     with pytest.raises(UserError, match=r"MODEL\.reset_classifier True"):
@@ -316,7 +316,7 @@ def _(run, baseline):
     assert "conv_last.weight" in log_of(run.train(**changes, MODEL__reset_classifier=True))
 
 
-@tests("TRAIN.start_epoch")
+@covers("TRAIN.start_epoch")
 def _(run, baseline):
     folder = run.train(DIR=run.folder / "continued", TRAIN__num_epoch=1)
     run.train(DIR=folder, TRAIN__start_epoch=1)
@@ -332,7 +332,7 @@ def loader_of(run, **changes):
     return loaders[0]
 
 
-@tests("TRAIN.workers")
+@covers("TRAIN.workers")
 def _(run, baseline):
     counts = [loader_of(run, TRAIN__workers=n).num_workers for n in (0, 1, 10_000)]
     assert counts[:2] == [0, 1]
@@ -340,19 +340,19 @@ def _(run, baseline):
     assert same(weights(run.train(TRAIN__workers=1)), weights(baseline))
 
 
-@tests("RUNTIME.timeout")
+@covers("RUNTIME.timeout")
 def _(run, baseline):
     assert loader_of(run, TRAIN__workers=1, RUNTIME__timeout=7.5).timeout == 7.5
     with distributed.join([torch.device("cpu")], 7.5) as world:
         assert world.timeout == 7.5
 
 
-@tests("TRAIN.disp_iter")
+@covers("TRAIN.disp_iter")
 def _(run, baseline):
     assert [log_of(run.train(TRAIN__disp_iter=n)).count(", acc ") for n in (1, 3)] == [6, 2]
 
 
-@tests("TRAIN.deterministic")
+@covers("TRAIN.deterministic")
 def _(run, baseline):
     """On the CPU the weights are the same; an operation without a deterministic implementation is named."""
     enabled, loss = [], MaskedNLLLoss.of_logits
@@ -377,7 +377,7 @@ def _(run, baseline):
             run.train(TRAIN__deterministic=True)
 
 
-@tests("TRAIN.activation_checkpointing")
+@covers("TRAIN.activation_checkpointing")
 def _(run, baseline):
     """The weights are the same; see test_activation_checkpoint.py for the memory."""
     assert same(weights(run.train(TRAIN__activation_checkpointing=True)), weights(baseline))
@@ -387,7 +387,7 @@ def _(run, baseline):
         run.train(gpus="cpu,cpu", TRAIN__activation_checkpointing=True)
 
 
-@tests("TRAIN.compile")
+@covers("TRAIN.compile")
 def _(run, baseline):
     """The encoder is compiled (without the real compiler, which takes half a minute) for few image sizes."""
     sizes = []
@@ -404,7 +404,7 @@ def _(run, baseline):
         run.train(gpus="cpu,cpu", TRAIN__compile=True)
 
 
-@tests("TRAIN.channels_last")
+@covers("TRAIN.channels_last")
 def _(run, baseline):
     cfg = load_config(None, words(run.options({"TRAIN.channels_last": True})))
     module = build.build_module(cfg, torch.device("cpu"))
@@ -417,7 +417,7 @@ def _(run, baseline):
     assert first == pytest.approx(second, rel=1e-3)  # sums in another order
 
 
-@tests("TRAIN.eval_epoch")
+@covers("TRAIN.eval_epoch")
 def _(run, baseline):
     folder = run.train(TRAIN__eval_epoch=2)
     assert (folder / "decoder_best.pth").is_file()
@@ -426,7 +426,7 @@ def _(run, baseline):
     assert same(weights(folder), weights(baseline))  # validation does not change the training
 
 
-@tests("TRAIN.checkpoint_iters")
+@covers("TRAIN.checkpoint_iters")
 def _(run, baseline):
     for every, expected in ((0, 2), (1, 6)):
         paths, save = [], trainer.save_atomic
@@ -438,7 +438,7 @@ def _(run, baseline):
         assert paths.count("resume.pth") == expected
 
 
-@tests("TRAIN.resume")
+@covers("TRAIN.resume")
 def _(run, baseline):
     with pytest.raises(UserError, match=r"TRAIN\.resume auto"):
         run.train(DIR=baseline)
@@ -451,7 +451,7 @@ def _(run, baseline):
     assert same(weights(copy), weights(baseline))
 
 
-@tests("TRAIN.tensorboard")
+@covers("TRAIN.tensorboard")
 def _(run, baseline):
     folder = run.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -475,14 +475,14 @@ def with_batch_sizes(module, function):
     return results
 
 
-@tests("VAL.batch_size")
+@covers("VAL.batch_size")
 def _(run, baseline):
     results = with_batch_sizes(evaluator, lambda size: run.evaluate(baseline, VAL__batch_size=size))
     one, two = ({key: value for key, value in result.items() if "second" not in key} for result in results)
     assert one == two
 
 
-@tests("VAL.visualize")
+@covers("VAL.visualize")
 def _(run, baseline):
     panels = baseline / "result" / "val" / "images"
     run.evaluate(baseline)
@@ -491,7 +491,7 @@ def _(run, baseline):
     assert sorted(p.name for p in panels.iterdir()) == ["00.png", "01.png"]
 
 
-@tests("VAL.checkpoint")
+@covers("VAL.checkpoint")
 def _(run, baseline):
     first, last = (run.evaluate(baseline, VAL__checkpoint=f"epoch_{n}.pth") for n in (1, 2))
     assert first["iou_per_class"] != last["iou_per_class"] or first["pixel_accuracy"] != last["pixel_accuracy"]
@@ -504,19 +504,19 @@ def _(run, baseline):
             run.evaluate(baseline, VAL__checkpoint=name)
 
 
-@tests("TEST.checkpoint")
+@covers("TEST.checkpoint")
 def _(run, baseline):
     with pytest.raises(UserError, match=r"epoch_9\.pth"):
         run.segment(baseline, TEST__checkpoint="epoch_9.pth")
 
 
-@tests("TEST.result")
+@covers("TEST.result")
 def _(run, baseline):
     files = run.segment(baseline, TEST__result=run.folder / "there")
     assert list(files) == ["00.png", "00_index.png", "01.png", "01_index.png"]
 
 
-@tests("TEST.batch_size")
+@covers("TEST.batch_size")
 def _(run, baseline):
     one, two = with_batch_sizes(segmenter, lambda size: run.segment(baseline, TEST__batch_size=size))
     assert one == two

@@ -6,7 +6,7 @@ Every rank drives one device. Without torchrun the world has a single rank, whic
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -233,8 +233,3 @@ def broadcast_buffers(module: nn.Module, world: World) -> None:
         with world.communicating("broadcasting running statistics"):
             for buffer in module.buffers():
                 dist.broadcast(buffer, 0)
-
-
-def gradient_sync(model: nn.Module, enabled: bool):
-    """Context that enables or disables the gradient all-reduce of `DistributedDataParallel`."""
-    return nullcontext() if enabled or not isinstance(model, DistributedDataParallel) else model.no_sync()

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..evaluation import AverageMeter
 from ..lib.utils import UserError
 from .distributed import World
 from .losses import batch_weight
@@ -126,15 +125,15 @@ class RunningMetrics:
 
 
 class StepTimer:
-    """Mean duration of the last steps, and of loading their data.
+    """Mean duration of the steps since the last `reset`, and of loading their data."""
 
-    Args:
-        window: number of steps.
-    """
-
-    def __init__(self, window: int):
-        self._window, self._steps, self._data = window, AverageMeter(), AverageMeter()
+    def __init__(self):
         self.start()
+        self.reset()
+
+    def reset(self) -> None:
+        """Start the next log line."""
+        self._steps, self._step_seconds, self._data_seconds = 0, 0.0, 0.0
 
     def start(self) -> None:
         """Start a step; saving and validation before it do not count."""
@@ -142,23 +141,16 @@ class StepTimer:
 
     def data_loaded(self) -> None:
         """Record that the data of the step is loaded."""
-        if (self._steps.count or 0) >= self._window:
-            self._steps, self._data = AverageMeter(), AverageMeter()
-        self._data.update(time.perf_counter() - self._started)
+        self._data_seconds += time.perf_counter() - self._started
 
     def step_done(self) -> None:
         """Record the end of the step."""
-        self._steps.update(time.perf_counter() - self._started)
+        self._step_seconds += time.perf_counter() - self._started
+        self._steps += 1
 
-    @property
-    def seconds(self) -> float:
-        """Seconds per step."""
-        return self._steps.average()
-
-    @property
-    def data_seconds(self) -> float:
-        """Seconds per step spent waiting for data."""
-        return self._data.average()
+    def means(self) -> tuple[float, float]:
+        """Return seconds per step, and seconds per step spent waiting for data."""
+        return self._step_seconds / max(self._steps, 1), self._data_seconds / max(self._steps, 1)
 
 
 def weighted_sum(weights: Sequence[float], values: torch.Tensor) -> torch.Tensor:

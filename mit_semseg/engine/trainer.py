@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import chain, islice
 from pathlib import Path
@@ -29,7 +30,7 @@ from .checkpoint import (
     save_atomic,
     trainer_state,
 )
-from .distributed import World, broadcast_buffers, gradient_sync, parallelize
+from .distributed import World, broadcast_buffers, parallelize
 from .optim import learning_rates, lr_factor, set_learning_rates
 from .signals import StopSignals
 from .train_step import (
@@ -87,7 +88,7 @@ class Trainer:
         constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
         self.step, self.best_iou, self.history = 0, -1.0, new_history()
-        self.metrics, self.timer = RunningMetrics(self.device), StepTimer(options.disp_iter)
+        self.metrics, self.timer = RunningMetrics(self.device), StepTimer()
         self.overflows, self.overflows_in_a_row = 0, 0
         self.labelled_pixels, self.classes_seen = 0.0, set()
         self.image_names: dict[int, list[Sequence[str]]] = {}  # of the batches of each step since the last log line
@@ -113,7 +114,8 @@ class Trainer:
     ) -> None:
         """Train to the end and save a checkpoint after every epoch.
 
-        SIGINT or SIGTERM on any rank stops all ranks after the same step, which is saved.
+        SIGINT or SIGTERM on any rank stops all ranks after the same step, which is saved. All other failures raise a
+        `UserError` that names the image, checkpoint, step, worker or rank.
 
         Args:
             dataset: training batches; element i is one batch of one device.
@@ -121,14 +123,6 @@ class Trainer:
             resume: 'auto', 'off', 'restart' or a file, see `RunFolder.find_resume`.
             inference: of validation.
             run_logger: object with the methods of `cli.run_logger.RunLogger`, or None.
-
-        Raises:
-            ImageFileError: an image or label cannot be used and the dataset does not skip it.
-            CheckpointError: the folder holds another run, or the checkpoint cannot be read.
-            TrainingStopped: the loss is not finite.
-            LoaderError, ProcessGroupError: a worker or another rank ended or timed out.
-            NondeterministicError: `deterministic`, but an operation has no deterministic implementation.
-            KeyboardInterrupt: a signal stopped the run.
         """
         options, self.val_dataset, self.run_logger = self.options, val_dataset, run_logger
         self.inference = inference or self.inference
@@ -149,7 +143,8 @@ class Trainer:
                 weights = LossWeights(micro_batches, self.module.crit, self.world, self.signals.received)
                 self.note_batches(micro_batches, weights)
                 seed_step(options.seed, self.step, self.world)
-                self.train_step([self.to_devices(batches) for batches in micro_batches], weights)
+                with self.world.communicating("training step"):
+                    self.train_step([self.to_devices(batches) for batches in micro_batches], weights)
                 self.step += 1
                 self.timer.step_done()
                 stop = weights.stop or (self.world.size == 1 and self.signals.received)
@@ -181,7 +176,7 @@ class Trainer:
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            with self.world.communicating("forward and backward pass"), gradient_sync(self.model, last):
+            with nullcontext() if last or size == 1 else self.model.no_sync():  # gradients are summed over ranks once
                 with torch.autocast(self.device.type, AMP_DTYPES.get(options.amp), enabled=options.amp != "off"):
                     loss, accuracy = self.model(batches if len(batches) > 1 else batches[0])
                 losses.append(loss.detach().reshape(-1))
@@ -197,8 +192,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if size > 1:
-            with self.world.communicating("summing the loss"):
-                dist.all_reduce(means)
+            dist.all_reduce(means)
         if not self._undo_overflow(before):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
@@ -356,7 +350,7 @@ class Trainer:
         if len(self.classes_seen) == 1 and not self.history["train"]["epoch"]:
             logger.warning(ONE_CLASS_WARNING.format(f"number {min(self.classes_seen)} so far"))
         epoch, iters = (self.step - 1) // self.options.epoch_iters, self.options.epoch_iters
-        rates, seconds = learning_rates(self.optimizer), self.timer.seconds
+        rates, (seconds, data_seconds) = learning_rates(self.optimizer), self.timer.means()
         logger.info(
             "epoch %d, step %d/%d, loss %.4f, acc %.2f %%, lr %s, %.2f s/step (%.2f s data), eta %s%s",
             epoch + 1,
@@ -366,13 +360,14 @@ class Trainer:
             accuracy * 100,
             "/".join(dict.fromkeys(f"{rate:.6f}" for rate in rates.values())),
             seconds,
-            self.timer.data_seconds,
+            data_seconds,
             timedelta(seconds=round(seconds * (self.options.total_steps - self.step))),
             f", {self.overflows} steps skipped (fp16 overflow)" if self.overflows else "",
         )
         for key, value in (("epoch", self.step / iters), ("loss", loss), ("acc", accuracy)):
             self.history["train"][key].append(value)
         self.metrics.reset()
+        self.timer.reset()
         self.labelled_pixels = 0.0
         if self.run_logger:
             rates = {f"lr_{part}": rate for part, rate in rates.items()}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replicas import ReplicaGroup
-from .sync_stats import SyncBatchNormFunction, SyncStatistics, world_size
+from .sync_stats import SyncBatchNormFunction, SyncStatistics
 
 _thread_state = threading.local()
 
@@ -106,7 +106,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.synchronized and self._replicas is not None and self._replicas.size > 1
 
     def _syncs_ranks(self) -> bool:
-        return self.training and self.synchronized and world_size(self.process_group) > 1
+        distributed = dist.is_available() and dist.is_initialized()
+        return self.training and self.synchronized and distributed and dist.get_world_size(self.process_group) > 1
 
     def _updates_running_stats(self) -> bool:
         recomputing = getattr(_thread_state, "recomputing", False)

@@ -1,0 +1,93 @@
+"""How many files of the package does one call execute? A measure of how far a reader has to follow it.
+
+    python benchmarks/files_crossed.py [-v]
+
+Builds the quick-start network with random weights and generated scenes, and records the files whose functions run in
+this process: in one training step, in `fit` with one step, in an evaluation, and in one call of a `Segmenter`.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from mit_semseg import Segmenter, build
+from mit_semseg.config import load_config
+from mit_semseg.dataset.synthetic import write_dataset
+from mit_semseg.engine import RunFolder, Trainer
+from mit_semseg.engine.train_step import LossWeights
+from mit_semseg.evaluation import Predictor, evaluate
+from mit_semseg.lib import opencv
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mit_semseg"
+LIMITS = {"train_step": 9, "fit, one step": 18, "evaluate": 12, "Segmenter(path)": 10}
+
+
+def files_of(call: Callable[[], object]) -> list[str]:
+    """Return the files of the package that a call executes, relative to the package."""
+    found = set()
+
+    def record(frame, event, argument):
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            found.add(Path(frame.f_code.co_filename).relative_to(PACKAGE).as_posix())
+
+    sys.setprofile(record)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return sorted(found)
+
+
+def measure(folder: Path) -> dict[str, list[str]]:
+    """Return the files of every call."""
+    write_dataset(folder / "data", train=8, val=2)
+    changes = ["DATASET.root_dataset", folder / "data", "DATASET.classes", folder / "data/classes.csv", "DIR", folder]
+    changes += ["TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1, "TRAIN.eval_epoch", 0]
+    cfg = load_config(ROOT / "config" / "quickstart.yaml", [str(word) for word in changes])
+    device = torch.device("cpu")
+    dataset, _ = build.build_data(cfg)
+    module = build.build_module(cfg, device)
+    trainers = [Trainer(module, *build_run(cfg, module, dataset, folder / name)) for name in ("step", "fit")]
+    trainer, batches = trainers[0], [[dataset[0]]]
+    weights, moved = LossWeights(batches, module.crit, trainer.world, False), [trainer.to_devices(batches[0])]
+    val_dataset, inference = build.build_val_dataset(cfg), build.inference_options(cfg)
+    predictor = Predictor(module, device, inference)
+    segmenter = Segmenter(module, val_dataset.table, cfg.DATASET, inference=inference)
+    opencv.getNumThreads()  # imports OpenCV
+    image = str(val_dataset.path(val_dataset.records[0], "fpath_img"))
+    calls = {
+        "train_step": lambda: trainer.train_step(moved, weights),
+        "fit, one step": lambda: trainers[1].fit(dataset),
+        "evaluate": lambda: evaluate(predictor, val_dataset),
+        "Segmenter(path)": lambda: segmenter(image),
+    }
+    return {name: files_of(call) for name, call in calls.items()}
+
+
+def build_run(cfg, module, dataset, folder: Path) -> tuple:
+    """Return optimizer, folder and options of a run."""
+    optimizer, options = build.build_training(cfg, module, dataset.num_sample, 1)
+    return optimizer, RunFolder(folder), options
+
+
+def main() -> int:
+    """Print a table, with -v the names of the files; exit with 1 if a call crosses more files than allowed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-v", "--verbose", action="store_true", help="print the names of the files")
+    verbose = parser.parse_args().verbose
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(Path(folder))
+    for name, files in result.items():
+        print(f"| {name} | {len(files)} | at most {LIMITS[name]} |")
+        if verbose:
+            print("  " + "\n  ".join(files))
+    return int(any(len(files) > LIMITS[name] for name, files in result.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""The package in notebooks, services, containers and other programs: streams, plots, missing libraries, side effects."""
+
+import io
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import cv2
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, here, load_script, script, words
+from scenes import options, tiny_module, write_data_set
+from training import run
+
+from mit_semseg import Segmenter
+from mit_semseg.cli import common
+from mit_semseg.dataset import ValDataset, class_table
+from mit_semseg.evaluation import InferenceOptions, Predictor, evaluate
+from mit_semseg.evaluation.evaluator import LoadOptions
+from mit_semseg.lib.nn.scatter import as_device
+from mit_semseg.lib.utils import progress_bar
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return write_data_set(tmp_path_factory.mktemp("data"))
+
+
+def run_program(code: str, *, cwd, **environment) -> subprocess.CompletedProcess:
+    """Run a short program in a new interpreter."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
+def test_training_ignores_the_plot_backend_of_a_notebook(root, tmp_path, backend):
+    changes = words({**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1})
+    done = script("train.py", "--gpu", "cpu", *changes, env={"MPLBACKEND": backend})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "curves.png").is_file()
+    assert "WARNING" not in done.stdout
+
+
+class WriteOnly:
+    """The output stream of a program that shows text in a window: it has `write` and `flush` only."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+@pytest.mark.parametrize("make_stream", [lambda: None, WriteOnly])
+def test_scripts_run_without_a_terminal(root, tmp_path, make_stream):
+    changes = words({**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 1})
+    out, errors = make_stream(), make_stream()
+    for name, code in (("train.py", 0), ("train.py", 2), ("test.py", 2)):
+        module, argv = load_script(name), [name, "--gpu", "cpu", *changes]
+        with mock.patch.multiple(sys, argv=argv, stdout=out, stderr=errors), pytest.raises(SystemExit) as end:
+            common.run(module.main)
+        assert (end.value.code or 0) == code
+    if errors:
+        assert "training is complete" in out.text
+        assert "TRAIN.resume auto" in errors.text
+
+
+def test_tools_escape_characters_that_the_terminal_lacks(tmp_path):
+    """In class names and file names."""
+    data = tmp_path / "дата"
+    doctor = words({
+        "DATASET.root_dataset": data, "DATASET.list_train": "training", "DATASET.list_val": "validation",
+        "DATASET.num_class": 7, "DATASET.classes": "[sky, grass, 道路, house, tree, car, sun]",
+        "DATASET.ignore_values": "[7]",
+    })  # fmt: skip
+    for tool, encoding, arguments in (
+        ("synthetic", "ascii", [data, "--train", 2, "--val", 2, "--size", "48x32"]),
+        ("doctor", "cp1252", doctor),
+    ):
+        command = [sys.executable, "-m", f"mit_semseg.dataset.{tool}", *map(str, arguments)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0, done
+    assert rb"\u9053\u8def" in done.stdout
+
+
+def test_progress_bars_do_not_depend_on_the_log_level_of_the_program(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.ERROR)
+    logging.getLogger("mit_semseg").addHandler(handler)
+    assert not progress_bar(range(3)).disable
+    assert progress_bar(range(3), shown=False).disable
+
+
+def test_models_and_datasets_work_without_opencv(tmp_path):
+    """In a container without libGL the error of OpenCV does not say what to install; ours does."""
+    (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
+    code = """
+import torch
+import mit_semseg.models, mit_semseg.dataset, mit_semseg.config, mit_semseg.engine, mit_semseg.utils
+from mit_semseg.dataset import TrainDataset
+from mit_semseg.models import ModelBuilder
+ModelBuilder.build_decoder("c1", fc_dim=8)
+from mit_semseg.cli import common
+from mit_semseg.evaluation.label_map import label_map_from_logits
+common.run(lambda: label_map_from_logits([torch.zeros(2, 4, 4)], (8, 8)))
+"""
+    done = run_program(code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    assert done.returncode == 2, done.stderr
+    assert "opencv-python-headless" in done.stderr
+    assert "libGL.so.1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_resume_needs_no_initial_weights(root, tmp_path):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "a", "TRAIN.num_epoch": 1}
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    initial = tmp_path / "encoder.pth"
+    initial.write_bytes((tmp_path / "a" / "encoder_epoch_1.pth").read_bytes())
+    changes |= {"DIR": tmp_path / "b", "MODEL.weights_encoder": initial}
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    initial.unlink()
+    done = here("train.py", "--gpu", "cpu", *words({**changes, "TRAIN.num_epoch": 2, "TRAIN.resume": "auto"}))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "saved", "now"),
+    [
+        ("MODEL.arch_decoder", "c1", "c1_deepsup, 3 classes", "c1, 3 classes"),
+        ("DATASET.num_class", 4, "3 classes", "4 classes"),
+        ("TRAIN.optim", "AdamW", "SGD of", "AdamW of"),
+        ("TRAIN.fix_bn", True, "SGD of", "SGD of"),
+    ],
+)
+def test_checkpoint_of_another_model_or_optimizer_is_described(root, tmp_path, key, value, saved, now):
+    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 1}
+    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
+    changes |= {"TRAIN.resume": "auto", "TRAIN.num_epoch": 2, key: value}
+    done = here("train.py", "--gpu", "cpu", *words(changes))
+    assert done.returncode == 2
+    before, _, after = done.stderr.partition("now: ")
+    assert saved in before
+    assert now in after
+    assert len(done.stderr) < 500
+
+
+def test_device_names(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    names = ("0", 1, "cuda:2", "cuda", torch.device("cuda"), "cpu")
+    assert [str(as_device(d)) for d in names] == ["cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:3", "cpu"]
+
+
+def test_library_changes_no_global_state(root, tmp_path):
+    def state():
+        return {
+            "OpenCV threads": cv2.getNumThreads(),
+            "threads": torch.get_num_threads(),
+            "excepthook": threading.excepthook,
+            "dtype": torch.get_default_dtype(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "benchmark": torch.backends.cudnn.benchmark,
+            "gradient": torch.is_grad_enabled(),
+            "log": (logging.getLogger().handlers, logging.getLogger().level, logging.getLogger("mit_semseg").level),
+            "backend": matplotlib.rcParams._get("backend"),
+            "working directory": os.getcwd(),
+        }
+
+    cv2.setNumThreads(2)
+    before = state()
+    run(root, tmp_path)
+    evaluate(
+        Predictor(tiny_module()), ValDataset(root, "val", options()), progress=False, loading=LoadOptions(workers=0)
+    )
+    image = np.random.default_rng(0).integers(0, 255, (64, 48, 3), dtype=np.uint8)
+    for flip in (False, True):
+        inference = InferenceOptions(flip=flip)
+        result = Segmenter(tiny_module(), class_table("", 3), options(), inference=inference)(image)
+        result.overlay()
+    result.save(tmp_path / "a", [".png", "_index.png"])
+    assert state() == before
+
+
+SEGMENT = """
+import torch, numpy as np
+torch.set_num_threads(1)
+from mit_semseg import Segmenter
+from mit_semseg.dataset import class_table
+from mit_semseg.models import ModelBuilder, SegmentationModule
+from types import SimpleNamespace
+encoder = ModelBuilder.build_encoder("mobilenetv2dilated", pretrained=False)
+module = SegmentationModule(encoder, ModelBuilder.build_decoder("c1", fc_dim=320, num_class=3), None)
+options = SimpleNamespace(imgSizes=(40, 48), imgMaxSize=100, padding_constant=8)
+Segmenter(module, class_table("", 3), options)(np.zeros((48, 64, 3), np.uint8)).overlay()
+"""
+TRAIN = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from scenes import options, tiny_module
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.engine import MaskedNLLLoss, RunFolder, Trainer, TrainingOptions, World, build_optimizer
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    module, data = tiny_module(crit=MaskedNLLLoss()), Path(sys.argv[1])
+    training = TrainingOptions(num_epoch=1, epoch_iters=2, eval_epoch=1, workers=1)
+    optimizer, world = build_optimizer(module.encoder, module.decoder), World(devices=[torch.device("cpu")] * 2)
+    trainer = Trainer(module, optimizer, RunFolder(sys.argv[3]), training, world)
+    trainer.fit(TrainDataset(data, "train", options()), ValDataset(data, "val", options()))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("code", [SEGMENT, TRAIN], ids=["segment", "train"])
+def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
+    """Several at once: no thread of the package outlives the interpreter."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
+    started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]
+    assert [(p.communicate(timeout=180)[1], p.returncode) for p in started] == [(b"", 0)] * 5
+
+
+def test_error_of_a_replica_ends_the_program(tmp_path):
+    code = """
+import torch
+from mit_semseg.lib.nn import UserScatteredDataParallel
+module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
+module([torch.randn(3, 4), torch.randn(5, 3)])
+"""
+    done = run_program(code, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "shapes cannot be multiplied" in done.stderr
