@@ -1,11 +1,10 @@
-"""What does it save not to resize the smaller maps of a pyramid for the convolution over them?
+"""Measure `pyramid.conv_over_pyramid` against resizing, concatenating and convolving.
 
     python benchmarks/pyramid.py [--device cuda] [--contiguous] [--busy CORES] [--json FILE]
 
-The convolutions of PPM (over a feature map and its pooled maps) and of UPerNet (over the maps of a feature pyramid),
-and whole networks with them, forward alone (inference) and forward and backward (training). Plain resizes the smaller
-maps, concatenates and convolves. Both ways take turns. The first rows also say how many times fewer multiplications
-there are for the largest of the smaller maps: where that is less than `pyramid.GAIN`, networks resize it.
+Compares the convolutions of PPM (feature map and pooled maps) and of UPerNet (maps of a feature pyramid), and whole
+networks, in inference and in training. For convolutions the table shows the saving in multiplications for the largest
+of the smaller maps; networks resize a map if it saves less than `pyramid.MIN_SAVING`.
 """
 
 from unittest import mock
@@ -19,14 +18,14 @@ from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 from mit_semseg.models.layers import POOL_SCALES
 
 WIDTH = 512
-WAYS = {"plain": pyramid.conv_over_resized, "ours": pyramid.conv_over_pyramid}
-# What, channels of the largest map, its size, sizes of the smaller ones.
+FUNCTIONS = {"plain": pyramid.conv_over_resized, "ours": pyramid.conv_over_pyramid}
+# name, channels and size of the largest map, sizes of the smaller ones
 POOLED = [(bins, bins) for bins in POOL_SCALES]
 CONVOLUTIONS = [
     *((f"PPM, {c} channels", c, size, POOLED) for c, size in ((2048, (64, 86)), (320, (64, 86)), (320, (12, 12)))),
     ("PPM, 320 channels", 320, (6, 6), POOLED),
     ("UPerNet", WIDTH, (96, 128), [(48, 64), (24, 32), (12, 16)]),
-    ("UPerNet, next map alone", WIDTH, (96, 128), [(48, 64)]),
+    ("UPerNet, second map only", WIDTH, (96, 128), [(48, 64)]),
     ("a third of the side", WIDTH, (96, 128), [(32, 43)]),
     ("two thirds of the side", WIDTH, (96, 128), [(64, 86)]),
 ]
@@ -38,43 +37,41 @@ NETWORKS = (
 )
 
 
-def convolution(way: str, channels: int, size: tuple, smaller: list, training: bool, device: torch.device, order):
+def convolution(function, channels: int, size: tuple, smaller: list, training: bool, device: torch.device, layout):
+    """Return the function to measure and the saving in multiplications."""
     torch.manual_seed(0)
     conv = nn.Conv2d(channels + len(smaller) * WIDTH, WIDTH, 3, padding=1, bias=False)
-    conv = conv.to(device, memory_format=order)
-    x = torch.randn(1, channels, *size, device=device).contiguous(memory_format=order)
+    conv = conv.to(device, memory_format=layout)
+    x = torch.randn(1, channels, *size, device=device).contiguous(memory_format=layout)
     maps = [x.requires_grad_(training)]
-    maps += [torch.randn(1, WIDTH, *own, device=device, requires_grad=training) for own in smaller]
+    maps += [torch.randn(1, WIDTH, *map_size, device=device, requires_grad=training) for map_size in smaller]
 
     def step():
-        with mock.patch.object(pyramid, "GAIN", 0), torch.set_grad_enabled(training):
-            y = WAYS[way](conv, maps[0], maps[1:])
+        with mock.patch.object(pyramid, "MIN_SAVING", 0), torch.set_grad_enabled(training):
+            y = function(conv, maps[0], maps[1:])
             if training:
                 torch.autograd.grad(y.sum(), [*maps, conv.weight])
 
-    gains = [pyramid._gain(t, size, (3, 3)) for t in maps[1:]]
-    return step, min(gains)
+    return step, min(pyramid._saving(t, size, (3, 3)) for t in maps[1:])
 
 
-def network(way: str, encoder: str, decoder: str, size: tuple[int, int], training: bool, device: torch.device, order):
+def network(function, encoder: str, decoder: str, size: tuple[int, int], training: bool, device: torch.device, layout):
+    """Return the function to measure."""
     torch.manual_seed(0)
     enc = ModelBuilder.build_encoder(encoder, pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
-    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device, memory_format=order)
+    module = SegmentationModule(enc, dec, MaskedNLLLoss(), 0.4).to(device, memory_format=layout)
     module.train(training)
-    x = torch.randn(1 + training, 3, *size, device=device).contiguous(memory_format=order)
-    feed = {
-        "img_data": x,
-        "seg_label": torch.randint(0, 150, (1 + training, size[0] // 8, size[1] // 8), device=device),
-    }
+    x = torch.randn(1 + training, 3, *size, device=device).contiguous(memory_format=layout)
+    label = torch.randint(0, 150, (1 + training, size[0] // 8, size[1] // 8), device=device)
 
     def step():
-        with mock.patch.object(pyramid, "conv_over_pyramid", WAYS[way]), torch.set_grad_enabled(training):
+        with mock.patch.object(pyramid, "conv_over_pyramid", function), torch.set_grad_enabled(training):
             if not training:
-                module.logits(feed)
+                module.logits({"img_data": x})
                 return
             module.zero_grad(set_to_none=True)
-            module(feed)[0].backward()
+            module({"img_data": x, "seg_label": label})[0].backward()
 
     return step
 
@@ -82,29 +79,32 @@ def network(way: str, encoder: str, decoder: str, size: tuple[int, int], trainin
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--inference", action="store_true", help="leave training out")
-    parser.add_argument("--contiguous", action="store_true", help="memory format (default: channels last)")
-    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="that other processes keep busy")
+    parser.add_argument("--inference", action="store_true", help="do not measure training")
+    parser.add_argument("--contiguous", action="store_true", help="contiguous memory format (default: channels_last)")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="number of cores kept busy meanwhile")
     args = parser.parse_args()
-    order = torch.contiguous_format if args.contiguous else torch.channels_last
+    layout = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)
     device, rows = torch.device(args.device), []
 
-    def compare(what: str, training: bool, ways: dict, fewer: float | str) -> None:
-        ms = interleaved(ways, device, args.repeats)
-        times = {f"{way} ms": value for way, value in ms.items()}
-        what = f"{what}, {'training' if training else 'inference'}"
-        rows.append({"what": what, "fewer products": fewer, **times, "times faster": ms["plain"] / ms["ours"]})
+    def compare(name: str, training: bool, steps: dict, saving: float | str) -> None:
+        ms = interleaved(steps, device, args.repeats)
+        times = {f"{key} ms": value for key, value in ms.items()}
+        name = f"{name}, {'training' if training else 'inference'}"
+        rows.append({"name": name, "saving": saving, **times, "speedup": ms["plain"] / ms["ours"]})
 
     with busy(args.busy):
         for training in (False,) if args.inference else (False, True):
-            for what, channels, size, smaller in CONVOLUTIONS:
-                ways = {way: convolution(way, channels, size, smaller, training, device, order) for way in WAYS}
-                what = f"{what}, {size[0]}x{size[1]}"
-                compare(what, training, {way: step for way, (step, _) in ways.items()}, ways["ours"][1])
-            for encoder, decoder in NETWORKS:
-                ways = {way: network(way, encoder, decoder, tuple(args.size), training, device, order) for way in WAYS}
-                compare(f"{encoder} + {decoder}", training, ways, "")
+            for name, *shapes in CONVOLUTIONS:
+                measured = {k: convolution(f, *shapes, training, device, layout) for k, f in FUNCTIONS.items()}
+                height, width = shapes[1]
+                steps = {key: step for key, (step, _) in measured.items()}
+                compare(f"{name}, {height}x{width}", training, steps, measured["ours"][1])
+            for names in NETWORKS:
+                steps = {
+                    k: network(f, *names, tuple(args.size), training, device, layout) for k, f in FUNCTIONS.items()
+                }
+                compare(" + ".join(names), training, steps, "")
     write(args.json, "pyramid", device, rows)
 
 

@@ -44,16 +44,14 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)  # batch-norm counters that are not in the file
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: loaded {len(self.loaded)} entries of {self.path}"]
-        if self.legacy:
-            parts.append(f"ignored {len(self.legacy)} legacy batch-norm buffers")
-        if self.missing:
-            parts.append(f"{len(self.missing)} batch-norm counters missing in the file")
-        if self.skipped:
-            parts.append(f"not loaded (different number of classes): {', '.join(self.skipped)}")
-        if self.unexpected:
-            parts.append(f"ignored: {shorten_list(self.unexpected)}")
-        return "; ".join(parts)
+        groups = {
+            "ignored legacy batch-norm buffers": self.legacy,
+            "batch-norm counters not in the file": self.missing,
+            "classifier not loaded": self.skipped,
+            "ignored": self.unexpected,
+        }
+        parts = [f"{label}: {len(keys)} ({shorten_list(keys)})" for label, keys in groups.items() if keys]
+        return "; ".join([f"{self.name}: loaded {len(self.loaded)} entries of {self.path}", *parts])
 
 
 def load_weights(

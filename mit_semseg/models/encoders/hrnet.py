@@ -60,12 +60,7 @@ def _new_branch(index: int, norm_layer: NormLayer) -> nn.ModuleDict:
 
 
 class HRNetV2(nn.Module):
-    """One feature map with 720 channels: the four branches, resized to one resolution and concatenated.
-
-    Args:
-        output_stride: stride of the feature map: 4 (as published), 8, 16 or 32. The weights do not depend on it.
-        norm_layer: function from a number of channels to a normalization layer.
-    """
+    """One feature map with 720 channels: the four branches, resized to `output_stride` and concatenated."""
 
     out_channels = (sum(WIDTHS),)
 
@@ -85,7 +80,6 @@ class HRNetV2(nn.Module):
         init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        """Return a list with the feature map (N, 720, H / output_stride, W / output_stride) of (N, 3, H, W)."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         x = self.layer1(x)

@@ -40,12 +40,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Five feature maps: after the first block of each of the four last strided stages, and after the last block.
-
-    Args:
-        output_stride: 8, 16 or 32.
-        norm_layer: function from a number of channels to a normalization layer.
-    """
+    """Five feature maps: after the first block of four stages, see `TAPS`, and after the last block."""
 
     out_channels = (24, 32, 64, 160, 320)
 
@@ -57,17 +52,16 @@ class MobileNetV2(nn.Module):
         for expansion, planes, depth, stage_stride in STAGES:
             stride, first_dilation, dilation = dilation_of_stage(stage_stride, input_stride, output_stride)
             for i in range(depth):
-                # No first block has a shortcut: its number of channels changes.
-                options = {"norm_layer": norm_layer, "shortcut": i > 0}
-                options |= {"stride": 1, "dilation": dilation} if i else {"stride": stride, "dilation": first_dilation}
-                blocks.append(InvertedResidual(channels, planes, expansion, **options))
+                # The first block changes the number of channels and has no shortcut.
+                options = {"stride": 1, "dilation": dilation} if i else {"stride": stride, "dilation": first_dilation}
+                block = InvertedResidual(channels, planes, expansion, norm_layer=norm_layer, shortcut=i > 0, **options)
+                blocks.append(block)
                 channels = planes
             input_stride *= stage_stride
         self.features = nn.Sequential(*blocks)
         init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        """Return the feature maps of images (N, 3, H, W): all five, or a list with the last one."""
         maps = []
         for i, block in enumerate(self.features):
             x = block(x)

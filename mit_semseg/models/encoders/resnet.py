@@ -83,16 +83,14 @@ def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1,
 
 
 class ResNet(nn.Module):
-    """Four feature maps at strides 4, 8, 16 and 32; stages are dilated where `output_stride` is smaller.
+    """Four feature maps at strides 4, 8, 16 and 32; stages with a larger stride than `output_stride` are dilated.
 
     Args:
         block: BasicBlock, Bottleneck or ResNeXtBottleneck.
         depths: number of blocks in each of the four stages.
-        output_stride: 8, 16 or 32.
         stem: channels of the third convolution: 128, or 64 in version 1.0.
         full_dilation: dilate the first block of a dilated stage like the others instead of half as much, and use
             `ceil_mode` in the max pooling, as in the Cityscapes toolbox.
-        norm_layer: function from a number of channels to a normalization layer.
     """
 
     def __init__(
@@ -123,7 +121,6 @@ class ResNet(nn.Module):
         init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        """Return the feature maps of images (N, 3, H, W): all four, or a list with the last one."""
         x = self.relu1(self.bn1(self.conv1(x)))
         x = self.relu2(self.bn2(self.conv2(x)))
         x = self.relu3(self.bn3(self.conv3(x)))

@@ -19,8 +19,6 @@ class VGG(nn.Module):
 
     Args:
         depths: number of convolutions in each of the five blocks.
-        output_stride: 8.
-        norm_layer: ignored.
     """
 
     out_channels = (256, 512, 512, FC_WIDTH)
@@ -44,7 +42,6 @@ class VGG(nn.Module):
         init_weights(self, mode="fan_out")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        """Return the feature maps of images (N, 3, H, W): all four, or a list with the last one."""
         maps = []
         for number, layer in enumerate(self.features, start=1):
             x = layer(x)
