@@ -60,7 +60,7 @@ def test_ade20k_folders_pair_up(tmp_path):
         ("3\n", "line 1: .*int"),
         ('{"width": 3}\n', "line 1: fpath_img"),
         ("\n\n", r"x\.odgt is empty"),
-        ('[{"fpath_img": "a"}]', r"x\.odgt is a JSON array.*jq"),
+        ('[{"fpath_img": "a"}]', "line 1: .*list"),
     ],
 )
 def test_invalid_lists_name_file_and_line(tmp_path, text, message):

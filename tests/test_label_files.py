@@ -78,19 +78,6 @@ def pbm(values, *, plain=False):
     return b"P%d %d %d\n" % (1 if plain else 4, values.shape[1], values.shape[0]) + body
 
 
-def bmp(values, bits):
-    stride = -(-values.shape[1] * bits // 32) * 4
-    rows = pack(values[::-1], bits)
-    length = len(rows) // len(values)
-    rows = b"".join(rows[i : i + length].ljust(stride, b"\0") for i in range(0, len(rows), length))
-    levels = range(2**bits) if bits > 1 else (0, 255)
-    palette = b"".join(bytes((level, level, level, 0)) for level in levels)
-    offset = 14 + 40 + len(palette)
-    header = struct.pack("<2sIHHI", b"BM", offset + len(rows), 0, 0, offset)
-    size = values.shape[1], values.shape[0]
-    return header + struct.pack("<IiiHHIIiiII", 40, *size, 1, bits, 0, len(rows), 0, 0, 2**bits, 0) + palette + rows
-
-
 GRAY = {
     **{f"png{bits}": png(random_values(2**bits - 1), bits) for bits in (1, 2, 4, 8, 16)},
     **{
@@ -108,7 +95,6 @@ GRAY = {
         for plain in (False, True)
     },
     **{f"pbm{'-plain' * plain}": pbm(random_values(1), plain=plain) for plain in (False, True)},
-    **{f"bmp{bits}": bmp(random_values(2**bits - 1), bits) for bits in (1, 4, 8)},
 }
 
 

@@ -164,5 +164,5 @@ def _flatten(content: Mapping) -> Iterator[tuple[str, object]]:
     for section, value in content.items():
         if isinstance(value, Mapping):
             yield from ((f"{section}.{key}", inner) for key, inner in value.items())
-        elif section not in SECTIONS or value:  # skip empty sections
+        elif value or section not in SECTIONS:  # skip empty sections
             yield section, value

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping
 
@@ -11,6 +12,8 @@ from ..lib.utils import UserError, expand_path
 from .defaults import OPTIONS, Option
 
 MIN_WINDOW = 32  # pixels, the largest output stride
+TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a list"}
+BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 RENAMED = {
     "TRAIN.timeout": "RUNTIME.timeout",
     "TRAIN.recompute": "TRAIN.activation_checkpointing",
@@ -50,12 +53,10 @@ def convert(key: str, value: object) -> object:
         ValueError: the value is not allowed; the message has key, value and allowed values.
     """
     option = OPTIONS[key]
-    for kind in option.types:
-        result = _convert_to(kind, value, option)
-        if result is not None:
-            break
-    else:
-        names = " or ".join(_type_name(kind, option) for kind in option.types)
+    candidates = (_convert_to(kind, value, option) for kind in option.types)
+    result = next((candidate for candidate in candidates if candidate is not None), None)
+    if result is None:
+        names = " or ".join(TYPE_NAMES[kind] for kind in option.types)
         raise ValueError(f"{key}: {value!r} is not {names} (default {option.default!r})")
     if option.choices:
         return _match_choice(key, option, result)
@@ -63,17 +64,6 @@ def convert(key: str, value: object) -> object:
         return expand_path(result)
     _check_range(key, option, result)
     return result
-
-
-def _item_type(option: Option) -> type:
-    """Return the type of the items of a list."""
-    return str if str in option.types else float if option.fractions else int
-
-
-def _type_name(kind: type, option: Option) -> str:
-    if kind is tuple:
-        return f"a list of {({str: 'names', int: 'integers', float: 'numbers'})[_item_type(option)]}"
-    return {bool: "True or False", int: "an integer", float: "a number", str: "text"}[kind]
 
 
 def _convert_to(kind: type, value: object, option: Option) -> object | None:
@@ -84,25 +74,23 @@ def _convert_to(kind: type, value: object, option: Option) -> object | None:
         items = _parse_list(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             return None
-        converted = tuple(_convert_to(_item_type(option), item, option) for item in items)
+        item_type = str if str in option.types else float if option.fractions else int
+        converted = tuple(_convert_to(item_type, item, option) for item in items)
         return None if any(item is None for item in converted) else converted
     if kind is bool:
-        words = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-        value = words.get(value.strip().lower()) if isinstance(value, str) else value
+        value = BOOL_WORDS.get(value.strip().lower()) if isinstance(value, str) else value
         return value if isinstance(value, bool) else None
     number = _parse_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= sys.float_info.max:
-        return None  # also NaN and infinity
-    return float(number) if kind is float else int(number) if number == int(number) else None
+        return None  # also for NaN and infinity
+    return kind(number) if kind(number) == number else None
 
 
 def _parse_list(text: str) -> list | None:
-    """Parse `[a, b]` or `(a, b)` to the list of its words; None if it is not a list."""
-    text = text.strip()
-    if text[:1] + text[-1:] not in ("[]", "()"):
-        return None
+    """Parse `[a, b]` or `(a, b)` to a list of strings; None if the text is not a list."""
+    match = re.fullmatch(r"\s*(?:\[(.*)\]|\((.*)\))\s*", text, re.DOTALL)
     try:
-        return yaml.load(f"[{text[1:-1]}]", yaml.BaseLoader)
+        return yaml.load(f"[{match[1] or match[2] or ''}]", yaml.BaseLoader) if match else None
     except (yaml.YAMLError, RecursionError):
         return None
 
@@ -126,7 +114,7 @@ def _match_choice(key: str, option: Option, value: object) -> object:
 
 
 def _check_range(key: str, option: Option, value: object) -> None:
-    if math.isinf(option.low) and math.isinf(option.high):
+    if math.isinf(option.low):
         return
     if value == () and option.default:
         raise ValueError(f"{key}: the list is empty; give at least one number")
@@ -138,15 +126,7 @@ def _check_range(key: str, option: Option, value: object) -> None:
 
 def check_combinations(values: Mapping[str, object]) -> list[str]:
     """Return a sentence for every conflict between options; `values` has all options."""
-    checks = (
-        _check_data,
-        _check_classes,
-        _check_model,
-        _check_schedule,
-        _check_memory,
-        _check_inference,
-        _check_unused,
-    )
+    checks = _check_data, _check_classes, _check_model, _check_training, _check_inference, _check_unused
     return [problem for check in checks for problem in check(values)]
 
 
@@ -179,16 +159,23 @@ def _check_classes(v: Mapping[str, object]) -> Iterator[str]:
 
 
 def _check_model(v: Mapping[str, object]) -> Iterator[str]:
-    encoder, stride = v["MODEL.arch_encoder"], v["MODEL.output_stride"]
+    encoder, stride, inplace = v["MODEL.arch_encoder"], v["MODEL.output_stride"], v["MODEL.norm"] == "inplace"
     if encoder.startswith("vgg") and stride not in (0, 8):
         yield f"MODEL.output_stride {stride}: {encoder} supports 8 only"
     if stride == 4 and encoder != "hrnetv2":
         yield f"MODEL.output_stride 4 is for hrnetv2 only, not for {encoder}; use 8, 16 or 32"
     if v["MODEL.reset_classifier"] and not v["MODEL.weights_decoder"]:
         yield "MODEL.reset_classifier True needs MODEL.weights_decoder, the file with the other weights"
+    if inplace and v["TRAIN.amp"] != "off":
+        yield f"MODEL.norm inplace does not support TRAIN.amp {v['TRAIN.amp']}; set TRAIN.amp off or MODEL.norm sync"
+    if v["TRAIN.activation_checkpointing"]:
+        if inplace or encoder.startswith("vgg"):
+            yield "TRAIN.activation_checkpointing True does not support MODEL.norm inplace and VGG encoders"
+        if v["TRAIN.compile"]:
+            yield "TRAIN.compile and TRAIN.activation_checkpointing exclude each other; use one of them"
 
 
-def _check_schedule(v: Mapping[str, object]) -> Iterator[str]:
+def _check_training(v: Mapping[str, object]) -> Iterator[str]:
     num_epoch, start, warmup = v["TRAIN.num_epoch"], v["TRAIN.start_epoch"], v["TRAIN.warmup_iters"]
     if start >= num_epoch:
         yield f"TRAIN.start_epoch {start} must be less than TRAIN.num_epoch {num_epoch}"
@@ -200,17 +187,6 @@ def _check_schedule(v: Mapping[str, object]) -> Iterator[str]:
         yield "TRAIN.visualize True needs validation; set TRAIN.eval_epoch"
     if v["TRAIN.epoch_iters"] and warmup >= num_epoch * v["TRAIN.epoch_iters"]:
         yield f"TRAIN.warmup_iters {warmup} must be less than num_epoch * epoch_iters"
-
-
-def _check_memory(v: Mapping[str, object]) -> Iterator[str]:
-    inplace, amp = v["MODEL.norm"] == "inplace", v["TRAIN.amp"]
-    if inplace and amp != "off":
-        yield f"MODEL.norm inplace needs float32, but TRAIN.amp is {amp}; set TRAIN.amp off or MODEL.norm sync"
-    if v["TRAIN.activation_checkpointing"]:
-        if inplace or v["MODEL.arch_encoder"].startswith("vgg"):
-            yield "TRAIN.activation_checkpointing True does not support MODEL.norm inplace and VGG encoders"
-        if v["TRAIN.compile"]:
-            yield "TRAIN.compile and TRAIN.activation_checkpointing exclude each other; use one of them"
 
 
 def _check_inference(v: Mapping[str, object]) -> Iterator[str]:

@@ -31,39 +31,24 @@ _FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no 
 
 @dataclass
 class DatasetReport:
-    """Result of checking one list.
+    """Result of checking one list."""
 
-    Attributes:
-        source: name of the list.
-        table: class table.
-        images: number of images in the list.
-        sizes: number of usable images per (width, height).
-        pixels: (num_class + 1,) pixels per class; the last entry counts ignored pixels.
-        images_per_class: (num_class,) images that contain the class.
-        problems: a sentence for every unusable file or line.
-        notes: images per unusual property.
-    """
-
-    source: str
+    source: str  # name of the list
     table: ClassTable
-    images: int = 0
-    sizes: Counter = field(default_factory=Counter)
-    problems: list[str] = field(default_factory=list)
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    images: int
+    sizes: Counter = field(default_factory=Counter)  # usable images per (width, height)
+    problems: list[str] = field(default_factory=list)  # a sentence for every unusable file or line
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # images per unusual property
 
     def __post_init__(self):
-        self.pixels = np.zeros(len(self.table) + 1, np.int64)
-        self.images_per_class = np.zeros(len(self.table), np.int64)
+        self.pixels = np.zeros(len(self.table) + 1, np.int64)  # per class, ignored pixels last
+        self.images_per_class = np.zeros(len(self.table) + 1, np.int64)
 
     def format(self) -> str:
         """Return the report as text."""
         lines = [f"{self.source}: {self.images} images, {len(self.problems)} problems"]
         if self.sizes:
-            lines += self._size_lines()
-            lines += self._class_lines()
-        absent = [name for name, count in zip(self.table.labels, self.images_per_class, strict=True) if not count]
-        if absent:
-            lines.append(f"  classes without pixels ({len(absent)}): {', '.join(absent)}")
+            lines += [*self._size_lines(), *self._class_lines()]
         lines += [f"  note: {note} ({len(images)}): {shorten_list(images, 20)}" for note, images in self.notes.items()]
         lines += [f"  UNUSABLE {line}" for line in group_by_cause(self.problems)]
         return "\n".join(lines)
@@ -79,14 +64,15 @@ class DatasetReport:
         yield f"  orientations: {portrait} portrait, {sum(self.sizes.values()) - portrait} landscape or square"
 
     def _class_lines(self) -> Iterator[str]:
-        names, total = self.table.labels, max(1, self.pixels.sum())
-        width = max(len(name) for name in (*names, "(ignored)"))
+        names = (*self.table.labels, "(ignored)")
+        width = max(map(len, names))
         yield f"  {'class':<{width}}       pixels  images"
-        for i in np.argsort(-self.pixels[:-1], kind="stable"):
-            if self.images_per_class[i]:
-                percent = 100 * self.pixels[i] / total
+        for i in (*np.argsort(-self.pixels[:-1], kind="stable"), -1):
+            if self.pixels[i]:
+                percent = 100 * self.pixels[i] / self.pixels.sum()
                 yield f"  {names[i]:<{width}}  {percent:>9.3f} %  {self.images_per_class[i]:>6}"
-        yield f"  {'(ignored)':<{width}}  {100 * self.pixels[-1] / total:>9.3f} %"
+        if absent := [name for name, pixels in zip(names[:-1], self.pixels[:-1], strict=True) if not pixels]:
+            yield f"  classes without pixels ({len(absent)}): {', '.join(absent)}"
 
 
 def group_by_cause(problems: Sequence[str]) -> list[str]:
@@ -142,7 +128,7 @@ def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
             size, pixels, notes = result
             report.sizes[size] += 1
             report.pixels += pixels
-            report.images_per_class += pixels[:-1] > 0
+            report.images_per_class += pixels > 0
             for note in notes:
                 report.notes[note].append(record["fpath_img"])
     return report

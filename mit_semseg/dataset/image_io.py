@@ -197,7 +197,6 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
         if image.format not in LABEL_FORMATS:
             raise ImageFileError(f"{path}: {image.format} is not supported for labels; save it as 8-bit gray PNG")
         try:
-            _fix_4_bit_bmp(image)
             codec, _, _, arguments = image.tile[0] if image.tile else ("", (), 0, "")
             orientation = _orientation(image)
             image.load()
@@ -216,15 +215,6 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
             label = ImageOps.exif_transpose(label)
     label.info["orientation"] = orientation
     return label
-
-
-def _fix_4_bit_bmp(image: Image.Image) -> None:
-    """Set the raw mode of a gray BMP with 4 bits per pixel, which Pillow decodes as 8 bits."""
-    if image.format == "BMP" and image.mode == "L" and image.tile[0][0] == "raw":
-        image.fp.seek(28)
-        if int.from_bytes(image.fp.read(2), "little") == 4:
-            codec, extents, offset, (_, *layout) = image.tile[0]
-            image.tile = [(codec, extents, offset, ("L;4", *layout))]
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:

@@ -81,19 +81,14 @@ def _parse_line(line: str, where: str) -> Record:
             f"paths of an image and its label (PASCAL VOC lists must be in a folder {VOC_LISTS})"
         ) from None
     if not isinstance(record, dict):
-        raise ListError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        raise ListError(f"{where}: expected one JSON object per line, got {type(record).__name__}")
     _check_record(record, where)
     return record
 
 
 def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
-    records, found, lines = [], [], read_lines(path)
-    if lines[0].lstrip().startswith("["):
-        raise ListError(
-            f"list {path} is a JSON array, expected one JSON object per line; convert it with: "
-            f"jq -c '.[]' {path} > {path.stem}.odgt"
-        )
-    for number, line in enumerate(lines, start=1):
+    records, found = [], []
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
