@@ -163,22 +163,24 @@ def test_mixed_devices_and_module_on_another_device_are_rejected():
 
 
 def test_patched_data_parallel_synchronizes_and_stops_on_errors():
+    class Subclass(nn.DataParallel):
+        def gather(self, outputs, output_device):
+            return torch.cat(outputs)
+
     norm = SynchronizedBatchNorm2d(3, clamp_variance=False)
-    plain = nn.DataParallel(norm)
-    assert torch.equal(plain(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
-    plain.device_ids = ["cpu", "cpu"]
-    plain.replicate = lambda module, ids: DataParallelWithCallback(module, ids).replicate(module, ids)
-    patch_replication_callback(plain)
     x = torch.randn(4, 3, 5, 5)
-    replicas = plain.replicate(norm, plain.device_ids)
-    outputs = plain.parallel_apply(replicas, [(x[:1],), (x[1:],)], [{}, {}])
-    torch.testing.assert_close(torch.cat(outputs), nn.BatchNorm2d(3)(x))
-    replicas = plain.replicate(norm, plain.device_ids)
-    with pytest.raises(ValueError, match="3 channels"):
-        plain.parallel_apply(replicas, [(x[:1],), (x[1:, :2],)], [{}, {}])
-    ours = DataParallelWithCallback(norm, ["cpu", "cpu"])
-    patch_replication_callback(ours)  # no effect
-    torch.testing.assert_close(ours(x), nn.BatchNorm2d(3)(x))
+    for kind in (nn.DataParallel, Subclass):
+        parallel = kind(norm)
+        patch_replication_callback(parallel)
+        patch_replication_callback(parallel)  # no effect
+        assert isinstance(parallel, kind)
+        parallel.device_ids = []
+        assert torch.equal(parallel(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
+        parallel.device_ids, parallel.output_device, parallel.dim = ["cpu", "cpu"], "cpu", 0
+        torch.testing.assert_close(parallel(x), nn.BatchNorm2d(3)(x))
+        replicas = parallel.replicate(norm, parallel.device_ids)
+        with pytest.raises(ValueError, match="3 channels"):
+            parallel.parallel_apply(replicas, [(x[:1],), (x[1:, :2],)], [{}, {}])
 
 
 @pytest.mark.gpu

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from ..utils import UserError
 
+DEFAULT_TIMEOUT = 120.0  # seconds
+
 
 class ReplicaError(UserError, RuntimeError):
     """A replica stopped because another one failed or timed out."""
@@ -18,7 +20,7 @@ class ReplicaGroup:
         timeout: seconds that a replica waits for the others.
     """
 
-    def __init__(self, size: int, timeout: float = 120.0):
+    def __init__(self, size: int, timeout: float = DEFAULT_TIMEOUT):
         self.size, self.timeout, self.stopped = size, timeout, False
         self._barrier = threading.Barrier(size, timeout=timeout)
         self._inputs: list = [None] * size

@@ -63,7 +63,8 @@ class SyncStatistics:
 
     @property
     def _world_size(self) -> int:
-        return 1 if self.local else world_size(self.group)
+        distributed = not self.local and dist.is_available() and dist.is_initialized()
+        return dist.get_world_size(self.group) if distributed else 1
 
     @property
     def unbiased_variance(self) -> Tensor:
@@ -211,11 +212,6 @@ def reduction_dims(x: Tensor) -> list[int]:
 def channel_view(values: Tensor, x: Tensor) -> Tensor:
     """Convert (C,) values to the device and compute dtype of (N, C, ...) `x` and to a shape that broadcasts with it."""
     return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
-
-
-def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Return the number of ranks in a group (None: the default group); 1 if `torch.distributed` is not initialized."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def run_collective(collective: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:

@@ -1,8 +1,8 @@
 """Data parallelism on several devices of one process, for inputs that are dicts.
 
-`torch.nn.DataParallel` splits one large tensor. Here the caller may pass one input per device, each a dict with images
-of a different size, so that images need no padding to a common size. The CPU may be listed several times: its replicas
-are threads that share the parameters.
+`torch.nn.DataParallel` splits one large tensor. Here the caller may pass one dict per device. Their images may differ
+in size, so they need no padding to a common size. The CPU may be listed several times: its replicas are threads that
+share the parameters.
 """
 
 import copy
@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from types import MethodType
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from ..batchnorm import SynchronizedBatchNorm
-from ..replicas import ReplicaError, ReplicaGroup
+from ..replicas import DEFAULT_TIMEOUT, ReplicaError, ReplicaGroup
 from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter, user_scattered_collate  # noqa: F401
 
 THREAD_EXIT_SECONDS = 1.0  # time for replica threads to end after the outputs, or an error, are available
@@ -28,9 +27,9 @@ THREAD_EXIT_SECONDS = 1.0  # time for replica threads to end after the outputs, 
 class DataParallelWithCallback(nn.DataParallel):
     """`nn.DataParallel` for nested inputs, on GPUs or on several CPU replicas.
 
-    Replication connects synchronized batch norms and calls `__data_parallel_replicate__(context, copy_id)` on every
-    sub-module that defines it. An exception in a replica stops the others and is raised with its original traceback.
-    Activation checkpointing of synchronized norms is not supported.
+    Batch norms of class `SynchronizedBatchNorm*d` use the statistics of all replicas. Each replica calls the method
+    `__data_parallel_replicate__(context, copy_id)` of all sub-modules that define it. An exception in a replica stops
+    the others and keeps its traceback. Activation checkpointing of synchronized norms is not supported.
 
     Args:
         module: module on the first device.
@@ -43,7 +42,7 @@ class DataParallelWithCallback(nn.DataParallel):
         ValueError: CPU and GPUs are mixed.
     """
 
-    def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = 120.0):
+    def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = DEFAULT_TIMEOUT):
         devices = as_devices(device_ids or ())
         types = {device.type for device in devices}
         if len(types) > 1:
@@ -97,7 +96,7 @@ class DictGatherDataParallel(DataParallelWithCallback):
 
 
 class UserScatteredDataParallel(DictGatherDataParallel):
-    """Data parallelism with one input per device: takes a list of at most one element, usually a dict, per device."""
+    """Data parallelism over a list with one input, usually a dict, per device; the list may be shorter."""
 
     def scatter(self, inputs, kwargs, device_ids):
         elements, limit = inputs[0] if len(inputs) == 1 else None, max(len(device_ids), 1)
@@ -111,31 +110,20 @@ class UserScatteredDataParallel(DictGatherDataParallel):
 
 
 def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
-    """Add the replication of `DataParallelWithCallback` to an `nn.DataParallel` object."""
+    """Convert an `nn.DataParallel` object in place to `DataParallelWithCallback`; methods of a subclass are kept."""
     if not isinstance(data_parallel, nn.DataParallel):
         raise TypeError(f"expected an nn.DataParallel, got {type(data_parallel).__name__}")
-    if isinstance(data_parallel, DataParallelWithCallback):
-        return
-    original_replicate, group = data_parallel.replicate, None
-
-    def replicate(self, module, device_ids):
-        nonlocal group
-        replicas = original_replicate(module, device_ids)
-        group = connect_replicas(module, replicas)
-        return replicas
-
-    def parallel_apply(self, replicas, inputs, kwargs):
-        return run_replicas(replicas, inputs, kwargs, as_devices(self.device_ids[: len(replicas)]), group)
-
-    data_parallel.replicate = MethodType(replicate, data_parallel)
-    data_parallel.parallel_apply = MethodType(parallel_apply, data_parallel)
+    if not isinstance(data_parallel, DataParallelWithCallback):
+        kind, new = type(data_parallel), DataParallelWithCallback
+        data_parallel.__class__ = new if kind is nn.DataParallel else type(kind.__name__, (kind, new), {})
+        data_parallel.timeout, data_parallel._group = DEFAULT_TIMEOUT, None
 
 
 class _CallbackContext:
     """Object that `__data_parallel_replicate__` receives, shared by the copies of a sub-module."""
 
 
-def connect_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float = 120.0) -> ReplicaGroup:
+def connect_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float) -> ReplicaGroup:
     """Connect the synchronized batch norms of the replicas of a module, and call the replication callbacks."""
     group = ReplicaGroup(len(replicas), timeout)
     named = [(name, _CallbackContext()) for name, _ in module.named_modules()]
@@ -190,7 +178,7 @@ def run_replicas(
         device = devices[index]
         try:
             with ExitStack() as stack:
-                # Synchronized layers of replica 0 use the streams of all devices; the own device must be set last.
+                # Replica 0 computes synchronized layers on the streams of all devices. The last one sets the device.
                 for stream in filter(None, (*streams, streams[index])):
                     stack.enter_context(torch.cuda.stream(stream))
                 stack.enter_context(torch.inference_mode(inference))
@@ -215,7 +203,7 @@ def run_replicas(
 
 
 def _collect_outputs(results: queue.SimpleQueue, count: int, group: ReplicaGroup) -> list:
-    """Wait for (index, output, error) of every replica; raise the first error that is not a consequence of another."""
+    """Wait for (index, output, error) of every replica; raise the first error that no other error caused."""
     outputs, stop_error, running = [None] * count, None, set(range(count))
     while running:
         try:
