@@ -1,10 +1,13 @@
 """Plots: the curves of a training run, and the confusion matrix of an evaluation."""
 
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import numpy as np
 
@@ -79,6 +82,14 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 
 def _new_figure(size: tuple[float, float], **options) -> "Figure":
     """Create a figure of (width, height) inches that is rendered with Agg, without pyplot's global state."""
+    try:
+        import matplotlib
+    except ValueError:  # MPLBACKEND names a backend that is not installed, e.g. that of a notebook server
+        for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+            del sys.modules[name]  # partially imported
+        with mock.patch.dict(os.environ):
+            del os.environ["MPLBACKEND"]
+            import matplotlib  # noqa: F401
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
