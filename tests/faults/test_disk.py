@@ -1,4 +1,4 @@
-"""A disk that is full or read-only: what is said, what is kept, and that the run goes on when there is room again."""
+"""A full or read-only disk: the error names the file, the old file is kept, and the run can be resumed."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ from mit_semseg.engine.checkpoint import RunFolder, read_resume, save_atomic
 from mit_semseg.lib.utils import WriteError, atomic_write
 from mit_semseg.predict.video import segment_video
 
-STATE = 30  # MiB: the state to continue from takes 18
+SIZE = 30  # MiB; resume.pth takes 18
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 
 
 class Disk:
-    """A disk of a given size in memory."""
+    """A disk in memory (tmpfs)."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -36,7 +36,7 @@ class Disk:
     def mount(self, options):
         done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", self.folder], capture_output=True)
         if done.returncode:
-            pytest.skip("needs the right to mount a disk in memory")
+            pytest.skip("needs permission to mount a tmpfs")
 
     def change(self, options):
         subprocess.run(["mount", "-o", f"remount,{options}", self.folder], check=True)
@@ -58,18 +58,17 @@ def save_text(text, path):
 
 
 @pytest.mark.parametrize(("save", "content"), [(save_atomic, torch.zeros(10**6)), (save_text, "x" * 2 * 10**6)])
-def test_a_file_is_whole_or_what_was_there_before(disk, save, content):
+def test_full_disk_keeps_the_old_file(disk, save, content):
     path = disk.folder / "file"
     path.write_text("before")
-    with pytest.raises(WriteError, match=rf"^{path} cannot be written: No space left on device; what was there before"):
+    with pytest.raises(WriteError, match=rf"^{path} cannot be written: No space left on device"):
         save(content, path)
     assert path.read_text() == "before"
     assert [p.name for p in disk.folder.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("length", [240, 255, 256])
-def test_long_names(tmp_path, length):
-    """As long as the disk takes them, which the file that is being written fits beside."""
+def test_file_names_up_to_the_limit_of_the_file_system(tmp_path, length):
     path = tmp_path / (length // 3 * "景" + length % 3 * "x")
     if length > 255:
         with pytest.raises(WriteError, match="cannot be written: File name too long"):
@@ -87,13 +86,13 @@ def options_for(root, folder, **changes):
     }  # fmt: skip
 
 
-def test_training_stops_with_what_it_has_saved_and_goes_on(root, disk, tmp_path):
-    """The disk has room for a state, but not for the next one beside it."""
-    disk.change(f"size={STATE}m")
+def test_training_stops_on_a_full_disk_and_resumes(root, disk, tmp_path):
+    """The disk has space for one checkpoint, but not for a second next to it."""
+    disk.change(f"size={SIZE}m")
     folder = disk.folder / "run"
     done = here("train.py", "--gpu", "cpu", *words(options_for(root, folder)))
     assert done.returncode == 2
-    assert "resume.pth cannot be written: No space left on device; what was there before is as it was" in done.stderr
+    assert "resume.pth cannot be written: No space left on device" in done.stderr
     assert not list(folder.glob("*.partial"))
     assert read_resume(RunFolder(folder).resume)["step"] == 2
 
@@ -105,7 +104,7 @@ def test_training_stops_with_what_it_has_saved_and_goes_on(root, disk, tmp_path)
     assert same(weights(folder), weights(tmp_path / "whole"))
 
 
-def test_tensorboard_is_given_up_and_the_run_goes_on(root, disk, tmp_path):
+def test_training_continues_without_tensorboard_on_a_full_disk(root, disk, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").symlink_to(disk.folder)
     (disk.folder / "filler").write_bytes(bytes(2**20 - 8192))
@@ -116,8 +115,8 @@ def test_tensorboard_is_given_up_and_the_run_goes_on(root, disk, tmp_path):
     assert "training is complete" in done.stdout
 
 
-def test_a_video_that_finds_no_room_is_not_kept(disk, tmp_path):
-    """OpenCV does not notice; a file that cannot be played would be left."""
+def test_truncated_video_is_removed_on_a_full_disk(disk, tmp_path):
+    """OpenCV reports no error."""
     clip, rng = tmp_path / "clip.mp4", np.random.default_rng(0)
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter_fourcc(*"mp4v"), 10, (160, 120))
     for _ in range(60):
@@ -131,7 +130,7 @@ def test_a_video_that_finds_no_room_is_not_kept(disk, tmp_path):
     assert not list(disk.folder.iterdir())
 
 
-def test_a_read_only_folder_is_named(root, disk, tmp_path):
+def test_read_only_folder_is_named(root, disk, tmp_path):
     disk.change("ro")
     for script, changes in (
         ("train.py", options_for(root, disk.folder / "run")),
@@ -144,7 +143,7 @@ def test_a_read_only_folder_is_named(root, disk, tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_what_is_optional_on_a_read_only_disk_is_left_out_and_results_name_it(root, disk, tmp_path):
+def test_read_only_disk_disables_tensorboard_and_fails_results(root, disk, tmp_path):
     disk.change("ro")
     run = tmp_path / "run"
     run.mkdir()
@@ -155,15 +154,15 @@ def test_what_is_optional_on_a_read_only_disk_is_left_out_and_results_name_it(ro
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("TensorBoard events cannot be written") == 1
     assert (run / "encoder_epoch_2.pth").is_file()
-    pictures = ("--imgs", root / "val" / "images", "TEST.result", disk.folder)
-    for script, arguments, folder in (("eval.py", (), run / "result"), ("test.py", pictures, disk.folder)):
+    images = ("--imgs", root / "val" / "images", "TEST.result", disk.folder)
+    for script, arguments, folder in (("eval.py", (), run / "result"), ("test.py", images, disk.folder)):
         done = here(script, "--gpu", "cpu", *words(changes), *arguments)
         assert done.returncode == 2
         assert re.search(rf"error: {folder}/.* cannot be written: Read-only file system", done.stderr), done.stderr
         assert "Traceback" not in done.stderr
 
 
-def test_results_that_find_no_room_are_named(root, disk, tmp_path):
+def test_results_that_do_not_fit_on_the_disk_are_named(root, disk, tmp_path):
     changes = options_for(root, tmp_path / "run", **{"TRAIN.num_epoch": 2})
     assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
     (disk.folder / "filler").write_bytes(bytes(2**20 - 4096))
@@ -171,7 +170,7 @@ def test_results_that_find_no_room_are_named(root, disk, tmp_path):
     done = here("eval.py", "--gpu", "cpu", *words(changes))
     assert done.returncode == 2
     assert "cannot be written: No space left on device" in done.stderr
-    assert "Mean IoU" in done.stdout  # the figures are not lost
+    assert "Mean IoU" in done.stdout  # the scores are printed first
     done = here(
         "test.py", "--gpu", "cpu", "--imgs", root / "val" / "images", *words(changes), "TEST.result", disk.folder
     )

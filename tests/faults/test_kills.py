@@ -1,6 +1,6 @@
-"""SIGKILL at random moments: nothing of what was saved is lost, and what comes out is as if nothing had happened.
+"""SIGKILL at random moments: resumed runs give the result of an undisturbed run bit for bit.
 
-`KILLS=30 pytest -s -m long tests/faults/test_kills.py` does it more often than `pytest -m long`.
+`KILLS=30 pytest -s -m long tests/faults/test_kills.py` kills more often than `pytest -m long`.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ENV, TORCHRUN, children, start_ranks
+from ranks import ENV, TORCHRUN, children, start_ranks
 from runs import ROOT, SMALL, Job, weights, words
 from runs import same as equal
 from scenes import write_data_set
@@ -24,8 +24,8 @@ from mit_semseg.engine.checkpoint import RunFolder, read_resume
 KILLS = int(os.environ.get("KILLS", "2"))
 
 
-class Alone:
-    """One process."""
+class OneRank:
+    """A job of one rank."""
 
     def __init__(self, arguments):
         self.jobs = start_ranks("train.py", arguments, count=1)
@@ -37,34 +37,34 @@ class Alone:
         rng.choice(self.jobs).send(signal.SIGKILL)
 
     def end(self) -> bool:
-        """Wait for all of it; whether it went well."""
+        """Wait for the end; return whether all ranks succeeded."""
         return [job.end().returncode for job in self.jobs] == [0] * len(self.jobs)
 
     def errors(self) -> str:
         return "\n".join(job.errors() for job in self.jobs)
 
 
-class Two(Alone):
-    """Two processes, any of which is killed; the other ends by itself."""
+class TwoRanks(OneRank):
+    """A job of two ranks; the other rank of a killed one ends by itself."""
 
     def __init__(self, arguments):
         self.jobs: list[Job] = start_ranks("train.py", arguments)
 
 
 class Torchrun:
-    """Two processes of torchrun, any of which is killed, or torchrun with all that is below it."""
+    """Two ranks of torchrun; one of them is killed, or torchrun with all its processes."""
 
     def __init__(self, arguments):
         command = [*TORCHRUN, str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
-        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  (for as long as the job)
-        self.job = subprocess.Popen(command, env=ENV, stdout=self.said, stderr=subprocess.STDOUT)
+        self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (for as long as the job)
+        self.job = subprocess.Popen(command, env=ENV, stdout=self.output, stderr=subprocess.STDOUT)
 
     def running(self) -> bool:
         return self.job.poll() is None
 
     def kill_one(self, rng: random.Random) -> None:
         with suppress(ProcessLookupError):
-            self.job.send_signal(signal.SIGSTOP)  # it starts no process while those there are are looked for
+            self.job.send_signal(signal.SIGSTOP)  # it starts no process while its children are listed
             below = children(self.job.pid)
             if below and rng.random() < 0.7:
                 os.kill(rng.choice(below), signal.SIGKILL)
@@ -78,14 +78,14 @@ class Torchrun:
         return self.job.wait(200) == 0
 
     def errors(self) -> str:
-        self.said.seek(0)
-        return self.said.read()
+        self.output.seek(0)
+        return self.output.read()
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [Alone, Two, Torchrun])
-def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path, kind):
-    """Also while it starts, saves, validates, and starts its loader processes: any moment is as likely as any other."""
+@pytest.mark.parametrize("kind", [OneRank, TwoRanks, Torchrun])
+def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind):
+    """At uniformly random moments: during start, training, saving and validation."""
     write_data_set(tmp_path)
     changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2}
     changes |= {"MODEL.norm": "batch", "TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto"}
@@ -107,9 +107,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
             job.kill_one(rng)
             kills += 1
             if job.end():
-                break  # it was over just then
+                break  # it had just ended
             for path in folder.glob("*.pth"):
-                torch.load(path, weights_only=True)  # whole, whenever it happened
+                torch.load(path, weights_only=True)  # not truncated
             state = RunFolder(folder).resume
             step = read_resume(state)["step"] if state.exists() else 0
             assert step >= reached
@@ -124,7 +124,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_pat
 
 
 def ended(job, seconds: float) -> bool:
-    """Whether a job ends within so many seconds."""
+    """Return whether a job ends within a time."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end and job.running():
         time.sleep(0.01)
