@@ -59,7 +59,7 @@ def build_module(
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
         download_published(name, cfg.DIR)
     files = tuple(map(str, folder.weight_files(checkpoint)))
-    with folder.suggesting_readable(checkpoint):
+    with folder.naming_checkpoints():
         if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(files[0])):
             raise UserError(f"{files[0]} was not trained with MODEL.norm inplace: set MODEL.norm sync")
         return _assemble(cfg, files, pretrained=False).to(device)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..lib.utils import HOST, UTF8, UserError, atomic_write, is_process_alive, is_stale_partial
+from ..lib.utils import HOST, UTF8, UserError, atomic_write, is_process_alive, is_stale_partial, shorten_list
 from ..models.weight_files import WeightsError, read_checkpoint
 from ..models.weights import is_whole_network, load_weights
 from .distributed import World
@@ -99,35 +99,18 @@ class RunFolder:
                 raise CheckpointError(f"checkpoint {path.absolute()} does not exist; {choices}")
         return paths
 
-    def is_readable(self, suffix: str) -> bool:
-        """Return whether encoder and decoder exist and are not damaged."""
-        try:
-            for path in set(self.weight_files(suffix)):
-                read_checkpoint(path)
-        except UserError:
-            return False
-        return True
-
-    def last_readable_epoch(self) -> int | None:
-        """Return the newest epoch whose weights are not damaged."""
-        return next((epoch for epoch in reversed(self.epochs()) if self.is_readable(f"epoch_{epoch}.pth")), None)
+    def describe_saved(self) -> str:
+        """Name the saved checkpoints, for error messages."""
+        names = [*(f"epoch_{epoch}.pth" for epoch in self.epochs()), *(["resume.pth"] if self.resume.is_file() else [])]
+        return f"{self.folder} contains {shorten_list(names[::-1])}" if names else "nothing was saved yet"
 
     @contextmanager
-    def suggesting_readable(self, suffix: str) -> Iterator[None]:
-        """Context in which the error about a damaged checkpoint names the newest readable one."""
+    def naming_checkpoints(self) -> Iterator[None]:
+        """Context in which the error about a damaged checkpoint also names the other checkpoints of the folder."""
         try:
             yield
-        except UserError as error:
-            if self.is_readable(suffix) or not (epoch := self.last_readable_epoch()):
-                raise
-            raise CheckpointError(f"{error}; epoch_{epoch}.pth in {self.folder} is readable") from None
-
-    def describe_saved(self) -> str:
-        """Name the last weights and the checkpoint to resume from, for error messages."""
-        epochs = self.epochs()
-        weights = f"the last weights are epoch_{epochs[-1]}.pth in {self.folder}" if epochs else ""
-        state = f"the checkpoint to resume from is {self.resume}" if self.resume.is_file() else ""
-        return ", ".join(filter(None, (weights, state))) or "nothing was saved yet"
+        except WeightsError as error:
+            raise CheckpointError(f"{error}; {self.describe_saved()}") from None
 
     def find_resume(self, mode: str, start_epoch: int = 0) -> Path | None:
         """Return the checkpoint to resume from, or None to start from scratch or after `start_epoch`.
@@ -191,7 +174,7 @@ class RunFolder:
     def load_epoch(self, module, epoch: int) -> dict:
         """Load the weights of an epoch and return its history, an empty one if it has no file."""
         suffix = f"epoch_{epoch}.pth"
-        with self.suggesting_readable(suffix):
+        with self.naming_checkpoints():
             for part, path in zip(("encoder", "decoder"), self.weight_files(suffix), strict=True):
                 load_weights(getattr(module, part), path, name=part, part=part)
         path = self.path("history", suffix)
@@ -251,10 +234,8 @@ def read_resume(path: Path) -> dict:
     Raises:
         CheckpointError: the file is damaged, or is another kind of checkpoint.
     """
-    try:
+    with RunFolder(path.parent).naming_checkpoints():
         state = read_checkpoint(path)
-    except WeightsError as error:
-        raise CheckpointError(str(error)) from None
     if not isinstance(state, dict) or not set(STATE) <= set(state):
         raise CheckpointError(f"{path} is not a checkpoint to resume from (resume.pth) but another file")
     return state

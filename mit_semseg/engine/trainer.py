@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -288,7 +287,7 @@ class Trainer:
             self.step = options.start_epoch * options.epoch_iters
             logger.info("resuming after epoch %d: weights and history, new optimizer", options.start_epoch)
         elif path:
-            restore_trainer(self, self._read_resume(path))
+            restore_trainer(self, read_resume(path))
             self.resumed_in_place = path.resolve() == folder.resume.resolve()
             folder.check_epoch_length(self.step, options.epoch_iters)
             logger.info("resuming %s at step %d of %d", path, self.step, options.total_steps)
@@ -302,20 +301,6 @@ class Trainer:
             raise CheckpointError(
                 f"DIR must be the same folder on all ranks, but they start at different steps: {found}"
             )
-
-    def _read_resume(self, path: Path) -> dict:
-        """Read a checkpoint; if it is damaged, the error names an epoch to start from."""
-        try:
-            return read_resume(path)
-        except CheckpointError as error:
-            epoch = self.folder.last_readable_epoch()
-            if not epoch:
-                raise
-            later = " and move later epochs away" if epoch < self.folder.epochs()[-1] else ""
-            raise CheckpointError(
-                f"{error}; to resume from the weights of epoch {epoch}, use TRAIN.resume off TRAIN.start_epoch "
-                f"{epoch}{later}"
-            ) from None
 
     def check_loss(self) -> None:
         """Synchronize with the device and stop if the loss of a step since the last check was not finite.
