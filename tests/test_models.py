@@ -7,6 +7,8 @@ import pytest
 import torch
 from near import assert_near
 
+from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.dataset.transforms import NORMALIZATIONS
 from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.lib.nn import InPlaceABNSync, SynchronizedBatchNorm2d
 from mit_semseg.lib.utils import UserError
@@ -111,6 +113,11 @@ def test_unknown_name_lists_the_valid_ones(error):
         ModelBuilder.build_encoder("resnet50dilatet", pretrained=False)
     with pytest.raises(error, match=r"'pspnet'.*upernet_lite"):
         ModelBuilder.build_decoder("pspnet")
+
+
+def test_choices_of_options_are_those_of_the_tables():
+    assert OPTIONS["MODEL.norm"].choices == tuple(NORMS)
+    assert OPTIONS["DATASET.normalization"].choices == tuple(NORMALIZATIONS)
 
 
 def test_deep_supervision_loss_is_weighted():

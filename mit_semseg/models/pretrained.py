@@ -63,11 +63,9 @@ SHA256 = {
 def cache_dir() -> Path:
     """Return the folder of downloaded weights: `MIT_SEMSEG_HOME`, or `mit_semseg` in the user's cache directory, or in
     the temporary directory if the user has no home directory."""
-    folder = os.environ.get(CACHE_VARIABLE) or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or "~/.cache", "mit_semseg"
-    )
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
-        return Path(folder).expanduser()
+        return Path(os.environ.get(CACHE_VARIABLE) or f"{user_cache}/mit_semseg").expanduser()
     except RuntimeError:
         fallback = Path(tempfile.gettempdir(), "mit_semseg")
         logger.warning("no home directory: weights are stored in %s; set %s to change it", fallback, CACHE_VARIABLE)
@@ -77,12 +75,12 @@ def cache_dir() -> Path:
 def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Path:
     """Download a file unless it exists; `path` is created only after a complete and verified download.
 
-    A http URL without port is tried as https first. Several processes download the file once.
+    An http URL without port is tried as https first. Concurrent processes download the file once.
 
     Args:
         url: http, https or file URL.
         path: file to create, with its folder.
-        sha256: hexadecimal digest or its first digits; '' is not checked.
+        sha256: hexadecimal digest or its first digits; '' disables the check.
         advice: what else the user can do, for the error message.
 
     Raises:
@@ -90,16 +88,16 @@ def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Pat
     """
     if path.is_file():
         return path
-    parts = urlsplit(url)
-    urls = [parts._replace(scheme="https").geturl(), url] if parts.scheme == "http" and not parts.port else [url]
     try:
+        parts = urlsplit(url)
+        urls = [parts._replace(scheme="https").geturl(), url] if parts.scheme == "http" and not parts.port else [url]
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(f"{path.name}.lock")
         with FileLock(lock):
             if not path.is_file():
                 _retrieve(urls, path, sha256)
         lock.unlink(missing_ok=True)
-    except Exception as error:  # of the connection, the server, the disk or the digest
+    except Exception as error:  # connection, server, disk or digest
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(
             f"cannot download {url} ({reason}): {advice}put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} "
@@ -131,10 +129,10 @@ def _retrieve(urls: list[str], path: Path, sha256: str) -> None:
             except Exception as error:
                 if url == urls[-1]:
                     raise
-                logger.info("%s: %s", url, error)
+                logger.info("cannot download %s: %s", url, error)
     finally:
         log.setLevel(level)
-    path.chmod(0o644)  # temporary files are private
+    path.chmod(0o644)  # pooch leaves the permissions of a temporary file
     if url.startswith("http:") and not sha256:
         logger.warning("%s was downloaded over unencrypted http and has no known SHA-256", url)
 
