@@ -5,8 +5,6 @@ import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from scenes import options
 
@@ -116,15 +114,6 @@ def test_labels_written_by_pillow_keep_their_values(tmp_path, suffix):
     values = random_values(200).astype(np.uint8)
     Image.fromarray(values).save(tmp_path / f"label.{suffix}")
     assert np.array_equal(np.asarray(read_label(tmp_path / f"label.{suffix}")), values)
-
-
-@settings(max_examples=60, deadline=None)
-@given(maximum=st.integers(1, 65535), plain=st.booleans(), seed=st.integers(0, 99))
-def test_pgm_values_do_not_depend_on_the_maximum_in_the_header(tmp_path_factory, maximum, plain, seed):
-    values = np.random.default_rng(seed).integers(0, maximum + 1, (4, 5))
-    path = tmp_path_factory.mktemp("pgm") / "label.pgm"
-    path.write_bytes(pgm(values, maximum, plain=plain))
-    assert np.array_equal(np.asarray(read_label(path)), values)
 
 
 @pytest.mark.parametrize(

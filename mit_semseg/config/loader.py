@@ -34,19 +34,11 @@ class Config(CfgNode):
         return {key: self.option(key) for key, option in OPTIONS.items() if self.option(key) != option.default}
 
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
-        """Merge a YAML file and its `_BASE_` files.
-
-        Raises:
-            ConfigError: lists all errors.
-        """
+        """Merge a YAML file and its `_BASE_` files. Raise ConfigError with all errors."""
         _merge(self, _read_yaml(Path(cfg_filename)))
 
     def merge_from_list(self, cfg_list: Iterable[str]) -> None:
-        """Merge `[key, value, key, value, ...]`, e.g. `["TRAIN.num_epoch", "10"]`.
-
-        Raises:
-            ConfigError: lists all errors.
-        """
+        """Merge `[key, value, ...]`, e.g. `["TRAIN.num_epoch", "10"]`. Raise ConfigError with all errors."""
         _merge(self, _read_list(list(cfg_list)))
 
 

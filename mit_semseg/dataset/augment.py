@@ -53,16 +53,9 @@ class Augmentation:
         encode: Callable[[np.ndarray], np.ndarray],
         rng: Generator,
     ) -> tuple[Image.Image, np.ndarray]:
-        """Crop, recolor and blur a resized training image.
+        """Crop, recolor and blur a resized RGB image. Return the image and its class indices (h, w) int64.
 
-        Args:
-            image: RGB image.
-            label: (H, W) raw label values.
-            encode: converts raw label values to class indices; applied to the cropped label only.
-            rng: random generator.
-
-        Returns:
-            The image and its class indices (h, w) int64.
+        `label` has raw values (H, W). `encode` converts them to class indices, after cropping.
         """
         if self.crop:
             (left, top, right, bottom), classes = random_crop(label, encode, self.crop, rng, self.max_ratio)

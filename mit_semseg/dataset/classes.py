@@ -134,10 +134,8 @@ def read_csv(path: Path) -> ClassTable:
     """Read a CSV file with the columns `raw`, `name` and optionally `color` (#rrggbb).
 
     Rows with the same name put several raw values into one class. Rows without a name are ignored values. The columns
-    `Idx` and `Name` of ADE20K's object150_info.csv are also supported; raw value 0 is ignored there.
-
-    Raises:
-        ClassTableError: the file cannot be read, or a row is wrong (the message has its line).
+    `Idx` and `Name` of ADE20K's object150_info.csv are also supported; raw value 0 is ignored there. Raises
+    ClassTableError if the file cannot be read or a row is wrong.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")

@@ -160,11 +160,7 @@ class LabelledDataset(ImageListDataset):
 
 
 def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
-    """Check that a raw label has the size (width, height) of its image and only values of the class table.
-
-    Raises:
-        ImageFileError: the label does not fit.
-    """
+    """Raise ImageFileError if a raw label does not have the size (width, height) of its image or has unknown values."""
     if image_size != label.size:
         raise ImageFileError(
             f"{path}: the label has size {label.width}x{label.height}, but its image {image_size[0]}x{image_size[1]} "

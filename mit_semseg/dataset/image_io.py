@@ -56,12 +56,7 @@ def _reason(error: Exception) -> str:
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
     """Read (width, height) from the image header, after the EXIF or TIFF orientation is applied.
 
-    Args:
-        path: image file.
-        formats: allowed formats (Pillow's names); None allows all that Pillow reads.
-
-    Raises:
-        ImageFileError: the file cannot be read.
+    `formats` limits the formats, by Pillow's names. Raises ImageFileError if the file cannot be read.
     """
     with _open(path, formats=formats) as image:
         width, height = image.size
@@ -218,14 +213,9 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:
-    """Undo the scaling and inversion that Pillow applies to gray values.
+    """Return the values of a loaded gray image (H, W) without the scaling and inversion that Pillow applies.
 
-    Args:
-        image: loaded image with one channel.
-        codec, arguments: decoder name and arguments of the image's tile before loading.
-
-    Returns:
-        Integers (H, W).
+    `codec` and `arguments` are those of the image's tile before loading.
     """
     values = np.asarray(image)
     if codec in ("ppm", "ppm_plain") and image.mode != "1":

@@ -66,15 +66,8 @@ def _pairing_key(path: Path) -> str:
 def read_voc_split(path: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
     """Return the records of a PASCAL VOC split list in a folder ImageSets.
 
-    A line starts with a file stem, or has the paths of an image and its label as in the augmented set (SBD).
-
-    Args:
-        path: list file.
-        root: folder that the paths in records are relative to.
-        problems: receives a sentence for every missing file instead of an error.
-
-    Raises:
-        ListError: the list is empty, or files are missing.
+    A line starts with a file stem, or has the paths of an image and its label as in the augmented set (SBD). For `root`
+    and `problems` see `load_records`.
     """
     base = next(parent.parent for parent in path.absolute().parents if parent.name == VOC_LISTS)
     images = {_pairing_key(Path(p.name)): p for p in find_images(base / VOC_IMAGES)}
@@ -99,16 +92,7 @@ def read_voc_split(path: Path, root: str | os.PathLike = "", problems: list[str]
 
 
 def scan_folders(folder: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
-    """Return the records of an image folder and its annotation folder, see `load_records`.
-
-    Args:
-        folder: parent of both folders, or an image folder.
-        root: folder that the paths in records are relative to.
-        problems: receives a sentence for every file without a partner instead of an error.
-
-    Raises:
-        ListError: there is no annotation folder, or files have no partner.
-    """
+    """Return the records of an image folder and its annotation folder, see `load_records`."""
     images, annotations, layout = _find_layout(folder)
     found: list[str] = []
     image_files, label_files = _files_by_key(images, layout.image_suffix, found, required=True), {}

@@ -111,7 +111,7 @@ def _missing_resource(message: str) -> str | None:
 
 
 def _worker_failure(error: Exception) -> str | None:
-    message = str(error)
+    message = str(error) or type(error).__name__
     if "DataLoader timed out" in message:
         return f"a worker hangs ({message}); check the disk, or raise RUNTIME.timeout"
     # A worker that dies while it sends a batch closes the connection. Errors of the dataset start with "Caught".

@@ -131,13 +131,9 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
 def write_dataset(
     folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
-    """Write a dataset of scenes. Existing files are overwritten.
+    """Write a dataset of scenes to `folder`, overwriting existing files.
 
-    Args:
-        folder: receives training/ and validation/, each with images/ and annotations/, and classes.csv.
-        train, val: number of images.
-        size: (width, height); every third image has the sides swapped.
-        seed: seed of the scenes.
+    `train` and `val` are numbers of images. `size` is (width, height); every third image has the sides swapped.
     """
     folder = Path(folder)
     for number, (split, count) in enumerate((("training", train), ("validation", val))):

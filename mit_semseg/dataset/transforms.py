@@ -23,13 +23,7 @@ _FILTERS = {
 
 
 def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
-    """Resize with Pillow. Bilinear and bicubic are antialiased.
-
-    Args:
-        im: image of any mode.
-        size: (width, height).
-        interp: 'nearest', 'bilinear' or 'bicubic'.
-    """
+    """Resize to (width, height) with Pillow. `interp` is nearest, or antialiased bilinear or bicubic."""
     if interp not in _FILTERS:
         raise ValueError(f"unknown interp {interp!r}; choose one of {', '.join(_FILTERS)}")
     return im.resize(size, _FILTERS[interp])
@@ -102,18 +96,10 @@ def scale_pyramid(
     *,
     fast: bool = False,
 ) -> list[Tensor]:
-    """Resize an RGB image to several scales.
+    """Resize an RGB image to several scales. Return one (1, 3, h, w) tensor per short side.
 
-    Args:
-        image: RGB image.
-        short_sides: short side of each scale, in pixels.
-        max_size: limit of the long side, before rounding.
-        multiple: both sides are rounded up to a multiple of this.
-        normalization: see `normalize_batch`; None returns uint8.
-        fast: use `imresize_fast`.
-
-    Returns:
-        One (1, 3, h, w) tensor per short side.
+    The long side is limited to `max_size`, then both sides are rounded up to a multiple of `multiple`. `normalization`
+    is the kind for `normalize_batch`; None returns uint8. `fast` selects `imresize_fast`.
     """
     width, height = image.size
     resize = imresize_fast if fast else imresize

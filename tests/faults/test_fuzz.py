@@ -10,7 +10,6 @@ import os
 import pickle
 import random
 import zipfile
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from runs import here
-from scenes import TinyEncoder, options, tiny_module
+from scenes import TinyEncoder, options
 
-from mit_semseg import Segmenter
-from mit_semseg.cli.devices import parse_devices, pick_devices
 from mit_semseg.config import load_config
-from mit_semseg.dataset import ValDataset, class_table
+from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.classes import ClassTableError, read_csv
 from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label, unusual_properties
 from mit_semseg.dataset.layouts import ListError
@@ -115,26 +112,6 @@ def test_yaml_files_load_or_raise_user_errors(tmp_path, text):
     path.write_text(text, encoding="utf-8", errors="surrogateescape")
     with contextlib.suppress(UserError):
         load_config(path)
-
-
-@given(st.text(max_size=12) | st.from_regex(r"(gpu)?[0-9]{1,12}(-(gpu)?[0-9]{1,12})?(,cpu|,[0-9])*", fullmatch=True))
-@examples(200)
-def test_device_names_are_parsed_or_raise_user_errors(text):
-    for parse in (parse_devices, pick_devices):
-        with contextlib.suppress(UserError):
-            assert parse(text)
-
-
-@given(st.binary(max_size=60) | st.integers() | st.text(max_size=5) | st.none() | st.lists(st.integers(), max_size=3))
-@examples(60)
-def test_unsupported_inputs_of_the_segmenter_raise_user_errors(value):
-    with contextlib.suppress(UserError):
-        segmenter()(value)
-
-
-@lru_cache
-def segmenter() -> Segmenter:
-    return Segmenter(tiny_module(), class_table("", 3), options())
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:

@@ -17,7 +17,6 @@ import pytest
 import torch
 from runs import ROOT, SMALL, Job, here, same, weights, words
 from scenes import options, tiny_module, write_data_set
-from tqdm import TMonitor
 
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.engine import MaskedNLLLoss, RunFolder, Trainer, TrainingOptions, build_optimizer
@@ -180,20 +179,11 @@ def test_nothing_grows_in_a_long_run(root, tmp_path):
     )
     opt = options(imgSizes=(16,), imgMaxSize=32)
     dataset, val = TrainDataset(root, "train", opt, 2), ValDataset(root, "val", opt)
-    old_threads, old_processes = threading.enumerate(), len(descendants(os.getpid()))
+    old_processes = len(descendants(os.getpid()))
     Trainer(module, optimizer, RunFolder(tmp_path), run).fit(dataset.as_uint8(), val, run_logger=monitor)
     memory, *counts = zip(*monitor.seen, strict=True)
     print(f"{STEPS} steps: {memory[2]:.0f} MiB after three epochs, {memory[-1]:.0f} MiB at the end")
     assert max(memory[3:]) - memory[2] < 30
     for count in counts:
         assert max(count[3:]) <= max(count[:3])
-
-    def new_threads():  # tqdm keeps one monitor thread
-        return [x.name for x in threading.enumerate() if x not in old_threads and not isinstance(x, TMonitor)]
-
-    gc.collect()
-    deadline = time.monotonic() + 10
-    while new_threads() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not new_threads()
     assert len(descendants(os.getpid())) <= old_processes
