@@ -124,8 +124,8 @@ def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_f
 class InPlaceABN(SynchronizedBatchNorm2d):
     """Batch normalization with local statistics and an activation; saves only the output for the backward pass.
 
-    The scale is |weight| + eps. 16-bit inputs use separate nodes, which save more: their outputs are too coarse to
-    recover the normalized values.
+    The scale is |weight| + eps. For 16-bit inputs the input is saved as well: 16-bit outputs are too coarse to recover
+    the normalized values.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: see `nn.BatchNorm2d`.
