@@ -1,8 +1,10 @@
 """Downloads of published and ImageNet weights from a local server."""
 
 import hashlib
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pooch
 import pytest
@@ -13,7 +15,7 @@ from runs import ROOT, here
 from torch import nn
 
 from mit_semseg.models import ModelBuilder, pretrained
-from mit_semseg.models.pretrained import download, download_published
+from mit_semseg.models.pretrained import cache_dir, download, download_published
 from mit_semseg.models.utils import load_url
 from mit_semseg.models.weight_files import WeightsError
 
@@ -99,6 +101,18 @@ def test_https_is_tried_before_http(tmp_path, monkeypatch, caplog, url, tried):
         download(url, tmp_path / "b.bin", sha256=DIGEST)
         assert [record.args[0] for record in caplog.records if record.levelname == "WARNING"] == [url]
     assert requested[: len(tried)] == tried
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    """Also for a user without home directory."""
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("MIT_SEMSEG_HOME")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "mit_semseg"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "expanduser", mock.Mock(side_effect=RuntimeError))
+    assert cache_dir() == Path(tempfile.gettempdir(), "mit_semseg")
 
 
 def test_load_url(site, tmp_path):
