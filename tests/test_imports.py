@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mit_semseg.config.defaults import ENCODER_NAMES
+from mit_semseg.models import ENCODERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mit_semseg"
@@ -76,7 +76,7 @@ import segkit.models, segkit.config
 print(len(segkit.models.ENCODERS), segkit.config.cfg.DATASET.num_class)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == [str(len(ENCODER_NAMES)), "150"], done.stderr
+    assert done.stdout.split() == [str(len(ENCODERS)), "150"], done.stderr
 
 
 def test_the_network_is_out_of_reach():

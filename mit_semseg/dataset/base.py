@@ -34,6 +34,9 @@ class BaseDataset(Dataset):
         list_sample, num_sample: the records and their number.
     """
 
+    img_transform = staticmethod(img_transform)
+    round2nearest_multiple = staticmethod(round2nearest_multiple)
+
     def __init__(self, odgt: str | Sequence[dict], opt, **kwargs):
         self.imgSizes, self.imgMaxSize, self.padding_constant = opt.imgSizes, opt.imgMaxSize, opt.padding_constant
         self.parse_input_list(odgt, **kwargs)
@@ -47,14 +50,6 @@ class BaseDataset(Dataset):
         self.list_sample = records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records
         self.num_sample = len(self.list_sample)
 
-    def img_transform(self, img: Image.Image | np.ndarray) -> Tensor:
-        """See the function `img_transform`."""
-        return img_transform(img)
-
     def segm_transform(self, segm: Image.Image | np.ndarray) -> Tensor:
         """Convert an ADE20K label (H, W) to class indices int64, -1 where unlabelled."""
         return torch.from_numpy(np.array(segm)).long() - 1
-
-    def round2nearest_multiple(self, x: int, p: int) -> int:
-        """See the function `round2nearest_multiple`."""
-        return round2nearest_multiple(x, p)

@@ -15,18 +15,14 @@ STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # ImageNet, BGR in 0..255
 NORMALIZATIONS = ("imagenet", "caffe")
 
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
+FILTERS = ("nearest", "bilinear", "bicubic")
 
 
 def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
     """Resize to (width, height) with Pillow. `interp` is nearest, or antialiased bilinear or bicubic."""
-    if interp not in _FILTERS:
-        raise ValueError(f"unknown interp {interp!r}; choose one of {', '.join(_FILTERS)}")
-    return im.resize(size, _FILTERS[interp])
+    if interp not in FILTERS:
+        raise ValueError(f"unknown interp {interp!r}; choose one of {', '.join(FILTERS)}")
+    return im.resize(size, Image.Resampling[interp.upper()])
 
 
 def imresize_fast(im: Image.Image, size: tuple[int, int]) -> Image.Image:
