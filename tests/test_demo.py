@@ -203,13 +203,6 @@ def test_failure_gets_a_message_without_server_paths(folder, checkpoint, load, m
     assert "/server/path" not in value["message"]
 
 
-def test_last_two_networks_stay_in_memory():
-    loads = []
-    networks = Networks("abcd", lambda name: loads.append(name) or name)
-    assert [networks[name] for name in "ababcab"] == list("ababcab")
-    assert "".join(loads) == "abcab"
-
-
 def test_upload_folder_is_private(tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     folder = upload_folder.__wrapped__()

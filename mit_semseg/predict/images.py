@@ -91,10 +91,10 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
     if path.is_file():
         base, images = path.parent, [path]
     elif path.is_dir():
-        base, images = path, _segmentable([*find_images(path), *find_files(path, VIDEO_ENDINGS)])
+        base, images = path, _keep_images([*find_images(path), *find_files(path, VIDEO_ENDINGS)])
     elif has_magic(pattern):
         base = Path(*takewhile(lambda part: not has_magic(part), path.parts))
-        images = _segmentable([p for p in map(Path, sorted(glob(pattern, recursive=True))) if p.is_file()])
+        images = _keep_images([p for p in map(Path, sorted(glob(pattern, recursive=True))) if p.is_file()])
     else:
         raise UserError(f"--imgs {pattern}: no such file or folder")
     if not images:
@@ -106,8 +106,8 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
     return outputs
 
 
-def _segmentable(files: Sequence[Path]) -> list[Path]:
-    """Drop and log videos and the results of earlier runs."""
+def _keep_images(files: Sequence[Path]) -> list[Path]:
+    """Skip videos and the results of earlier runs, and log them."""
     videos = [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
     images = [path for path in files if path.suffix.lower() not in VIDEO_ENDINGS and not is_result(path)]
     if results := len(files) - len(videos) - len(images):

@@ -115,7 +115,7 @@ class Result:
         return self.panel()
 
     def as_dict(self) -> dict:
-        """Return `image` (path), `width`, `height` and `classes` as plain values for a JSON file."""
+        """Return `image` (path), `width`, `height` and `classes` for a JSON file."""
         height, width = self.label_map.shape
         return {"image": self.path, "width": width, "height": height, "classes": self.classes}
 

@@ -50,7 +50,7 @@ class Segmenter:
     ):
         self.table, self.device, self._options = table, as_device(device), options
         self._predictor = Predictor(module.to(self.device), self.device, inference)
-        self._scales = TestDataset([], options).as_uint8()
+        self._dataset = TestDataset([], options).as_uint8()
         self._lock = threading.Lock()
 
     @classmethod
@@ -121,7 +121,7 @@ class Segmenter:
 
     def _preprocess(self, image: Image.Image) -> dict:
         """Return the item of an image for the `Predictor`, normalized on the device."""
-        item = self._scales.multi_scale(image)
+        item = self._dataset.multi_scale(image)
         scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
         return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
 

@@ -26,7 +26,7 @@ class VideoError(UserError, RuntimeError):
 
 @dataclass(frozen=True)
 class WrittenVideo:
-    """A video written by `segment_video`; `interruption` stopped it early."""
+    """A video written by `segment_video`; `interruption` is set if it was stopped early."""
 
     path: Path
     frames: int
