@@ -184,7 +184,7 @@ def test_published_network_is_downloaded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "missing").as_uri())
     cached = Segmenter.from_pretrained(PUBLISHED_NAME, device="cpu", opts=small)(PIXELS)
     assert np.array_equal(cached.label_map, result.label_map)
-    with pytest.raises(UserError, match="'resnet'.*ade20k-"):
+    with pytest.raises(UserError, match=r"'resnet'.*ade20k-"):
         Segmenter.from_pretrained("resnet")
 
 
