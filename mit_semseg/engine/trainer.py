@@ -129,7 +129,7 @@ class Trainer:
         self.report_skipped(getattr(dataset, "skipped", ()))
         batches = iterate(self.make_loader(dataset))
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
-            if self.epoch_is_incomplete():  # the run was stopped while it saved or validated
+            if self.resumed_in_place and self.step % options.epoch_iters == 0:  # maybe stopped while it saved
                 self.end_epoch()
             if self.step < options.total_steps:
                 self.model = parallelize(self.module, self.world)
@@ -371,31 +371,18 @@ class Trainer:
     def end_epoch(self) -> None:
         """Save checkpoint, weights and history of an epoch, then validate if it is due.
 
-        A run that is killed in between does it again when it is resumed, see `epoch_is_incomplete`.
+        A run that is killed in between does this again when it is resumed.
         """
         self.save()
         self._save_weights(f"epoch_{self.epoch}.pth")
-        self._save_history()
-        evaluation = None
-        if self._validation_is_due():
+        evaluation, every = None, self.options.eval_epoch if self.val_dataset is not None else 0
+        if every and self.epoch % every == 0 and self.epoch not in self.history["val"]["epoch"]:
             evaluation = self.validate()
-            self._save_history()
             self.save()
+        if self.world.is_main:
+            save_atomic(self.history, self.folder.path("history", f"epoch_{self.epoch}.pth"))
         if self.run_logger:
             self.run_logger.log_epoch(self.epoch, self.history, evaluation)
-
-    def epoch_is_incomplete(self) -> bool:
-        """Return whether files or the validation of the epoch that has just ended are missing."""
-        if self.step % self.options.epoch_iters or not self.epoch:
-            return False
-        paths = [self.folder.path(part, f"epoch_{self.epoch}.pth") for part in ("encoder", "decoder", "history")]
-        missing = self.resumed_in_place and not all(path.is_file() for path in paths)
-        return self.world.gather(missing or self._validation_is_due(), "looking for files")[0]
-
-    def _validation_is_due(self) -> bool:
-        every = self.options.eval_epoch if self.val_dataset is not None else 0
-        at_end = self.epoch and self.step % self.options.epoch_iters == 0
-        return bool(every and at_end and self.epoch % every == 0 and self.epoch not in self.history["val"]["epoch"])
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation set, sharded over the ranks; add the scores to the history, keep the best
@@ -438,10 +425,6 @@ class Trainer:
     def _save_weights(self, suffix: str) -> None:
         if self.world.is_main:
             self.folder.save_weights(self.module, suffix)
-
-    def _save_history(self) -> None:
-        if self.world.is_main:
-            save_atomic(self.history, self.folder.path("history", f"epoch_{self.epoch}.pth"))
 
     def stop(self) -> None:
         """End the run because of a signal, on all ranks.
