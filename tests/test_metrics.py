@@ -1,4 +1,4 @@
-"""Counts and scores against golden numbers and brute force."""
+"""Metrics against golden numbers and brute force."""
 
 import json
 
@@ -43,21 +43,21 @@ def test_intersection_and_union(case):
 @pytest.mark.parametrize("case", UTILS["colorEncode"], ids=lambda c: str(c["seed"]))
 def test_color_encode(case):
     label = np.random.default_rng(case["seed"]).integers(case["lo"], case["hi"], tuple(case["hw"]))
-    picture = colorEncode(label.astype(case["dtype"]), class_table("ade20k").colors, mode=case["mode"])
-    assert list(picture.shape) == case["shape"]
-    assert picture.dtype == case["out_dtype"]
-    assert int(picture.sum()) == case["sum"]
-    assert picture.reshape(-1)[case["idx"]].tolist() == case["values"]
+    colors = colorEncode(label.astype(case["dtype"]), class_table("ade20k").colors, mode=case["mode"])
+    assert list(colors.shape) == case["shape"]
+    assert colors.dtype == case["out_dtype"]
+    assert int(colors.sum()) == case["sum"]
+    assert colors.reshape(-1)[case["idx"]].tolist() == case["values"]
 
 
-def test_color_encode_refuses_a_class_without_colour():
+def test_color_encode_refuses_a_class_without_color():
     with pytest.raises(IndexError, match="class 150"):
         colorEncode(np.full((2, 2), 150), class_table("ade20k").colors)
 
 
 @pytest.mark.parametrize(("given", "expected"), UTILS["parse_devices"], ids=lambda v: json.dumps(v)[:20])
 def test_parse_devices(given, expected):
-    if given == "cpu":  # refused by the original
+    if given == "cpu":  # the original refuses it
         assert parse_devices(given) == ["cpu"]
     elif isinstance(expected, str):
         with pytest.raises(ValueError, match="Can not recognize device"):
@@ -81,7 +81,7 @@ def test_average_meter(case):
         assert meter.value() is meter.val
 
 
-def test_average_meter_takes_whole_and_broken_numbers():
+def test_average_meter_of_integer_and_float_arrays():
     meter = AverageMeter()
     meter.update(np.array([1, 2]))
     meter.update(np.array([0.5, 0.25]))
@@ -93,10 +93,10 @@ MAPS = arrays.arrays(np.int64, (5, 7), elements=st.integers(-1, 3))
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(MAPS, MAPS), min_size=1, max_size=3))
-def test_summary_is_the_definition(pictures):
-    """Brute force over all pixels of all pictures, and the same when pictures are counted apart and merged."""
+def test_summary_equals_its_definition(images):
+    """Brute force over all pixels; images counted separately and merged give the same."""
     whole, parts = SegmentationMetric(4), []
-    for pred, label in pictures:
+    for pred, label in images:
         pred = np.maximum(pred, 0)
         part = SegmentationMetric(4)
         whole.add(pred, label)
@@ -106,8 +106,8 @@ def test_summary_is_the_definition(pictures):
     for part in parts:
         merged.merge(part)
     assert np.array_equal(merged.confusion, whole.confusion)
-    pred = np.concatenate([np.maximum(p, 0).ravel() for p, _ in pictures])
-    label = np.concatenate([v.ravel() for _, v in pictures])
+    pred = np.concatenate([np.maximum(p, 0).ravel() for p, _ in images])
+    label = np.concatenate([v.ravel() for _, v in images])
     pred, label = pred[label >= 0], label[label >= 0]
     iou = [((pred == c) & (label == c)).sum() / max(1, ((pred == c) | (label == c)).sum()) for c in range(4)]
     recall = [((pred == c) & (label == c)).sum() / (label == c).sum() for c in range(4) if (label == c).any()]
@@ -122,12 +122,12 @@ def test_summary_is_the_definition(pictures):
     assert summary.pixels == len(label)
 
 
-def test_a_label_outside_the_classes_is_an_error():
+def test_class_outside_the_range_is_refused():
     metric = SegmentationMetric(3)
-    with pytest.raises(ValueError, match="label holds class 3, but there are only 3 classes"):
+    with pytest.raises(ValueError, match="label .*3"):
         metric.add(np.zeros((2, 2), int), np.full((2, 2), 3))
-    with pytest.raises(ValueError, match="prediction holds class 7"):
+    with pytest.raises(ValueError, match="prediction .*7"):
         metric.add(np.full((2, 2), 7), np.zeros((2, 2), int))
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="shape"):
         metric.add(np.zeros((2, 2), int), np.zeros((2, 3), int))
     assert metric.confusion.sum() == 0

@@ -33,7 +33,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 def new_history() -> dict:
-    """Return empty curves: `train` with fractional epochs, `val` with whole ones."""
+    """Return empty curves over (fractional) epochs."""
     return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
 
 
@@ -149,11 +149,7 @@ class RunFolder:
         return None if mode == "off" else Path(mode)
 
     def check_epoch_length(self, step: int, epoch_iters: int) -> None:
-        """Check that training from a step on does not overwrite weights of later epochs.
-
-        Raises:
-            CheckpointError: it would, since earlier epochs had fewer steps.
-        """
+        """Raise `CheckpointError` if training from a step on would overwrite later epochs, which had fewer steps."""
         epochs, epoch = self.epochs(), step // epoch_iters
         if epochs and epochs[-1] > epoch:
             raise CheckpointError(
@@ -229,11 +225,7 @@ class RunFolder:
 
 
 def read_resume(path: Path) -> dict:
-    """Read a checkpoint to resume from.
-
-    Raises:
-        CheckpointError: the file is damaged, or is another kind of checkpoint.
-    """
+    """Read a checkpoint to resume from; raise `CheckpointError` if it is damaged or another kind of file."""
     with RunFolder(path.parent).naming_checkpoints():
         state = read_checkpoint(path)
     if not isinstance(state, dict) or not set(STATE) <= set(state):
@@ -242,10 +234,7 @@ def read_resume(path: Path) -> dict:
 
 
 def trainer_state(trainer: "Trainer") -> dict:
-    """Return plain values and tensors from which training resumes bit for bit.
-
-    Random numbers need no state: they are functions of seed and step.
-    """
+    """Return what a bit-identical resume needs; random numbers are functions of seed and step and need no state."""
     return {
         "step": trainer.step,
         "best_iou": trainer.best_iou,
@@ -270,10 +259,7 @@ def _batches_per_step(trainer: "Trainer") -> int:
 
 
 def restore_trainer(trainer: "Trainer", state: dict) -> None:
-    """Restore a `trainer_state`.
-
-    Learning rates, momentum and weight decay are those of the new options; the state of the optimizer (momentum
-    buffers) is restored.
+    """Restore a `trainer_state`; learning rates, momentum and weight decay are those of the new options.
 
     Raises:
         CheckpointError: the state belongs to another model or optimizer.

@@ -48,11 +48,7 @@ class World:
 
     @classmethod
     def from_environment(cls, **attributes) -> "World":
-        """Read rank and world size from torchrun's environment variables.
-
-        Args:
-            attributes: `devices` and `timeout`.
-        """
+        """Read torchrun's environment variables; `attributes` are `devices` and `timeout`."""
         env = os.environ
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
             return cls(**attributes)
@@ -72,17 +68,12 @@ class World:
         return f"{socket.gethostname()}:{os.getppid()}" if run_id in ("", "none") else run_id
 
     @cached_property
-    def _groups(self) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        """gloo groups for plain values (gradients may use NCCL) and for probing the ranks after a failure."""
-        limit = timedelta(seconds=self.timeout)
-        return dist.new_group(backend="gloo", timeout=limit), dist.new_group(backend="gloo", timeout=limit)
+    def _groups(self) -> list[dist.ProcessGroup]:
+        """gloo groups for plain values (gradients may use NCCL) and for `probe`."""
+        return [dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)) for _ in range(2)]
 
     def sum(self, values: Sequence[float], doing: str) -> list[float]:
-        """Sum values over all ranks.
-
-        Args:
-            values: as many on every rank.
-            doing: description for error messages.
+        """Sum values over all ranks; `doing` is a description for errors.
 
         Raises:
             ProcessGroupError: a rank ended or timed out.
@@ -95,7 +86,7 @@ class World:
         return total.tolist()
 
     def gather(self, value, doing: str) -> list:
-        """Return the values (any that can be pickled) of all ranks, ordered by rank; arguments and errors as `sum`."""
+        """Return the values (any that can be pickled) of all ranks, ordered by rank; see `sum`."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -105,9 +96,6 @@ class World:
 
     def check_equal(self, values: Mapping[str, object]) -> None:
         """Check that all ranks have the same values.
-
-        Args:
-            values: by the name that the error message uses.
 
         Raises:
             UserError: on all ranks, with the names and values that differ.
@@ -123,18 +111,17 @@ class World:
 
     @contextmanager
     def communicating(self, doing: str) -> Iterator[None]:
-        """Context that turns the errors of a collective into `ProcessGroupError`."""
+        """Context that turns errors of collectives into `ProcessGroupError`."""
         try:
             yield
-        except ProcessGroupError as error:
-            raise ProcessGroupError(f"{doing}: {error}") from error
         except RuntimeError as error:
-            if self.size == 1 or not is_communication_error(error):
+            known = isinstance(error, ProcessGroupError)
+            if not known and (self.size == 1 or not is_communication_error(error)):
                 raise
-            raise ProcessGroupError(f"{doing}: {first_sentence(error)}") from error
+            raise ProcessGroupError(f"{doing}: {error if known else first_sentence(error)}") from error
 
     def probe(self) -> str:
-        """Describe which ranks do not respond, or return '' if all do; called on every rank after a failure."""
+        """Describe which ranks do not respond, or return ''; called on every rank after a collective failed."""
         try:
             dist.monitored_barrier(self._groups[1], timedelta(seconds=PROBE_SECONDS), wait_all_ranks=True)
         except RuntimeError as error:
@@ -144,11 +131,7 @@ class World:
 
 @contextmanager
 def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> Iterator[World]:
-    """Join the job that torchrun has started; without torchrun, yield a world of one rank.
-
-    Args:
-        devices: of this rank; GPUs communicate over NCCL, CPUs over gloo.
-        timeout: see `World`.
+    """Join the job that torchrun has started (NCCL for GPUs, gloo for CPUs), or yield a world of one rank.
 
     Raises:
         ProcessGroupError: another rank ended or timed out.
@@ -159,16 +142,15 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
     if world.size == 1:
         yield world
         return
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         backend = "nccl" if devices[0].type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         _ = world._groups
     except RuntimeError as error:
         raise ProcessGroupError(
-            f"rank {world.rank} could not connect to the other {world.size - 1} ranks at {address} "
-            f"({first_sentence(error)}); on several machines set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
-            f"network interface"
+            f"rank {world.rank} could not connect to the other {world.size - 1} ranks at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_sentence(error)}); on several machines "
+            f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface"
         ) from error
     try:
         yield world
@@ -191,10 +173,7 @@ def first_on_machine(world: World) -> Iterator[None]:
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:
-    """Wrap a module for data parallel training.
-
-    Args:
-        module: on the first of the world's devices. With several ranks, the parameters of rank 0 are used.
+    """Wrap a module for data parallel training; with several ranks, the parameters of rank 0 are used.
 
     Returns:
         The module itself for one device; `UserScatteredDataParallel`, called with a list of one batch per device, for

@@ -1,7 +1,7 @@
-"""Losses over log-probabilities; cross entropy also over logits.
+"""Losses over log-probabilities (N, C, H, W) and labels (N, H, W) int64; cross entropy also over logits.
 
-All ignore the pixels of the ignore index, do not synchronize with the device, and return zero, with gradients, for a
-batch without labelled pixels.
+All are scalars, ignore the pixels of `ignore_index`, do not synchronize with the device, and are zero, with gradients,
+for a batch without labelled pixels.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,6 @@ class MaskedNLLLoss(nn.Module):
     Equals `nn.CrossEntropyLoss` of the logits, except that a batch without labelled pixels gives zero instead of NaN.
 
     Args:
-        ignore_index: label of ignored pixels.
         weight: (C,) class weights.
         label_smoothing: fraction of the target spread over all classes, 0..1 (Szegedy et al., 2016).
     """
@@ -36,13 +35,12 @@ class MaskedNLLLoss(nn.Module):
         self._host_weight = weight  # labels are counted on the host
 
     def of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of logits (N, C, H, W) and labels (N, H, W) without keeping log-probabilities in memory."""
+        """Return the loss of logits without storing log-probabilities."""
         if self.label_smoothing:
             return self(F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)), label)
         return nll_sum(logits, label, self.weight, self.ignore_index) / _nonzero(self.normalizer(label))
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         log_probs = at_least_float32(log_probs)
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
@@ -83,7 +81,6 @@ class OhemLoss(nn.Module):
         self.nll = MaskedNLLLoss(ignore_index, **options)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         with torch.no_grad():
             labelled = label != self.ignore_index
             probs = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
@@ -99,9 +96,6 @@ class DiceLoss(nn.Module):
     """One minus the soft Dice coefficient 2 sum(p y) / (sum(p) + sum(y)), averaged over the classes in the label.
 
     Milletari et al., "V-Net", 2016, with plain sums in the denominator, over all labelled pixels of the batch.
-
-    Args:
-        ignore_index: label of ignored pixels.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -109,7 +103,6 @@ class DiceLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Return the loss, 0..1, of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         labelled = (label != self.ignore_index).unsqueeze(1)
         probs = log_probs.exp() * labelled
         target = torch.zeros_like(probs).scatter_(1, label.unsqueeze(1).where(labelled, 0), 1) * labelled
@@ -123,9 +116,6 @@ class LovaszLoss(nn.Module):
     """Lovász-Softmax, a surrogate of one minus the mean IoU of the classes in the label.
 
     Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018, over all labelled pixels of the batch.
-
-    Args:
-        ignore_index: label of ignored pixels.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -133,7 +123,6 @@ class LovaszLoss(nn.Module):
         self.ignore_index = ignore_index
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Return the loss, 0..1, of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         labelled = label.flatten() != self.ignore_index
         log_probs = at_least_float32(log_probs)  # 16-bit floats cannot count pixels
         losses, present = [], []
@@ -164,11 +153,9 @@ class SumLoss(nn.Module):
         self.losses = nn.ModuleList(losses)
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of log-probabilities (N, C, H, W) and labels (N, H, W) int64."""
         return sum(loss(log_probs, label) for loss in self.losses)
 
     def normalizer(self, label: Tensor) -> Tensor:
-        """Return the weight of a batch by the first loss, see `batch_weight`."""
         return batch_weight(self.losses[0], label)
 
 

@@ -81,9 +81,7 @@ class LossWeights:
 
 
 class RunningMetrics:
-    """Loss and pixel accuracy of the steps since the last log line, accumulated on the device.
-
-    Adding does not synchronize with the device, reading does.
+    """Loss and pixel accuracy since the last log line, accumulated on the device; only reading synchronizes with it.
 
     Attributes:
         totals: (3,) sums of loss and accuracy, and the number of steps.
@@ -95,12 +93,7 @@ class RunningMetrics:
         self._nonfinite_losses: Tensor | None = None
 
     def add(self, step: int, losses: Tensor, means: Tensor) -> None:
-        """Add a step.
-
-        Args:
-            losses: (B,) of the batches of this rank.
-            means: (2,) loss and accuracy over all labelled pixels of all ranks.
-        """
+        """Add the losses (B,) of this rank's batches and the mean loss and accuracy (2,) of all ranks."""
         self.totals[:2] += means
         self.totals[2] += 1
         first = (self._nonfinite_step < 0) & ~means[0].isfinite()
@@ -118,10 +111,6 @@ class RunningMetrics:
         """Return the first step whose loss is not finite, -1 if there is none, and its losses on this rank."""
         step = int(self._nonfinite_step)
         return step, self._nonfinite_losses.tolist() if step >= 0 else []
-
-    def reset(self) -> None:
-        """Start the next log line."""
-        self.totals.zero_()
 
 
 class StepTimer:

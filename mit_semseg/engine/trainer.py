@@ -170,7 +170,8 @@ class Trainer:
             weights: of the batches.
         """
         options, size = self.options, self.world.size
-        before = self._state_before_overflow()
+        fp16 = options.amp == "fp16"
+        before = (self.scaler.get_scale(), [x.clone() for x in self.module.buffers()]) if fp16 else (0.0, [])
         self.optimizer.zero_grad(set_to_none=True)
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
@@ -192,24 +193,15 @@ class Trainer:
         self.scaler.update()
         if size > 1:
             dist.all_reduce(means)
-        if not self._undo_overflow(before):
+        if not self._undo_overflow(*before):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
-    def _state_before_overflow(self) -> tuple[float, list[torch.Tensor]]:
-        """Loss scale and copies of the buffers, with fp16 only."""
-        if self.options.amp != "fp16":
-            return 0.0, []
-        return self.scaler.get_scale(), [buffer.clone() for buffer in self.module.buffers()]
-
-    def _undo_overflow(self, before: tuple[float, list[torch.Tensor]]) -> bool:
-        """With fp16, restore the buffers if the scaler has skipped the update; return whether it has.
-
-        The forward pass has already changed the running statistics.
+    def _undo_overflow(self, scale: float, buffers: Sequence[torch.Tensor]) -> bool:
+        """In fp16, restore the running statistics if the scaler has skipped the update; return whether it has.
 
         Raises:
             TrainingStopped: too many skipped steps in a row.
         """
-        scale, buffers = before
         if self.options.amp != "fp16" or self.scaler.get_scale() >= scale:
             self.overflows_in_a_row = 0
             return False
@@ -251,7 +243,7 @@ class Trainer:
         return moved
 
     def note_batches(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
-        """Record image names, skipped images, labelled pixels and classes of the batches of a step."""
+        """Record what the next log line needs of the batches of a step."""
         batches = list(chain.from_iterable(micro_batches))
         self.image_names[self.step + 1] = [batch.get("info", ()) for batch in batches]
         self.report_skipped(chain.from_iterable(batch.get("skipped", ()) for batch in batches))
@@ -262,8 +254,7 @@ class Trainer:
                 self.classes_seen |= {int(labelled.min()), int(labelled.max())}
 
     def watch(self) -> None:
-        """In a job of several ranks, print the stack of this rank if it makes no progress until shortly before the
-        timeout. Every call restarts the countdown."""
+        """With several ranks, print the stack if this rank makes no progress until shortly before the timeout."""
         if self.world.size > 1:
             faulthandler.dump_traceback_later(0.9 * self.world.timeout, file=sys.__stderr__)
 
@@ -351,7 +342,7 @@ class Trainer:
         )
         for key, value in (("epoch", self.step / iters), ("loss", loss), ("acc", accuracy)):
             self.history["train"][key].append(value)
-        self.metrics.reset()
+        self.metrics.totals.zero_()
         self.timer.reset()
         self.labelled_pixels = 0.0
         if self.run_logger:
@@ -359,11 +350,7 @@ class Trainer:
             self.run_logger.log_step(self.step, {"loss": loss, "accuracy": accuracy, **rates})
 
     def save(self) -> None:
-        """Save the checkpoint to resume from.
-
-        Raises:
-            TrainingStopped: the loss of a step was not finite.
-        """
+        """Save the checkpoint to resume from, unless the loss of a step was not finite (see `check_loss`)."""
         self.check_loss()
         if self.world.is_main:
             save_atomic(trainer_state(self), self.folder.resume)
@@ -427,11 +414,7 @@ class Trainer:
             self.folder.save_weights(self.module, suffix)
 
     def stop(self) -> None:
-        """End the run because of a signal, on all ranks.
-
-        Raises:
-            KeyboardInterrupt: always.
-        """
+        """Raise `KeyboardInterrupt` on all ranks because one has received a signal."""
         self.world.gather(None, "waiting for the last files")
         self.signals.raise_received()
         raise KeyboardInterrupt  # the signal was sent to another rank

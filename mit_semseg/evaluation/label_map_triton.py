@@ -1,6 +1,8 @@
-"""The label map of logits in one Triton kernel: resize, softmax, mean over the views and arg-max without any of them in
-memory. Every program has some pixels of a row; the classes pass by in blocks, twice where there are several views: once
-for the softmax's divisors, once for the means."""
+"""Label map from logits in one Triton kernel: resize, softmax, mean over the views and arg-max, without storing them.
+
+A view is one scale, flipped or not. Every program computes some pixels of a row. It loops over blocks of classes, twice
+if there are several views: first for the softmax denominators, then for the mean probabilities.
+"""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,43 +13,43 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CLASSES, PIXELS = 16, 64  # worked on at a time by a program, which then has registers for all it needs
+CLASSES, PIXELS = 16, 64  # per block of a program; they fit into registers
 
 
 @triton.jit
-def _neighbours(sides, lows, shares, view, positions, count):
-    """For some positions of an output side: the neighbours before and after in a view, and the share of the latter."""
+def _neighbors(sides, lows, weights, view, positions, count):
+    """Lower and upper neighbors of output positions in a view, and the weight of the upper ones."""
     low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
-    share = tl.load(shares + view * count + positions, mask=positions < count, other=0.0)
-    return low, tl.minimum(low + 1, tl.load(sides + view) - 1), share
+    weight = tl.load(weights + view * count + positions, mask=positions < count, other=0.0)
+    return low, tl.minimum(low + 1, tl.load(sides + view) - 1), weight
 
 
 @triton.jit
 def _resized(
-    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
 ):  # fmt: skip
-    """Logits of some classes at some pixels of a row, (classes, pixels); -inf where there is no class."""
-    above, below, share_y = _neighbours(heights, lows_y, shares_y, view, y, H)
-    left, right, share_x = _neighbours(widths, lows_x, shares_x, view, xs, W)
+    """Resized logits (classes, pixels) of a block; -inf beyond the last class."""
+    above, below, weight_y = _neighbors(heights, lows_y, weights_y, view, y, H)
+    left, right, weight_x = _neighbors(widths, lows_x, weights_x, view, xs, W)
     width, inside = tl.load(widths + view), (classes < C)[:, None]
     place = logits + tl.load(starts + view) + classes[:, None]
     a = tl.load(place + ((above * width + left) * C)[None, :], mask=inside, other=0.0)
     b = tl.load(place + ((above * width + right) * C)[None, :], mask=inside, other=0.0)
     c = tl.load(place + ((below * width + left) * C)[None, :], mask=inside, other=0.0)
     d = tl.load(place + ((below * width + right) * C)[None, :], mask=inside, other=0.0)
-    top, bottom = a + (b - a) * share_x[None, :], c + (d - c) * share_x[None, :]
-    return tl.where(inside, top + (bottom - top) * share_y, -float("inf"))
+    top, bottom = a + (b - a) * weight_x[None, :], c + (d - c) * weight_x[None, :]
+    return tl.where(inside, top + (bottom - top) * weight_y, -float("inf"))
 
 
 @triton.jit
 def _kernel(
-    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, labels, C, H, W,
+    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, labels, C, H, W,
     VIEWS: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     y = tl.program_id(0)
     xs = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     slots = tl.arange(0, SLOTS)[:, None]
-    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # logarithms of the softmax's, of every view
+    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # log of the softmax denominator of every view
     if VIEWS > 1:
         for view in range(VIEWS):
             largest = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
@@ -55,7 +57,7 @@ def _kernel(
             for first in range(0, C, CLASSES):
                 classes = first + tl.arange(0, CLASSES)
                 x = _resized(
-                    logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+                    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
                 )  # fmt: skip
                 new = tl.maximum(largest, tl.max(x, axis=0))
                 total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), axis=0)
@@ -68,7 +70,7 @@ def _kernel(
         score = tl.zeros((CLASSES, PIXELS), dtype=tl.float32)
         for view in range(VIEWS):
             x = _resized(
-                logits, starts, heights, widths, lows_y, shares_y, lows_x, shares_x, view, y, xs, classes, C, H, W
+                logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
             )  # fmt: skip
             if VIEWS > 1:
                 divisor = tl.sum(tl.where(slots == view, divisors, 0.0), axis=0)
@@ -76,35 +78,37 @@ def _kernel(
             score += x
         score = tl.where((classes < C)[:, None], score, -float("inf"))
         largest = tl.max(score, axis=0)
-        number = tl.min(tl.where(score == largest[None, :], classes[:, None], C), axis=0)  # the first of the largest
+        number = tl.min(
+            tl.where(score == largest[None, :], classes[:, None], C), axis=0
+        )  # the first class with the largest score
         label = tl.where(largest > best, number, label)
         best = tl.maximum(best, largest)
     tl.store(labels + y.to(tl.int64) * W + xs, label.to(tl.int64), mask=xs < W)
 
 
-def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], places: Sequence[tuple]) -> Tensor:
-    """The class with the largest mean probability of every pixel, see `upsampling.label_map_from_logits`.
+def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], neighbors: Sequence[tuple]) -> Tensor:
+    """Return the class with the largest mean probability at every pixel, see `label_map.label_map_from_logits`.
 
     Args:
-        logits: (C, h, w) float32 each, of one or more views, on one GPU.
-        size: (height, width) of the picture.
-        places: of every view, for the rows and for the columns of the picture: see `upsampling.places`.
+        logits: (C, h, w) float32 per view, on one GPU.
+        size: (height, width) of the image.
+        neighbors: per view, `bilinear_neighbors` of rows and columns.
 
     Returns:
         (height, width) int64.
     """
     (height, width), device = size, logits[0].device
-    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # the classes of a position side by side
+    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # classes innermost
     starts = torch.tensor([0, *accumulate(x.numel() for x in logits)])[:-1].to(device)
     sides = torch.tensor([x.shape[1:] for x in logits], dtype=torch.int32).T.contiguous().to(device)
-    lows, shares = (
-        [torch.stack([own[axis][part] for own in places]).to(device, kind) for axis in range(2)]
+    lows, weights = (
+        [torch.stack([own[axis][part] for own in neighbors]).to(device, kind) for axis in range(2)]
         for part, kind in enumerate((torch.int32, torch.float32))
     )
     labels = torch.empty(size, dtype=torch.int64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _kernel[(height, triton.cdiv(width, PIXELS))](  # of the second there can be 65,535
-            flat, starts, *sides, lows[0], shares[0], lows[1], shares[1], labels, len(logits[0]), height, width,
+        _kernel[(height, triton.cdiv(width, PIXELS))](  # the second grid dimension is limited to 65,535
+            flat, starts, *sides, lows[0], weights[0], lows[1], weights[1], labels, len(logits[0]), height, width,
             VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES, PIXELS=PIXELS,
         )  # fmt: skip
     return labels
