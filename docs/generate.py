@@ -1,18 +1,16 @@
-"""Pages of the documentation that the code knows best, in Markdown.
+"""Generate docs/models.md and docs/options.md from the code.
 
-    python docs/generate.py docs/models.md     # encoders, decoders and recipes: size, cost, published score
-    python docs/generate.py docs/options.md    # every option with its default and meaning
+    python docs/generate.py
 
-The networks are built without memory (on PyTorch's meta device), so this takes seconds.
+Networks are built on PyTorch's meta device, which allocates no memory; this takes about half a minute.
 """
 
-import argparse
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,160 +18,157 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS, Option
-from mit_semseg.lib.utils import atomic_write
-from mit_semseg.models import DECODERS, ENCODERS, ModelBuilder
+from mit_semseg.engine.losses import LOSSES
+from mit_semseg.engine.optim import OPTIMIZERS
+from mit_semseg.models.builder import DECODERS, ENCODERS, ModelBuilder
 from mit_semseg.models.pretrained import has_imagenet_weights
 
-CONFIGS = Path(__file__).resolve().parents[1] / "config"
-SIZE = (512, 688)  # a 512x683 picture as it reaches the network: sides are rounded up to multiples of 8
-REFERENCE = "resnet50dilated"  # the encoder under the decoders' figures
-HEAD = """\
+DOCS = Path(__file__).resolve().parent
+CONFIGS = DOCS.parent / "config"
+INPUT_SIZE = (512, 688)  # a 512x683 image, padded to a multiple of 8
+CHOICES = {  # of options whose values are names in a table of the package
+    "MODEL.arch_encoder": ENCODERS,
+    "MODEL.arch_decoder": DECODERS,
+    "TRAIN.optim": OPTIMIZERS,
+    "TRAIN.loss": LOSSES,
+}
+# "single scale 41.26 / 79.73 / 60.50 (remark)", "32.77 / 76.47" or "mean IoU 78.3"
+SCORES = re.compile(
+    r"(?:single scale |multi-scale )?\d\d\.\d\d(?: / \d\d\.\d\d)+(?: \([^)]*\))?|(?<=mean IoU )\d\d\.\d"
+)
+KINDS = {int: "integer", float: "number", str: "path"}
+
+MODELS_PAGE = """\
 # Models
 
-Any encoder goes with any decoder. This page is made by `python docs/generate.py docs/models.md`.
+Set `MODEL.arch_encoder` and `MODEL.arch_decoder`. Every encoder works with every decoder.
 
-Parameters are millions, with the heads that only training uses. GFLOPs are 10⁹ floating point operations (an addition
-or a multiplication each) of convolutions and matrix products, for one 512x683 picture in inference, padded to 512x688.
+- Parameters: in millions, with the layers that only training uses (deep supervision).
+- GFLOPs: 10⁹ floating point operations of convolutions and matrix products for one image of 512x683 pixels, padded to
+  512x688. A multiplication and an addition count as two operations.
+
+`python docs/generate.py` writes this page.
+
+## Encoders
+
+{encoders}
+
+## Decoders
+
+With the encoder `resnet50dilated` and 150 classes.
+
+{decoders}
+
+## Configurations
+
+The authors of the published models report these scores, in %: mean IoU / pixel accuracy / mean of both. A single number
+is the mean IoU. The scores were not measured with this repository.
+
+{configs}
 """
-OPTIONS_HEAD = """\
+OPTIONS_PAGE = """\
 # Options
 
-Every key of a YAML file and of the end of a command line (`TRAIN.num_epoch 10`). This page is made by
-`python docs/generate.py docs/options.md`.
+Set an option in a YAML file, or at the end of a command line: `python train.py --cfg FILE TRAIN.num_epoch 10`. Write
+lists as `"(300, 375)"` on a command line and as `[300, 375]` in YAML.
+
+`python docs/generate.py` writes this page.
 """
 
 
-@dataclass(frozen=True)
-class _Counted:
-    """A part of a network, what it gives for a picture of `SIZE`, and the GFLOPs of that."""
+class Part(NamedTuple):
+    """An encoder or decoder, its output for an image of `INPUT_SIZE`, and the cost of computing it."""
 
-    part: nn.Module
+    module: nn.Module
     output: object
-    cost: float
+    gflops: float
 
-    @classmethod
-    def of(cls, part: nn.Module, call: Callable, *arguments, **options) -> "_Counted":
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            output = call(*arguments, **options)
-        return cls(part, output, counter.get_total_flops() / 1e9)
+
+def _measure(module: nn.Module, call: Callable[[], object]) -> Part:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = call()
+    return Part(module, output, counter.get_total_flops() / 1e9)
 
 
 @cache
-def _encoder(name: str) -> _Counted:
+def build_encoder(name: str) -> Part:
     with torch.device("meta"):
         encoder = ModelBuilder.build_encoder(name, pretrained=False).eval()
-        return _Counted.of(encoder, encoder, torch.empty(1, 3, *SIZE), return_feature_maps=True)
+        return _measure(encoder, lambda: encoder(torch.empty(1, 3, *INPUT_SIZE), return_feature_maps=True))
 
 
-@cache
-def _decoder(name: str, encoder_name: str, num_class: int = 150) -> _Counted:
-    below = _encoder(encoder_name)
+def build_decoder(name: str, encoder_name: str, num_class: int = 150) -> Part:
+    encoder, features, _ = build_encoder(encoder_name)
+    options = {"in_channels": encoder.out_channels, "output_stride": encoder.output_stride}
     with torch.device("meta"):
-        options = {"in_channels": below.part.out_channels, "output_stride": below.part.output_stride}
         decoder = ModelBuilder.build_decoder(name, num_class=num_class, **options).eval()
-        return _Counted.of(decoder, decoder.head, below.output)
+        return _measure(decoder, lambda: decoder.head(features))
 
 
-def _millions(*modules: nn.Module) -> float:
-    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+def _size_and_cost(*parts: Part) -> tuple[str, str]:
+    parameters = sum(p.numel() for part in parts for p in part.module.parameters()) / 1e6
+    return f"{parameters:.2f}", f"{sum(part.gflops for part in parts):.1f}"
 
 
 def models_page() -> str:
-    """The page of models."""
-    return "\n".join([HEAD, *_encoders(), *_decoders(), *_recipes()])
+    """Return the tables of encoders, decoders and configurations."""
+    encoders, decoders, configs = [], [], []
+    for name in ENCODERS:
+        part = build_encoder(name)
+        channels = ", ".join(map(str, part.module.out_channels))
+        imagenet = "yes" if has_imagenet_weights(name) else "no"
+        encoders.append((f"`{name}`", *_size_and_cost(part), channels, part.module.output_stride, imagenet))
+    for name in DECODERS:
+        decoders.append((f"`{name}`", *_size_and_cost(build_decoder(name, "resnet50dilated"))))
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        cfg = load_config(path)
+        encoder, decoder = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
+        cost = _size_and_cost(build_encoder(encoder), build_decoder(decoder, encoder, cfg.DATASET.num_class))
+        configs.append((f"`{path.stem}`", *cost, published_scores(path.read_text(encoding="utf-8"))))
+    return MODELS_PAGE.format(
+        encoders=_table("Encoder, Parameters, GFLOPs, Channels, Output stride, ImageNet weights", encoders),
+        decoders=_table("Decoder, Parameters, GFLOPs", decoders),
+        configs=_table("Config, Parameters, GFLOPs, Published scores", configs),
+    )
+
+
+def published_scores(config: str) -> str:
+    """Return the published scores in the comments of a configuration file, '-' if there are none."""
+    comments = " ".join(line.lstrip("# ") for line in config.splitlines() if line.startswith("#"))
+    return "; ".join(SCORES.findall(" ".join(comments.split()))) or "-"
 
 
 def options_page() -> str:
-    """The page of options, a table per section."""
-    lines = [OPTIONS_HEAD]
+    """Return one table of options per section."""
     sections: dict[str, list[tuple]] = {}
     for key, option in OPTIONS.items():
-        default = "''" if option.default == "" else str(option.default)
-        row = f"`{key}`", f"`{default}`", _allowed(option), option.help.replace("|", "\\|")
-        sections.setdefault(key.rpartition(".")[0] or "The run", []).append(row)
-    for name, rows in sections.items():
-        lines += [f"## {name}\n", *_table(("Option", "Default", "Allowed", "Meaning"), rows), ""]
-    return "\n".join(lines).rstrip()
+        default = f"{option.default:g}" if isinstance(option.default, float) else str(option.default) or "''"
+        row = f"`{key}`", f"`{default}`", allowed_values(key, option), option.help.replace("|", "\\|")
+        sections.setdefault(key.rpartition(".")[0] or "Run", []).append(row)
+    columns = "Option, Default, Allowed values, Meaning"
+    tables = (f"## {section}\n\n{_table(columns, rows)}\n" for section, rows in sections.items())
+    return "\n".join([OPTIONS_PAGE, *tables])
 
 
-def _allowed(option: Option) -> str:
-    """Choices or bounds of an option."""
-    if option.choices:
-        return ", ".join(f"`{choice}`" for choice in option.choices)
-    if math.isinf(option.low):
-        return ""
-    return f"from {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
+def allowed_values(key: str, option: Option) -> str:
+    """Describe the allowed values of an option in Markdown."""
+    if choices := CHOICES.get(key) or option.choices or ((True, False) if type(option.default) is bool else ()):
+        return ", ".join(f"`{choice}`" for choice in choices)
+    items = "names" if str in option.types else "numbers" if option.fractions else "integers"
+    kinds = [KINDS[kind] for kind in option.types if kind is not tuple]
+    text = " or ".join(kinds + [f"list of {items}"] * (tuple in option.types))
+    if math.isinf(option.high):
+        return text if math.isinf(option.low) else f"{text}, at least {option.low:g}"
+    return f"{text}, {option.low:g} to {option.high:g}"
 
 
-PAGES = {"models": models_page, "options": options_page}
+def _table(columns: str, rows: Iterable[Sequence]) -> str:
+    head = columns.split(", ")
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _encoders() -> Iterator[str]:
-    yield "## Encoders\n"
-    rows = []
-    for name in ENCODERS:
-        counted = _encoder(name)
-        encoder = counted.part
-        channels = ", ".join(map(str, encoder.out_channels))
-        base = "yes" if has_imagenet_weights(name) else "no"
-        rows.append(
-            (f"`{name}`", f"{_millions(encoder):.2f}", f"{counted.cost:.1f}", channels, encoder.output_stride, base)
-        )
-    yield from _table(("Encoder", "parameters", "GFLOPs", "channels", "output stride", "ImageNet base known"), rows)
-
-
-def _decoders() -> Iterator[str]:
-    yield f"\n## Decoders\n\nOn top of `{REFERENCE}`, 150 classes.\n"
-    rows = []
-    for name in DECODERS:
-        decoder = _decoder(name, REFERENCE)
-        rows.append((f"`{name}`", f"{_millions(decoder.part):.2f}", f"{decoder.cost:.1f}"))
-    yield from _table(("Decoder", "parameters", "GFLOPs"), rows)
-
-
-def _recipes() -> Iterator[str]:
-    yield (
-        "\n## Recipes\n\nScores that the authors of the published models report, in %: mean IoU / pixel accuracy / "
-        "their mean, or\nwhat there is of them. They are not measured by this repository.\n"
-    )
-    rows = []
-    for path in sorted(CONFIGS.glob("*.yaml")):
-        cfg = load_config(path)
-        encoder = _encoder(cfg.MODEL.arch_encoder)
-        decoder = _decoder(cfg.MODEL.arch_decoder, cfg.MODEL.arch_encoder, cfg.DATASET.num_class)
-        size, cost = _millions(encoder.part, decoder.part), encoder.cost + decoder.cost
-        rows.append((f"`{path.stem}`", f"{size:.2f}", f"{cost:.1f}", published_score(path.read_text(encoding="utf-8"))))
-    yield from _table(("Config", "parameters", "GFLOPs", "published"), rows)
-
-
-def published_score(recipe: str) -> str:
-    """The score that the comments at the head of a recipe name, or a dash."""
-    comments = " ".join(line.lstrip("# ") for line in recipe.splitlines() if line.startswith("#"))
-    pattern = r"(single scale|multi-scale) +(\d\d\.\d\d / \d\d\.\d\d / \d\d\.\d\d(?: \([^)]*\))?)"
-    if pairs := re.findall(pattern, comments):
-        return "; ".join(f"{how} {score}" for how, score in pairs)
-    single = re.search(r"validation images: (\d\d\.\d\d / \d\d\.\d\d)|published: mean IoU (\d\d\.\d)", comments)
-    return next(group for group in single.groups() if group) if single else "-"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence]) -> Iterator[str]:
-    for row in (head, ["---"] * len(head), *rows):
-        yield f"| {' | '.join(map(str, row))} |"
-
-
-def main() -> None:
-    """Write a page."""
-    parser = argparse.ArgumentParser("python docs/generate.py", description="Write a page of the documentation.")
-    parser.add_argument(
-        "path", metavar="FILE", type=Path, help=f"of the page: {' or '.join(f'{name}.md' for name in PAGES)}"
-    )
-    path = parser.parse_args().path
-    if path.stem not in PAGES:
-        parser.error(f"there is no page {path.stem}, but {', '.join(PAGES)}")
-    with atomic_write(path) as partial:
-        partial.write_text(PAGES[path.stem]() + "\n", encoding="utf-8")
-    print(f"written to {path}")
-
+PAGES = {"models.md": models_page, "options.md": options_page}
 
 if __name__ == "__main__":
-    main()
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(write(), encoding="utf-8")

@@ -1,7 +1,7 @@
-"""The pages of docs/: their commands are run, one after the other, as someone would who pastes them.
+"""README.md and docs/*.md: commands and Python examples run; links, files and option names exist.
 
-In a folder of its own, with fewer steps of training. What cannot be run here says why in a comment at its end: it needs
-the network, a download, GPUs or several machines, or it serves until it is stopped (and is then started and stopped).
+Commands are run in a folder with less training. A comment says why a command is not run: it `needs` a dataset or GPUs,
+or it `downloads` something. A command that `serves` is started and stopped.
 """
 
 import re
@@ -10,67 +10,111 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
-from runs import ROOT, here
+import torch
+from PIL import Image
+from runs import here
 from scenes import write_pairs
+from test_segmenter import write_weights
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
-ELSEWHERE = ("download", "network", "GPUs", "machines")
-RUN = ("quickstart", "own-data", "evaluation", "exporting")
+from mit_semseg.config import load_config
+from mit_semseg.config.defaults import OPTIONS
+from mit_semseg.dataset.synthetic import write_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *DOCS]
+EXECUTED = ("quickstart", "own-data", "training", "evaluation", "segmenting", "exporting")
+PUBLISHED, SMALLER = "ade20k-resnet50dilated-ppm_deepsup", "ade20k-resnet18dilated-c1_deepsup"  # the second is faster
 
 
-def blocks(page, language):
+def code_blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def commands(page):
-    """(command, what its comment says) of every line."""
-    lines = [line for block in blocks(page, "bash") for line in block.splitlines() if line.strip()]
-    return [(line.split("  #")[0].split(" # ")[0].strip(), line.partition("# ")[2]) for line in lines]
+    """Return (command, comment) of every line of shell code."""
+    lines = [line for block in code_blocks(page, "bash") for line in block.splitlines()]
+    lines += re.findall(r"^    ((?:python|torchrun) .+)$", page.read_text(), re.MULTILINE)
+    return [tuple(part.strip() for part in line.partition(" # ")[::2]) for line in lines if line.strip()]
 
 
-def is_run_here(note):
-    return not note.startswith(ELSEWHERE)
+def is_executed(comment):
+    return not comment.startswith(("needs", "downloads"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_existing_files_and_options(page):
+    for words in (shlex.split(part) for line, _ in commands(page) for part in line.split(" && ")):
+        if words[0].startswith("./"):
+            assert (ROOT / words[0]).is_file(), words
+        if words[0] in ("python", "torchrun"):
+            module = words[2].replace(".", "/") if words[1] == "-m" else next(w for w in words if w.endswith(".py"))
+            assert (ROOT / module).with_suffix(".py").is_file() or (ROOT / module / "__main__.py").is_file(), words
+            for word in words:
+                if word.startswith("config/"):
+                    load_config(ROOT / word)
+                elif word.startswith("--") and module.startswith("benchmarks/"):
+                    sources = (ROOT / module).read_text(), (ROOT / "benchmarks" / "common.py").read_text()
+                    assert f'"{word}"' in "".join(sources), words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_options_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text):
+        name, _, anchor = target.partition("#")
+        assert (page.parent / name).exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", (page.parent / name).read_text(), re.MULTILINE)
+            assert anchor in [title.lower().replace(" ", "-") for title in titles], target
+    named = set(re.findall(r"\b(?:DATASET|MODEL|TRAIN|RUNTIME|VAL|INFERENCE|TEST)\.[A-Za-z_]+\b", text))
+    assert named <= set(OPTIONS)
+
+
+def test_readme_links_to_every_page():
+    assert [page.name for page in DOCS if f"(docs/{page.name})" not in PAGES[0].read_text()] == []
+
+
+@pytest.mark.parametrize("page", [page for page in DOCS if "```bash" in page.read_text()], ids=lambda page: page.name)
+def test_commands_are_executed_or_say_why_not(page):
+    assert page.stem in EXECUTED or not any(is_executed(comment) for _, comment in commands(page))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What the checkout offers, with less training, and a data set of one's own."""
+    """Return a folder with the configurations, shortened, and with the dataset of docs/own-data.md."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "config", folder / "config")
-    config = folder / "config" / "quickstart.yaml"
-    text = config.read_text()
-    assert "epoch_iters: 50" in text
-    config.write_text(text.replace("epoch_iters: 50", "epoch_iters: 2"))
-    (mine,) = blocks(ROOT / "docs" / "own-data.md", "yaml")
-    for text, shorter in (("num_epoch: 30", "num_epoch: 1"), ("[300, 375, 450]", "[64, 72]")):
-        assert text in mine
-        mine = mine.replace(text, shorter)
-    (folder / "mine.yaml").write_text(mine)
+    (own_data,) = code_blocks(ROOT / "docs" / "own-data.md", "yaml")
+    (folder / "mine.yaml").write_text(own_data)
+    for file, old, new in (
+        ("config/quickstart.yaml", "epoch_iters: 50", "epoch_iters: 2"),
+        ("mine.yaml", "num_epoch: 30", "num_epoch: 1"),
+        ("mine.yaml", "[300, 375, 450]", "[64, 72]"),
+    ):
+        text = (folder / file).read_text()
+        assert old in text
+        (folder / file).write_text(text.replace(old, new))
     for name in ("train", "val"):
         write_pairs(folder / "data" / "mine" / name, [(60, 45)] * 4, values=(0, 1, 2, 255))
     return folder
 
 
-def test_every_page_has_its_commands_run_or_says_why_not():
-    for page in PAGES:
-        for command, note in commands(page):
-            assert page.stem in RUN or not is_run_here(note), (page.name, command)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize("name", RUN)
-def test_commands(name, folder, monkeypatch):
+@pytest.mark.parametrize("name", EXECUTED)
+def test_commands_run(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    for command, note in commands(ROOT / "docs" / f"{name}.md"):
-        if not is_run_here(note):
+    for command, comment in commands(ROOT / "docs" / f"{name}.md"):
+        if not is_executed(comment):
             continue
-        program, *words = shlex.split(command)
-        assert program == "python", command
-        module, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
-        if note.startswith("serves"):
-            serve(module, arguments, folder)
+        _, *words = shlex.split(command)
+        module, *arguments = words[1:] if words[0] == "-m" else words
+        if comment.startswith("serves"):
+            serve_and_stop(module, arguments, folder)
             continue
         if module == "mit_semseg.dataset.synthetic":
             arguments += ["--train", "4", "--val", "2"]
@@ -78,42 +122,35 @@ def test_commands(name, folder, monkeypatch):
         assert done.returncode == 0, (command, done.stdout[-2000:], done.stderr)
 
 
-def serve(module, arguments, folder):
-    """Start what serves, see that it does, and stop it as its user would."""
+def serve_and_stop(module, arguments, folder):
     command = [sys.executable, "-m", module, *arguments, "--port", "0"]
     job = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        assert any("the page is at http://127.0.0.1" in line for line in job.stdout)
+        assert any("http://127.0.0.1" in line for line in job.stdout)
     finally:
         job.send_signal(signal.SIGINT)
         assert job.wait(timeout=60) == 130
 
 
-def test_pages_and_links_exist():
-    for page in PAGES:
-        text = page.read_text()
-        for target in re.findall(r"\]\(([^)h#][^)#]*)", text) + re.findall(r'src="([^"]+)"', text):
-            assert (page.parent / target).exists(), (page.name, target)
-
-
-def test_guarantees_are_checked_by_tests_that_exist():
-    named = re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text())
-    source = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
-    assert len(named) > 20
-    assert [name for name in named if f"def {name}(" not in source] == []
-
-
-def test_every_page_can_be_found_from_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for page in PAGES:
-        assert f"docs/{page.name}" in readme, page.name
-
-
-def test_benchmarks_that_the_page_names_exist():
-    text = (ROOT / "docs" / "benchmarks.md").read_text()
-    named = re.findall(r"^    python (benchmarks/\w+\.py)(.*)$", text, re.MULTILINE)
-    assert len(named) > 8
-    for script, words in named:
-        source = (ROOT / script).read_text() + (ROOT / "benchmarks" / "common.py").read_text()
-        for option in re.findall(r"--[a-z]+", words):
-            assert f'"{option}"' in source, (script, option)
+def test_python_examples_run(tmp_path, monkeypatch):
+    write_weights(tmp_path / "mirror" / "pytorch" / SMALLER, *SMALLER.split("-")[1:], "epoch_20.pth", 150)
+    write_weights(tmp_path / "ckpt" / "quickstart", "mobilenetv2dilated", "c1_deepsup", "epoch_4.pth", 7)
+    write_weights(tmp_path, "resnet18dilated", "ppm_deepsup", "epoch_20.pth", 150)
+    write_dataset(tmp_path / "data" / "quickstart", train=1, val=1)
+    shutil.copytree(ROOT / "config", tmp_path / "config")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 60, 3), np.uint8)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "mirror").as_uri())
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
+    (short,) = code_blocks(PAGES[0], "python")
+    segmenting, networks = code_blocks(ROOT / "docs" / "python.md", "python")
+    names = {"image": torch.zeros(1, 3, 64, 64)}
+    with torch.no_grad():
+        exec(networks, names)
+        exec(short.replace(PUBLISHED, SMALLER), names)
+        exec(segmenting, names)
+    assert (tmp_path / "overlay.png").is_file()
+    assert names["scores"].shape == (1, 150, 480, 640)
+    assert names["logits"].shape == (1, 150, 8, 8)
+    assert names["probabilities"].shape == (3, 45, 60)
+    assert {p.name for p in (tmp_path / "segmented").iterdir()} == {"image.json", "image.png", "image_index.png"}
