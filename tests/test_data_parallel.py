@@ -1,14 +1,13 @@
 """Scatter, replicas and gather of nested inputs, on CPU replicas and on GPUs if available."""
 
-import os
 import subprocess
 import sys
 import threading
 from collections import namedtuple
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import ENV
 from scenes import tiny_module
 from torch import nn
 
@@ -23,28 +22,17 @@ from mit_semseg.lib.nn import (
 from mit_semseg.lib.nn.scatter import _copy_streams, copy_to_device, gather, scatter
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).resolve().parents[1]
 Pair = namedtuple("Pair", "first second")
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: t,
-        lambda t: {"a": t, "b": [t + 1, (t, "text")]},
-        lambda t: [t, {"x": t * 2}],
-        lambda t: (t, None, 3),
-        lambda t: Pair(t, [t]),
-    ],
-    ids=["tensor", "dict", "list", "tuple", "namedtuple"],
-)
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
-def test_gather_inverts_scatter(make, count):
-    obj = make(torch.arange(10.0).view(5, 2))
-    parts = scatter(obj, [CPU] * count)
-    assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch uses fewer devices
-    assert all(type(part) is type(obj) for part in parts)
-    assert repr(gather(parts, CPU)) == repr(obj)
+def test_gather_inverts_scatter(count):
+    tensor = torch.arange(10.0).view(5, 2)
+    for obj in (tensor, {"a": tensor, "b": [tensor + 1, (tensor, "text", None, 3)]}, Pair(tensor, [tensor])):
+        parts = scatter(obj, [CPU] * count)
+        assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch uses fewer devices
+        assert all(type(part) is type(obj) for part in parts)
+        assert repr(gather(parts, CPU)) == repr(obj)
 
 
 def test_scatter_rejects_different_numbers_of_chunks():
@@ -52,13 +40,12 @@ def test_scatter_rejects_different_numbers_of_chunks():
         scatter({"a": torch.ones(4), "b": torch.ones(1)}, [CPU, CPU])
 
 
-@pytest.mark.parametrize("kind", [DataParallelWithCallback, DictGatherDataParallel])
-def test_positional_and_keyword_tensors_are_scattered(kind):
+def test_positional_and_keyword_tensors_are_scattered():
     class Echo(nn.Module):
         def forward(self, x, **kwargs):
             return {"x": x, "kwargs": kwargs, "thread": threading.current_thread().name}
 
-    result = kind(Echo(), ["cpu", "cpu"])(torch.arange(5), scale=torch.arange(5) * 2, name="x")
+    result = DictGatherDataParallel(Echo(), ["cpu", "cpu"])(torch.arange(5), scale=torch.arange(5) * 2, name="x")
     assert torch.equal(result["x"], torch.arange(5))
     assert torch.equal(result["kwargs"]["scale"], torch.arange(5) * 2)
     assert result["thread"] == "replica 0"
@@ -85,24 +72,17 @@ def test_each_replica_gets_one_dict():
 
 
 def test_replicas_share_parameters_and_replica_0_the_buffers():
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(2))
-            self.register_buffer("calls", torch.zeros(1))
-            self.values = []
-
+    class Counter(nn.Linear):
         def forward(self, x):
             self.calls += 1
-            self.values.append(1)
-            return (x * self.weight).sum()
+            return super().forward(x)
 
-    module = Counter()
+    module = Counter(2, 1)
+    module.register_buffer("calls", torch.zeros(1))
     outputs = UserScatteredDataParallel(module, ["cpu"] * 3)([torch.ones(2) * n for n in (1, 2, 4)])
     outputs.sum().backward()
-    assert module.weight.grad.tolist() == [7, 7]
+    assert module.weight.grad.tolist() == [[7, 7]]
     assert module.calls.item() == 1
-    assert module.values == []
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
@@ -143,21 +123,7 @@ def test_replication_callbacks_share_a_context_per_submodule():
     assert calls == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
 
 
-def test_exception_of_a_replica_keeps_type_and_traceback():
-    class Failing(nn.Module):
-        def forward(self, x):
-            if x.max() > 1:
-                raise UnicodeDecodeError("utf-8", b"x", 0, 1, "five arguments")
-            return x
-
-    with pytest.raises(UnicodeDecodeError, match="five arguments") as caught:
-        DataParallelWithCallback(Failing(), ["cpu", "cpu"])(torch.tensor([1, 2]))
-    assert caught.traceback[-1].name == "forward"
-
-
-def test_mixed_devices_and_module_on_another_device_are_rejected():
-    with pytest.raises(ValueError, match="cpu, cuda:0"):
-        DataParallelWithCallback(nn.Identity(), ["cpu", "cuda:0"])
+def test_module_on_another_device_is_rejected():
     with pytest.raises(ValueError, match=r"cpu.* meta"):
         DataParallelWithCallback(nn.Linear(2, 2, device="meta"), ["cpu", "cpu"])(torch.ones(2, 2))
 
@@ -174,8 +140,6 @@ def test_patched_data_parallel_synchronizes_and_stops_on_errors():
         patch_replication_callback(parallel)
         patch_replication_callback(parallel)  # no effect
         assert isinstance(parallel, kind)
-        parallel.device_ids = []
-        assert torch.equal(parallel(torch.ones(2, 3, 4, 4)), torch.zeros(2, 3, 4, 4))
         parallel.device_ids, parallel.output_device, parallel.dim = ["cpu", "cpu"], "cpu", 0
         torch.testing.assert_close(parallel(x), nn.BatchNorm2d(3)(x))
         replicas = parallel.replicate(norm, parallel.device_ids)
@@ -209,6 +173,5 @@ torch.set_num_threads(1)
 module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
 module([torch.randn(3, 4), torch.randn(5, 4)]).sum().backward()
 """
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    jobs = [subprocess.Popen([sys.executable, "-c", program], env=env, stderr=subprocess.PIPE) for _ in range(4)]
+    jobs = [subprocess.Popen([sys.executable, "-c", program], env=ENV, stderr=subprocess.PIPE) for _ in range(4)]
     assert [(job.communicate(timeout=120)[1], job.returncode) for job in jobs] == [(b"", 0)] * 4

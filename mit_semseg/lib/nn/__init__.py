@@ -1,5 +1,7 @@
 """Synchronized and in-place batch normalization, activation checkpointing, and data parallelism for dicts."""
 
+# ruff: noqa: F401
+
 from .activation_checkpoint import enable_activation_checkpointing
 from .batchnorm import (
     SynchronizedBatchNorm1d,
@@ -15,26 +17,6 @@ from .parallel import (
     UserScatteredDataParallel,
     patch_replication_callback,
 )
-from .replicas import ReplicaError, ReplicaGroup
+from .replicas import ReplicaError
 from .scatter import async_copy_to, user_scattered_collate
 from .sync_stats import ProcessGroupError
-
-__all__ = [
-    "DataParallelWithCallback",
-    "DictGatherDataParallel",
-    "InPlaceABN",
-    "InPlaceABNSync",
-    "ProcessGroupError",
-    "ReplicaError",
-    "ReplicaGroup",
-    "SynchronizedBatchNorm1d",
-    "SynchronizedBatchNorm2d",
-    "SynchronizedBatchNorm3d",
-    "UserScatteredDataParallel",
-    "async_copy_to",
-    "convert_sync_batchnorm",
-    "enable_activation_checkpointing",
-    "patch_replication_callback",
-    "to_batchnorm",
-    "user_scattered_collate",
-]

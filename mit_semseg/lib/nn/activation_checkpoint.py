@@ -29,10 +29,7 @@ def _checkpointed_class(block_class: type[nn.Module]) -> type[nn.Module]:
 def enable_activation_checkpointing(module: nn.Module) -> int:
     """Enable activation checkpointing in the outermost blocks whose class sets `checkpoint_unit = True`.
 
-    The class of each block is replaced by a subclass; parameters, buffers and state-dict keys do not change.
-
-    Returns:
-        The number of blocks.
+    The class of each block is replaced by a subclass; state-dict keys do not change. Return the number of blocks.
     """
     if getattr(module, "checkpoint_unit", False):
         if not isinstance(module, _Checkpointed):

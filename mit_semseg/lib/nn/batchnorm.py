@@ -39,29 +39,21 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             False divides by sqrt(var + eps), as PyTorch.
         synchronized: False uses the statistics of each replica and rank separately; replica 0 updates the running
             statistics.
-
-    Attributes:
-        process_group: ranks to synchronize with; None for all.
-        layer_name: name of the layer in error messages.
     """
 
     clamp_variance = True
     synchronized = True
-    process_group: dist.ProcessGroup | None = None
-    layer_name = ""
-    _replicas: ReplicaGroup | None = None
-    _replica_index = 0
+    process_group: dist.ProcessGroup | None = None  # ranks to synchronize with; None for all
+    layer_name = ""  # for error messages
+    replicas: ReplicaGroup | None = None  # set in each copy by `DataParallelWithCallback`, with its index
+    replica_index = 0
 
     def __init__(self, *args, clamp_variance: bool = True, synchronized: bool = True, **kwargs):
         super().__init__(*args, **kwargs)
         self.clamp_variance, self.synchronized = clamp_variance, synchronized
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize each channel of (N, C, ...), in any floating-point dtype.
-
-        Raises:
-            ReplicaError, ProcessGroupError: another replica or rank failed or timed out.
-        """
+        """Normalize each channel of (N, C, ...); raise ReplicaError or ProcessGroupError if a replica or rank fails."""
         if isinstance(x, torch.fx.Proxy) and not self.training:  # FX tracing: sizes are symbolic
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         self._check_channels(x)
@@ -76,14 +68,10 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
 
-    def set_replica_group(self, replicas: ReplicaGroup, index: int, layer_name: str) -> None:
-        """Synchronize this copy of the layer, on replica `index`, with those of the other replicas."""
-        self._replicas, self._replica_index, self.layer_name = replicas, index, layer_name
-
     def to_plain(self) -> None:
         """Convert to `nn.BatchNorm*` in place, with the same parameters and buffers."""
         self.__class__ = next(plain for plain, kind in _SYNCHRONIZED.items() if isinstance(self, kind))
-        for name in ("clamp_variance", "synchronized", "process_group", "layer_name", "_replicas", "_replica_index"):
+        for name in ("clamp_variance", "synchronized", "process_group", "layer_name", "replicas", "replica_index"):
             vars(self).pop(name, None)
 
     def __deepcopy__(self, memo: dict) -> "SynchronizedBatchNorm":
@@ -95,15 +83,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _check_channels(self, x: Tensor) -> None:
         self._check_input_dim(x)
         if x.size(1) != self.num_features:
-            raise ValueError(
-                f"{self._display_name()}: expected {self.num_features} channels, got shape {tuple(x.shape)}"
-            )
+            name = self._display_name()
+            raise ValueError(f"{name}: expected {self.num_features} channels, got shape {tuple(x.shape)}")
 
     def _display_name(self) -> str:
         return self.layer_name or f"{type(self).__name__}({self.num_features})"
 
     def _syncs_replicas(self) -> bool:
-        return self.training and self.synchronized and self._replicas is not None and self._replicas.size > 1
+        return self.training and self.synchronized and self.replicas is not None
 
     def _syncs_ranks(self) -> bool:
         distributed = dist.is_available() and dist.is_initialized()
@@ -111,15 +98,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _updates_running_stats(self) -> bool:
         recomputing = getattr(_thread_state, "recomputing", False)
-        return self.track_running_stats and self._replica_index == 0 and not recomputing
+        return self.track_running_stats and self.replica_index == 0 and not recomputing
 
     def _gather_and_normalize(self, *arguments: Tensor | None) -> Tensor:
-        """Normalize this replica's input together with those of the other replicas, on replica 0."""
-        group, name = self._replicas, self._display_name()
-        return group.gather_and_compute(self._replica_index, name, arguments, self._normalize_replicas)
+        name = self._display_name()
+        return self.replicas.gather_and_compute(self.replica_index, name, arguments, self._normalize_replicas)
 
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
-        """Compute the outputs of all replicas from their (input, weight, bias); update the running statistics."""
+        """Compute the outputs of all replicas from their (input, weight, bias)."""
         inputs, weights, biases = zip(*arguments, strict=True)
         stats = SyncStatistics(self.eps, self.clamp_variance, self.process_group, self._display_name())
         outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)
@@ -156,10 +142,7 @@ class SynchronizedBatchNorm1d(SynchronizedBatchNorm, nn.BatchNorm1d):
 
 
 class SynchronizedBatchNorm2d(SynchronizedBatchNorm, nn.BatchNorm2d):
-    """Synchronized `nn.BatchNorm2d`; input (N, C, H, W).
-
-    Unlike `nn.BatchNorm2d` it can be trained with a single value per channel (a 1x1 map of one image).
-    """
+    """Synchronized `nn.BatchNorm2d`; input (N, C, H, W). Can be trained with a single value per channel."""
 
 
 class SynchronizedBatchNorm3d(SynchronizedBatchNorm, nn.BatchNorm3d):
@@ -176,8 +159,7 @@ _SYNCHRONIZED = {
 def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
     """Convert all batch norms of a module in place to synchronized ones, and return the module.
 
-    Parameters, buffers, hooks, `requires_grad` and the divisor sqrt(var + eps) are kept. `process_group` None means all
-    ranks.
+    Parameters, buffers, hooks and the divisor sqrt(var + eps) are kept. `process_group` None means all ranks.
     """
     for part in module.modules():
         if type(part) in _SYNCHRONIZED:
@@ -191,8 +173,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup |
 def to_batchnorm(module: nn.Module) -> nn.Module:
     """Convert all synchronized batch norms of a module in place to `nn.BatchNorm*`, and return the module.
 
-    Raises:
-        ValueError: an `InPlaceABN` includes an activation.
+    Raises ValueError if an `InPlaceABN` includes an activation.
     """
     for part in module.modules():
         if isinstance(part, SynchronizedBatchNorm):

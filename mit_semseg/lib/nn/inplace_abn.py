@@ -1,9 +1,8 @@
 """Batch normalization and activation in one autograd node that saves only its output.
 
 Rota Bulò, Porzi & Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018. Leaky ReLU
-is invertible and the scale is never zero, so the backward pass recovers the normalized values from the output. The
-input can be freed, which halves the memory of normalization and activation. The node can also add a shortcut before the
-activation. A negative slope of 1 stands for no activation.
+is invertible and the scale is never zero, so the backward pass recovers the normalized values from the output. This
+halves the memory of normalization and activation. A negative slope of 1 stands for no activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,6 @@ from .sync_stats import (
     channel_sums,
     channel_view,
     compute_dtype,
-    moments,
     normalize,
     reduction_dims,
     split_evenly,
@@ -44,7 +42,7 @@ class InPlaceABNFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stats: SyncStatistics, slope: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs, shortcuts, weights, biases = split_evenly(tensors, 4)
-        stats.merge([moments(x) for x in inputs])
+        stats.merge(inputs)
         outputs = []
         for x, shortcut, weight, bias in zip(inputs, shortcuts, weights, biases, strict=True):
             vectors = stats.mean, *stats.scale_and_shift(x, effective_weight(weight, stats.eps), bias)
@@ -85,12 +83,10 @@ def effective_weight(weight: Tensor | None, eps: float) -> Tensor | None:
 
 
 def _activate(z: Tensor, slope: float) -> Tensor:
-    """Apply leaky ReLU; in place if gradients are disabled."""
     return z if slope == 1 else F.leaky_relu(z, slope, inplace=not torch.is_grad_enabled())
 
 
 def _activation_gradient(y: Tensor, g: Tensor, slope: float) -> Tensor:
-    """Return the gradient before the activation from the output and its gradient."""
     # The operator that autograd uses: `torch.where` is many times slower on a CPU.
     return g if slope == 1 else torch.ops.aten.leaky_relu_backward(g, y, slope, False)
 
@@ -109,28 +105,20 @@ def _recover(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tenso
 
 
 def _gradient_sums(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tensor]:
-    """Return sum(gradient) and sum(gradient * normalized values) per channel."""
     normalized, gradient = _recover(slope, y, g, shortcut, shift, inverse_scale)
     return gradient.sum(reduction_dims(y)), normalized.mul_(gradient).sum(reduction_dims(y))
 
 
 def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_factor, constant) -> Tensor:
-    """Return gradient * factor + normalized values * value_factor + constant."""
     normalized, gradient = _recover(slope, y, g, shortcut, shift, inverse_scale)
     result = normalized.mul_(channel_view(value_factor, y)).add_(channel_view(constant, y))
     return result.addcmul_(gradient, channel_view(factor, y))
 
 
 class InPlaceABN(SynchronizedBatchNorm2d):
-    """Batch normalization with local statistics and an activation; saves only the output for the backward pass.
+    """Batch normalization with local statistics and scale |weight| + eps, and an activation: 'leaky_relu' or 'none'.
 
-    The scale is |weight| + eps. For 16-bit inputs the input is saved as well: 16-bit outputs are too coarse to recover
-    the normalized values.
-
-    Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: see `nn.BatchNorm2d`.
-        activation: 'leaky_relu' or 'none'; ReLU is not invertible.
-        slope: negative slope of leaky ReLU, > 0.
+    Saves only the output. 16-bit outputs are too coarse to recover the normalized values: 16-bit inputs are saved too.
     """
 
     synchronized = False
@@ -140,13 +128,11 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         super().__init__(num_features, *args, clamp_variance=False, synchronized=type(self).synchronized, **kwargs)
         if activation not in ACTIVATIONS or slope <= 0:
             raise ValueError(
-                f"activation {activation!r} with slope {slope} is not invertible; choose 'none', or 'leaky_relu' with "
-                "a slope above 0"
+                f"activation {activation!r} with slope {slope}: use 'none', or 'leaky_relu' with a slope > 0"
             )
         self.activation, self.slope = activation, slope if activation == "leaky_relu" else 1.0
 
     def without_activation(self) -> "InPlaceABN":
-        """Remove the activation and return this layer."""
         self.activation, self.slope = "none", 1.0
         return self
 
@@ -164,15 +150,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         return f"{super().extra_repr()}, activation={self.activation}, slope={self.slope}"
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Normalize each channel, add the shortcut, apply the activation.
-
-        Args:
-            x: (N, C, H, W), any floating-point dtype.
-            shortcut: (N, C, H, W), saved for the backward pass.
-
-        Raises:
-            ReplicaError, ProcessGroupError: another replica or rank failed or timed out.
-        """
+        """Normalize each channel of (N, C, H, W), add the shortcut of the same shape, apply the activation."""
         self._check_channels(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias, shortcut)
@@ -185,7 +163,6 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         return self._add_activate(y, shortcut)
 
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
-        """Compute the outputs of all replicas from (input, weight, bias, shortcut); update the running statistics."""
         inputs, weights, biases, shortcuts = zip(*arguments, strict=True)
         local = not (self.synchronized and self.training)
         stats = SyncStatistics(self.eps, False, self.process_group, self._display_name(), local)

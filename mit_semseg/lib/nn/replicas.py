@@ -13,31 +13,18 @@ class ReplicaError(UserError, RuntimeError):
 
 
 class ReplicaGroup:
-    """The replicas of a module during one forward pass.
+    """The replicas of a module during one forward pass; each waits at most `timeout` seconds for the others."""
 
-    Args:
-        size: number of replicas.
-        timeout: seconds that a replica waits for the others.
-    """
-
-    def __init__(self, size: int, timeout: float = DEFAULT_TIMEOUT):
+    def __init__(self, size: int, timeout: float):
         self.size, self.timeout, self.stopped = size, timeout, False
         self._barrier = threading.Barrier(size, timeout=timeout)
         self._inputs: list = [None] * size
         self._results: list = []
 
     def gather_and_compute(self, index: int, layer_name: str, value, compute: Callable[[list], list]):
-        """Gather a value from every replica, compute on replica 0, and return this replica's result.
+        """Gather the values of all replicas, compute one result for each on replica 0, and return that of `index`.
 
-        Args:
-            index: of this replica.
-            layer_name: must be the same in all replicas.
-            value: input of this replica.
-            compute: maps the values of all replicas to one result per replica.
-
-        Raises:
-            ReplicaError: another replica failed or timed out.
-            RuntimeError: the replicas called different layers.
+        Raises ReplicaError if another replica failed or timed out, RuntimeError if the layer names differ.
         """
         self._inputs[index] = layer_name, value
         self._wait(index, layer_name)
@@ -66,7 +53,6 @@ class ReplicaGroup:
             self._barrier.wait()
         except threading.BrokenBarrierError:
             missing = ", ".join(str(i) for i, value in enumerate(self._inputs) if value is None) or "0"
-            reason = (
-                "another replica failed" if self.stopped else f"replica {missing} timed out after {self.timeout:g} s"
-            )
+            timeout = f"replica {missing} timed out after {self.timeout:g} s"
+            reason = "another replica failed" if self.stopped else timeout
             raise ReplicaError(f"{layer_name}: replica {index} of {self.size} stopped: {reason}") from None

@@ -1,9 +1,11 @@
 """Copy, scatter and gather tensors in nested dicts, lists and tuples."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from ..utils import map_tensors
 
 _copy_streams: dict[torch.device, "torch.cuda.Stream"] = {}
 
@@ -23,31 +25,16 @@ def as_device(device: torch.device | str | int) -> torch.device:
     return device
 
 
-def _map_tensors(function: Callable[[Tensor], object], obj):
-    """Apply a function to all tensors of a structure; keep other values."""
-    if isinstance(obj, Tensor):
-        return function(obj)
-    if isinstance(obj, Mapping):
-        return {key: _map_tensors(function, value) for key, value in obj.items()}
-    if isinstance(obj, (list, tuple)):
-        values = [_map_tensors(function, value) for value in obj]
-        return type(obj)(*values) if hasattr(obj, "_fields") else type(obj)(values)
-    return obj
-
-
 def _list_tensors(obj) -> list[Tensor]:
     tensors: list[Tensor] = []
-    _map_tensors(tensors.append, obj)
+    map_tensors(tensors.append, obj)
     return tensors
 
 
 def async_copy_to(obj, device, main_stream=None):
-    """Copy all tensors of a structure to a device; asynchronously from pinned memory to a GPU.
+    """Copy all tensors in nested dicts, lists and tuples to a device; asynchronously from pinned memory to a GPU.
 
-    Args:
-        obj: tensor, or nested dicts, lists and tuples; other values are kept.
-        device: see `as_device`.
-        main_stream: CUDA stream that uses the copies; their memory is not reused before it has finished.
+    `main_stream` is the CUDA stream that uses the copies; their memory is not reused before it has finished.
     """
     device = as_device(device)
     asynchronous = device.type == "cuda"  # an asynchronous copy to the CPU could be read before it is complete
@@ -58,10 +45,10 @@ def async_copy_to(obj, device, main_stream=None):
             result.record_stream(main_stream)
         return result
 
-    return _map_tensors(copy, obj)
+    return map_tensors(copy, obj)
 
 
-def copy_to_device(obj, device: torch.device):
+def copy_to_device(obj, device: torch.device | str | int):
     """`async_copy_to` that copies from the CPU to a GPU on a separate stream, in parallel with queued kernels."""
     device = as_device(device)
     if device.type != "cuda" or {tensor.device.type for tensor in _list_tensors(obj)} != {"cpu"}:
@@ -75,22 +62,16 @@ def copy_to_device(obj, device: torch.device):
     return copies
 
 
-def scatter(obj, devices: Sequence[torch.device], dim: int = 0) -> list:
+def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> list:
     """Split all tensors of a structure into chunks along a dimension; return one structure per device.
 
     Other values are passed to every device. Tensors with fewer elements than devices use only the first devices.
-
-    Raises:
-        ValueError: the tensors split into different numbers of chunks.
     """
     counts = {len(tensor.chunk(len(devices), dim)) for tensor in _list_tensors(obj)}
     if len(counts) > 1:
-        raise ValueError(
-            f"tensors split into different numbers of chunks for {len(devices)} devices ({sorted(counts)}); use the "
-            f"same size in dimension {dim} for all tensors"
-        )
+        raise ValueError(f"tensors split into {sorted(counts)} chunks; use the same size in dimension {dim} for all")
     return [
-        copy_to_device(_map_tensors(lambda tensor, i=i: tensor.chunk(len(devices), dim)[i], obj), device)
+        copy_to_device(map_tensors(lambda tensor, i=i: tensor.chunk(len(devices), dim)[i], obj), device)
         for i, device in enumerate(devices[: counts.pop()] if counts else devices)
     ]
 

@@ -1,9 +1,8 @@
 """Statistics and autograd function of synchronized batch normalization.
 
-Replicas and ranks contribute the count, mean and sum of squared deviations of their inputs. These are merged as in
-Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so that the
-variance is never negative. The forward and the backward pass each use one collective. The replicas of a process share
-one autograd node, so their backward pass needs no threads.
+Counts, means and sums of squared deviations of replicas and ranks are merged as in Chan, Golub & LeVeque, "Updating
+Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so the variance is never negative. Forward and
+backward pass use one collective each. The replicas of a process share one autograd node.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,12 +25,7 @@ class ProcessGroupError(UserError, RuntimeError):
 
 @dataclass
 class SyncStatistics:
-    """Statistics of one layer in one forward pass, merged over replicas and ranks.
-
-    Attributes:
-        count: elements per channel, float64 scalar.
-        mean, squared_deviations, variance, inverse_std: (C,) float64; the variance is the biased one.
-    """
+    """Statistics of one layer in one forward pass, merged over replicas and ranks: (C,) float64 tensors."""
 
     eps: float
     clamp_variance: bool = False  # divide by sqrt(max(var, eps)) instead of sqrt(var + eps)
@@ -39,36 +33,42 @@ class SyncStatistics:
     layer_name: str = ""  # for error messages
     local: bool = False  # do not communicate with other ranks
 
-    def merge(self, moments: Sequence[Tensor]) -> None:
-        """Compute the statistics from the `moments` of all replicas and ranks, on the first replica's device."""
-        rows = torch.stack([row.to(moments[0].device) for row in moments])
-        if self._world_size > 1:
-            gathered = [torch.empty_like(rows) for _ in range(self._world_size)]
-            run_collective(lambda: dist.all_gather(gathered, rows, group=self.group), self.group, self.layer_name)
+    def merge(self, inputs: Sequence[Tensor]) -> None:
+        """Compute the statistics of the inputs of all replicas and ranks, on the first replica's device."""
+        distributed = not self.local and dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size(self.group) if distributed else 1
+        rows = torch.stack([_moments(x).to(inputs[0].device) for x in inputs])
+        if self.world_size > 1:
+            gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
+            self.communicate(dist.all_gather, gathered, rows)
             rows = torch.cat(gathered)
         counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
         self.count = counts.sum().clamp(min=1)  # avoid division by zero for an empty batch
         self.mean = (counts * means).sum(0) / self.count
-        self.squared_deviations = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
-        self.variance = self.squared_deviations / self.count
+        squared_deviations = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
+        self.variance = squared_deviations / self.count
+        self.unbiased_variance = squared_deviations / (self.count - 1).clamp(min=1)
         divisor = self.variance.clamp(min=self.eps) if self.clamp_variance else self.variance + self.eps
         self.inverse_std = divisor.rsqrt()
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
         """Sum the terms of all replicas and ranks, on the first replica's device."""
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
-        if self._world_size > 1:
-            run_collective(lambda: dist.all_reduce(total, group=self.group), self.group, self.layer_name)
+        if self.world_size > 1:
+            self.communicate(dist.all_reduce, total)
         return total
 
-    @property
-    def _world_size(self) -> int:
-        distributed = not self.local and dist.is_available() and dist.is_initialized()
-        return dist.get_world_size(self.group) if distributed else 1
-
-    @property
-    def unbiased_variance(self) -> Tensor:
-        return self.squared_deviations / (self.count - 1).clamp(min=1)
+    def communicate(self, collective: Callable, *tensors) -> None:
+        """Call a collective; raise ProcessGroupError with the layer's name if a rank ended or timed out (gloo only)."""
+        try:
+            collective(*tensors, group=self.group)
+        except RuntimeError as error:
+            if not is_communication_error(error):
+                raise
+            raise ProcessGroupError(
+                f"{self.layer_name}: communication failed on rank {dist.get_rank(self.group)} of {self.world_size}, "
+                f"another rank ended or timed out ({first_sentence(error)})"
+            ) from error
 
     def scale(self, weight: Tensor | None) -> Tensor:
         """Return weight / std, (C,) float64."""
@@ -92,7 +92,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, stats: SyncStatistics, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs, weights, biases = split_evenly(tensors, 3)
-        stats.merge([moments(x) for x in inputs])
+        stats.merge(inputs)
         ctx.stats = stats
         ctx.save_for_backward(*inputs, *weights)
         return tuple(
@@ -105,9 +105,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         stats = ctx.stats
         inputs, weights = split_evenly(ctx.saved_tensors, 2)
-        local_sums = [
-            channel_sums(_gradient_sums, (x, g), (stats.mean,)) for x, g in zip(inputs, gradients, strict=True)
-        ]
+        pairs = zip(inputs, gradients, strict=True)
+        local_sums = [channel_sums(_gradient_sums, pair, (stats.mean,)) for pair in pairs]
         sum_g, sum_gx = stats.sum(local_sums)
         slope = -sum_gx * stats.inverse_std.square() / stats.count
         if stats.clamp_variance:  # below eps the divisor is constant, so the variance has no gradient
@@ -117,20 +116,17 @@ class SyncBatchNormFunction(torch.autograd.Function):
             scale = stats.scale(weight)
             vectors = stats.mean, scale, scale * slope, -scale * sum_g / stats.count
             input_gradients.append(blockwise(_input_gradient, (x, g), vectors))
-            if weight is not None:
-                own_gx = own_gx * stats.inverse_std.to(own_gx)
-            weight_gradients.append(None if weight is None else own_gx.to(weight))
+            weight_gradients.append(None if weight is None else (own_gx * stats.inverse_std.to(own_gx)).to(weight))
             bias_gradients.append(None if weight is None else own_g.to(weight))
         return None, *input_gradients, *weight_gradients, *bias_gradients
 
 
 def split_evenly(tensors: Sequence[Tensor | None], parts: int) -> list[Sequence[Tensor | None]]:
-    """Split a sequence into parts of equal length."""
     size = len(tensors) // parts
     return [tensors[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def moments(x: Tensor) -> Tensor:
+def _moments(x: Tensor) -> Tensor:
     """Return count, means and sums of squared deviations of (N, C, ...), concatenated: (1 + 2 C,) float64."""
     means_and_squares = channel_sums(_mean_and_squared_deviations, (x,)).flatten()
     return torch.cat([means_and_squares.new_full((1,), x.numel() // x.size(1)), means_and_squares])
@@ -148,7 +144,6 @@ def _mean_and_squared_deviations(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradient_sums(x: Tensor, g: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sum(g) and sum(g * (x - mean)) per channel."""
     product = (x - channel_view(mean, x)).mul_(g)
     return g.sum(reduction_dims(x), dtype=compute_dtype(x)), product.sum(reduction_dims(x))
 
@@ -164,16 +159,12 @@ def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor, slope: Te
     return result.addcmul_(g.to(result.dtype), channel_view(scale, x))
 
 
-def channel_sums(
-    function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()
-) -> Tensor:
+def channel_sums(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Tensor:
     """Apply a function that returns n tensors (C,) to all `blocks`; concatenate the results to (n, C) float64."""
     return torch.cat([torch.stack(function(*block)).double() for block in blocks(tensors, vectors)], dim=1)
 
 
-def blockwise(
-    function: Callable[..., Tensor], tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()
-) -> Tensor:
+def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> Tensor:
     """Apply an elementwise function of `tensors` and `vectors` to their `blocks`; return the first tensor's dtype."""
     arguments = list(blocks(tensors, vectors))
     if len(arguments) == 1:
@@ -185,10 +176,9 @@ def blockwise(
 
 
 def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor | None, ...]]:
-    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels.
+    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels; on GPUs and for channels-last into one block.
 
-    On a CPU, allocating large intermediate results takes longer than the arithmetic. On other devices, and for the
-    channels-last layout, there is a single block.
+    On a CPU, allocating large intermediate results takes longer than the arithmetic.
     """
     x = tensors[0]
     step = channels = x.size(1)
@@ -212,23 +202,6 @@ def reduction_dims(x: Tensor) -> list[int]:
 def channel_view(values: Tensor, x: Tensor) -> Tensor:
     """Convert (C,) values to the device and compute dtype of (N, C, ...) `x` and to a shape that broadcasts with it."""
     return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
-
-
-def run_collective(collective: Callable[[], object], group: dist.ProcessGroup | None, name: str) -> None:
-    """Call a function that communicates, and name the layer if that fails.
-
-    Raises:
-        ProcessGroupError: a rank ended or timed out (gloo only: NCCL terminates the process).
-    """
-    try:
-        collective()
-    except RuntimeError as error:
-        if not is_communication_error(error):
-            raise
-        raise ProcessGroupError(
-            f"{name}: communication failed on rank {dist.get_rank(group)} of {dist.get_world_size(group)}, another "
-            f"rank ended or timed out ({first_sentence(error)})"
-        ) from error
 
 
 def is_communication_error(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,12 +35,8 @@ class WriteError(UserError):
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: an error or a crash leaves the previous file unchanged.
 
-    Yields:
-        A temporary path in the same folder, which is created if needed. It is renamed to `path` at the end of the
-        block, or removed if the block raises.
-
-    Raises:
-        WriteError: the disk is full, read-only or damaged, or `path` is a folder or too long.
+    Yields a temporary path in the same folder, which is created if needed, and renames the file at the end. Raises
+    WriteError if the disk is full, read-only or damaged, or if `path` is a folder or too long.
     """
     path = Path(path)
     if not path.name or os.path.isdir(path):
@@ -51,22 +47,18 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
-    except WriteError:  # of another file
-        raise
     except Exception as error:
-        if reason := _disk_error_message(error):
-            raise WriteError(f"{path} cannot be written: {reason}; the previous file is unchanged") from None
-        raise
+        reason = _disk_error_message(error)
+        if not reason or isinstance(error, WriteError):  # of another file
+            raise
+        raise WriteError(f"{path} cannot be written: {reason}; the previous file is unchanged") from None
     finally:
         with suppress(OSError):  # the disk may have become read-only
             partial.unlink(missing_ok=True)
 
 
 def is_stale_partial(path: Path) -> bool:
-    """Return whether a temporary file of `atomic_write` was left behind by a process that has ended.
-
-    Files of other hosts are stale if they were not modified for a day.
-    """
+    """Return whether the process that wrote a temporary file of `atomic_write` has ended; other hosts: after a day."""
     match = re.search(r"\.(\d+)\.partial$", path.name)
     if not match:
         return False
@@ -84,10 +76,10 @@ def is_process_alive(pid: int) -> bool:
         return True
     try:
         os.kill(pid, 0)
+    except PermissionError:  # a process of another user
+        return True
     except (ProcessLookupError, OverflowError):
         return False
-    except OSError:  # a process of another user
-        return True
     return True
 
 
@@ -126,12 +118,7 @@ def is_terminal(stream) -> bool:
 
 
 def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **options) -> tqdm:
-    """Return a `tqdm` progress bar that is hidden if standard error is not a terminal; see `disable_progress_bars`.
-
-    Args:
-        iterable, options: see `tqdm`.
-        shown: False hides the bar, for example on ranks other than 0.
-    """
+    """Return a `tqdm` progress bar, hidden if standard error is not a terminal or `shown` is False."""
     return tqdm(iterable, disable=not (shown and _progress_bars["enabled"] and is_terminal(sys.stderr)), **options)
 
 
@@ -151,14 +138,7 @@ def first_sentence(error: BaseException) -> str:
 
 
 def as_numpy(obj):
-    """Convert tensors to NumPy arrays.
-
-    Args:
-        obj: tensor (on any device, may require gradients), scalar, or nested mappings and sequences.
-
-    Returns:
-        An array for a tensor or scalar; a dict or list of the same structure for a container.
-    """
+    """Convert tensors and scalars in nested mappings and sequences to NumPy arrays in nested dicts and lists."""
     if isinstance(obj, Mapping):
         return {key: as_numpy(value) for key, value in obj.items()}
     if isinstance(obj, Sequence) and not isinstance(obj, str):
@@ -168,12 +148,18 @@ def as_numpy(obj):
     return np.array(obj)
 
 
-def mark_volatile(obj):
-    """Detach tensors, also in nested dicts, lists and tuples."""
+def map_tensors(function: Callable, obj):
+    """Apply a function to all tensors in nested dicts, lists and tuples; keep other values."""
     if isinstance(obj, torch.Tensor):
-        return obj.detach()
+        return function(obj)
     if isinstance(obj, Mapping):
-        return {key: mark_volatile(value) for key, value in obj.items()}
+        return {key: map_tensors(function, value) for key, value in obj.items()}
     if isinstance(obj, (list, tuple)):
-        return [mark_volatile(value) for value in obj]
+        values = [map_tensors(function, value) for value in obj]
+        return type(obj)(*values) if hasattr(obj, "_fields") else type(obj)(values)
     return obj
+
+
+def mark_volatile(obj):
+    """Detach all tensors in nested dicts, lists and tuples."""
+    return map_tensors(torch.Tensor.detach, obj)

@@ -1,5 +1,3 @@
 """Tensor conversions under their names in version 2."""
 
-from . import as_numpy, mark_volatile
-
-__all__ = ["as_numpy", "mark_volatile"]
+from . import as_numpy, mark_volatile  # noqa: F401

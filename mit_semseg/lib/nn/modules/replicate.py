@@ -1,5 +1,3 @@
 """Replication with callbacks under its names in version 2."""
 
-from ..parallel import DataParallelWithCallback, patch_replication_callback
-
-__all__ = ["DataParallelWithCallback", "patch_replication_callback"]
+from ..parallel import DataParallelWithCallback, patch_replication_callback  # noqa: F401

@@ -1,17 +1,16 @@
 """Data parallelism on several devices of one process, for inputs that are dicts.
 
-`torch.nn.DataParallel` splits one large tensor. Here the caller may pass one dict per device. Their images may differ
-in size, so they need no padding to a common size. The CPU may be listed several times: its replicas are threads that
-share the parameters.
+`torch.nn.DataParallel` splits one large tensor. Here the caller may pass one dict per device, with images of different
+sizes. The CPU may be listed several times: its replicas are threads that share the parameters.
 """
 
 import copy
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -21,15 +20,13 @@ from ..batchnorm import SynchronizedBatchNorm
 from ..replicas import DEFAULT_TIMEOUT, ReplicaError, ReplicaGroup
 from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter, user_scattered_collate  # noqa: F401
 
-THREAD_EXIT_SECONDS = 1.0  # time for replica threads to end after the outputs, or an error, are available
-
 
 class DataParallelWithCallback(nn.DataParallel):
     """`nn.DataParallel` for nested inputs, on GPUs or on several CPU replicas.
 
     Batch norms of class `SynchronizedBatchNorm*d` use the statistics of all replicas. Each replica calls the method
-    `__data_parallel_replicate__(context, copy_id)` of all sub-modules that define it. An exception in a replica stops
-    the others and keeps its traceback. Activation checkpointing of synchronized norms is not supported.
+    `__data_parallel_replicate__(context, copy_id)` of all sub-modules that define it. Activation checkpointing of
+    synchronized norms is not supported.
 
     Args:
         module: module on the first device.
@@ -37,17 +34,11 @@ class DataParallelWithCallback(nn.DataParallel):
             single device the module is called directly.
         output_device, dim: see `nn.DataParallel`.
         timeout: seconds that a replica waits for the others.
-
-    Raises:
-        ValueError: CPU and GPUs are mixed.
     """
 
     def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = DEFAULT_TIMEOUT):
-        devices = as_devices(device_ids or ())
-        types = {device.type for device in devices}
-        if len(types) > 1:
-            raise ValueError(f"device_ids {', '.join(map(str, devices))}: use only GPUs or only the CPU")
-        if types == {"cpu"}:
+        devices = [as_device(device) for device in device_ids or ()]
+        if devices and devices[0].type == "cpu":
             nn.Module.__init__(self)
             self.module, self.dim = module, dim
             self.device_ids, self.output_device, self.src_device_obj = devices, devices[0], devices[0]
@@ -75,17 +66,59 @@ class DataParallelWithCallback(nn.DataParallel):
     def scatter(self, inputs, kwargs, device_ids):
         if not device_ids:
             return (inputs,), (kwargs,)
-        parts = scatter((inputs, kwargs), as_devices(device_ids), self.dim)
+        parts = scatter((inputs, kwargs), device_ids, self.dim)
         return tuple(part[0] for part in parts), tuple(part[1] for part in parts)
 
     def replicate(self, module, device_ids):
         on_cpu = as_device(self.device_ids[0]).type == "cpu"
         replicas = _share_parameters(module, len(device_ids)) if on_cpu else super().replicate(module, device_ids)
-        self._group = connect_replicas(module, replicas, self.timeout)
+        self._group = ReplicaGroup(len(replicas), self.timeout)
+        named = [(name, SimpleNamespace()) for name, _ in module.named_modules()]
+        for index, replica in enumerate(replicas):
+            for (name, context), part in zip(named, replica.modules(), strict=True):
+                if isinstance(part, SynchronizedBatchNorm):
+                    part.replicas, part.replica_index, part.layer_name = self._group, index, name
+                if hasattr(part, "__data_parallel_replicate__"):
+                    part.__data_parallel_replicate__(context, index)
         return replicas
 
     def parallel_apply(self, replicas, inputs, kwargs):
-        return run_replicas(replicas, inputs, kwargs, as_devices(self.device_ids[: len(replicas)]), self._group)
+        """Call each replica in a thread, with the gradient, inference and autocast modes and streams of this thread.
+
+        Raises the first exception of a replica with its original traceback, or ReplicaError if one timed out.
+        """
+        results: queue.SimpleQueue = queue.SimpleQueue()
+        devices = [as_device(device) for device in self.device_ids[: len(replicas)]]
+        kind = devices[0].type
+        autocast, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        streams = [torch.cuda.current_stream(device) for device in devices if kind == "cuda"]
+
+        def run(index: int) -> None:
+            try:
+                with ExitStack() as stack:
+                    # Replica 0 computes synchronized layers on all streams; the last one sets the device.
+                    for stream in (*streams, *streams[index : index + 1]):
+                        stack.enter_context(torch.cuda.stream(stream))
+                    stack.enter_context(torch.inference_mode(inference))
+                    stack.enter_context(torch.set_grad_enabled(grad_enabled))
+                    stack.enter_context(torch.autocast(kind, dtype, enabled=autocast))
+                    results.put((index, replicas[index](*inputs[index], **kwargs[index]), None))
+            except BaseException as error:
+                results.put((index, None, error))
+
+        # Daemon threads: a replica that hangs does not block the exit of the process.
+        indices = range(len(replicas))
+        threads = [threading.Thread(target=run, args=(i,), name=f"replica {i}", daemon=True) for i in indices]
+        for thread in threads:
+            thread.start()
+        try:
+            return _collect_outputs(results, len(replicas), self._group)
+        finally:
+            # A thread that still runs when the interpreter exits aborts the process; one that hangs gets a second.
+            deadline = time.monotonic() + 1
+            for thread in threads:
+                thread.join(max(0, deadline - time.monotonic()))
 
     def gather(self, outputs, output_device):
         return gather(outputs, output_device, self.dim)
@@ -104,7 +137,7 @@ class UserScatteredDataParallel(DictGatherDataParallel):
             actual = len(elements) if isinstance(elements, (list, tuple)) else type(elements).__name__
             raise ValueError(f"expected one list with 1 to {limit} elements, one per device, got {actual}")
         if device_ids:
-            elements = map(copy_to_device, elements, as_devices(device_ids))
+            elements = map(copy_to_device, elements, device_ids)
         scattered = tuple((element,) for element in elements)
         return scattered, tuple(dict(kwargs) for _ in scattered)
 
@@ -119,92 +152,22 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
         data_parallel.timeout, data_parallel._group = DEFAULT_TIMEOUT, None
 
 
-class _CallbackContext:
-    """Object that `__data_parallel_replicate__` receives, shared by the copies of a sub-module."""
-
-
-def connect_replicas(module: nn.Module, replicas: Sequence[nn.Module], timeout: float) -> ReplicaGroup:
-    """Connect the synchronized batch norms of the replicas of a module, and call the replication callbacks."""
-    group = ReplicaGroup(len(replicas), timeout)
-    named = [(name, _CallbackContext()) for name, _ in module.named_modules()]
-    for index, replica in enumerate(replicas):
-        for (name, context), part in zip(named, replica.modules(), strict=True):
-            if isinstance(part, SynchronizedBatchNorm):
-                part.set_replica_group(group, index, name)
-            if hasattr(part, "__data_parallel_replicate__"):
-                part.__data_parallel_replicate__(context, index)
-    return group
-
-
 def _share_parameters(module: nn.Module, count: int) -> list[nn.Module]:
     """Copy a module; the copies share its parameters, and copy 0 also its buffers."""
     values = [value for part in module.modules() for value in vars(part).values()]
     shared = [value for value in values if isinstance(value, (torch.Tensor, dist.ProcessGroup))]
     shared += module.parameters()
-    buffers = list(module.buffers())
     replicas = []
     for index in range(count):
-        own_buffers = [buffer.detach().clone() for buffer in buffers] if index else buffers
         memo = {id(value): value for value in shared}
-        memo |= {id(old): new for old, new in zip(buffers, own_buffers, strict=True)}
+        memo |= {id(buffer): buffer.detach().clone() if index else buffer for buffer in module.buffers()}
         replicas.append(copy.deepcopy(module, memo))
     return replicas
 
 
-def as_devices(ids: Sequence) -> list[torch.device]:
-    return [as_device(device) for device in ids]
-
-
-def run_replicas(
-    replicas: Sequence[Callable],
-    inputs: Sequence[tuple],
-    kwargs: Sequence[dict],
-    devices: Sequence[torch.device],
-    group: ReplicaGroup,
-) -> list:
-    """Call each replica in a thread, with the gradient, inference and autocast modes and the streams of this thread.
-
-    Raises:
-        ReplicaError: a replica timed out.
-        Exception: the first exception of a replica, with its original traceback.
-    """
-    results: queue.SimpleQueue = queue.SimpleQueue()
-    types = {device.type for device in devices}
-    autocast = {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in types}
-    grad_enabled, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    streams = [torch.cuda.current_stream(device) if device.type == "cuda" else None for device in devices]
-
-    def run(index: int) -> None:
-        device = devices[index]
-        try:
-            with ExitStack() as stack:
-                # Replica 0 computes synchronized layers on the streams of all devices. The last one sets the device.
-                for stream in filter(None, (*streams, streams[index])):
-                    stack.enter_context(torch.cuda.stream(stream))
-                stack.enter_context(torch.inference_mode(inference))
-                stack.enter_context(torch.set_grad_enabled(grad_enabled))
-                enabled, dtype = autocast[device.type]
-                stack.enter_context(torch.autocast(device.type, dtype, enabled=enabled))
-                results.put((index, replicas[index](*inputs[index], **kwargs[index]), None))
-        except BaseException as error:
-            results.put((index, None, error))
-
-    # Daemon threads: a replica that hangs does not block the exit of the process.
-    threads = [threading.Thread(target=run, args=(i,), name=f"replica {i}", daemon=True) for i in range(len(replicas))]
-    for thread in threads:
-        thread.start()
-    try:
-        return _collect_outputs(results, len(replicas), group)
-    finally:
-        # A thread that still runs when the interpreter exits aborts the process.
-        deadline = time.monotonic() + THREAD_EXIT_SECONDS
-        for thread in threads:
-            thread.join(max(0, deadline - time.monotonic()))
-
-
 def _collect_outputs(results: queue.SimpleQueue, count: int, group: ReplicaGroup) -> list:
     """Wait for (index, output, error) of every replica; raise the first error that no other error caused."""
-    outputs, stop_error, running = [None] * count, None, set(range(count))
+    outputs, running = [None] * count, set(range(count))
     while running:
         try:
             # The first replica may take any time, the others `timeout` longer.
@@ -215,11 +178,8 @@ def _collect_outputs(results: queue.SimpleQueue, count: int, group: ReplicaGroup
             raise ReplicaError(f"replica {names} timed out {group.timeout:g} s after the first") from None
         running.discard(index)
         outputs[index] = output
-        if isinstance(error, ReplicaError) and group.stopped:
-            stop_error = error  # another replica failed; its error follows
-        elif error is not None:
+        caused = isinstance(error, ReplicaError) and group.stopped  # by the error of another replica, which follows
+        if error is not None and not caused:
             group.stop()
             raise error
-    if stop_error is not None:
-        raise stop_error
     return outputs
