@@ -116,14 +116,13 @@ def test_commands_run(name, folder, monkeypatch):
 
 
 def test_python_examples_run(tmp_path, monkeypatch):
-    write_weights(tmp_path / "mirror" / "pytorch" / SMALLER, *SMALLER.split("-")[1:], "epoch_20.pth", 150)
+    write_weights(tmp_path / "cache" / SMALLER, *SMALLER.split("-")[1:], "epoch_20.pth", 150)
     write_weights(tmp_path / "ckpt" / "quickstart", "mobilenetv2dilated", "c1_deepsup", "epoch_4.pth", 7)
     write_weights(tmp_path, "resnet18dilated", "ppm_deepsup", "epoch_20.pth", 150)
     write_dataset(tmp_path / "data" / "quickstart", train=1, val=1)
     shutil.copytree(ROOT / "config", tmp_path / "config")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (45, 60, 3), np.uint8)).save(tmp_path / "image.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "mirror").as_uri())
     monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
     (short,) = code_blocks(PAGES[0], "python")
     segmenting, networks = code_blocks(ROOT / "docs" / "python.md", "python")
