@@ -2,7 +2,7 @@
 
 import io
 import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from runs import here
 
-import mit_semseg
 from mit_semseg import Segmenter
-from mit_semseg.cli.devices import auto_device, pick_devices
+from mit_semseg.cli.devices import auto_device
 from mit_semseg.config import load_config
 from mit_semseg.dataset import class_table
 from mit_semseg.dataset.image_io import ImageFileError
@@ -90,7 +89,6 @@ def test_orientation_and_transparency_are_applied_to_bytes_and_pil_images(segmen
         (PIXELS[:0], r"\(0, 60, 3\)"),
         (torch.zeros(45, 60, 3), r"\(45, 60, 3\)"),
         (torch.full((3, 8, 8), 2.0), r"2\.\.2"),
-        (17, "int"),
         (None, "NoneType"),
     ],
 )
@@ -111,9 +109,6 @@ def test_segmenter_and_test_py_give_the_same_result(segmenter, folder):
 def test_result_has_classes_overlay_panel_and_files(segmenter, tmp_path):
     result = segmenter(PIXELS)
     assert {entry["index"]: entry["class"] for entry in result.classes}.items() <= dict(enumerate(NAMES)).items()
-    fractions = [entry["fraction"] for entry in result.classes]
-    assert fractions == sorted(fractions, reverse=True)
-    assert sum(fractions) == pytest.approx(1)
     assert np.array_equal(np.asarray(result.overlay(0, legend=False)), PIXELS)
     assert np.array_equal(np.asarray(result.overlay(1, legend=False)), segmenter.table.colors[result.label_map])
     assert result.overlay().width > 60
@@ -121,24 +116,24 @@ def test_result_has_classes_overlay_panel_and_files(segmenter, tmp_path):
     with pytest.raises(ValueError, match="alpha"):
         result.overlay(1.5)
     suffixes = [".png", "_overlay.png", "_index.png", ".json"]
-    assert result.save(tmp_path / "new", suffixes) == [tmp_path / "new" / f"image{suffix}" for suffix in suffixes]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(f"image{s}" for s in suffixes)
+    written = result.save(tmp_path / "new", suffixes)
+    assert sorted(written) == sorted(tmp_path.glob("new/*")) == sorted(tmp_path / f"new/image{s}" for s in suffixes)
 
 
 def test_saving_overwrites_only_results(segmenter, tmp_path):
-    for name in ("x", "y"):
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (30, 20), "red").save(tmp_path / name / "1.png")
-    before = (tmp_path / "x" / "1.png").read_bytes()
-    results = segmenter([tmp_path / "x" / "1.png", tmp_path / "y" / "1.png"])
+    paths = [tmp_path / name / "1.png" for name in ("x", "y")]
+    for path in paths:
+        path.parent.mkdir()
+        Image.new("RGB", (30, 20), "red").save(path)
+    before = paths[0].read_bytes()
+    result = segmenter(paths[0])
     with pytest.raises(UserError, match=r"1\.png"):
-        segmenter(tmp_path / "x" / "1.png").save(tmp_path / "x")
-    assert (tmp_path / "x" / "1.png").read_bytes() == before
-    written = [path for result in results for path in result.save(tmp_path / "out")]
-    assert len(set(written)) == 2
+        result.save(tmp_path / "x")
+    assert paths[0].read_bytes() == before
+    assert result.save(tmp_path / "out") == result.save(tmp_path / "out") == [tmp_path / "out" / "1.png"]
+    written = {path for result in segmenter(paths) for path in result.save(tmp_path / "out")}
+    assert len(written) == 2
     assert all(path.is_file() for path in written)
-    single = segmenter([tmp_path / "x" / "1.png"])[0]
-    assert single.save(tmp_path / "out") == single.save(tmp_path / "out") == [tmp_path / "out" / "1.png"]
 
 
 @pytest.mark.parametrize("opts", [[], ["INFERENCE.window_size", "32", "INFERENCE.flip", "True"]])
@@ -146,9 +141,7 @@ def test_probabilities_are_those_of_the_label_map(folder, opts):
     segmenter = Segmenter.from_config(folder / "own.yaml", opts=opts, device="cpu")
     result = segmenter(PIXELS)
     classes, probabilities = result.probabilities(top=3)
-    assert classes.shape == probabilities.shape == (3, 45, 60)
     assert np.array_equal(classes[0], result.label_map)
-    np.testing.assert_allclose(probabilities.sum(0), 1, atol=1e-5)
     item = segmenter._preprocess(Image.fromarray(PIXELS))
     expected = segmenter._predictor.probabilities(item["img_data"], (45, 60)).numpy()
     np.testing.assert_allclose(np.take_along_axis(expected, classes, 0), probabilities, atol=1e-5)
@@ -158,30 +151,19 @@ def test_probabilities_are_those_of_the_label_map(folder, opts):
 
 def test_concurrent_calls_give_the_same_results(segmenter):
     images = [np.roll(PIXELS, shift, axis=1) for shift in range(6)]
-    expected, results = [segmenter(image).label_map for image in images], [None] * 6
-
-    def work(number):
-        results[number] = segmenter(images[number]).label_map
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(np.array_equal(a, b) for a, b in zip(results, expected, strict=True))
+    with ThreadPoolExecutor(6) as threads:
+        results = list(threads.map(segmenter, images))
+    for image, result in zip(images, results, strict=True):
+        assert np.array_equal(result.label_map, segmenter(image).label_map)
 
 
-def test_published_network_is_downloaded_once(tmp_path, monkeypatch):
-    """The download server is a folder."""
-    write_weights(
-        tmp_path / "mirror" / "pytorch" / PUBLISHED_NAME, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150
-    )
-    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "mirror").as_uri())
-    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path / "cache"))
+def test_published_network_is_downloaded_once(site, monkeypatch):
+    folder = site.folder / "model" / "pytorch" / PUBLISHED_NAME
+    write_weights(folder, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
     small = ["DATASET.imgSizes", "40"]
     result = Segmenter.from_pretrained(PUBLISHED_NAME, device="cpu", opts=small)(PIXELS)
     assert result.table.names == class_table().names
-    monkeypatch.setenv("MIT_SEMSEG_MIRROR", (tmp_path / "missing").as_uri())
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
     cached = Segmenter.from_pretrained(PUBLISHED_NAME, device="cpu", opts=small)(PIXELS)
     assert np.array_equal(cached.label_map, result.label_map)
     with pytest.raises(UserError, match=r"'resnet'.*ade20k-"):
@@ -200,20 +182,7 @@ def test_published_options_equal_the_recipe(name):
         assert [published[section][key] for key in keys] == [recipe[section][key] for key in keys]
 
 
-def test_devices_are_selected_by_name(monkeypatch):
-    assert auto_device("cpu") == torch.device("cpu")
+def test_unknown_or_missing_device_is_named():
     for name in ("gpu", "cuda:7"):
         with pytest.raises(UserError, match=f"'{name}'.* cpu"):
             auto_device(name)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert auto_device() == torch.device("cuda:0")
-    assert auto_device("cuda:1") == torch.device("cuda", 1)
-    assert pick_devices("cuda:1") == [torch.device("cuda", 1)]
-    assert pick_devices("auto") == pick_devices(None) == [torch.device("cuda", 0)]
-
-
-def test_package_exports_segmenter():
-    assert mit_semseg.Segmenter is Segmenter
-    with pytest.raises(AttributeError, match="segmenter"):
-        _ = mit_semseg.segmenter

@@ -24,7 +24,7 @@ from ..lib.utils import UserError, atomic_write, expand_path
 from ..models.fuse_bn import fuse_batchnorm
 from .common import DEFAULT_CONFIG, add_verbosity
 from .logs import setup_logger
-from .quantize import CALIBRATION_IMAGES, SCORED_IMAGES, evaluate_int8, quantize
+from .quantize import OnnxNetwork, evaluate_files, quantize
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 OUTPUTS = ("logits", "labels")
@@ -39,14 +39,9 @@ class ExportError(UserError, RuntimeError):
 
 
 class ExportedNetwork(nn.Module):
-    """A network in the form that is exported.
+    """A `SegmentationModule` in the form that is exported; `output` is one of `OUTPUTS`."""
 
-    Args:
-        module: a `SegmentationModule`.
-        output: one of `OUTPUTS`.
-    """
-
-    def __init__(self, module: nn.Module, output: str = "logits"):
+    def __init__(self, module: nn.Module, output: str):
         super().__init__()
         fused = fuse_batchnorm(module).to(memory_format=torch.contiguous_format)
         self.encoder, self.decoder, self.output = fused.encoder, fused.decoder, output
@@ -59,7 +54,7 @@ class ExportedNetwork(nn.Module):
 
 
 def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", metadata: dict[str, str]) -> float:
-    """Export a network, and compare the outputs of the file with those of the network.
+    """Export a network, compare the outputs of the file with those of the network, and return the largest difference.
 
     Args:
         module: a `SegmentationModule`.
@@ -68,17 +63,13 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
         output: one of `OUTPUTS`.
         metadata: stored in the file, see `make_metadata`.
 
-    Returns:
-        Largest difference, see `compare`.
-
     Raises:
         ExportError: a package is missing, or the outputs differ.
     """
     network = ExportedNetwork(module, output).eval()
-    write, load = {"onnx": (_write_onnx, _load_onnx), "torch_export": (_write_program, _load_program)}[kind]
     with atomic_write(path) as partial:
-        write(network, partial, metadata)
-        difference = compare(network, load(partial))
+        exported = (_write_onnx if kind == "onnx" else _write_program)(network, partial, metadata)
+        difference = compare(network, exported)
         if difference > TOLERANCE:
             raise ExportError(f"{path}: outputs of the {kind} file differ by {difference:.1e}; the file was deleted")
     return difference
@@ -86,10 +77,7 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
 
 @torch.inference_mode()
 def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
-    """Return the largest difference of the outputs over `TEST_SHAPES`.
-
-    The difference of logits is relative to the largest logit; that of labels is the fraction of different pixels.
-    """
+    """Return the largest difference over `TEST_SHAPES`: relative to the largest logit, or the fraction of labels."""
     differences = []
     for seed, shape in enumerate(TEST_SHAPES):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -110,44 +98,30 @@ def _trace_arguments() -> dict:
     return {"args": (example,), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
 
 
-def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
+    """Write the file and load it."""
     program = torch.export.export(network, **_trace_arguments())
-    with open(path, "wb") as file:
+    with open(path, "w+b") as file:
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
-
-
-def _load_program(path: Path) -> Callable[[Tensor], Tensor]:
-    with open(path, "rb") as file:
+        file.seek(0)
         return torch.export.load(file).module()
 
 
-def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> None:
+def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
     try:
         import onnx
         import onnxruntime  # noqa: F401  (used after the export; check it before)
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run pip install -e ".[export]"') from None
-    program = torch.onnx.export(
-        network,
-        **_trace_arguments(),
-        dynamo=True,
-        input_names=["image"],
-        output_names=[network.output],
-        opset_version=OPSET,
-        verbose=False,
-    )
-    model = program.model_proto
+    options = {"dynamo": True, "opset_version": OPSET, "verbose": False}
+    names = {"input_names": ["image"], "output_names": [network.output]}
+    model = torch.onnx.export(network, **_trace_arguments(), **names, **options).model_proto
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     onnx.save_model(model, path)
-
-
-def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda x: torch.from_numpy(session.run(None, {"image": x.numpy()})[0])
+    exported = OnnxNetwork(path)
+    return lambda x: exported.logits({"img_data": x})
 
 
 def make_metadata(cfg: Config, output: str) -> dict[str, str]:
@@ -169,9 +143,8 @@ def make_metadata(cfg: Config, output: str) -> dict[str, str]:
 
 def main() -> None:
     """Run `python -m mit_semseg.export`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m mit_semseg.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m mit_semseg.export", description=__doc__, formatter_class=formatter)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default: onnx)")
     parser.add_argument("--output", choices=OUTPUTS, default="logits", help="output of the network (default: logits)")
     parser.add_argument(
@@ -179,8 +152,8 @@ def main() -> None:
     )
     parser.add_argument("--int8", action="store_true", help="also write an ONNX file quantized to 8-bit integers")
     for name, default, text in (
-        ("calibration", CALIBRATION_IMAGES, "training images to calibrate the quantization with"),
-        ("scored", SCORED_IMAGES, "validation images to compare the mean IoU on"),
+        ("calibration", 32, "training images to calibrate the quantization with"),
+        ("scored", 100, "validation images to compare the mean IoU on"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
     add_verbosity(parser)
@@ -194,23 +167,19 @@ def main() -> None:
     metadata = make_metadata(cfg, args.output)
     difference = export(module, path, kind=args.format, output=args.output, metadata=metadata)
     shapes = ", ".join("x".join(map(str, shape)) for shape in TEST_SHAPES)
-    print(f"{path} ({_mebibytes(path)}): outputs differ by at most {difference:.1e} at {shapes}")
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): outputs differ by at most {difference:.1e} at {shapes}")
     if datasets:
         calibration, validation = datasets
         int8_path = path.with_suffix(f".int8{path.suffix}")
         quantize(path, int8_path, calibration)
-        print(f"{int8_path} ({_mebibytes(int8_path)}): calibrated with {len(calibration)} training images")
-        options = {"align_corners": module.align_corners, "inference": inference_options(cfg)}
-        evaluations = evaluate_int8(path, int8_path, validation, **options)
+        size = int8_path.stat().st_size / 2**20
+        print(f"{int8_path} ({size:.1f} MiB): calibrated with {len(calibration)} training images")
+        evaluations = evaluate_files([path, int8_path], validation, module.align_corners, inference_options(cfg))
         float32, int8 = (100 * evaluation.summary.mean_iou for evaluation in evaluations)
         print(
             f"mean IoU {float32:.2f} % in float32, {int8:.2f} % in int8 ({int8 - float32:+.2f} points), "
             f"{evaluations[0].images} validation images"
         )
-
-
-def _mebibytes(path: Path) -> str:
-    return f"{path.stat().st_size / 2**20:.1f} MiB"
 
 
 def _int8_datasets(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:

@@ -149,8 +149,9 @@ def run_video(cfg: Config, given: str, device: torch.device, smoothing: float) -
         raise UserError("--smoothing does not work with a sliding window; set INFERENCE.window_size 0")
     logger.info("device: %s", device)
     segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device)
-    written = segment_video(segmenter, given, output_path(given, Path(cfg.TEST.result)), smoothing=smoothing)
-    print(f"{written.path}: {written.frames} frames{', interrupted' if written.interruption else ''}")
-    if written.interruption:
-        raise written.interruption
+    path = output_path(given, Path(cfg.TEST.result))
+    count, interruption = segment_video(segmenter, given, path, smoothing=smoothing)
+    print(f"{path}: {count} frames{', interrupted' if interruption else ''}")
+    if interruption:
+        raise interruption
     return 0

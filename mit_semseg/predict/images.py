@@ -14,7 +14,7 @@ from PIL import Image
 from ..dataset.image_io import as_rgb, read_image
 from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
 from ..lib.utils import UserError, shorten_list
-from .results import add_suffix, check_overwriting, is_result, unique_stems
+from .results import check_overwriting, is_result, unique_stems
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,10 @@ class UnsupportedImageError(UserError, TypeError):
 
 
 def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
-    """Return the name and the RGB image of a source.
+    """Return the path of a source, or `name` if it has none, and its RGB image.
 
-    Args:
-        source: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
-            (3, H, W), uint8 or floating point in 0..1.
-        name: used if the source has no path.
+    `source` is a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
+    (3, H, W), uint8 or floating point in 0..1.
 
     Raises:
         ImageFileError: the file is missing or cannot be decoded.
@@ -43,49 +41,37 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
         return name, read_image(io.BytesIO(source), f"{name} ({len(source)} bytes)")
     if isinstance(source, Image.Image):
         return getattr(source, "filename", "") or name, as_rgb(source, name)
+    pixels = None
     if isinstance(source, torch.Tensor):
-        return name, Image.fromarray(_tensor_to_array(source))
-    if isinstance(source, np.ndarray):
-        if source.dtype == np.uint8 and source.size and (source.ndim == 2 or source.shape[2:] == (3,)):
-            return name, Image.fromarray(np.ascontiguousarray(source)).convert("RGB")
-        raise UnsupportedImageError(
-            f"got an array {source.shape} of {source.dtype}; expected uint8 of shape (H, W, 3) in RGB order, or (H, W)"
-        )
+        x = source.detach().cpu()
+        if x.is_floating_point():
+            if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+                raise UnsupportedImageError(
+                    f"got a tensor with values {x.min():g}..{x.max():g}; expected 0..1, before normalization"
+                )
+            x = (x * 255).round().to(torch.uint8)
+        if x.dim() == 3 and len(x) == 3:
+            pixels = x.permute(1, 2, 0).numpy()
+    elif isinstance(source, np.ndarray) and (source.ndim == 2 or source.shape[2:] == (3,)):
+        pixels = source
+    if pixels is not None and pixels.dtype == np.uint8 and pixels.size:
+        return name, Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    kind = f"{tuple(source.shape)} of {source.dtype}" if hasattr(source, "shape") else type(source).__name__
     raise UnsupportedImageError(
-        f"got {type(source).__name__}; expected a path, bytes, a PIL image, an array (H, W, 3) uint8 or a tensor"
+        f"got {kind}; expected a path, bytes, a PIL image, an array (H, W, 3) or (H, W) uint8 in RGB order, or a "
+        "tensor (3, H, W), uint8 or floating point in 0..1"
     )
 
 
-def _tensor_to_array(x: torch.Tensor) -> np.ndarray:
-    x = x.detach().cpu()
-    if x.dim() != 3 or x.size(0) != 3 or not x.numel() or not (x.dtype == torch.uint8 or x.is_floating_point()):
-        raise UnsupportedImageError(
-            f"got a tensor {tuple(x.shape)} of {x.dtype}; expected (3, H, W), uint8 or floating point in 0..1"
-        )
-    if x.is_floating_point():
-        if not (x.min() >= 0 and x.max() <= 1):
-            raise UnsupportedImageError(
-                f"got a floating point tensor with values {x.min():g}..{x.max():g}; expected 0..1, before normalization"
-            )
-        x = (x * 255).round().to(torch.uint8)
-    return x.permute(1, 2, 0).contiguous().numpy()
-
-
 def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Find the images that `--imgs` names, and choose the output path of each.
+    """Return {image path: output path without suffix} for `--imgs`; no two images share an output file.
 
     Results of earlier runs are skipped; so are videos, with a warning.
 
     Args:
         pattern: an image, a folder (searched recursively for all formats that Pillow reads), or a glob pattern.
         folder: output folder; subfolders below `pattern` are kept.
-        suffixes: suffixes of the files to be written, see `Result.save_as`.
-
-    Returns:
-        {image path: output path without suffix}; no two images share an output file.
-
-    Raises:
-        UserError: no image is found, or an output file exists that is not a result.
+        suffixes: of the files to be written, see `Result.save_as`. It is an error if one exists and is not a result.
     """
     path = Path(pattern)
     if path.is_file():
@@ -102,7 +88,7 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
     stems = unique_stems([str(p.relative_to(base)) for p in images])
     outputs = {str(p): folder / stems[str(p.relative_to(base))] for p in images}
     for image, stem in outputs.items():
-        check_overwriting(image, [add_suffix(stem, suffix) for suffix in suffixes])
+        check_overwriting(image, [Path(f"{stem}{suffix}") for suffix in suffixes])
     return outputs
 
 

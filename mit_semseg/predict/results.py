@@ -22,22 +22,14 @@ PNG_LEVEL = 1  # half the time of Pillow's default 6, files a tenth larger
 
 @dataclass(frozen=True)
 class Result:
-    """A segmented image.
+    """A segmented image."""
 
-    Attributes:
-        path: path or name of the image.
-        image: (H, W, 3) uint8 RGB.
-        label_map: (H, W) int64 class indices.
-        table: class names and colors.
-        stem: relative path without suffix that `save` writes to; None uses the name of the image.
-    """
-
-    path: str
-    image: np.ndarray
-    label_map: np.ndarray
-    table: ClassTable
-    _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] | None = field(default=None, repr=False)
-    stem: Path | None = field(default=None, repr=False)
+    path: str  # path or name of the image
+    image: np.ndarray  # (H, W, 3) uint8 RGB
+    label_map: np.ndarray  # (H, W) int64 class indices
+    table: ClassTable  # class names and colors
+    _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    stem: Path | None = field(default=None, repr=False)  # path without suffix for `save`; None: the name of the image
 
     @property
     def classes(self) -> list[dict]:
@@ -45,15 +37,7 @@ class Result:
         return class_fractions(self.label_map, self.table)
 
     def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
-        """Blend the image with the class colors.
-
-        Args:
-            alpha: weight of the colors, 0..1.
-            legend: add a legend to the right of the image.
-
-        Raises:
-            ValueError: `alpha` is not in 0..1.
-        """
+        """Blend the image with the class colors, weighted by `alpha` in 0..1; `legend` adds a legend on the right."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha}")
         return overlay(self.image, self.label_map, self.table, alpha, legend=legend)
@@ -67,14 +51,9 @@ class Result:
 
         Returns:
             Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
-
-        Raises:
-            ValueError: `top` is not in 1..number of classes, or the result was not made by a `Segmenter`.
         """
         if not 1 <= top <= len(self.table):
             raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
-        if self._top_classes is None:
-            raise ValueError("this result has no network; probabilities need a result of a Segmenter")
         return self._top_classes(self.image, top)
 
     def save(self, folder: str | Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
@@ -82,19 +61,16 @@ class Result:
         stem = self.stem or unique_stems([Path(self.path).name or "image"]).popitem()[1]
         return self.save_as(Path(folder, stem), suffixes)
 
-    def save_as(self, stem: Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
-        """Save `<stem><suffix>` for every suffix and return the paths. Results of an earlier run are overwritten.
+    def save_as(self, stem: Path, suffixes: Sequence[str]) -> list[Path]:
+        """Save `<stem><suffix>` for every suffix and return the paths; only results of earlier runs are overwritten.
 
         Args:
             stem: path without suffix.
             suffixes: `.png` (panel), `_overlay.png` (overlay with legend), `_index.png` (class indices as 8-bit gray,
                 16-bit above 256 classes), `_label.png` (the raw label values of the dataset, as evaluation servers
                 expect) or `.json` (see `as_dict`).
-
-        Raises:
-            UserError: a file exists that is not a result; nothing is written.
         """
-        paths = [add_suffix(stem, suffix) for suffix in suffixes]
+        paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
         check_overwriting(self.path, paths)
         for suffix, path in zip(suffixes, paths, strict=True):
             if suffix == ".json":
@@ -136,7 +112,10 @@ def unique_stems(names: Sequence[str]) -> dict[str, Path]:
     Folders are kept, `..` is replaced by `_parent`. File names that differ only in case count as equal, as on Windows
     and macOS.
     """
-    paths = {name: _relative_path(Path(name)) for name in names}
+    paths = {}
+    for name in names:
+        parts = Path(name).relative_to(Path(name).anchor).parts
+        paths[name] = Path(*("_parent" if part == ".." else part for part in parts))
     uses = Counter(str(path.with_suffix("")).casefold() for path in paths.values())
     stems, taken = {}, set()
     for name, path in paths.items():
@@ -145,20 +124,10 @@ def unique_stems(names: Sequence[str]) -> dict[str, Path]:
         for stem in chain(preferred, (path.with_name(f"{path.name}_{number}") for number in count(2))):
             files = {f"{stem}{suffix}".casefold() for suffix in SUFFIXES}
             if not files & taken:
+                stems[name] = stem
+                taken |= files
                 break
-        stems[name] = stem
-        taken |= files
     return stems
-
-
-def _relative_path(path: Path) -> Path:
-    parts = path.parts[1:] if path.is_absolute() else path.parts
-    return Path(*("_parent" if part == ".." else part for part in parts))
-
-
-def add_suffix(stem: Path, suffix: str) -> Path:
-    """Append a suffix to the file name; `Path.with_suffix` would replace an extension in it."""
-    return stem.with_name(stem.name + suffix)
 
 
 def save_png(image: Image.Image, path: Path) -> None:

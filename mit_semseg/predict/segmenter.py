@@ -33,20 +33,11 @@ class Segmenter:
 
     Args:
         module: a `SegmentationModule`; inference uses a copy of it.
-        table: class names and colors.
         options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization and eval_resize.
-        device: for the network.
-        inference: options of inference.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        table: ClassTable,
-        options,
-        *,
-        device: torch.device | str = "cpu",
-        inference: InferenceOptions | None = None,
+        self, module: nn.Module, table: ClassTable, options, *, device="cpu", inference: InferenceOptions | None = None
     ):
         self.table, self.device, self._options = table, as_device(device), options
         self._predictor = Predictor(module.to(self.device), self.device, inference)
@@ -60,28 +51,16 @@ class Segmenter:
         """Load the network of a training run.
 
         Args:
-            path: YAML file.
             checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or a file; None uses TEST.checkpoint.
             opts: `[key, value, ...]`, as on the command line.
             device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
-
-        Raises:
-            UserError: the file, an option, the weights or the device cannot be used.
         """
         cfg = load_config(path, opts)
         return cls.from_cfg(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
-        """Load a published network; the weights are downloaded on first use.
-
-        Args:
-            name: one of `Segmenter.names()`, e.g. `ade20k-resnet50dilated-ppm_deepsup`.
-            device, opts: see `from_config`.
-
-        Raises:
-            UserError: unknown name, or the download failed.
-        """
+        """Load a published network, one of `Segmenter.names()`; the weights are downloaded on first use."""
         folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
         return cls.from_cfg(cfg, cfg.TEST.checkpoint, auto_device(device))
@@ -99,15 +78,7 @@ class Segmenter:
         return cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
 
     def __call__(self, image) -> Result | list[Result]:
-        """Segment an image, or a list or tuple of images.
-
-        Args:
-            image: see `to_image`.
-
-        Raises:
-            ImageFileError: a file is missing or cannot be decoded.
-            UnsupportedImageError: unsupported type, shape, dtype or range.
-        """
+        """Segment an image, or a list or tuple of images; see `to_image` for types and errors."""
         if isinstance(image, (list, tuple)):
             return with_unique_stems([self._segment(entry, f"image_{number}") for number, entry in enumerate(image)])
         return self._segment(image, "image")
@@ -120,7 +91,6 @@ class Segmenter:
         return self._result(name, item["img_ori"], label_map)
 
     def _preprocess(self, image: Image.Image) -> dict:
-        """Return the item of an image for the `Predictor`, normalized on the device."""
         item = self._dataset.multi_scale(image)
         scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
         return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
@@ -133,15 +103,11 @@ class Segmenter:
             return self._predictor.top_classes(self._preprocess(Image.fromarray(pixels)), count)
 
     def segment_frames(self, frames: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
-        """Segment the frames of a video.
+        """Segment the frames of a video, (H, W, 3) uint8 RGB, all of one size.
 
         Args:
-            frames: (H, W, 3) uint8 RGB, all of one size.
             smoothing: weight of the previous frames in an exponential moving average of the logits, 0 (off) to
                 below 1. Not possible with a sliding window.
-
-        Raises:
-            ValueError: `smoothing` is out of range, or combined with a sliding window.
         """
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
@@ -161,16 +127,9 @@ class Segmenter:
                 label_map = label_map_from_logits(mean, size, align_corners=align_corners).cpu().numpy()
             yield self._result(name, item["img_ori"], label_map)
 
-    def segment_files(
-        self, paths: Sequence[str], loading: LoadOptions | None = None
-    ) -> Iterator[Result | tuple[str, str]]:
-        """Segment image files in order; workers read ahead.
-
-        Yields:
-            A `Result` for every image, or (path, reason) for an image that cannot be read.
-        """
+    def segment_files(self, paths: Sequence[str], loading: LoadOptions) -> Iterator[Result | tuple[str, str]]:
+        """Segment image files in order; yield (path, reason) for an image that cannot be read."""
         dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
-        loading = loading or LoadOptions()
         items = read_items(dataset, self.device, loading)
         while batch := list(islice(items, loading.batch_size)):
             with self._lock:

@@ -3,8 +3,6 @@
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +15,12 @@ from .segmenter import Segmenter
 logger = logging.getLogger(__name__)
 
 CODEC = "mp4v"  # MPEG-4, which OpenCV writes without further libraries
+OPACITY = 0.5  # of the class colors
 DEFAULT_RATE = 25.0  # frames per second, if a camera does not report a rate
 
 
 class VideoError(UserError, RuntimeError):
     """A video or camera cannot be read or written. The message names it."""
-
-
-@dataclass(frozen=True)
-class WrittenVideo:
-    """A video written by `segment_video`; `interruption` is set if it was stopped early."""
-
-    path: Path
-    frames: int
-    interruption: KeyboardInterrupt | None = None
 
 
 def is_video(source: str) -> bool:
@@ -49,34 +39,22 @@ def output_path(source: str, folder: Path) -> Path:
 
 
 def segment_video(
-    segmenter: Segmenter,
-    source: str,
-    path: Path,
-    *,
-    smoothing: float = 0.0,
-    alpha: float = 0.5,
-    progress: bool = True,
-) -> WrittenVideo:
-    """Write a video with the frames blended with their class colors.
+    segmenter: Segmenter, source: str, path: Path, *, smoothing: float = 0.0
+) -> tuple[int, KeyboardInterrupt | None]:
+    """Write a video with the frames blended with their class colors; return the number of frames and the interruption.
 
     The number of frames, their size and the duration are those of the source. The frame rate is constant, and odd sides
-    are padded by one pixel. After an interruption the video has the frames segmented so far.
-
-    Args:
-        source: video file, or number of a camera, which is recorded until interrupted.
-        path: output file, written atomically.
-        smoothing: see `Segmenter.segment_frames`.
-        alpha: weight of the colors.
-        progress: show a progress bar on a terminal.
+    are padded by one pixel. After an interruption the video has the frames segmented so far. `source` is a file, or the
+    number of a camera, which is recorded until interrupted. For `smoothing` see `Segmenter.segment_frames`.
 
     Raises:
         VideoError: the source has no readable frame, or OpenCV cannot write the video.
         WriteError: the disk is full.
-        KeyboardInterrupt: interrupted before the first frame.
     """
     interruption, count = None, 0
-    times = [] if _is_camera(source) else _read_timestamps(source, progress)
-    with _open(source) as capture, atomic_write(path) as partial:
+    times = [] if _is_camera(source) else _read_timestamps(source)
+    capture = _open(source)
+    with atomic_write(path) as partial:
         size, rate = _frame_size(capture), _frame_rate(capture, times)
         header_count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if times and 0 < header_count != len(times):
@@ -87,9 +65,9 @@ def segment_video(
         try:
             if not writer.isOpened():
                 raise VideoError(f"{path}: OpenCV cannot write a video of {size[0]}x{size[1]} with codec {CODEC}")
-            with progress_bar(total=len(times) or None, desc="segmenting", unit="frame", shown=progress) as bar:
+            with progress_bar(total=len(times) or None, desc="segmenting", unit="frame") as bar:
                 for result in segmenter.segment_frames(_read_frames(capture, size), smoothing=smoothing):
-                    frame = cv2.cvtColor(np.asarray(result.overlay(alpha, legend=False)), cv2.COLOR_RGB2BGR)
+                    frame = cv2.cvtColor(np.asarray(result.overlay(OPACITY, legend=False)), cv2.COLOR_RGB2BGR)
                     padding = 0, size[1] % 2, 0, size[0] % 2  # top, bottom, left, right
                     writer.write(cv2.copyMakeBorder(frame, *padding, cv2.BORDER_REPLICATE))
                     count += 1
@@ -100,46 +78,37 @@ def segment_video(
                 raise
         finally:
             writer.release()
-            if count and _count_frames(output) == count:
+            if count and cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT) == count:
                 output.replace(partial)
             output.unlink(missing_ok=True)
         if not count:
             raise VideoError(f"{source}: no frame can be decoded")
         if not partial.exists():  # OpenCV ignores write errors
             raise WriteError(f"{path} cannot be written completely; check the free disk space")
-    return WrittenVideo(path, count, interruption)
+    return count, interruption
 
 
-@contextmanager
-def _open(source: str) -> Iterator["cv2.VideoCapture"]:
+def _open(source: str) -> "cv2.VideoCapture":
     """Open a video file or camera, or raise a `VideoError`."""
     level = cv2.utils.logging.getLogLevel()
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below replaces OpenCV's output
-    try:
-        capture = cv2.VideoCapture(int(source) if _is_camera(source) else source)
-    finally:
-        cv2.utils.logging.setLogLevel(level)
-    try:
-        if not capture.isOpened() or not all(_frame_size(capture)):
-            if _is_camera(source):
-                raise VideoError(f"camera {source} cannot be opened, and no file or folder has this name")
-            raise VideoError(f"{source}: missing, damaged or not a video")
-        yield capture
-    finally:
-        capture.release()
+    capture = cv2.VideoCapture(int(source) if _is_camera(source) else source)
+    cv2.utils.logging.setLogLevel(level)
+    if not capture.isOpened() or not all(_frame_size(capture)):
+        if _is_camera(source):
+            raise VideoError(f"camera {source} cannot be opened, and no file or folder has this name")
+        raise VideoError(f"{source}: missing, damaged or not a video")
+    return capture
 
 
 def _frame_size(capture: "cv2.VideoCapture") -> tuple[int, int]:
     return int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)), int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
 
 
-def _read_timestamps(path: str, progress: bool) -> list[float]:
-    """Return the timestamps, in seconds, of all frames that can be decoded.
-
-    Frame count and frame rate of the header can be wrong, and the frame rate can vary.
-    """
-    times = []
-    with _open(path) as capture, progress_bar(desc="reading", unit="frame", shown=progress, leave=False) as bar:
+def _read_timestamps(path: str) -> list[float]:
+    """Return the timestamps, in seconds, of all decodable frames: the header can be wrong, and the rate can vary."""
+    capture, times = _open(path), []
+    with progress_bar(desc="reading", unit="frame", leave=False) as bar:
         while capture.grab():
             times.append(capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
             bar.update()
@@ -155,19 +124,8 @@ def _frame_rate(capture: "cv2.VideoCapture", times: list[float]) -> float:
 
 def _read_frames(capture: "cv2.VideoCapture", size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield the frames, (H, W, 3) uint8 RGB."""
-    while True:
-        success, frame = capture.read()
-        if not success:
-            return
+    while (answer := capture.read())[0]:
+        frame = answer[1]
         if frame.shape[1::-1] != size:  # the size can change within a stream
             frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
-
-
-def _count_frames(path: Path) -> int:
-    """Return the number of frames in the header of a video, 0 if it cannot be opened."""
-    capture = cv2.VideoCapture(str(path))
-    try:
-        return int(capture.get(cv2.CAP_PROP_FRAME_COUNT)) if capture.isOpened() else 0
-    finally:
-        capture.release()

@@ -12,19 +12,12 @@ OPACITY = 0.55  # of the class colors in overlays
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
-    """Convert a label map to class colors.
+    """Return the class colors (H, W, 3) uint8 of a label map.
 
     Args:
         labelmap: (H, W) class indices; negative (ignored) pixels are black.
-        colors: (num_class, 3) uint8.
+        colors: (num_class, 3) uint8. A class index without a color is an `IndexError`.
         mode: channel order, 'RGB' or 'BGR'.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        IndexError: a class index without a color.
-        ValueError: unknown mode.
     """
     if mode not in ("RGB", "BGR"):
         raise ValueError(f"mode must be RGB or BGR, got {mode!r}")
@@ -80,11 +73,7 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
 
 
 def class_fractions(label_map: np.ndarray, table: ClassTable) -> list[dict]:
-    """Return the classes of a label map, largest first.
-
-    Returns:
-        One dict per class: `class` (name), `index`, `fraction` of all pixels in 0..1, `color` [r, g, b].
-    """
+    """Return `class` (name), `index`, `fraction` of all pixels and `color` [r, g, b] per class, largest first."""
     counts = np.bincount(label_map[label_map >= 0].ravel(), minlength=len(table))
     return [
         {
