@@ -5,25 +5,23 @@ import io
 import json
 import os
 import shutil
-import threading
 import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from PIL import Image
 from runs import here
 from scenes import write_pairs
-from test_report import make_evaluation
 from test_segmenter import write_weights
 
 from mit_semseg import Segmenter
 from mit_semseg.cli.demo.app import find_checkpoints, find_examples
 from mit_semseg.cli.demo.page import WELCOME, Networks, build_page, launch, segment
 from mit_semseg.cli.demo.uploads import Limits, safe_name, upload_folder
-from mit_semseg.cli.report import write_report
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
 
@@ -75,37 +73,26 @@ def page(cfg, networks):
 
 def as_upload(path):
     """Copy a file to the upload folder; return the value that the page sends for it."""
-    copy = upload_folder() / str(zlib.crc32(path.read_bytes())) / path.name
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(path, copy)
-    return {"path": str(copy), "orig_name": path.name}
+    return {"path": str(shutil.copy(path, upload_folder())), "orig_name": path.name}
 
 
-def decode_url(url):
-    return base64.b64decode(url.split("base64,")[1])
+def decode_image(url):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.split("base64,")[1]))), dtype=int)
 
 
 def ignore(*_):
     pass
 
 
-# Requests
-
-
 def test_viewer_gets_the_result_of_the_segmenter(networks, folder):
-    progress = []
-    value = segment(networks, LIMITS, as_upload(folder / "street.png"), "epoch_2.pth", lambda *x: progress.append(x[0]))
+    value = segment(networks, LIMITS, as_upload(folder / "street.png"), "epoch_2.pth", ignore)
     result = networks["epoch_2.pth"](folder / "street.png")
     labels = zlib.decompress(base64.b64decode(value["labels"]))
     assert np.array_equal(np.frombuffer(labels, np.uint8).reshape(180, 240), result.label_map)
-    index = Image.open(io.BytesIO(decode_url(value["index"])))
-    assert np.array_equal(np.asarray(index), result.label_map)
-    content = json.loads(decode_url(value["json"]))
-    assert content["image"] == "street.png"
-    assert content["classes"] == result.classes
-    image = np.asarray(Image.open(io.BytesIO(decode_url(value["image"]))), dtype=int)
+    assert np.array_equal(decode_image(value["index"]), result.label_map)
+    assert json.loads(base64.b64decode(value["json"].split("base64,")[1]))["classes"] == result.classes
+    image = decode_image(value["image"])
     assert abs(image - result.image).mean() < 4  # JPEG
-    assert progress == sorted(progress)
 
 
 @pytest.mark.parametrize("name", ["page.jpg", "large.png", "heavy.png", "drawing.png"])
@@ -140,15 +127,7 @@ def test_only_uploads_are_read(networks, folder, page, functions):
     link = upload_folder() / "link.png"
     link.unlink(missing_ok=True)
     link.symlink_to(private)
-    for value in (
-        {"path": private},
-        {"path": str(link)},
-        {"url": "x"},
-        {"path": 3},
-        [private],
-        private,
-        {"path": "\0"},
-    ):
+    for value in ({"path": private}, {"path": str(link)}, {"path": 3}, [private], private, {"path": "\0"}):
         answer = segment(networks, LIMITS, value, "epoch_1.pth", ignore)
         assert (answer.keys(), answer["failed"]) == ({"message", "failed"}, True)
     answers = "".join(send(page, {"path": private}, function) for function in functions)
@@ -156,25 +135,18 @@ def test_only_uploads_are_read(networks, folder, page, functions):
     assert "data:image" not in answers
 
 
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://example.com/a.png"])
-def test_urls_in_requests_are_refused(url, page, functions):
-    file = {"path": url, "url": url, "meta": {"_type": "gradio.FileData"}}
+def test_urls_in_requests_are_refused(page, functions):
+    files = [
+        {"path": f"{kind}://example.com/a.png", "meta": {"_type": "gradio.FileData"}} for kind in ("http", "HTTPS")
+    ]
     assert len(functions) > 1  # also that of the examples
-    for value in (file, {"nested": [{"value": file}]}):
+    for value in (*files, {"nested": [{"value": files[0]}]}):
         for function in functions:
             assert "this page does not fetch URLs" in send(page, value, function)
 
 
 @pytest.mark.parametrize(
-    "route",
-    [
-        "file=https://example.com/a.png",
-        "file=HTTP%3A//example.com/a.png",
-        "file=%20https://example.com",
-        "proxy=x.hf.space",
-        "process_recording",
-        "run-history/records",
-    ],
+    "route", ["file=https://x.com/a", "file=HTTP%3A//x.com", "file=%20https://x.com", "proxy=x", "process_recording"]
 )
 @pytest.mark.parametrize("prefix", ["gradio_api/", ""])
 def test_routes_that_fetch_urls_are_refused(page, prefix, route):
@@ -183,21 +155,17 @@ def test_routes_that_fetch_urls_are_refused(page, prefix, route):
     assert refused.value.code == 403
 
 
-def raise_error(error):
-    raise error
-
-
 @pytest.mark.parametrize(
-    ("checkpoint", "load", "message"),
+    ("checkpoint", "error", "message"),
     [
-        ("../../secret.pth", str, "../../secret.pth"),
-        ("a", lambda name: raise_error(UserError("/server/path/encoder_a is damaged")), "network a"),
-        ("a", lambda name: lambda image: raise_error(MemoryError()), "out of memory"),
-        ("a", lambda name: lambda image: raise_error(RuntimeError("DefaultCPUAllocator: ...")), "out of memory"),
+        ("../../secret.pth", None, "../../secret.pth"),
+        ("a", UserError("/server/path/encoder_a is damaged"), "network a"),
+        ("a", MemoryError(), "out of memory"),
     ],
 )
-def test_failure_gets_a_message_without_server_paths(folder, checkpoint, load, message):
-    value = segment(Networks(["a"], load), LIMITS, as_upload(folder / "street.png"), checkpoint, ignore)
+def test_failure_gets_a_message_without_server_paths(folder, checkpoint, error, message):
+    networks = Networks(["a"], mock.Mock(side_effect=error))
+    value = segment(networks, LIMITS, as_upload(folder / "street.png"), checkpoint, ignore)
     assert value["failed"]
     assert message in value["message"]
     assert "/server/path" not in value["message"]
@@ -211,24 +179,17 @@ def test_upload_folder_is_private(tmp_path, monkeypatch):
     assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("street.jpg", "street.jpg"),
-        ("../../etc/passwd", "passwd"),
-        ("C:\\photos\\a.png", "a.png"),
-        ("<img src=x onerror=alert(1)>.png", "_img src_x onerror_alert(1)_.png"),
-        ("Straße 1.png", "Straße 1.png"),
-        ("..", "image"),
-        (None, "image"),
-        ("a" * 500, "a" * 80),
-    ],
-)
-def test_upload_names_are_made_safe(name, expected):
-    assert safe_name(name) == expected
-
-
-# Command line
+def test_upload_names_are_made_safe():
+    for name, expected in {
+        "Straße 1.png": "Straße 1.png",
+        "../../etc/passwd": "passwd",
+        "C:\\photos\\a.png": "a.png",
+        "<img src=x onerror=alert(1)>.png": "_img src_x onerror_alert(1)_.png",
+        "..": "image",
+        None: "image",
+        "a" * 500: "a" * 80,
+    }.items():
+        assert safe_name(name) == expected
 
 
 def test_checkpoints_and_examples_are_listed(cfg, folder, tmp_path):
@@ -246,23 +207,11 @@ def test_used_port_is_named(page):
         launch(build_page(Networks(["a"], str), LIMITS), LIMITS, port=port)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--port", "99999"], "--port 99999"),
-        (["--max-upload", "nan"], "--max-upload nan"),
-        (["--max-waiting", "0"], "--max-waiting 0"),
-        (["TEST.checkpoint", "epoch_7.pth"], "epoch_1.pth, epoch_2.pth"),
-    ],
-)
-def test_invalid_options_are_reported_before_serving(folder, words, message):
-    done = here("mit_semseg.demo", "--cfg", folder / "own.yaml", *words)
+@pytest.mark.parametrize("words", ["--port 99999", "--max-upload nan", "--max-waiting 0"])
+def test_invalid_options_are_reported_before_serving(folder, words):
+    done = here("mit_semseg.demo", "--cfg", folder / "own.yaml", *words.split())
     assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-# Browser
+    assert words in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -310,14 +259,14 @@ def legend(tab):
 
 def canvas_pixels(tab):
     """Return (H, W, 3)."""
-    url = tab.eval_on_selector("#viewer canvas", "canvas => canvas.toDataURL('image/png')")
-    return np.asarray(Image.open(io.BytesIO(decode_url(url))).convert("RGB"), dtype=int)
+    return decode_image(tab.eval_on_selector("#viewer canvas", "canvas => canvas.toDataURL('image/png')"))[..., :3]
 
 
-def download(tab, kind):
+def download(tab, kind, name):
     with tab.expect_download() as download:
         tab.click(f"#viewer .{kind}")
-    return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+    assert download.value.suggested_filename == name
+    return Path(download.value.path())
 
 
 def test_viewer_shows_and_saves_the_result(visit, networks, folder):
@@ -346,91 +295,18 @@ def test_viewer_shows_and_saves_the_result(visit, networks, folder):
         tab.mouse.move(left + (x + 0.5) * scale, top + (y + 0.5) * scale)
         assert tab.inner_text("#viewer .tooltip") == NAMES[result.label_map[y, x]]
 
-    name, content = download(tab, "index")
-    assert name == "street_index.png"
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content))), result.label_map)
-    name, content = download(tab, "json")
-    assert name == "street.json"
-    assert json.loads(content)["classes"] == result.classes
-    name, content = download(tab, "overlay")
-    assert name == "street_overlay.png"
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(content)).convert("RGB")), canvas_pixels(tab))
+    assert np.array_equal(np.asarray(Image.open(download(tab, "index", "street_index.png"))), result.label_map)
+    assert json.loads(download(tab, "json", "street.json").read_bytes())["classes"] == result.classes
+    overlay = Image.open(download(tab, "overlay", "street_overlay.png")).convert("RGB")
+    assert np.array_equal(np.asarray(overlay), canvas_pixels(tab))
 
 
 def test_example_and_network_can_be_chosen(visit, networks, folder):
     tab = visit()
     tab.click("button.gallery-item >> nth=1")
-    before = legend(tab)
+    legend(tab)
     assert tab.inner_text("#viewer .message") == "02.png: 60 x 45 pixels"
     tab.click("#checkpoint input")
     tab.click("text=epoch_2.pth")
-    tab.wait_for_function(
-        "before => document.querySelector('#viewer .legend').innerText.replaceAll(/\\s+/g, ' ') != before",
-        arg=" ".join(" ".join(row) for row in before),
-    )
     result = networks["epoch_2.pth"](folder / "data" / "val" / "images" / "02.png")
-    assert [name for name, _ in legend(tab)] == [entry["class"] for entry in result.classes]
-
-
-def test_page_works_after_unusable_uploads(visit, folder):
-    tab = visit()
-    for name in ("large.png", "page.jpg"):
-        upload(tab, folder / name)
-        tab.wait_for_selector("#viewer .message.failed")
-        assert name in tab.inner_text("#viewer .message")
-        assert not tab.is_visible("#viewer canvas")
-        if name == "page.jpg":  # no broken-image icon
-            assert not any(image.is_visible() for image in tab.query_selector_all("#image img"))
-        tab.click("button[aria-label='Remove Image']")
-        tab.wait_for_selector(f"text={WELCOME}")
-    upload(tab, folder / "heavy.png")
-    tab.wait_for_selector("text=/exceeds|too large|maximum/i")
-    tab.reload()
-    upload(tab, folder / "street.png")
-    assert len(legend(tab)) >= 2
-
-
-@pytest.mark.parametrize("width", [1200, 400])
-def test_page_fits_any_width(visit, folder, width):
-    tab = visit()
-    tab.set_viewport_size({"width": width, "height": 900})
-    assert tab.query_selector("#viewer .message.empty").bounding_box()["height"] > 200
-    upload(tab, folder / "street.png")
-    legend(tab)
-    buttons = [button.bounding_box() for button in tab.query_selector_all("#viewer .buttons > *")]
-    assert len(buttons) == 5
-    assert len({round(box["y"]) for box in buttons}) == 1  # one row
-    assert max(box["x"] + box["width"] for box in buttons) <= width
-    assert not tab.query_selector("#viewer .message.empty")
-
-
-@pytest.mark.parametrize("width", [1100, 400])
-def test_report_fits_any_width(browser, tmp_path, width):
-    names = ("a long class name; with synonyms", "road, route", "sky")
-    evaluation = make_evaluation([[9, 1, 0], [6, 20, 4], [0, 2, 1]], names)
-    Image.new("RGB", (972, 240), "teal").save(tmp_path / "panel.png")
-    panels = {score.name: "panel.png" for score in evaluation.scores}
-    write_report(evaluation, tmp_path, "resnet + ppm, ckpt/a", panels)
-    tab = browser.new_page(viewport={"width": width, "height": 900})
-    tab.goto((tmp_path / "report.html").as_uri())
-    assert tab.evaluate("document.documentElement.scrollWidth") <= width
-    image = tab.query_selector(".panel img").bounding_box()
-    for number, column in enumerate(tab.query_selector_all(".panel >> nth=0 >> .columns span")):
-        box = column.bounding_box()
-        center = (box["x"] + box["width"] / 2 - image["x"]) / image["width"]
-        assert center == pytest.approx((2 * number + 1) / 6, abs=0.02)
-    tab.close()
-
-
-def test_concurrent_visitors_get_their_own_results(visit, networks, folder, monkeypatch):
-    """The second one sees the position in the queue."""
-    first, second, event, get = visit(), visit(), threading.Event(), Networks.__getitem__
-    monkeypatch.setattr(Networks, "__getitem__", lambda self, name: event.wait(60) and get(self, name))
-    upload(first, folder / "street.png")
-    first.wait_for_selector("text=loading the network")
-    upload(second, folder / "data" / "val" / "images" / "00.png")
-    second.wait_for_selector("text=/queue: *\\d+\\/\\d+/")
-    event.set()
-    for tab, message in ((first, "street.png: 240 x 180 pixels"), (second, "00.png: 60 x 45 pixels")):
-        legend(tab)
-        assert tab.inner_text("#viewer .message") == message
+    tab.wait_for_selector(f"#viewer .legend >> text='{100 * result.classes[0]['fraction']:.1f} %'")

@@ -5,7 +5,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from mit_semseg.cli.report import confused_pairs, write_report
@@ -22,9 +21,7 @@ def make_evaluation(confusion, names):
 
 
 def test_confused_pairs_have_the_largest_wrong_counts():
-    pairs = confused_pairs(np.array([[9, 1, 0], [6, 20, 4], [0, 0, 0]]))
-    assert [(p.label, p.prediction, p.pixels) for p in pairs] == [(1, 0, 6), (1, 2, 4), (0, 1, 1)]
-    assert [p.fraction for p in pairs] == pytest.approx([0.2, 4 / 30, 0.1])
+    assert confused_pairs(np.array([[9, 1, 0], [6, 20, 4], [0, 0, 0]])) == [(1, 0), (1, 2), (0, 1)]
     assert len(confused_pairs(np.ones((5, 5)), limit=3)) == 3
 
 
@@ -40,7 +37,7 @@ def test_report_has_metrics_and_ranked_images_and_escapes_names(tmp_path):
     parser.feed(text)
     assert "b" not in opened
     assert all(opened.count(tag) == closed.count(tag) for tag in ("table", "tr", "td", "figure", "div"))
-    for expected in ("<title>resnet &amp; co</title>", "56.25%", "a &lt;b&gt; &amp; &#x27;c&#x27;", "72.50%"):
+    for expected in ("<title>resnet &amp; co</title>", "56.25%", "a &lt;b&gt; &amp; &#x27;c&#x27;", "72.50%", "13.33%"):
         assert expected in text
     worst, best = text.index("Worst images"), text.index("Best images")
     assert worst < text.index("images/0&lt;.jpg", worst) < best
@@ -55,10 +52,4 @@ def test_unlabelled_images_are_not_ranked(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "labelled.png" in text
     assert "unlabelled.png" not in text
-
-
-def test_report_of_many_classes_without_errors_or_panels(tmp_path):
-    write_report(make_evaluation(np.diag(np.arange(60)), [f"class {i}" for i in range(60)]), tmp_path, "run", {})
-    text = (tmp_path / "report.html").read_text()
-    assert "VAL.visualize True" in text
-    assert text.count('class="swatch"') == 60
+    assert "VAL.visualize True" in text  # no panels

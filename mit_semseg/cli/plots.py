@@ -6,16 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest import mock
 
 import numpy as np
 
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import WriteError, atomic_write
-
-if TYPE_CHECKING:  # slow to import
-    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -25,11 +21,7 @@ FONT = "DejaVu Sans"  # included in matplotlib; Latin, Greek, Cyrillic, Arabic
 
 @contextmanager
 def log_plot_errors(name: str) -> Iterator[None]:
-    """Log errors instead of raising them: training must not fail because of a plot.
-
-    Raises:
-        WriteError: the disk is full.
-    """
+    """Log errors other than a full disk: training must not fail because of a plot."""
     try:
         yield
     except WriteError:
@@ -39,11 +31,8 @@ def log_plot_errors(name: str) -> Iterator[None]:
 
 
 def save_curves(history: dict, path: Path) -> None:
-    """Plot loss, accuracy and validation metrics per epoch to a PNG file.
-
-    `history` has `train` with lists epoch, loss, acc; optionally `val` with epoch, mean_iou, acc.
-    """
-    figure = _new_figure((11, 4))  # fixed margins: an automatic layout takes as long as the drawing
+    """Plot `train` (lists epoch, loss, acc) and, if it has any, `val` (epoch, mean_iou, acc) to a PNG file."""
+    figure = _figure((11, 4))  # fixed margins: an automatic layout takes as long as the drawing
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.78, bottom=0.13, top=0.91, wspace=0.2)
     train, val = history["train"], history.get("val", {})
@@ -59,7 +48,8 @@ def save_curves(history: dict, path: Path) -> None:
     right.legend(loc="upper left", bbox_to_anchor=(1.02, 1), borderaxespad=0, fontsize="small")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    _save(figure, path, dpi=110)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=110)
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
@@ -69,7 +59,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
     fractions = confusion[np.ix_(shown, shown)] / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
     names, fonts = _drawable([evaluation.table.labels[i] for i in shown])
     side = 2.5 + 0.28 * len(shown)
-    figure = _new_figure((side + 1, side), layout="constrained")
+    figure = _figure((side + 1, side), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8, fontfamily=fonts)
@@ -77,10 +67,11 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
     subset = "" if len(shown) == len(confusion) else f" (the {len(shown)} most frequent of {len(confusion)} classes)"
     axes.set(xlabel="prediction", ylabel="label", title=f"Confusion matrix{subset}")
     figure.colorbar(image, shrink=0.8, label="fraction of the label's pixels")
-    _save(figure, path, dpi=100)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
 
 
-def _new_figure(size: tuple[float, float], **options) -> "Figure":
+def _figure(size: tuple[float, float], **options):
     """Create a figure of (width, height) inches that is rendered with Agg, without pyplot's global state."""
     try:
         import matplotlib
@@ -93,22 +84,11 @@ def _new_figure(size: tuple[float, float], **options) -> "Figure":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, **options)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: "Figure", path: Path, dpi: int) -> None:
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=dpi)
+    return FigureCanvasAgg(Figure(figsize=size, **options)).figure
 
 
 def _drawable(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return names and the font families that cover them.
-
-    Characters that `FONT` lacks (Chinese, Japanese, Korean, ...) are looked up in the installed fonts; characters
-    without a font are replaced by escapes such as \\u9053.
-    """
+    """Return names and installed fonts that cover them (Chinese, ...); other characters become \\u9053 and the like."""
     from matplotlib import font_manager
 
     fonts = [FONT]

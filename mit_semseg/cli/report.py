@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -52,40 +51,21 @@ for (const header of document.querySelectorAll("table.sortable th")) header.oncl
 """
 
 
-class Confusion(NamedTuple):
-    """Pixels of one class that were predicted as another; `fraction` is of the pixels labelled with the class."""
-
-    label: int
-    prediction: int
-    pixels: int
-    fraction: float
-
-
-def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[Confusion]:
-    """Return the class pairs with the most wrong pixels; `confusion` (C, C) counts pixels by label and prediction."""
-    wrong = confusion.copy()
-    np.fill_diagonal(wrong, 0)
-    pairs = [np.unravel_index(i, wrong.shape) for i in np.argsort(wrong, axis=None)[::-1][:limit]]
-    return [
-        Confusion(int(a), int(b), int(wrong[a, b]), float(wrong[a, b] / confusion[a].sum()))
-        for a, b in pairs
-        if wrong[a, b]
-    ]
+def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[tuple[int, int]]:
+    """Return (label, prediction) with the most wrong pixels; `confusion` (C, C) counts pixels by both."""
+    wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+    order = np.argsort(wrong, axis=None)[::-1][:limit]
+    return [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[a, b]]
 
 
 def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str]) -> None:
-    """Write `report.html` and `confusion.png`.
-
-    Args:
-        panels: path of the panel, relative to `folder`, by image name.
-    """
+    """Write `report.html` and `confusion.png`; `panels` has the panel, relative to `folder`, by image name."""
     with log_plot_errors("confusion.png"):
         save_confusion(evaluation, folder / "confusion.png")
     ranked = sorted((score for score in evaluation.scores if score.labelled), key=lambda s: (s.mean_iou, s.accuracy))
     body = (
         f"<h1>{escape(title)}</h1>"
         + _metrics(evaluation)
-        + _skipped(evaluation)
         + _classes(evaluation)
         + _confusions(evaluation)
         + _images("Worst", ranked[:MAX_IMAGES], panels)
@@ -109,14 +89,11 @@ def _metrics(evaluation: Evaluation) -> str:
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
     warning = f"<p>{escape(ONE_CLASS_WARNING.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
-    return f"<dl>{pairs}</dl>{warning}"
-
-
-def _skipped(evaluation: Evaluation) -> str:
-    if not evaluation.skipped:
-        return ""
-    lines = "".join(f"<li>{escape(message)}</li>" for message in evaluation.skipped)
-    return f"<h2>{len(evaluation.skipped)} images skipped</h2><p>Not included in the metrics:</p><ul>{lines}</ul>"
+    html = f"<dl>{pairs}</dl>{warning}"
+    if evaluation.skipped:
+        lines = "".join(f"<li>{escape(message)}</li>" for message in evaluation.skipped)
+        html += f"<h2>{len(evaluation.skipped)} images skipped</h2><p>Not included in the metrics:</p><ul>{lines}</ul>"
+    return html
 
 
 def _sortable(columns: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
@@ -125,11 +102,9 @@ def _sortable(columns: Sequence[str], rows: Sequence[Sequence[tuple[object, str]
     head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(columns, classes, strict=True))
     body = ""
     for row in rows:
-        cells = (
-            f'<td{kind} data-value="{escape(str(value))}">{html}</td>'
-            for (value, html), kind in zip(row, classes, strict=True)
-        )
-        body += f"<tr>{''.join(cells)}</tr>"
+        cells = zip(row, classes, strict=True)
+        tags = (f'<td{kind} data-value="{escape(str(value))}">{html}</td>' for (value, html), kind in cells)
+        body += f"<tr>{''.join(tags)}</tr>"
     return f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
@@ -157,16 +132,11 @@ def _classes(evaluation: Evaluation) -> str:
 
 
 def _confusions(evaluation: Evaluation) -> str:
-    names = evaluation.table.labels
-    rows = [
-        [
-            (names[pair.label], escape(names[pair.label])),
-            (names[pair.prediction], escape(names[pair.prediction])),
-            (pair.pixels, f"{pair.pixels:,}"),
-            _percent(pair.fraction),
-        ]
-        for pair in confused_pairs(evaluation.metric.confusion)
-    ]
+    confusion, rows = evaluation.metric.confusion, []
+    for pair in confused_pairs(confusion):
+        pixels = int(confusion[pair])
+        names = [(evaluation.table.labels[i], escape(evaluation.table.labels[i])) for i in pair]
+        rows.append([*names, (pixels, f"{pixels:,}"), _percent(float(pixels / confusion[pair[0]].sum()))])
     columns = "label", "prediction", "pixels", "fraction of the label's pixels"
     table = _sortable(columns, rows) if rows else "<p>None: every labelled pixel is correct.</p>"
     caption = "<figcaption>Confusion matrix: labels in rows, predictions in columns, normalized by row.</figcaption>"

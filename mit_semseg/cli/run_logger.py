@@ -9,7 +9,6 @@ import numpy as np
 
 from ..dataset import ClassTable
 from ..evaluation.evaluator import Evaluation
-from ..evaluation.metrics import Summary
 from ..lib.utils import UserError
 from ..predict.results import save_png, unique_stems
 from ..predict.visualize import result_panel
@@ -29,20 +28,9 @@ class RunLogger:
         tensorboard: write events to `folder`/tensorboard.
         images: paths of the validation images to write panels of, to `folder`/vis/epoch_N.
         main: whether this is rank 0; other ranks write panels only.
-
-    Raises:
-        UserError: TensorBoard is not installed.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        table: ClassTable,
-        *,
-        tensorboard: bool = False,
-        images: Sequence[str] = (),
-        main: bool = True,
-    ):
+    def __init__(self, folder: str, table: ClassTable, *, tensorboard: bool, images: Sequence[str], main: bool):
         self.folder, self.table, self.main = Path(folder), table, main
         self._stems = unique_stems(images)
         self._tensorboard, self._writer, self._panels = tensorboard and main, None, []
@@ -53,7 +41,6 @@ class RunLogger:
                 raise UserError("TRAIN.tensorboard True needs TensorBoard: pip install tensorboard") from None
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
-        """Log metrics of a training step."""
         with self._stop_on_write_error():
             for name, value in values.items() if self._tensorboard else ():
                 self._open_writer().add_scalar(f"train/{name}", value, step)
@@ -75,20 +62,17 @@ class RunLogger:
             save_curves(history, self.folder / "curves.png")
         if self._tensorboard:
             with self._stop_on_write_error():
+                writer = self._open_writer()
                 if evaluation is not None:
-                    self._log_evaluation(epoch, evaluation.summary)
-                self._open_writer().flush()
+                    summary = evaluation.summary
+                    writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
+                    writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
+                    for i in np.flatnonzero(summary.present):
+                        writer.add_scalar(f"val_iou/{self.table.names[i]}", summary.iou[i], epoch)
+                    for i, panel in enumerate(self._panels):
+                        writer.add_image(f"val/{i}", np.asarray(panel), epoch, dataformats="HWC")
+                writer.flush()
         self._panels = []
-
-    def _log_evaluation(self, epoch: int, summary: Summary) -> None:
-        writer = self._open_writer()
-        writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
-        writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
-        for name, iou, present in zip(self.table.names, summary.iou, summary.present, strict=True):
-            if present:
-                writer.add_scalar(f"val_iou/{name}", iou, epoch)
-        for i, panel in enumerate(self._panels):
-            writer.add_image(f"val/{i}", np.asarray(panel), epoch, dataformats="HWC")
 
     def _open_writer(self):
         """Return the `SummaryWriter`. It is opened late because a new run first deletes the previous run's events."""

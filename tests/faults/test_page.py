@@ -13,7 +13,6 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from runs import Job
@@ -22,16 +21,10 @@ from test_segmenter import write_weights
 pytest.importorskip("gradio")
 
 LIMIT = 1_000_000  # bytes of an upload
-QUEUE_FULL = "full"  # in the message of Gradio
 
 
 class Server:
-    """The page in another process.
-
-    Attributes:
-        port: port of the server.
-        function: Gradio's id of the function that segments an image.
-    """
+    """The page in another process."""
 
     def __init__(self, folder):
         write_weights(folder / "run", "resnet18dilated", "c1", "epoch_1.pth", 3)
@@ -55,8 +48,8 @@ class Server:
 
     def upload(self, name: str, content: bytes) -> tuple[int, bytes]:
         head = f'Content-Disposition: form-data; name="files"; filename="{name}"\r\nContent-Type: image/png\r\n\r\n'
-        body = b"--boundary\r\n" + head.encode() + content + b"\r\n--boundary--\r\n"
-        return self.request("/gradio_api/upload", body, "multipart/form-data; boundary=boundary")
+        body = b"--b\r\n" + head.encode() + content + b"\r\n--b--\r\n"
+        return self.request("/gradio_api/upload", body, "multipart/form-data; boundary=b")
 
     def segment(self, visitor: str, file) -> str:
         """Return all messages for a request, or the error."""
@@ -69,8 +62,7 @@ class Server:
     def visit(self, number: int) -> str:
         """Upload and segment an image whose width depends on the number."""
         file, name = io.BytesIO(), f"image{number}.png"
-        pixels = np.random.default_rng(number).integers(0, 256, (40, 50 + number, 3), np.uint8)
-        Image.fromarray(pixels).save(file, "PNG")
+        Image.new("RGB", (50 + number, 40)).save(file, "PNG")
         code, answer = self.upload(name, file.getvalue())
         if code != 200:
             return answer.decode()
@@ -82,7 +74,6 @@ class Server:
         return int(Path(f"/proc/{self.job.pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
     def check(self) -> None:
-        """Check that a regular request succeeds."""
         number = random.randrange(200, 400)
         assert f"image{number}.png: {50 + number} x 40 pixels" in self.visit(number)
 
@@ -103,7 +94,7 @@ def test_100_visitors_get_their_own_result_or_a_full_queue(server):
     for number, answer in enumerate(answers):
         results = set(re.findall(r"image(\d+)\.png: (\d+) x 40 pixels", answer))
         assert results in ({(str(number), str(50 + number))}, set())
-        assert results or QUEUE_FULL in answer, answer[:300]
+        assert results or "full" in answer, answer[:300]
         served += len(results)
     assert served >= 20
     assert server.memory() - before < 500
@@ -111,12 +102,10 @@ def test_100_visitors_get_their_own_result_or_a_full_queue(server):
 
 
 def test_slow_uploads_do_not_block_the_server(server):
-    connections = []
-    for _ in range(50):
-        connection = socket.create_connection(("127.0.0.1", server.port), timeout=10)
-        head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: {LIMIT}\r\n"
+    connections = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(50)]
+    head = f"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: {LIMIT}\r\n"
+    for connection in connections:
         connection.sendall(f"{head}Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n".encode())
-        connections.append(connection)
     start = time.perf_counter()
     server.check()
     assert time.perf_counter() - start < 20
@@ -149,19 +138,14 @@ def test_server_survives_invalid_requests(server):
             assert server.request(f"/gradio_api/{rng.choice(routes)}", body)[0] >= 300
     values = None, 3, [], "x", *({"path": path} for path in (None, [1], "x" * 10_000, "\0", "/etc/passwd"))
     for number, value in enumerate(values):
-        answer = server.segment(f"invalid{number}", value)
-        assert "data:image" not in answer
-        assert "root:" not in answer
+        assert "data:image" not in server.segment(f"invalid{number}", value)
     server.check()
 
 
 def test_other_files_are_not_served(server):
     for path in ("/etc/passwd", "../../../../etc/passwd", "..%2f..%2fetc%2fpasswd", "/proc/self/environ", "%00"):
         for route in ("/gradio_api/file=", "/file=", "/static/", "/assets/", "/gradio_api/file/"):
-            code, answer = server.request(f"{route}{path}")
-            assert code >= 300
-            assert b"root:" not in answer
-            assert b"PATH=" not in answer
+            assert server.request(f"{route}{path}")[0] >= 300
     server.check()
 
 

@@ -34,11 +34,7 @@ MAX_EXAMPLES = 6
 
 
 def find_checkpoints(cfg: Config) -> list[str]:
-    """Return the checkpoints to choose from: TEST.checkpoint, then the best and the epochs of DIR, newest first.
-
-    Raises:
-        CheckpointError: TEST.checkpoint does not exist.
-    """
+    """Return the checkpoints to choose from: TEST.checkpoint, then the best and the epochs of DIR, newest first."""
     folder = RunFolder(cfg.DIR)
     folder.weight_files(cfg.TEST.checkpoint)
     names = ["best.pth", *(f"epoch_{epoch}.pth" for epoch in reversed(folder.epochs()))]
@@ -77,16 +73,15 @@ def main() -> None:
         ("pixels", float, "MILLIONS", "pixels per image"),
         ("waiting", int, "N", "images in the queue"),
     ):
-        default = getattr(Limits, name)
-        text = f"limit of the {text} (default: {default})"
-        parser.add_argument(f"--max-{name}", type=kind, metavar=unit, default=default, help=text)
+        text = f"limit of the {text} (default: %(default)s)"
+        parser.add_argument(f"--max-{name}", type=kind, metavar=unit, default=Limits._field_defaults[name], help=text)
     args = parser.parse_intermixed_args()
     if not 0 <= args.port <= 65535:
         raise UserError(f"--port {args.port}: must be in 0..65535")
-    for name, minimum in (("upload", 0.001), ("pixels", 0.001), ("waiting", 1)):
-        if not minimum <= (value := getattr(args, f"max_{name}")) < math.inf:
-            raise UserError(f"--max-{name} {value}: must be at least {minimum}")
     limits = Limits(args.max_upload, args.max_pixels, args.max_waiting)
+    for name, value in limits._asdict().items():
+        if not 0 < value < math.inf:
+            raise UserError(f"--max-{name} {value}: must be above 0")
     cfg = load_config(args.cfg, args.opts)
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]

@@ -31,12 +31,7 @@ CACHE_CHECK_INTERVAL, UPLOAD_LIFETIME = 120, 600  # seconds
 
 
 class Networks:
-    """Segmenters by checkpoint; the last few that were used stay in memory.
-
-    Args:
-        names: allowed checkpoints.
-        load: returns the segmenter of a checkpoint.
-    """
+    """Segmenters by checkpoint name, loaded by `load`; the last few that were used stay in memory."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], Segmenter]):
         self.names, self.load = names, lru_cache(MAX_NETWORKS)(load)
@@ -59,7 +54,6 @@ def viewer_value(result: Result) -> dict:
     Image.fromarray(result.image).save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     result.render("_index.png").save(index, "PNG")
     labels = result.label_map.astype("<u2" if wide else np.uint8).tobytes()
-    names = result.table.labels
     return {
         "message": f"{result.path}: {width} x {height} pixels",
         "name": Path(result.path).stem,
@@ -70,7 +64,7 @@ def viewer_value(result: Result) -> dict:
         "image": _data_url("image/jpeg", jpeg.getvalue()),
         "index": _data_url("image/png", index.getvalue()),
         "json": _data_url("application/json", json.dumps(result.as_dict(), indent=1, ensure_ascii=False).encode()),
-        "classes": [{**entry, "class": names[entry["index"]]} for entry in result.classes],
+        "classes": [{**entry, "class": result.table.labels[entry["index"]]} for entry in result.classes],
     }
 
 
@@ -81,12 +75,8 @@ def _data_url(media_type: str, content: bytes) -> str:
 def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: str, report: Callable) -> dict:
     """Segment an upload and return the value for the viewer, or an error message for it.
 
-    Args:
-        networks: available networks.
-        limits: of the image.
-        file: `path` and `orig_name` of the upload, as sent by the browser; None shows the welcome message.
-        checkpoint: name of the network.
-        report: called with the progress (0..1) and a description.
+    `file` has `path` and `orig_name` of the upload, as sent by the browser; None shows the welcome message. `report` is
+    called with the progress (0..1) and a description.
     """
     if file is None:
         return {"message": WELCOME}
@@ -110,17 +100,7 @@ def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: s
 
 
 def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (), description: str = ""):
-    """Build the page as Gradio `Blocks`, to be served by `launch`.
-
-    Args:
-        networks: available networks.
-        limits: of images and of the queue.
-        examples: image files to choose from.
-        description: text below the title.
-
-    Raises:
-        UserError: Gradio is not installed.
-    """
+    """Build the page as Gradio `Blocks`, to be served by `launch`, with example images to choose from."""
     try:
         import gradio as gr
     except ImportError:
@@ -152,12 +132,9 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
                 if examples:
                     gr.Examples(list(examples), image, label="Examples")
             with gr.Column(scale=5, min_width=320):
-                html, css, js = (
-                    (VIEWER / f"viewer.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js")
-                )
-                viewer = gr.HTML(
-                    {"message": WELCOME}, html_template=html, css_template=css, js_on_load=js, elem_id="viewer"
-                )
+                kinds = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
+                files = {key: (VIEWER / f"viewer.{kind}").read_text(encoding="utf-8") for key, kind in kinds.items()}
+                viewer = gr.HTML({"message": WELCOME}, elem_id="viewer", **files)
         # preprocess=False: `read_upload` decodes the image with limits, Gradio would decode it without.
         options = {"preprocess": False, "show_progress_on": viewer, "api_visibility": "private"}
         gr.on([image.change, checkpoint.change], on_change, [image, checkpoint], viewer, **options)
@@ -165,20 +142,7 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
 
 
 def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
-    """Serve a page in the background.
-
-    Args:
-        page: result of `build_page`.
-        limits: of uploads.
-        host: address to listen on.
-        port: port to listen on; 0 chooses a free one.
-
-    Returns:
-        URL of the page.
-
-    Raises:
-        UserError: the address or port cannot be used.
-    """
+    """Serve a page of `build_page` in the background and return its URL; port 0 chooses a free port."""
     import gradio as gr
     from starlette.middleware import Middleware
 

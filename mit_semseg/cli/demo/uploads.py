@@ -5,9 +5,9 @@ import os
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -19,19 +19,12 @@ MAX_NAME_LENGTH = 80  # characters
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Limits of the web page.
+class Limits(NamedTuple):
+    """Limits of the web page."""
 
-    Attributes:
-        upload: file size in megabytes (10^6 bytes).
-        pixels: millions of pixels per image.
-        waiting: images in the queue; further requests are refused.
-    """
-
-    upload: float = 20
-    pixels: float = 25
-    waiting: int = 20
+    upload: float = 20  # file size in megabytes (10^6 bytes)
+    pixels: float = 25  # millions per image
+    waiting: int = 20  # images in the queue; further requests are refused
 
 
 def safe_name(name) -> str:
@@ -41,21 +34,17 @@ def safe_name(name) -> str:
 
 
 def read_upload(file, name: str, limits: Limits) -> Image.Image:
-    """Decode an uploaded image.
+    """Decode an upload of this page, or raise a `UserError` that calls it `name`.
 
-    Args:
-        file: dict with the `path` of the upload; sent by the browser, so it can be of any type and content.
-        name: name for error messages.
-        limits: of the image.
-
-    Raises:
-        UserError: not an upload of this page, not an image, or above the limits.
+    `file` is a dict with its `path`; it was sent by the browser, so it can be of any type and content.
     """
     path = file.get("path") if isinstance(file, dict) else None
-    if not _is_upload(path):
-        raise UserError(f"{name} was not uploaded to this page; upload the image again")
-    if not Path(path).is_file():
-        raise UserError(f"{name} has expired; upload the image again")
+    try:
+        is_upload = isinstance(path, str) and Path(path).resolve().is_relative_to(upload_folder())
+    except (OSError, ValueError):  # not a valid path
+        is_upload = False
+    if not is_upload or not Path(path).is_file():
+        raise UserError(f"{name} was not uploaded to this page, or has expired; upload the image again")
     if (size := Path(path).stat().st_size) > limits.upload * 1e6:
         raise UserError(f"{name} has {size / 1e6:.1f} MB; the limit is {limits.upload:g} MB")
     Image.init()
@@ -65,18 +54,8 @@ def read_upload(file, name: str, limits: Limits) -> Image.Image:
     except UserError as error:
         raise UserError(str(error).replace(str(path), name)) from None  # do not show paths of the server
     if width * height > limits.pixels * 1e6:
-        raise UserError(
-            f"{name} has {width} x {height} pixels ({width * height / 1e6:.1f} million); the limit is "
-            f"{limits.pixels:g} million; upload a smaller image"
-        )
+        raise UserError(f"{name} has {width} x {height} pixels; the limit is {limits.pixels:g} million")
     return read_image(path, name, formats)
-
-
-def _is_upload(path) -> bool:
-    try:
-        return isinstance(path, str) and Path(path).resolve().is_relative_to(upload_folder())
-    except (OSError, ValueError):  # not a valid path
-        return False
 
 
 def contains_url(value) -> bool:
@@ -88,11 +67,7 @@ def contains_url(value) -> bool:
 
 
 class RouteFilter:
-    """ASGI middleware that refuses routes of Gradio that fetch URLs or start programs; the page does not use them.
-
-    Args:
-        app: ASGI application.
-    """
+    """ASGI middleware that refuses routes of Gradio that fetch URLs or start programs; the page does not use them."""
 
     blocked = re.compile(r"/(file=\s*[a-z][a-z0-9+.-]+:|proxy=|process_recording|run-history)", re.IGNORECASE)
 
@@ -100,12 +75,11 @@ class RouteFilter:
         self._app = app
 
     async def __call__(self, scope, receive, send) -> None:
-        if scope["type"] != "http" or not self.blocked.search(scope["path"]):
-            await self._app(scope, receive, send)
-            return
-        headers = [(b"content-type", b"text/plain")]
-        await send({"type": "http.response.start", "status": 403, "headers": headers})
-        await send({"type": "http.response.body", "body": b"this server does not fetch URLs\n"})
+        from starlette.responses import PlainTextResponse
+
+        blocked = scope["type"] == "http" and self.blocked.search(scope["path"])
+        app = PlainTextResponse("this server does not fetch URLs\n", 403) if blocked else self._app
+        await app(scope, receive, send)
 
 
 @cache
