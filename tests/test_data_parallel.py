@@ -43,12 +43,11 @@ def test_scatter_rejects_different_numbers_of_chunks():
 def test_positional_and_keyword_tensors_are_scattered():
     class Echo(nn.Module):
         def forward(self, x, **kwargs):
-            return {"x": x, "kwargs": kwargs, "thread": threading.current_thread().name}
+            return {"x": x, "kwargs": kwargs}
 
     result = DictGatherDataParallel(Echo(), ["cpu", "cpu"])(torch.arange(5), scale=torch.arange(5) * 2, name="x")
     assert torch.equal(result["x"], torch.arange(5))
     assert torch.equal(result["kwargs"]["scale"], torch.arange(5) * 2)
-    assert result["thread"] == "replica 0"
 
 
 def test_each_replica_gets_one_dict():
@@ -62,9 +61,7 @@ def test_each_replica_gets_one_dict():
 
     parallel = UserScatteredDataParallel(Sizes(), ["cpu"] * 3)
     batches = [{"img_data": torch.full((1, 3, n, n + 1), float(n)), "info": [f"{n}.jpg"]} for n in (2, 4, 3)]
-    means, ones = parallel(batches)
-    assert means.tolist() == [2, 4, 3]
-    assert ones.shape == (3,)
+    assert [values.tolist() for values in parallel(batches)] == [[2, 4, 3], [1, 1, 1]]
     assert sorted(calls) == [(f"replica {i}", (1, 3, n, n + 1), [f"{n}.jpg"]) for i, n in enumerate((2, 4, 3))]
     assert parallel(batches[:2])[0].tolist() == [2, 4]
     assert parallel(batches[:1])[0].item() == 2
@@ -85,42 +82,30 @@ def test_replicas_share_parameters_and_replica_0_the_buffers():
     assert module.calls.item() == 1
 
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-
-
-@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
-def test_gradients_equal_those_of_the_whole_batch(kind):
-    devices = [CPU, CPU] if kind == "cpu" else [torch.device("cuda", 0), torch.device("cuda", 1)]
+@pytest.mark.parametrize("devices", [["cpu", "cpu"], pytest.param(["cuda:0", "cuda:1"], marks=pytest.mark.gpu)])
+def test_gradients_equal_those_of_the_whole_batch(devices):
+    if devices[0] != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two GPUs")
     module = tiny_module(crit=MaskedNLLLoss()).double().to(devices[0])
     images, labels = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.randint(0, 3, (4, 4, 5))
     batches = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
-    results = []
-    for forward in (
-        lambda: UserScatteredDataParallel(module, devices)(batches)[0].mean(),
-        lambda: module({"img_data": images.to(devices[0]), "seg_label": labels.to(devices[0])})[0],
-    ):
-        module.zero_grad()
-        loss = forward()
-        loss.backward()
-        results.append((loss.item(), [p.grad.clone() for p in module.parameters()]))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
-    for a, b in zip(results[0][1], results[1][1], strict=True):
+    parameters = list(module.parameters())
+    loss = UserScatteredDataParallel(module, devices)(batches)[0].mean()
+    expected, _ = module({"img_data": images.to(devices[0]), "seg_label": labels.to(devices[0])})
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    for a, b in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
 def test_replication_callbacks_share_a_context_per_submodule():
     calls = []
 
-    class Part(nn.Module):
+    class Part(nn.Identity):
         def __data_parallel_replicate__(self, context, copy_id):
-            context.copies = [*getattr(context, "copies", []), copy_id]
-            calls.append((copy_id, list(context.copies)))
-
-        def forward(self, x):
-            return x
+            calls.append((context, copy_id))
 
     DataParallelWithCallback(nn.Sequential(Part()), ["cpu"] * 3)(torch.ones(3))
-    assert calls == [(0, [0]), (1, [0, 1]), (2, [0, 1, 2])]
+    assert calls == [(calls[0][0], index) for index in range(3)]
 
 
 def test_module_on_another_device_is_rejected():
@@ -173,5 +158,5 @@ torch.set_num_threads(1)
 module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
 module([torch.randn(3, 4), torch.randn(5, 4)]).sum().backward()
 """
-    jobs = [subprocess.Popen([sys.executable, "-c", program], env=ENV, stderr=subprocess.PIPE) for _ in range(4)]
-    assert [(job.communicate(timeout=120)[1], job.returncode) for job in jobs] == [(b"", 0)] * 4
+    jobs = [subprocess.Popen([sys.executable, "-c", program], env=ENV, stderr=subprocess.PIPE) for _ in range(2)]
+    assert [(job.communicate(timeout=120)[1], job.returncode) for job in jobs] == [(b"", 0)] * 2

@@ -11,14 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mit_semseg.engine import World
 from mit_semseg.engine.distributed import broadcast_buffers
-from mit_semseg.lib.nn import (
-    InPlaceABN,
-    InPlaceABNSync,
-    UserScatteredDataParallel,
-    convert_sync_batchnorm,
-    sync_stats,
-    to_batchnorm,
-)
+from mit_semseg.lib.nn import DataParallelWithCallback, InPlaceABN, InPlaceABNSync, sync_stats, to_batchnorm
 from mit_semseg.lib.nn.inplace_abn import ACTIVATIONS, InPlaceABNFunction
 from mit_semseg.lib.nn.sync_stats import SyncBatchNormFunction, SyncStatistics
 from mit_semseg.models.layers import NORMS
@@ -87,85 +80,37 @@ def test_equals_batch_norm_and_activation(activation, affine, with_shortcut, blo
     torch.testing.assert_close(norm.eval()(*tensors), reference.eval()(*tensors))
 
 
-def test_float32_equals_batch_norm_and_activation():
-    x = torch.randn(SHAPE)
-    norm = make_norm("leaky_relu").float()
-    torch.testing.assert_close(norm(x), Reference(norm)(x))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_equal_finite_differences(activation):
-    norm = make_norm(activation)
-
-    def forward(x, shortcut, weight, bias):
-        return torch.func.functional_call(norm, {"weight": weight, "bias": bias}, (x, shortcut))
-
-    x, shortcut = (randn(2, 4, 3, 2, requires_grad=True) for _ in range(2))
-    parameters = (p.detach().requires_grad_() for p in (norm.weight, norm.bias))
-    assert torch.autograd.gradcheck(forward, (x, shortcut, *parameters))
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_replicas_equal_whole_batch(activation):
-    norm = make_norm(activation, InPlaceABNSync)
-    reference = Reference(norm)
-    chunks = [randn(n, *SHAPE[1:], requires_grad=True) for n in (1, 2)]
-    factor = randn()
-    y = UserScatteredDataParallel(norm, ["cpu", "cpu"], timeout=20)(chunks)
-    (y * factor).sum().backward()
-    actual = [y, torch.cat([c.grad for c in chunks]), norm.weight.grad, norm.bias.grad]
-    assert_close(actual, output_and_gradients(reference, [torch.cat(chunks)], factor))
-
-
-def _whole_batch():
-    generator = torch.Generator().manual_seed(0)
-    return [randn(4, *SHAPE[1:], generator=generator) for _ in range(2)]
-
-
-def _train_on_rank(rank):
-    norm = make_norm("leaky_relu", InPlaceABNSync)
-    chunk, factor = (t.chunk(2)[rank] for t in _whole_batch())
-    y, gradient, *_ = output_and_gradients(norm, [chunk], factor)
-    return [values.tolist() for values in (y, gradient, norm.running_var)]
-
-
-def test_ranks_equal_whole_batch(tmp_path):
-    x, factor = _whole_batch()
-    expected = output_and_gradients(Reference(make_norm("leaky_relu")), [x], factor)
-    (y0, g0, var0), (y1, g1, var1) = on_ranks(2, tmp_path, _train_on_rank)
-    assert_close([torch.tensor(y0 + y1, dtype=x.dtype), torch.tensor(g0 + g1, dtype=x.dtype)], expected[:2])
-    assert var0 == var1
+def test_replicas_equal_whole_batch():
+    norm, x, factor = make_norm("leaky_relu", InPlaceABNSync), randn(), randn()
+    expected = output_and_gradients(Reference(norm), [x], factor)
+    assert_close(output_and_gradients(DataParallelWithCallback(norm, ["cpu", "cpu"]), [x], factor), expected)
 
 
 def _broadcast_on_rank(rank):
-    torch.manual_seed(rank)
-    norms = make_norm("leaky_relu"), NORMS["batch"](4).double()
-    for norm in norms:
-        norm(randn() + 10 * rank)
-    before = norms[1].running_mean.tolist()
-    broadcast_buffers(nn.ModuleList(norms), World(rank, 2))
-    return before, [norm.running_mean.tolist() for norm in norms]
+    norm, synchronized = make_norm("leaky_relu"), make_norm("leaky_relu", InPlaceABNSync)
+    norm(randn() + 10 * rank), synchronized(randn() + 10 * rank)
+    before = norm.running_mean.tolist()
+    broadcast_buffers(nn.Sequential(norm), World(rank, 2))
+    return before, norm.running_mean.tolist(), synchronized.running_mean.tolist()
 
 
 def test_local_statistics_are_those_of_rank_0_after_broadcast(tmp_path):
-    (before_0, after_0), (before_1, after_1) = on_ranks(2, tmp_path, _broadcast_on_rank)
-    assert abs(before_0[0] - before_1[0]) > 0.5
-    assert after_0 == after_1
-    assert after_0[1] == before_0
+    (before_0, after_0, mean_0), (before_1, after_1, mean_1) = on_ranks(2, tmp_path, _broadcast_on_rank)
+    assert after_0 == after_1 == before_0 != before_1
+    assert mean_0 == mean_1 != before_0
 
 
 def test_local_statistics_of_replicas():
     norm = make_norm("none", affine=False)
     chunks = [randn(2, *SHAPE[1:]) + shift for shift in (0, 10)]
-    y = UserScatteredDataParallel(norm, ["cpu", "cpu"], timeout=20)(chunks)
+    y = DataParallelWithCallback(norm, ["cpu", "cpu"])(torch.cat(chunks))
     torch.testing.assert_close(y[2:].mean((0, 2, 3)), torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(norm.running_mean, 0.1 * chunks[0].mean((0, 2, 3)))
     assert norm.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_only_the_output_is_saved(activation):
-    norm, x, saved = make_norm(activation), randn(requires_grad=True), []
+def test_only_the_output_is_saved():
+    norm, x, saved = make_norm("leaky_relu"), randn(requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = norm(x * 1)
     maps = {t.untyped_storage().data_ptr() for t in saved if t.numel() == y.numel()}
@@ -185,26 +130,15 @@ def test_16_bit_gradients_are_close_to_float32(dtype, scale, bias):
     assert actual[0].dtype == dtype
     for a, b in zip(actual, expected, strict=True):
         assert (a.float() - b).norm() <= 0.03 * b.norm() + 1e-3
-
-
-def test_zero_scale_has_a_gradient():
-    norm = make_norm("leaky_relu")
-    nn.init.zeros_(norm.weight)
-    values = output_and_gradients(norm, [randn()], randn())
-    assert all(torch.isfinite(v).all() for v in values)
-    assert values[-2].abs().min() > 0
+    assert actual[-2].abs().min() > 0  # the weight has a gradient at zero
 
 
 def test_single_value_per_channel_can_be_trained():
-    y = InPlaceABNSync(4)(torch.randn(1, 4, 1, 1, requires_grad=True))
-    y.sum().backward()
-    assert torch.isfinite(y).all()
+    values = output_and_gradients(make_norm("leaky_relu"), [randn(1, 4, 1, 1)], 1)
+    assert all(torch.isfinite(value).all() for value in values)
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() and tuple(map(int, torch.__version__.split(".")[:2])) < (2, 9),
-    reason="this PyTorch version requires a CUDA driver",
-)
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="this PyTorch version requires a CUDA driver")
 @pytest.mark.parametrize("function", [SyncBatchNormFunction, InPlaceABNFunction])
 def test_replicas_on_two_gpus_keep_their_devices(function):
     """Fake tensors on two GPUs."""
@@ -214,10 +148,10 @@ def test_replicas_on_two_gpus_keep_their_devices(function):
         parameters = [torch.ones(4, device=d) for d in (*devices, *devices)]
         ctx = SimpleNamespace()
         ctx.save_for_backward = lambda *tensors: setattr(ctx, "saved_tensors", tensors)
-        options = (0.01,) if function is InPlaceABNFunction else ()
-        shortcuts = (None, None) if function is InPlaceABNFunction else ()
-        stats = SyncStatistics(1e-5, local=True)
-        outputs = function.forward(ctx, stats, *options, *inputs, *shortcuts, *parameters)
+        arguments = (*inputs, *parameters)
+        if function is InPlaceABNFunction:
+            arguments = (0.01, *inputs, None, None, *parameters)
+        outputs = function.forward(ctx, SyncStatistics(1e-5, local=True), *arguments)
         gradients = function.backward(ctx, *(torch.ones_like(y) for y in outputs))
         assert [y.device for y in outputs] == devices
         assert [g.device for g in gradients if g is not None] == devices * 3
@@ -243,10 +177,9 @@ def test_conversion_to_batch_norm_keeps_the_output():
     torch.testing.assert_close(norm(x), expected)
     with pytest.raises(ValueError, match="activation"):
         to_batchnorm(nn.Sequential(make_norm("leaky_relu")))
-    assert convert_sync_batchnorm(NORMS["batch"](4)).synchronized
 
 
 @pytest.mark.parametrize("options", [{"activation": "relu"}, {"slope": 0}])
 def test_activations_that_are_not_invertible_are_rejected(options):
-    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+    with pytest.raises(ValueError, match=r"leaky_relu.* slope > 0"):
         InPlaceABNSync(4, **options)

@@ -25,53 +25,40 @@ def root(tmp_path_factory):
 
 
 class OverflowDataset(TrainDataset):
-    """Some batches have images beyond the range of float16."""
-
-    overflows: frozenset = frozenset()
+    """The images of the batches `overflows` are beyond the range of float16."""
 
     def __getitem__(self, index):
         batch = super().__getitem__(index)
         return {**batch, "img_data": batch["img_data"] * 1e6} if index in self.overflows else batch
 
 
-def train(root, folder, overflows, convert=lambda module: module, **changes):
-    module = convert(tiny_module(crit=MaskedNLLLoss()))
-    trainer = make_trainer(folder, module=module, amp="fp16", **changes)
+def train(root, folder, overflows, **changes):
+    trainer = make_trainer(folder, module=tiny_module(crit=MaskedNLLLoss()), amp="fp16", **changes)
     dataset = OverflowDataset(root, "train", options(), 2)
-    dataset.overflows = frozenset(overflows)
+    dataset.overflows = overflows
     trainer.fit(dataset, resume="auto")
     return trainer
 
 
-def is_finite(state):
-    return all(value.isfinite().all() for value in state.values() if value.is_floating_point())
-
-
-@pytest.mark.parametrize("convert", [lambda module: module, to_batchnorm], ids=["sync", "batch"])
-def test_fp16_overflow_is_skipped_and_counted(root, tmp_path, convert):
-    trainer = train(root, tmp_path, {2, 5, 7}, convert)
+def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
+    trainer = train(root, tmp_path, {2, 5, 7})
     assert trainer.overflows == 3
     state = trainer.module.state_dict()
-    assert is_finite(state)
+    assert all(value.isfinite().all() for value in state.values())
     assert {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")} == {5}
-    assert len(trainer.history["train"]["loss"]) == 4
     assert np.isfinite(trainer.history["train"]["loss"]).all()
-    for path in tmp_path.glob("*coder_epoch_*.pth"):
-        assert is_finite(torch.load(path, weights_only=True))
     assert read_resume(tmp_path / "resume.pth")["overflows"] == (3, 1)
-    assert train(root, tmp_path, {2, 5, 7}, convert).overflows == 3  # a resumed run keeps the count
+    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # a resumed run keeps the count
 
 
 def test_overflow_in_the_first_step_leaves_finite_momentum(root, tmp_path):
     trainer = train(root, tmp_path, {0}, deterministic=True)  # uninitialized memory is NaN
     assert trainer.overflows == 1
-    assert is_finite(trainer.module.state_dict())
     momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
-    assert all(value.isfinite().all() and value.abs().max() < 1e4 for value in momentum)
+    assert all(value.abs().max() < 1e4 for value in momentum)
 
 
 def overflow_on_rank_1(rank, folder, world_size):
-    """Run a step that overflows on the last rank; return the overflows and whether the state is unchanged."""
     module = to_batchnorm(tiny_module(crit=MaskedNLLLoss()))
     world = World(rank, world_size, rank, world_size)
     trainer = make_trainer(folder, module=module, world=world, amp="fp16")
@@ -99,14 +86,11 @@ def test_25_overflows_in_a_row_stop_the_run(root, tmp_path):
     ("values", "num_class", "fraction"), [((0,), 3, 0), ((1,), 1, 1), ((0, 1), 1, 0.5), (range(1001), 1000, 1)]
 )
 @pytest.mark.parametrize("loss", ["ce", "ohem", "ce+dice", "lovasz"])
-def test_loss_and_metrics_are_finite_for_empty_single_and_1000_class_labels(
-    tmp_path, values, num_class, fraction, loss
-):
+def test_loss_and_metrics_are_finite_for_any_labels(tmp_path, values, num_class, fraction, loss):
     root, rng = write_data_set(tmp_path / "data"), np.random.default_rng(0)
     for path in root.rglob("annotations/*.png"):
-        width, height = Image.open(path).size
-        label = rng.choice(values, (height, width)).astype(np.uint16 if num_class > 255 else np.uint8)
-        Image.fromarray(label).save(path)
+        label = rng.choice(values, Image.open(path).size[::-1])
+        Image.fromarray(label.astype(np.uint16 if num_class > 255 else np.uint8)).save(path)
     changes = {**SMALL, "DATASET.root_dataset": root, "DATASET.num_class": num_class, "DIR": tmp_path / "run"}
     changes |= {"TRAIN.loss": loss, "TRAIN.epoch_iters": 1, "TRAIN.disp_iter": 1}
     done = here("train.py", "--gpu", "cpu", *words(changes))
