@@ -21,18 +21,13 @@ def _entry_point(name: str):
     def load(pretrained: bool = True, num_class: int = 150, reset_classifier: bool = False, **kwargs):
         files = _download_published(name) if pretrained else ("", "")
         encoder = _ModelBuilder.build_encoder(encoder_name, weights=str(files[0]), pretrained=False, **kwargs)
-        options = {"in_channels": encoder.out_channels, "reset_classifier": reset_classifier, **kwargs}
-        decoder = _ModelBuilder.build_decoder(decoder_name, num_class=num_class, weights=str(files[1]), **options)
+        kwargs |= {"in_channels": encoder.out_channels, "reset_classifier": reset_classifier}
+        decoder = _ModelBuilder.build_decoder(decoder_name, num_class=num_class, weights=str(files[1]), **kwargs)
         return _SegmentationModule(encoder, decoder, None).eval()
 
     load.__name__ = name.replace("-", "_")
     load.__doc__ = f"""{encoder_name} and {decoder_name}, published for ADE20K.
-
-        pretrained: load the published weights, downloaded at the first call; False starts from random weights.
-        num_class: number of classes; other than 150 with published weights requires `reset_classifier`.
-        reset_classifier: start from a random classifier.
-        kwargs: passed to encoder and decoder, e.g. `norm_layer`.
-    """
+    With published weights, `num_class` other than 150 requires `reset_classifier`. Further options: `norm_layer`."""
     return load
 
 

@@ -67,14 +67,7 @@ class UnknownNameError(UserError, ValueError):
 
 
 def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:
-    """Return `table[name]`.
-
-    Args:
-        kind: what the table holds, for the error message, e.g. 'encoder'.
-
-    Raises:
-        UnknownNameError: the name is not in the table.
-    """
+    """Return `table[name]`, or raise an `UnknownNameError` for a `kind` of entry, e.g. 'encoder'."""
     if name in table:
         return table[name]
     close = difflib.get_close_matches(str(name), table, n=1)
@@ -88,41 +81,33 @@ class ModelBuilder:
     @staticmethod
     def weights_init(m: nn.Module) -> None:
         """Initialize one layer like those of a decoder; to be passed to `module.apply`."""
-        init_layer(m, "fan_in", NORM_BIAS)
+        init_layer(m, mode="fan_in", norm_bias=NORM_BIAS)
 
     @staticmethod
     def build_encoder(
-        arch: str = "resnet50dilated",
-        fc_dim: int = 512,
-        weights: str = "",
-        *,
-        pretrained: bool = True,
-        output_stride: int | None = None,
-        **kwargs,
+        arch: str = "resnet50dilated", fc_dim: int = 512, weights: str = "", *, pretrained: bool = True, **kwargs
     ) -> nn.Module:
         """Build an encoder.
 
         Args:
-            arch: name in `ENCODERS`, in upper or lower case. If `weights` is a file of version 1.0, `resnet34` and
-                `resnet50` stand for its models.
+            arch: name in `ENCODERS`, in upper or lower case. With `weights` of version 1.0, `resnet34` and `resnet50`
+                stand for its models.
             fc_dim: ignored, accepted for compatibility.
             weights: file with a state dict of the encoder; '' means ImageNet weights, downloaded if needed.
             pretrained: False starts from random weights if `weights` is ''.
-            output_stride: 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default of `arch`.
-            kwargs: passed to the encoder, e.g. `norm_layer`.
+            kwargs: passed to the encoder: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8);
+                None means the default of `arch`.
 
         Raises:
             ValueError: unknown name or unsupported output stride.
-            mit_semseg.models.weight_files.WeightsError: the weights cannot be downloaded or read, or do not fit.
+            WeightsError: the weights cannot be downloaded or read, or do not fit.
         """
         arch = arch.lower()
         state = read_state_dict(weights) if weights else None
         if state and f"{arch}_v1" in ENCODERS and is_version_1(state):
             arch = f"{arch}_v1"
-        build = lookup(ENCODERS, arch, "encoder")
-        if output_stride:
-            kwargs["output_stride"] = output_stride
-        encoder = build(**kwargs)
+        options = {key: value for key, value in kwargs.items() if value is not None}
+        encoder = lookup(ENCODERS, arch, "encoder")(**options)
         if weights:
             load_weights(encoder, weights, state=state, name=f"encoder {arch}", part="encoder")
         elif pretrained:
@@ -138,7 +123,6 @@ class ModelBuilder:
         use_softmax: bool = False,
         *,
         in_channels: Sequence[int] | None = None,
-        output_stride: int = 8,
         reset_classifier: bool = False,
         **kwargs,
     ) -> Decoder:
@@ -147,32 +131,29 @@ class ModelBuilder:
         Args:
             arch: name in `DECODERS`, in upper or lower case.
             fc_dim: channels of the last feature map; ignored if `in_channels` is given.
-            num_class: number of classes.
             weights: file with a state dict of the decoder; '' starts from random weights.
             use_softmax: return probabilities instead of log-probabilities if the decoder is called without `segSize`.
             in_channels: channels of every feature map, the encoder's `out_channels`. Required for UPerNet with
                 encoders other than ResNet-50, ResNet-101 and ResNeXt-101.
-            output_stride: stride of the last feature map, the encoder's `output_stride`.
             reset_classifier: start from a random classifier if `weights` has a different number of classes.
-            kwargs: passed to the decoder, e.g. `norm_layer`.
+            kwargs: passed to the decoder, e.g. the encoder's `output_stride` and `norm_layer`.
 
         Raises:
             ValueError: unknown name.
-            mit_semseg.models.weight_files.WeightsError: the weights cannot be read or do not fit.
+            WeightsError: the weights cannot be read or do not fit.
         """
         arch = arch.lower()
-        build = lookup(DECODERS, arch, "decoder")
         if in_channels is None:
             # Feature maps of a ResNet-50; for deep supervision the second to last has half the channels of the last.
             in_channels = (256, 512, 1024 if "upernet" in arch else fc_dim // 2, fc_dim)
-        decoder = build(in_channels, num_class, use_softmax=use_softmax, output_stride=output_stride, **kwargs)
+        decoder = lookup(DECODERS, arch, "decoder")(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
             load_weights(decoder, weights, name=f"decoder {arch}", part="decoder", reset_classifier=reset_classifier)
         return decoder
 
 
 def constructor(arch: str) -> Callable[..., nn.Module]:
-    """Return the constructor of version 2 of an encoder: `constructor("resnet18")(pretrained=False, **kwargs)`."""
+    """Return the constructor of version 2 of an encoder."""
 
     def construct(pretrained: bool = False, **kwargs) -> nn.Module:
         return ModelBuilder.build_encoder(arch, pretrained=pretrained, **kwargs)

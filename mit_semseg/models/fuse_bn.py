@@ -14,10 +14,7 @@ from ..lib.nn import InPlaceABN
 def fuse_batchnorm(module: nn.Module) -> nn.Module:
     """Return a copy for inference with batch norms fused into convolutions, in channels_last memory format.
 
-    The outputs are equal to those of `module` in eval mode, up to rounding.
-
-    Args:
-        module: network of `nn.Sequential`s and of blocks in which `bnN` follows `convN`.
+    `module` consists of `nn.Sequential`s and of blocks in which `bnN` follows `convN`.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent, conv, norm in list(_conv_norm_pairs(fused)):
@@ -35,9 +32,7 @@ def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
         else:
             pairs = [(name, f"bn{name.removeprefix('conv')}") for name in children if name.startswith("conv")]
         for conv, norm in pairs:
-            if isinstance(children[conv], nn.Conv2d) and _can_fuse(children.get(norm)):
+            layer = children.get(norm)
+            can_fuse = isinstance(layer, _BatchNorm) and not isinstance(layer, InPlaceABN) and layer.track_running_stats
+            if can_fuse and isinstance(children[conv], nn.Conv2d):
                 yield parent, conv, norm
-
-
-def _can_fuse(norm: nn.Module | None) -> bool:
-    return isinstance(norm, _BatchNorm) and not isinstance(norm, InPlaceABN) and norm.track_running_stats

@@ -1,8 +1,6 @@
 """Old names of version 2."""
 
 from .builder import constructor
-from .encoders.hrnet import HighResolutionModule, HRNetV2
-
-__all__ = ["HRNetV2", "HighResolutionModule", "hrnetv2"]
+from .encoders.hrnet import HighResolutionModule, HRNetV2  # noqa: F401
 
 hrnetv2 = constructor("hrnetv2")

@@ -30,13 +30,7 @@ def conv2d(
 
 
 def conv_bn_relu(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int = 3,
-    *,
-    norm_layer: NormLayer = DEFAULT_NORM,
-    activation: str = "relu",
-    **options,
+    in_channels: int, out_channels: int, kernel_size: int = 3, *, norm_layer=DEFAULT_NORM, activation="relu", **options
 ) -> nn.Sequential:
     """Return convolution, normalization and activation; see `conv2d` for `options` and `norm_act` for `activation`."""
     conv = conv2d(in_channels, out_channels, kernel_size, **options)
@@ -53,13 +47,9 @@ def conv_bn(
 
 
 def norm_act(norm_layer: NormLayer, channels: int, activation: str = "relu") -> tuple[nn.Module, nn.Module]:
-    """Return a normalization layer and the activation that follows it.
+    """Return a normalization layer and the activation that follows it: 'relu', 'leaky_relu' or 'relu6'.
 
-    An activated in-place norm (`InPlaceABN`) replaces ReLU and leaky ReLU by its own activation; the second module is
-    then the identity.
-
-    Args:
-        activation: 'relu', 'leaky_relu' or 'relu6'.
+    An activated in-place norm replaces ReLU and leaky ReLU by its own activation; the second is then the identity.
     """
     norm = norm_layer(channels)
     if is_activated(norm) and activation == "relu6":
@@ -83,8 +73,7 @@ def norm_add_relu(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
 
 
 def pooling_branches(channels: int, width: int, norm_layer: NormLayer, activation: str = "relu") -> nn.ModuleList:
-    """Return the branches of pyramid pooling: average pooling to 1, 2, 3 and 6 bins per side, then a 1x1 convolution
-    to `width` channels."""
+    """Return the branches of pyramid pooling: average pooling, then a 1x1 convolution to `width` channels."""
     conv = partial(conv_bn_relu, channels, width, 1, activation=activation, norm_layer=norm_layer)
     return nn.ModuleList(nn.Sequential(AveragePooling(bins), *conv()) for bins in POOL_SCALES)
 
@@ -101,16 +90,9 @@ class AveragePooling(nn.Module):
 
 
 def average_pool(x: Tensor, bins: int) -> Tensor:
-    """Compute `F.adaptive_avg_pool2d(x, bins)` as two matrix products.
+    """Compute `F.adaptive_avg_pool2d(x, bins)` for (N, C, H, W) as two matrix products.
 
     Unlike the PyTorch operator it has a deterministic backward pass on GPUs and can be exported with dynamic sizes.
-
-    Args:
-        x: (N, C, H, W).
-        bins: number of bins per side; adjacent bins overlap by one row or column if `bins` does not divide the side.
-
-    Returns:
-        (N, C, bins, bins).
     """
     n, c, height, width = x.shape
     symbolic = is_symbolic(height, width)
@@ -147,11 +129,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:
-    """Return `output_stride`.
-
-    Raises:
-        ValueError: it is not allowed.
-    """
+    """Return `output_stride`, or raise a ValueError if it is not allowed."""
     if output_stride not in allowed:
         choices = ", ".join(map(str, allowed))
         raise ValueError(f"output stride {output_stride} is not supported by this encoder: choose one of {choices}")
@@ -171,36 +149,22 @@ def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> 
 
 
 def dilation_of_stage(stride: int, input_stride: int, output_stride: int) -> tuple[int, int, int]:
-    """Replace strides by dilation once the output stride of the network is reached.
+    """Replace the stride of a stage by dilation once the output stride of the network is reached.
 
-    Args:
-        stride: stride of the stage without dilation.
-        input_stride: stride of its input, relative to the image, without dilation.
-        output_stride: largest allowed stride.
-
-    Returns:
-        (stride, dilation of the strided convolution, dilation of the other convolutions). The strided convolution of
-        a dilated stage keeps the dilation of the previous stage, as in the published models.
+    Returns (stride, dilation of the strided convolution, dilation of the other convolutions). The strided convolution
+    of a dilated stage keeps the dilation of the previous stage, as in the published models.
     """
     first = max(1, input_stride // output_stride)
     others = max(1, input_stride * stride // output_stride)
     return stride * first // others, first, others
 
 
-def init_weights(module: nn.Module, *, mode: str = "fan_in", norm_bias: float = 0.0) -> None:
-    """Initialize convolutions kaiming-normal (He et al., 2015), their biases to 0, norm weights to 1.
+def init_layer(layer: nn.Module, *, mode: str = "fan_out", norm_bias: float = 0.0) -> None:
+    """Initialize a convolution kaiming-normal (He et al., 2015) and its bias to 0, a norm to weight 1 and `norm_bias`.
 
-    Args:
-        mode: 'fan_out' for encoders, as in the ResNet paper; 'fan_in' for decoders: with 'fan_out' the scale of the
-            classifier's weights would depend on the number of classes.
-        norm_bias: initial bias of the norms.
+    `mode` is 'fan_out' for encoders, as in the ResNet paper, and 'fan_in' for decoders: with 'fan_out' the scale of the
+    classifier's weights would depend on the number of classes.
     """
-    for layer in module.modules():
-        init_layer(layer, mode, norm_bias)
-
-
-def init_layer(layer: nn.Module, mode: str, norm_bias: float) -> None:
-    """Initialize a single layer, see `init_weights`."""
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")
         if layer.bias is not None:

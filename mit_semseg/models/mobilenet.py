@@ -3,8 +3,6 @@
 from functools import partial
 
 from .builder import constructor
-from .encoders.mobilenet import InvertedResidual, MobileNetV2
-
-__all__ = ["InvertedResidual", "MobileNetV2", "mobilenetv2"]
+from .encoders.mobilenet import InvertedResidual, MobileNetV2  # noqa: F401
 
 mobilenetv2 = partial(constructor("mobilenetv2dilated"), output_stride=32)

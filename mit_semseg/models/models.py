@@ -12,6 +12,8 @@ from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
 from .segmentation import SegmentationModule as SegmentationModule
 from .segmentation import SegmentationModuleBase as SegmentationModuleBase
 
+CHANNELS = (256, 512, 1024, 2048)  # of the feature maps of a ResNet-50
+
 
 def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int) -> None:
     """Replace the strides of the last two stages, with output strides 16 and 32, by dilation."""
@@ -19,11 +21,11 @@ def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int)
     for stage, input_stride in zip(stages, (8, 16), strict=True):
         stride, first, others = dilation_of_stage(2, input_stride, output_stride)
         for conv in (layer for layer in stage.modules() if isinstance(layer, nn.Conv2d)):
-            dilation = first if conv.stride == (2, 2) else others
-            if conv.stride == (2, 2):
-                conv.stride = (stride, stride)
+            strided = conv.stride == (2, 2)
             if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (dilation, dilation)
+                conv.dilation = conv.padding = (first if strided else others,) * 2
+            if strided:
+                conv.stride = (stride, stride)
 
 
 class Resnet(ResNet):
@@ -72,13 +74,7 @@ class PPM(decoders.PPM):
 
     _deepsup = False
 
-    def __init__(
-        self,
-        num_class: int = 150,
-        fc_dim: int = 4096,
-        use_softmax: bool = False,
-        pool_scales: Sequence[int] = POOL_SCALES,
-    ):
+    def __init__(self, num_class: int = 150, fc_dim: int = 4096, use_softmax: bool = False, pool_scales=POOL_SCALES):
         _check(pool_scales)
         super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=self._deepsup)
 
@@ -93,13 +89,7 @@ class UPerNet(decoders.UPerNet):
     """Decoder built from the channels of all feature maps."""
 
     def __init__(
-        self,
-        num_class: int = 150,
-        fc_dim: int = 2048,
-        use_softmax: bool = False,
-        pool_scales: Sequence[int] = POOL_SCALES,
-        fpn_inplanes: Sequence[int] = (256, 512, 1024, 2048),
-        fpn_dim: int = 256,
+        self, num_class=150, fc_dim=2048, use_softmax=False, pool_scales=POOL_SCALES, fpn_inplanes=CHANNELS, fpn_dim=256
     ):
         _check(pool_scales)
         self.fpn_dim = fpn_dim  # read by `make_layers`

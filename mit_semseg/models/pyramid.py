@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from .layers import is_symbolic, resize, to_device
 
 MIN_SAVING = 2.0  # a map is resized unless this saves a factor of at least 2 in multiplications
-CACHED_MATRICES = 64  # at most about 100 KB each
 
 
 def pyramid_sequential(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tensor], **options) -> Tensor:
@@ -36,11 +35,7 @@ def conv_over_pyramid(
         conv: convolution with stride 1, no dilation and zero "same" padding.
         x: (N, C, h, w).
         smaller: maps (N, c, a, b); a map for which it saves little is resized, see `MIN_SAVING`.
-        align_corners: option of the bilinear resize.
         smaller_first: the smaller maps come before `x` in the concatenation.
-
-    Returns:
-        (N, conv.out_channels, h, w).
     """
     if is_symbolic(*x.shape[-2:]):
         return conv_over_resized(conv, x, smaller, align_corners=align_corners, smaller_first=smaller_first)
@@ -58,11 +53,13 @@ def conv_over_pyramid(
             rows.append(_apply_rows(t, weight, size[0], align_corners))
             matrix = _resize_matrix(t.size(-1), size[1], weight.size(3), align_corners, x.device)
             columns.append(matrix.to(rows[-1].dtype))
-    if len(direct) == 1:  # no copies
-        y = F.conv2d(x, x_weight, conv.bias, padding=conv.padding)
-    else:
-        y = F.conv2d(torch.cat(direct, dim=1), torch.cat(weights, dim=1), conv.bias, padding=conv.padding)
-    return y + _apply_columns(torch.cat(rows, dim=2), torch.cat(columns, dim=1)) if rows else y
+    if len(direct) > 1:  # otherwise without copies
+        x, x_weight = torch.cat(direct, dim=1), torch.cat(weights, dim=1)
+    y = F.conv2d(x, x_weight, conv.bias, padding=conv.padding)
+    if not rows:
+        return y
+    # One product per row: per channel and image there would be many more thread barriers, slow if a core is busy.
+    return y + (torch.cat(columns, dim=1) @ torch.cat(rows, dim=2)).permute(0, 3, 1, 2)
 
 
 def conv_over_resized(
@@ -80,11 +77,7 @@ def _saving(t: Tensor, size: tuple[int, int], kernel: tuple[int, int]) -> float:
 
 
 def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> Tensor:
-    """Apply the taps of a convolution (O, c, k, m) to a map (N, c, a, b), resize the rows and sum over vertical taps.
-
-    Returns:
-        (N, height, m * b, O).
-    """
+    """Apply taps (O, c, k, m) to (N, c, a, b), resize the rows, sum over vertical taps: (N, height, m * b, O)."""
     n, _, a, b = t.shape
     outputs, _, k, m = weight.shape
     taps = torch.einsum("ncab,ocij->niajbo", t, weight).reshape(n, k * a, m * b * outputs)
@@ -92,14 +85,7 @@ def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> 
     return (matrix.to(taps.dtype) @ taps).view(n, height, m * b, outputs)
 
 
-def _apply_columns(rows: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply (N, H, K, O) by (W, K); return (N, O, H, W) in channels_last memory format."""
-    # One product per row in both memory formats. `rows.permute(0, 3, 1, 2) @ matrix.T` would be one product per channel
-    # and image, and each ends in a thread barrier, which is slow if a core is busy.
-    return (matrix @ rows).permute(0, 3, 1, 2)
-
-
-@lru_cache(maxsize=CACHED_MATRICES)
+@lru_cache(maxsize=64)  # at most about 100 KB each
 def _resize_matrix(source: int, target: int, taps: int, align_corners: bool, device: torch.device) -> Tensor:
     """Return the weight of each (tap, source position) in each target position: (target, taps * source) float64."""
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be used in training

@@ -1,8 +1,6 @@
 """Old names of version 2."""
 
 from .builder import constructor
-from .encoders.resnet import BasicBlock, Bottleneck, ResNet
-
-__all__ = ["BasicBlock", "Bottleneck", "ResNet", "resnet18", "resnet50", "resnet101"]
+from .encoders.resnet import BasicBlock, Bottleneck, ResNet  # noqa: F401
 
 resnet18, resnet50, resnet101 = constructor("resnet18"), constructor("resnet50"), constructor("resnet101")

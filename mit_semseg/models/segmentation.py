@@ -6,12 +6,20 @@ from torch import Tensor, nn
 from .layers import at_least_float32
 
 
+def pixel_accuracy(scores: Tensor, label: Tensor) -> Tensor:
+    """Return the fraction of correct pixels, without negative labels, as a scalar tensor; 0 if no pixel is labelled.
+
+    `scores` are (N, C, H, W) and `label` (N, H, W) integers.
+    """
+    valid = label >= 0
+    correct = ((scores.argmax(dim=1) == label) & valid).sum()
+    return correct.float() / valid.sum().clamp(min=1)
+
+
 class SegmentationModuleBase(nn.Module):
     """Base class of version 2."""
 
-    def pixel_acc(self, pred: Tensor, label: Tensor) -> Tensor:
-        """Old name of `pixel_accuracy`."""
-        return pixel_accuracy(pred, label)
+    pixel_acc = staticmethod(pixel_accuracy)
 
 
 class SegmentationModule(SegmentationModuleBase):
@@ -33,15 +41,10 @@ class SegmentationModule(SegmentationModuleBase):
         self.deep_sup_scale = deep_sup_scale
 
     def forward(self, feed_dict: dict, *, segSize: tuple[int, int] | None = None):
-        """Return loss and pixel accuracy in training, or class probabilities in inference.
+        """Return probabilities (N, C, *segSize) if `segSize` (height, width) is set, else the scalars (loss, accuracy).
 
-        Args:
-            feed_dict: `img_data` (N, 3, H, W), normalized images. For training also `seg_label` (N, h, w) int64 of any
-                size, usually (H, W) divided by the label downsampling rate; negative labels are ignored.
-            segSize: (height, width) of the probabilities; selects inference.
-
-        Returns:
-            Probabilities (N, C, *segSize), or the scalars (loss, accuracy).
+        `feed_dict` has `img_data` (N, 3, H, W), normalized images, and for the loss `seg_label` (N, h, w) int64 of any
+        size, usually (H, W) divided by the label downsampling rate; negative labels are ignored.
         """
         features = self.encoder(feed_dict["img_data"], return_feature_maps=True)
         if segSize is not None:
@@ -68,18 +71,3 @@ class SegmentationModule(SegmentationModuleBase):
     def align_corners(self) -> bool:
         """The `align_corners` of the decoder."""
         return self.decoder.align_corners
-
-
-def pixel_accuracy(scores: Tensor, label: Tensor) -> Tensor:
-    """Return the fraction of correctly classified pixels, not counting pixels with a negative label.
-
-    Args:
-        scores: (N, C, H, W).
-        label: (N, H, W) integers.
-
-    Returns:
-        A float32 scalar in 0..1 on the device of `scores`; 0 if no pixel is labelled.
-    """
-    valid = label >= 0
-    correct = ((scores.argmax(dim=1) == label) & valid).sum()
-    return correct.float() / valid.sum().clamp(min=1)

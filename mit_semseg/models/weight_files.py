@@ -25,19 +25,25 @@ def read_checkpoint(path: str | os.PathLike):
     """Load a file written by `torch.save`, or a `.safetensors` file, to the CPU.
 
     Raises:
-        WeightsError: the file does not exist, is damaged, or holds objects other than tensors, plain Python values and
-            NumPy scalars; or `safetensors` is not installed.
+        WeightsError: the file is missing or damaged, or holds more than tensors, plain values and NumPy scalars.
     """
     path = Path(path)
     if not path.is_file():
         found = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
         raise WeightsError(f"checkpoint {path} does not exist" + (f"; found {shorten_list(found)}" if found else ""))
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
     try:
-        _check_crc(path)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if zipfile.is_zipfile(path):  # since PyTorch 1.6; `torch.load` does not compare checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(_numpy_scalar_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise WeightsError(f"reading {path} requires safetensors: pip install safetensors") from None
     except pickle.UnpicklingError as error:
         lines = str(error).strip().splitlines() or [""]
         detail = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0])
@@ -49,35 +55,12 @@ def read_checkpoint(path: str | os.PathLike):
         raise WeightsError(f"cannot read {path}: it is damaged or not a checkpoint ({str(error)[:200]})") from None
 
 
-def _check_crc(path: Path) -> None:
-    """Compare the members of a zip file with their checksums, which `torch.load` does not do.
-
-    Files in the format before PyTorch 1.6, such as the published ones, have no checksums.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"wrong checksum of {damaged}")
-
-
 def _numpy_scalar_types() -> list:
     """Return the globals in pickles of NumPy scalars, which histories and checkpoints of other programs hold."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
     names = "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"  # NumPy 2 and 1
     return [*((scalar, name) for name in names), np.dtype, *dtypes]
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        raise WeightsError(f"reading {path} requires safetensors: pip install safetensors") from None
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise WeightsError(f"cannot read {path}: it is damaged ({str(error)[:200]})") from None
 
 
 def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
@@ -89,10 +72,8 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     state = read_checkpoint(path)
     if isinstance(state, dict):
         state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), dict)), state)
-    if not isinstance(state, dict) or not state or not all(map(_is_entry, state.items())):
-        content = (
-            f"a dict with keys {shorten_list([str(k) for k in state])}" if isinstance(state, dict) else type(state)
-        )
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        content = f"keys {shorten_list(list(map(str, state)))}" if isinstance(state, dict) else type(state)
         raise WeightsError(f"{path} does not hold a state dict (names -> tensors) but {content}")
     plain = OrderedDict((PREFIXES.sub("", key).replace("_orig_mod.", ""), value) for key, value in state.items())
     if len(plain) != len(state):
@@ -101,8 +82,3 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
     valid = isinstance(metadata, dict) and all(isinstance(entry, dict) for entry in metadata.values())
     plain._metadata = metadata if valid else {}
     return plain
-
-
-def _is_entry(entry: tuple) -> bool:
-    key, value = entry
-    return isinstance(key, str) and isinstance(value, Tensor)

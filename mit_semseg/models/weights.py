@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,82 +30,50 @@ TOOLBOX_DECODER = {
 }
 
 
-@dataclass
-class LoadReport:
-    """Result of loading a file: names of its entries by what was done with them."""
-
-    name: str  # of the module
-    path: str
-    loaded: list[str] = field(default_factory=list)
-    legacy: list[str] = field(default_factory=list)  # see LEGACY_SUFFIXES
-    skipped: list[str] = field(default_factory=list)  # classifier with a different number of classes
-    unexpected: list[str] = field(default_factory=list)  # not in the model
-    missing: list[str] = field(default_factory=list)  # batch-norm counters that are not in the file
-
-    def __str__(self) -> str:
-        groups = {
-            "ignored legacy batch-norm buffers": self.legacy,
-            "batch-norm counters not in the file": self.missing,
-            "classifier not loaded": self.skipped,
-            "ignored": self.unexpected,
-        }
-        parts = [f"{label}: {len(keys)} ({shorten_list(keys)})" for label, keys in groups.items() if keys]
-        return "; ".join([f"{self.name}: loaded {len(self.loaded)} entries of {self.path}", *parts])
-
-
 def load_weights(
-    module: nn.Module,
-    path: str | os.PathLike,
-    *,
-    state: Mapping[str, Tensor] | None = None,
-    name: str = "model",
-    part: str = "",
-    reset_classifier: bool = False,
-    ignore_unexpected: bool = False,
-) -> LoadReport:
-    """Load a state dict strictly, and log and return what was loaded.
+    module: nn.Module, path: str | os.PathLike, *, state=None, name="model", part="", reset_classifier: bool = False
+) -> dict[str, list[str]]:
+    """Load a state dict strictly.
 
     Only the legacy batch-norm buffers of the published files may be unexpected and only `num_batches_tracked` missing.
 
     Args:
-        module: encoder or decoder.
-        path: file with the state dict.
         state: content of the file if it was already read.
-        name: name of the module in messages.
         part: 'encoder' or 'decoder': which part to load if the file holds both (Cityscapes toolbox).
         reset_classifier: skip the classifier if it has a different number of classes.
-        ignore_unexpected: skip entries that the model does not have, e.g. the classifier of ImageNet weights.
+
+    Returns:
+        Names of the entries that are 'loaded', 'legacy' (ignored), 'missing' or 'skipped' (classifier); also logged.
 
     Raises:
         WeightsError: the file cannot be read or does not fit; `module` is then unchanged.
     """
-    own, report, matching, mismatched = module.state_dict(), LoadReport(name, str(path)), {}, []
+    own, matching, legacy, skipped, unexpected, mismatched = module.state_dict(), {}, [], [], [], []
     state = _adapt_to_norms(module, read_state_dict(path) if state is None else state, path, name, part)
     for key, value in state.items():
         if key not in own:
-            (report.legacy if key.endswith(LEGACY_SUFFIXES) else report.unexpected).append(key)
+            (legacy if key.endswith(LEGACY_SUFFIXES) else unexpected).append(key)
         elif value.shape == own[key].shape:
             matching[key] = value
         elif reset_classifier and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
-            report.skipped.append(key)
+            skipped.append(key)
         else:
             mismatched.append(f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
-    absent = [key for key in own if key not in state]
-    report.missing = [key for key in absent if key.endswith(OPTIONAL_SUFFIX)]
-    missing = [key for key in absent if not key.endswith(OPTIONAL_SUFFIX)]
-    unexpected = [] if ignore_unexpected else report.unexpected
-    if mismatched or missing or unexpected:
-        problems = {"wrong shape": mismatched, "missing in the file": missing, "unexpected in the file": unexpected}
+    counters = [key for key in own if key not in state and key.endswith(OPTIONAL_SUFFIX)]
+    missing = [key for key in own if key not in state and not key.endswith(OPTIONAL_SUFFIX)]
+    problems = {"wrong shape": mismatched, "missing in the file": missing, "unexpected in the file": unexpected}
+    if any(problems.values()):
         text = "; ".join(f"{problem}: {shorten_list(names)}" for problem, names in problems.items() if names)
-        if mismatched and all(line.startswith("conv_last") for line in mismatched) and not missing and not unexpected:
+        if not missing and not unexpected and all(line.startswith("conv_last") for line in mismatched):
             text += (
                 "; the number of classes differs: set the number of the file, or train a new classifier with "
                 "MODEL.reset_classifier True (reset_classifier=True)"
             )
         raise WeightsError(f"{path} does not fit {name}: {text}")
     module.load_state_dict(matching, strict=False)
-    report.loaded = list(matching)
-    logger.info("%s", report)
+    report = {"loaded": list(matching), "legacy": legacy, "missing": counters, "skipped": skipped}
+    counts = ", ".join(f"{len(keys)} {kind} ({shorten_list(keys)})" for kind, keys in report.items() if keys)
+    logger.info("%s: entries of %s: %s", name, path, counts)
     return report
 
 
@@ -123,13 +90,7 @@ def is_whole_network(path: str | os.PathLike) -> bool:
 def _adapt_to_norms(
     module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike, name: str, part: str
 ) -> Mapping[str, Tensor]:
-    """Select `part` of a toolbox file and convert its in-place norms for a module with ordinary norms.
-
-    Logs a warning if a module with in-place norms computes something else than the network that was trained.
-
-    Raises:
-        WeightsError: the file has activated in-place norms and the module has ordinary ones.
-    """
+    """Select `part` of a toolbox file and convert its in-place norms for a module with ordinary norms."""
     norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
     if has_inplace_norms(state):
         if norms:
@@ -138,39 +99,33 @@ def _adapt_to_norms(
             f"{path} was trained with in-place norms, which {name} does not have: set MODEL.norm inplace "
             f"(norm_layer=InPlaceABNSync)"
         )
-    activated, inplace = any(norm.activation != "none" for norm in norms), False
-    if TOOLBOX_KEY in state:
-        inplace = not any(key.endswith(OPTIONAL_SUFFIX) for key in state)  # the toolbox's in-place norms do not count
-        if part:
-            state = _toolbox_part(state, part)
-        activated = activated and part == "encoder"  # the toolbox's decoders have leaky ReLU as well
+    toolbox = TOOLBOX_KEY in state
+    inplace = toolbox and not any(key.endswith(OPTIONAL_SUFFIX) for key in state)  # its in-place norms do not count
+    if toolbox and part:
+        state = _toolbox_part(state, part)
     if not norms:
         return _absolute_scales(state, module) if inplace else state
-    negative = (
-        0 if inplace else sum(int((v < 0).sum()) for k, v in state.items() if v.dim() == 1 and k.endswith("weight"))
-    )
-    if activated or negative:
-        changes = ["leaky ReLU instead of ReLU"] * activated + [f"{negative} scales lose their sign"] * bool(negative)
+    # The toolbox's decoders have leaky ReLU as well.
+    leaky = any(norm.activation != "none" for norm in norms) and (part == "encoder" or not toolbox)
+    weights = [value for key, value in state.items() if value.dim() == 1 and key.endswith("weight")]
+    if leaky or (not inplace and any((weight < 0).any() for weight in weights)):
         logger.warning(
-            "%s was trained without in-place norms; %s computes different outputs (%s) until it is fine-tuned. "
-            "MODEL.norm sync computes the same outputs.",
+            "%s was trained without in-place norms; %s computes different outputs (leaky ReLU, absolute scales) until "
+            "it is fine-tuned. MODEL.norm sync computes the same outputs.",
             path,
             name,
-            ", ".join(changes),
         )
     return state
 
 
 def _toolbox_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
     """Return the encoder or decoder of a toolbox file, with our keys."""
-    parts: dict[str, dict[str, Tensor]] = {"encoder": {}, "decoder": {}}
+    selected = {}
     for key, value in state.items():
-        prefix = next((prefix for prefix in TOOLBOX_DECODER if key.startswith(prefix)), None)
-        if prefix is None:
-            parts["encoder"][key] = value
-        else:
-            parts["decoder"][TOOLBOX_DECODER[prefix] + key.removeprefix(prefix)] = value
-    return parts[part]
+        prefix = next((prefix for prefix in TOOLBOX_DECODER if key.startswith(prefix)), "")
+        if bool(prefix) == (part == "decoder"):
+            selected[TOOLBOX_DECODER.get(prefix, "") + key.removeprefix(prefix)] = value
+    return selected
 
 
 def _absolute_scales(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

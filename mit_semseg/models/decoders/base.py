@@ -1,12 +1,12 @@
 """Base class of the decoders: constructor, call and deep supervision."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_weights, resize
+from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_layer, resize
 
 NORM_BIAS = 1e-4  # initial bias of the norms in the decoders of the published models
 
@@ -16,32 +16,18 @@ class Decoder(nn.Module, ABC):
 
     Args:
         in_channels: channels of every feature map of the encoder.
-        num_class: number of classes.
         output_stride: stride of the last feature map (ASPP divides its dilation by it).
-        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only.
+        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only;
+            a ValueError for decoders without one.
         use_softmax: return probabilities instead of log-probabilities if `segSize` is not given.
         norm_layer: function from a number of channels to a normalization layer.
-
-    Attributes:
-        align_corners: option of the bilinear resize; the weights depend on it.
-        norm_bias: initial bias of the norms.
-
-    Raises:
-        ValueError: `deepsup` is set and the decoder has no deep supervision.
     """
 
-    align_corners = False
+    align_corners = False  # option of the bilinear resize; the weights depend on it
     norm_bias = NORM_BIAS
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_class: int = 150,
-        *,
-        output_stride: int = 8,
-        deepsup: bool = False,
-        use_softmax: bool = False,
-        norm_layer: NormLayer = DEFAULT_NORM,
+        self, in_channels, num_class=150, *, output_stride=8, deepsup=False, use_softmax=False, norm_layer=DEFAULT_NORM
     ):
         super().__init__()
         self.in_channels = tuple(in_channels)
@@ -54,7 +40,7 @@ class Decoder(nn.Module, ABC):
             if not hasattr(self, "cbr_deepsup"):
                 raise ValueError(f"{type(self).__name__} has no deep supervision: set deepsup=False")
             self.conv_last_deepsup = nn.Conv2d(self.cbr_deepsup[0].out_channels, num_class, 1)
-        init_weights(self, norm_bias=self.norm_bias)
+        self.apply(partial(init_layer, mode="fan_in", norm_bias=self.norm_bias))
 
     @abstractmethod
     def make_layers(self, norm_layer: NormLayer) -> None:
@@ -65,8 +51,8 @@ class Decoder(nn.Module, ABC):
         """Return logits (N, num_class, h, w) at the resolution of the decoder."""
 
     def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **options) -> None:
-        """Create the first layer of the deep supervision head; `options` are those of `layers.conv_bn_relu`."""
-        self.cbr_deepsup = conv_bn_relu(_second_to_last(self.in_channels), channels, norm_layer=norm_layer, **options)
+        """Create the first layer of the deep supervision head; see `layers.conv_bn_relu` for `options`."""
+        self.cbr_deepsup = conv_bn_relu(self.in_channels[-2:][0], channels, norm_layer=norm_layer, **options)
         self.dropout_deepsup = nn.Dropout2d(dropout)
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
@@ -74,19 +60,15 @@ class Decoder(nn.Module, ABC):
         main = self.head(features)
         if not self.deepsup:
             return [main]
-        auxiliary = self.dropout_deepsup(self.cbr_deepsup(_second_to_last(features)))
+        # The second to last feature map; HRNetV2 has a single one, which then serves both heads.
+        auxiliary = self.dropout_deepsup(self.cbr_deepsup(features[-2:][0]))
         return [main, self.conv_last_deepsup(auxiliary)]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
-        """Return probabilities for inference or log-probabilities for training.
+        """Return probabilities, resized to `segSize` (height, width), if `segSize` or `use_softmax` is set.
 
-        Args:
-            features: feature maps of the encoder, highest resolution first.
-            segSize: (height, width) to resize the logits to.
-
-        Returns:
-            Probabilities (N, num_class, *segSize) if `segSize` or `use_softmax` is set. Otherwise log-probabilities
-            at the resolution of the decoder; with deep supervision a tuple (main, auxiliary).
+        Otherwise return log-probabilities at the resolution of the decoder; with deep supervision a tuple (main,
+        auxiliary). `features` are the feature maps of the encoder, highest resolution first.
         """
         if segSize is not None or self.use_softmax:
             scores = at_least_float32(self.head(features))
@@ -97,8 +79,3 @@ class Decoder(nn.Module, ABC):
     def resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize (N, C, H, W) bilinearly to (height, width), with the `align_corners` of this decoder."""
         return resize(x, size, align_corners=self.align_corners)
-
-
-def _second_to_last(items: Sequence):
-    # HRNetV2 has a single feature map, which then serves both heads.
-    return items[-2] if len(items) > 1 else items[-1]

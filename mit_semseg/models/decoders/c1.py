@@ -1,4 +1,4 @@
-"""C1: one 3x3 convolution and a classifier."""
+"""Decoders of convolutions only: C1, and C1 and C5 of version 1.0, which were trained with aligned corners."""
 
 import copy
 
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from ...lib.nn import to_batchnorm
 from ..layers import NormLayer, conv_bn_relu
 from .base import Decoder
+
+WIDTH = 512  # of C5
 
 
 class C1(Decoder):
@@ -40,6 +42,39 @@ class _ScriptableC1(nn.Module):
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None) -> Tensor:
         scores = self.conv_last(self.cbr(features[-1]))
         if segSize is not None:
-            size = [segSize[0], segSize[1]]
-            return F.interpolate(scores, size, mode="bilinear", align_corners=False).softmax(dim=1)
+            return F.interpolate(scores, [segSize[0], segSize[1]], mode="bilinear", align_corners=False).softmax(dim=1)
         return scores.softmax(dim=1) if self.use_softmax else scores.log_softmax(dim=1)
+
+
+class C1Bilinear(Decoder):
+    """A single 1x1 convolution without bias."""
+
+    align_corners = True
+
+    def make_layers(self, norm_layer: NormLayer) -> None:
+        self.conv_last = nn.Conv2d(self.in_channels[-1], self.num_class, 1, bias=False)
+
+    def head(self, features: list[Tensor]) -> Tensor:
+        return self.conv_last(features[-1])
+
+
+class C5Bilinear(Decoder):
+    """Four 3x3 convolutions, the first two with dilation 2, then a 1x1 classifier without bias."""
+
+    align_corners = True
+
+    def make_layers(self, norm_layer: NormLayer) -> None:
+        channels = self.in_channels[-1]
+        for i, dilation in enumerate((2, 2, 1, 1), start=1):
+            conv, norm, self.relu = conv_bn_relu(channels, WIDTH, dilation=dilation, norm_layer=norm_layer)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", norm)
+            channels = WIDTH
+        self.conv_last = nn.Conv2d(WIDTH, self.num_class, 1, bias=False)
+
+    def head(self, features: list[Tensor]) -> Tensor:
+        x = features[-1]
+        for i in (1, 2, 3, 4):
+            conv, norm = getattr(self, f"conv{i}"), getattr(self, f"bn{i}")
+            x = self.relu(norm(conv(x)))
+        return self.conv_last(x)

@@ -1,53 +1,51 @@
-"""Pyramid pooling of PSPNet (Zhao et al., "Pyramid Scene Parsing Network", 2017), in three published variants."""
+"""Pyramid pooling of PSPNet, in three published variants, and of DeepLabV3.
 
+Zhao et al., "Pyramid Scene Parsing Network", 2017; Chen et al., "Rethinking Atrous Convolution for Semantic Image
+Segmentation", 2017.
+"""
+
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
-from ..layers import POOL_SCALES, NormLayer, conv_bn_relu, pooling_branches
+from ..layers import POOL_SCALES, AveragePooling, NormLayer, conv_bn_relu, pooling_branches
 from ..pyramid import pyramid_sequential
 from .base import Decoder
 
 WIDTH = 512
+ASPP_WIDTH = 256  # of each branch
+ASPP_RATES = (12, 24, 36)  # dilation of the three dilated branches at output stride 8
 
 
-def _fusion_and_classifier(channels: int, num_class: int, norm_layer: NormLayer) -> nn.Sequential:
-    return nn.Sequential(
-        *conv_bn_relu(channels + len(POOL_SCALES) * WIDTH, WIDTH, norm_layer=norm_layer),
-        nn.Dropout2d(0.1),
-        nn.Conv2d(WIDTH, num_class, 1),
-    )
+def _fusion(channels: int, norm_layer: NormLayer, activation: str = "relu") -> nn.Sequential:
+    block = conv_bn_relu(channels + len(POOL_SCALES) * WIDTH, WIDTH, norm_layer=norm_layer, activation=activation)
+    return nn.Sequential(*block, nn.Dropout2d(0.1))
 
 
 class PPM(Decoder):
-    """The last feature map and its averages over 1, 4, 9 and 36 bins, concatenated and fused by a 3x3 convolution.
+    """The last feature map and its averages over 1, 4, 9 and 36 bins, concatenated and fused by a 3x3 convolution."""
 
-    The pooled maps are resized after their convolution, norm and ReLU (in UPerNet: before).
-    """
+    pooling_name = "ppm"  # in the state dict
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         channels = self.in_channels[-1]
-        self.ppm = pooling_branches(channels, WIDTH, norm_layer)
+        self.add_module(self.pooling_name, pooling_branches(channels, WIDTH, norm_layer))
         if self.deepsup:
             self.make_deepsup(channels // 4, norm_layer, dropout=0.1)
-        self.conv_last = _fusion_and_classifier(channels, self.num_class, norm_layer)
+        self.conv_last = nn.Sequential(*_fusion(channels, norm_layer), nn.Conv2d(WIDTH, self.num_class, 1))
 
     def head(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
-        return pyramid_sequential(self.conv_last, x, [branch(x) for branch in self.ppm])
+        pooled = [branch(x) for branch in getattr(self, self.pooling_name)]
+        return pyramid_sequential(self.conv_last, x, pooled, align_corners=self.align_corners)
 
 
-class PSPBilinear(Decoder):
-    """`PPM` of version 1.0: aligned corners, no deep supervision."""
+class PSPBilinear(PPM):
+    """`PPM` of version 1.0, trained with aligned corners."""
 
     align_corners = True
-
-    def make_layers(self, norm_layer: NormLayer) -> None:
-        self.psp = pooling_branches(self.in_channels[-1], WIDTH, norm_layer)
-        self.conv_last = _fusion_and_classifier(self.in_channels[-1], self.num_class, norm_layer)
-
-    def head(self, features: list[Tensor]) -> Tensor:
-        x = features[-1]
-        pooled = [branch(x) for branch in self.psp]
-        return pyramid_sequential(self.conv_last, x, pooled, align_corners=self.align_corners)
+    pooling_name = "psp"
 
 
 class PSP(Decoder):
@@ -59,10 +57,7 @@ class PSP(Decoder):
     def make_layers(self, norm_layer: NormLayer) -> None:
         channels = self.in_channels[-1]
         self.stages = pooling_branches(channels, WIDTH, norm_layer, "leaky_relu")
-        self.bottleneck = nn.Sequential(
-            *conv_bn_relu(channels + len(POOL_SCALES) * WIDTH, WIDTH, norm_layer=norm_layer, activation="leaky_relu"),
-            nn.Dropout2d(0.1),
-        )
+        self.bottleneck = _fusion(channels, norm_layer, "leaky_relu")
         if self.deepsup:
             self.make_deepsup(WIDTH, norm_layer, dropout=0.1, bias=True, activation="leaky_relu")
         self.conv_last = nn.Conv2d(WIDTH, self.num_class, 1)
@@ -70,5 +65,31 @@ class PSP(Decoder):
     def head(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
         pooled = [stage(x) for stage in self.stages]
-        fused = pyramid_sequential(self.bottleneck, x, pooled, align_corners=self.align_corners, smaller_first=True)
-        return self.conv_last(fused)
+        options = {"align_corners": self.align_corners, "smaller_first": True}
+        return self.conv_last(pyramid_sequential(self.bottleneck, x, pooled, **options))
+
+
+class ASPP(Decoder):
+    """Image pooling, a 1x1 and three dilated 3x3 convolutions, concatenated and fused, as in the Cityscapes toolbox."""
+
+    align_corners = True
+    norm_bias = 0.0
+
+    def make_layers(self, norm_layer: NormLayer) -> None:
+        channels = self.in_channels[-1]
+        block = partial(conv_bn_relu, norm_layer=norm_layer, activation="leaky_relu")
+        self.conv1 = nn.Sequential(AveragePooling(1), *block(channels, ASPP_WIDTH, 1))
+        self.conv2 = block(channels, ASPP_WIDTH, 1)
+        for i, rate in enumerate(ASPP_RATES, start=3):
+            dilation = max(1, rate * 8 // self.output_stride)
+            self.add_module(f"conv{i}", block(channels, ASPP_WIDTH, dilation=dilation))
+        self.bottleneck = nn.Sequential(*block(5 * ASPP_WIDTH, WIDTH, 1), nn.Dropout2d(0.1))
+        if self.deepsup:
+            self.make_deepsup(WIDTH, norm_layer, dropout=0.1, bias=True, activation="leaky_relu")
+        self.conv_last = nn.Conv2d(WIDTH, self.num_class, 1)
+
+    def head(self, features: list[Tensor]) -> Tensor:
+        x = features[-1]
+        branches = torch.cat([self.conv2(x), self.conv3(x), self.conv4(x), self.conv5(x)], dim=1)
+        options = {"align_corners": self.align_corners, "smaller_first": True}
+        return self.conv_last(pyramid_sequential(self.bottleneck, branches, [self.conv1(x)], **options))

@@ -11,13 +11,9 @@ POOL_WIDTH = 512
 
 
 class UPerNet(Decoder):
-    """Pyramid pooling on the last feature map and a feature pyramid network (FPN), fused at the highest resolution.
+    """Pyramid pooling on the last feature map and a feature pyramid network (FPN), fused at the highest resolution."""
 
-    Attributes:
-        fpn_dim: channels of the feature pyramid.
-    """
-
-    fpn_dim = 512
+    fpn_dim = 512  # channels of the feature pyramid
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         dim, (*lateral, last) = self.fpn_dim, self.in_channels
@@ -30,22 +26,17 @@ class UPerNet(Decoder):
         )
 
     def head(self, features: list[Tensor]) -> Tensor:
-        """Return logits (N, num_class, h, w) at the resolution of the first feature map."""
-        top = self._pyramid_pooling(features[-1])
+        x = features[-1]
+        # The pooled maps are resized before their convolution, norm and ReLU (in PPM: after).
+        pooled = (resize(average_pool(x, bins), x.shape[-2:]) for bins in POOL_SCALES)
+        pooled = [conv(y) for conv, y in zip(self.ppm_conv, pooled, strict=True)]
+        top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
         pyramid = [top]
         for x, lateral, out in reversed(list(zip(features[:-1], self.fpn_in, self.fpn_out, strict=True))):
             top = lateral(x) + resize(top, x.shape[-2:])
             pyramid.insert(0, out(top))
         fuse, classify = self.conv_last
         return classify(pyramid_sequential(fuse, pyramid[0], pyramid[1:]))
-
-    def _pyramid_pooling(self, x: Tensor) -> Tensor:
-        # The pooled maps are resized before their convolution, norm and ReLU (in PPM: after).
-        pooled = [
-            conv(resize(average_pool(x, bins), x.shape[-2:]))
-            for conv, bins in zip(self.ppm_conv, POOL_SCALES, strict=True)
-        ]
-        return self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
 
 
 class UPerNetLite(UPerNet):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, init_weights, resize
+from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, init_layer, resize
 from .resnet import BasicBlock, Bottleneck, make_layer
 
 # `resize` branches on sizes, which FX cannot trace: keep it as a call.
@@ -33,14 +33,11 @@ class HighResolutionModule(nn.Module):
     def _fuse(source: int, target: int, norm_layer: NormLayer) -> nn.Sequential:
         if source > target:
             return conv_bn(WIDTHS[source], WIDTHS[target], 1, norm_layer=norm_layer)
-        convs = [
-            conv_bn_relu(WIDTHS[source], WIDTHS[source], stride=2, norm_layer=norm_layer)
-            for _ in range(target - source - 1)
-        ]
-        return nn.Sequential(*convs, conv_bn(WIDTHS[source], WIDTHS[target], 3, stride=2, norm_layer=norm_layer))
+        width, options = WIDTHS[source], {"stride": 2, "norm_layer": norm_layer}
+        convs = [conv_bn_relu(width, width, **options) for _ in range(target - source - 1)]
+        return nn.Sequential(*convs, conv_bn(width, WIDTHS[target], 3, **options))
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Return one feature map per branch, with the shape of the input of that branch."""
         maps = [branch(x) for branch, x in zip(self.branches, maps, strict=True)]
         fused = []
         for i, layers in enumerate(self.fuse_layers):
@@ -48,10 +45,6 @@ class HighResolutionModule(nn.Module):
             terms = [x if j == i else resize(layers[str(j)](x), size) for j, x in enumerate(maps)]
             fused.append(self.relu(sum(terms[1:], terms[0])))
         return fused
-
-
-def _stage(modules: int, branches: int, norm_layer: NormLayer) -> nn.Sequential:
-    return nn.Sequential(*(HighResolutionModule(branches, norm_layer) for _ in range(modules)))
 
 
 def _new_branch(index: int, norm_layer: NormLayer) -> nn.ModuleDict:
@@ -72,12 +65,12 @@ class HRNetV2(nn.Module):
         self.layer1 = make_layer(Bottleneck, 64, 64, 4, norm_layer=norm_layer)
         self.transition1 = nn.ModuleDict({"0": conv_bn_relu(256, WIDTHS[0], norm_layer=norm_layer)})
         self.transition1["1"] = nn.Sequential(conv_bn_relu(256, WIDTHS[1], stride=2, norm_layer=norm_layer))
-        self.stage2 = _stage(1, 2, norm_layer)
+        self.stage2 = nn.Sequential(HighResolutionModule(2, norm_layer))
         self.transition2 = _new_branch(2, norm_layer)
-        self.stage3 = _stage(4, 3, norm_layer)
+        self.stage3 = nn.Sequential(*(HighResolutionModule(3, norm_layer) for _ in range(4)))
         self.transition3 = _new_branch(3, norm_layer)
-        self.stage4 = _stage(3, 4, norm_layer)
-        init_weights(self, mode="fan_out")
+        self.stage4 = nn.Sequential(*(HighResolutionModule(4, norm_layer) for _ in range(3)))
+        self.apply(init_layer)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         x = self.relu1(self.bn1(self.conv1(x)))

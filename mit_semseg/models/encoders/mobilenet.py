@@ -4,15 +4,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..layers import (
-    DEFAULT_NORM,
-    NormLayer,
-    check_output_stride,
-    conv_bn,
-    conv_bn_relu,
-    dilation_of_stage,
-    init_weights,
-)
+from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, dilation_of_stage, init_layer
 
 # (expansion, channels, blocks, stride), table 2 of the paper
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
@@ -35,7 +27,6 @@ class InvertedResidual(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride)."""
         return x + self.conv(x) if self.shortcut else self.conv(x)
 
 
@@ -59,7 +50,7 @@ class MobileNetV2(nn.Module):
                 channels = planes
             input_stride *= stage_stride
         self.features = nn.Sequential(*blocks)
-        init_weights(self, mode="fan_out")
+        self.apply(init_layer)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         maps = []

@@ -12,7 +12,7 @@ from ..layers import (
     conv_bn,
     conv_bn_relu,
     dilation_of_stage,
-    init_weights,
+    init_layer,
     norm_act,
     norm_add_relu,
 )
@@ -33,7 +33,6 @@ class BasicBlock(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, planes, H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
         return norm_add_relu(self.bn2, self.conv2(y), shortcut)
@@ -58,7 +57,6 @@ class Bottleneck(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (N, in_channels, H, W) to (N, 4 * planes, H / stride, W / stride)."""
         shortcut = x if self.downsample is None else self.downsample(x)
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.relu(self.bn2(self.conv2(y)))
@@ -86,7 +84,6 @@ class ResNet(nn.Module):
     """Four feature maps at strides 4, 8, 16 and 32; stages with a larger stride than `output_stride` are dilated.
 
     Args:
-        block: BasicBlock, Bottleneck or ResNeXtBottleneck.
         depths: number of blocks in each of the four stages.
         stem: channels of the third convolution: 128, or 64 in version 1.0.
         full_dilation: dilate the first block of a dilated stage like the others instead of half as much, and use
@@ -94,14 +91,7 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self,
-        block,
-        depths,
-        *,
-        output_stride: int = 32,
-        stem: int = 128,
-        full_dilation: bool = False,
-        norm_layer: NormLayer = DEFAULT_NORM,
+        self, block, depths, *, output_stride=32, stem=128, full_dilation=False, norm_layer: NormLayer = DEFAULT_NORM
     ):
         super().__init__()
         self.output_stride = check_output_stride(output_stride)
@@ -118,7 +108,7 @@ class ResNet(nn.Module):
             setattr(self, f"layer{i + 1}", stage)
             channels, input_stride = planes * block.expansion, input_stride * stage_stride
         self.out_channels = tuple(64 * 2**i * block.expansion for i in range(4))
-        init_weights(self, mode="fan_out")
+        self.apply(init_layer)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         x = self.relu1(self.bn1(self.conv1(x)))

@@ -5,7 +5,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, init_weights
+from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, init_layer
 
 WIDTHS = (64, 128, 256, 512, 512)
 FC_WIDTH = 4096
@@ -15,10 +15,7 @@ class VGG(nn.Module):
     """Four feature maps at strides 4, 8, 8 and 8: blocks three, four and five, and the former fully connected layers.
 
     There is no pooling after blocks four and five; block five has dilation 2 and the 7x7 convolution after it dilation
-    4, as in DeepLab (Chen et al., 2016). There is no normalization.
-
-    Args:
-        depths: number of convolutions in each of the five blocks.
+    4, as in DeepLab (Chen et al., 2016). There is no normalization. `depths` are the convolutions of the five blocks.
     """
 
     out_channels = (256, 512, 512, FC_WIDTH)
@@ -39,7 +36,7 @@ class VGG(nn.Module):
         self.conv6 = nn.Conv2d(WIDTHS[-1], FC_WIDTH, 7, padding=12, dilation=4)
         self.conv7 = nn.Conv2d(FC_WIDTH, FC_WIDTH, 1)
         self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.5)
-        init_weights(self, mode="fan_out")
+        self.apply(init_layer)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         maps = []
