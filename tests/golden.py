@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-DATA = Path(__file__).parent / "data"
-
 
 @cache
 def golden(name: str) -> dict:
-    """Load a JSON file in tests/data."""
-    return json.loads((DATA / f"{name}.json").read_text())
+    return json.loads((Path(__file__).parent / "data" / f"{name}.json").read_text())
 
 
 def fill_value(key: str, shape, gain: float) -> np.ndarray:
@@ -39,7 +36,6 @@ def empty(build: Callable[..., torch.nn.Module], *args, **options) -> torch.nn.M
 
 
 def fill(module: torch.nn.Module, gain: float) -> torch.nn.Module:
-    """Set every entry of the state dict to its golden value."""
     state = {k: torch.from_numpy(np.asarray(fill_value(k, v.shape, gain))) for k, v in module.state_dict().items()}
     module.load_state_dict(state, assign=True)
     return module
@@ -54,3 +50,9 @@ def sample(tensor: torch.Tensor, n: int) -> np.ndarray:
     """Return the `n` values that are stored in the golden files."""
     index = np.random.default_rng(12345).integers(0, tensor.numel(), n)
     return tensor.detach().reshape(-1).numpy()[index].astype(np.float64)
+
+
+def assert_golden(tensor: torch.Tensor, gold: dict, relative: float, values: int = 64) -> None:
+    """Compare shape and stored values; the tolerance is relative to the largest absolute value."""
+    assert list(tensor.shape) == gold["shape"]
+    np.testing.assert_allclose(sample(tensor, values), gold["values"], rtol=0, atol=relative * gold["absmax"])

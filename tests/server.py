@@ -10,19 +10,12 @@ import pytest
 
 @dataclass
 class Site:
-    """A served folder.
-
-    Attributes:
-        folder: its files are served.
-        address: URL of the folder.
-        requests: (path, Range header or None) of every request.
-        truncate: path -> number of bytes after which the connection is closed.
-    """
+    """A served folder and its URL."""
 
     folder: Path
     address: str = ""
-    requests: list[tuple[str, str | None]] = field(default_factory=list)
-    truncate: dict[str, int] = field(default_factory=dict)
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
+    truncate: dict[str, int] = field(default_factory=dict)  # path -> bytes after which the connection is closed
 
     def __iter__(self):
         return iter((self.folder, self.address))
@@ -41,9 +34,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        content, start = path.read_bytes(), 0
-        if requested_range:
-            start = int(requested_range.removeprefix("bytes=").removesuffix("-"))
+        content, start = path.read_bytes(), int((requested_range or "0").removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
+from mit_semseg.models import DECODERS, ModelBuilder
 from mit_semseg.models.fuse_bn import fuse_batchnorm
 from mit_semseg.models.layers import NORMS
 
@@ -22,14 +22,15 @@ def randomize_norms(module):
 
 
 def check_fusion(module, call, remaining_norms=0):
-    before = {key: value.clone() for key, value in module.state_dict().items()}
-    fused = fuse_batchnorm(module)
+    fused = fuse_batchnorm(module.train())
+    assert module.training
+    assert not any(layer.training for layer in fused.modules())
+    module.eval()
     with torch.no_grad():
         actual, expected = call(fused), call(module)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
     assert sum(isinstance(layer, _BatchNorm) for layer in fused.modules()) == remaining_norms
-    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
 @pytest.mark.parametrize("norm", ["sync", "inplace"])
@@ -47,13 +48,3 @@ def test_fused_decoder_is_equivalent(name):
     decoder = randomize_norms(ModelBuilder.build_decoder(name, num_class=4, in_channels=(8, 12, 16)))
     features = [torch.randn(1, c, 12, 16, dtype=torch.float64) for c in (8, 12, 16)]
     check_fusion(decoder, lambda module: module.logits(features))
-
-
-def test_fusion_does_not_change_the_original_module():
-    encoder = ModelBuilder.build_encoder("resnet18", pretrained=False)
-    module = SegmentationModule(encoder, ModelBuilder.build_decoder("c1", fc_dim=512, num_class=2), None).train()
-    fused = fuse_batchnorm(module)
-    assert not fused.training
-    assert all(layer.training for layer in module.modules())
-    assert not any(p.requires_grad for p in fused.parameters())
-    assert all(p.requires_grad for p in module.parameters())

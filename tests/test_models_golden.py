@@ -1,92 +1,123 @@
-"""Models of version 2: state-dict keys and outputs equal those of the published models."""
+"""Models of versions 1.0 and 2: state-dict keys and outputs equal those of the published models."""
+
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from golden import empty, fill, golden, golden_input, sample
+import torch.nn.functional as F
+from golden import assert_golden, empty, fill, golden, golden_input
 from torch import nn
 
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.weights import LEGACY_SUFFIXES
 
-MODELS, KEYS = golden("golden_models"), golden("state_dict_keys")
-DTYPES = (torch.float32, torch.float64)
+MODELS, V1 = golden("golden_models"), golden("golden_v1")
+KEYS, KEYS_V1 = golden("state_dict_keys"), golden("state_dict_keys_v1")
+DTYPES = ((torch.float32, 1e-4), (torch.float64, 1e-8))  # with relative tolerance
+OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # names in version 1.0 -> names today
 
 
 def encoder_of(name):
     return empty(ModelBuilder.build_encoder, arch=name, pretrained=False)
 
 
-def published_keys(entries):
-    return [(key, tuple(shape)) for key, shape in entries if not key.endswith(LEGACY_SUFFIXES)]
+def assert_keys_and_size(module, entries, model):
+    published = [(key, tuple(shape)) for key, shape in entries if not key.endswith(LEGACY_SUFFIXES)]
+    assert [(key, tuple(value.shape)) for key, value in module.state_dict().items()] == published
+    assert model is None or sum(p.numel() for p in module.parameters()) == model["params"]
 
 
-def own_keys(module):
-    return [(key, tuple(value.shape)) for key, value in module.state_dict().items()]
+def vgg_is_long(names):
+    return [pytest.param(name, marks=[pytest.mark.long] * ("vgg" in name)) for name in names]
+
+
+@pytest.mark.parametrize(("keys", "models"), [(KEYS, MODELS), (KEYS_V1, V1)], ids=["version 2", "version 1.0"])
+def test_keys_of_decoders(keys, models):
+    for name, entries in keys["decoders"].items():
+        arch, dim = name.split("/fc")
+        decoder = empty(ModelBuilder.build_decoder, arch=arch, fc_dim=int(dim))
+        assert_keys_and_size(decoder, entries, models["decoders"].get(name))
 
 
 @pytest.mark.parametrize("name", KEYS["encoders"])
-def test_keys_of_encoder(name):
-    encoder = encoder_of(name)
-    assert own_keys(encoder) == published_keys(KEYS["encoders"][name])
-    assert sum(p.numel() for p in encoder.parameters()) == MODELS["encoders"][name]["params"]
-
-
-@pytest.mark.parametrize("name", KEYS["decoders"])
-def test_keys_of_decoder(name):
-    arch, dim = name.split("/fc")
-    decoder = empty(ModelBuilder.build_decoder, arch=arch, fc_dim=int(dim), num_class=150)
-    assert own_keys(decoder) == published_keys(KEYS["decoders"][name])
-    if name in MODELS["decoders"]:
-        assert sum(p.numel() for p in decoder.parameters()) == MODELS["decoders"][name]["params"]
-
-
-@pytest.mark.parametrize("name", MODELS["encoders"])
-def test_feature_maps_of_encoder(name):
-    gold = MODELS["encoders"][name]
-    encoder = fill(encoder_of(name), MODELS["_about"]["gains"][name]["encoder"]).eval()
-    for dtype, relative in zip(DTYPES, (1e-4, 1e-8), strict=True):
+def test_keys_and_feature_maps_of_encoder(name):
+    encoder, gold = encoder_of(name), MODELS["encoders"][name]
+    assert_keys_and_size(encoder, KEYS["encoders"][name], gold)
+    fill(encoder, MODELS["_about"]["gains"][name]["encoder"]).eval()
+    for dtype, relative in DTYPES:
         with torch.no_grad():
             maps = encoder.to(dtype)(golden_input(*gold["input_hw"]).to(dtype), return_feature_maps=True)
         assert tuple(x.shape[1] for x in maps) == encoder.out_channels
         for x, expected in zip(maps, gold["features"]["soft"], strict=True):
-            assert list(x.shape) == expected["shape"]
-            atol = relative * expected["absmax"]
-            np.testing.assert_allclose(sample(x, 32), expected["values"], rtol=0, atol=atol)
-
-
-def build_pair(name):
-    pair = MODELS["pairs"][name]
-    gains = MODELS["_about"]["gains"][pair["encoder"]]
-    encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
-    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
-    return SegmentationModule(encoder, decoder, nn.NLLLoss(ignore_index=-1), pair["soft"]["deep_sup_scale"]).eval()
-
-
-def check_outputs(gold, softmax, log_softmax, *, exact):
-    outputs = log_softmax if isinstance(log_softmax, tuple) else (log_softmax,)
-    assert ("log_softmax_deepsup" in gold) == (len(outputs) == 2)
-    checks = [("softmax", softmax), ("log_softmax", outputs[0]), ("log_softmax_deepsup", outputs[-1])]
-    for key, tensor in checks:
-        if key in gold:
-            assert list(tensor.shape) == gold[key]["shape"]
-            atol = (1e-8 if exact else 1e-4) * gold[key]["absmax"]
-            np.testing.assert_allclose(sample(tensor, 64), gold[key]["values"], rtol=0, atol=atol)
+            assert_golden(x, expected, relative, values=32)
 
 
 @pytest.mark.parametrize("name", MODELS["pairs"])
 def test_outputs_loss_and_accuracy_of_pair(name):
-    gold, module = MODELS["pairs"][name]["soft"], build_pair(name)
+    pair, gold = MODELS["pairs"][name], MODELS["pairs"][name]["soft"]
+    gains = MODELS["_about"]["gains"][pair["encoder"]]
+    encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
+    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
+    module = SegmentationModule(encoder, decoder, nn.NLLLoss(ignore_index=-1), gold["deep_sup_scale"]).eval()
     size = tuple(gold["softmax"]["shape"][-2:])
     label = torch.from_numpy(np.random.default_rng(1).integers(-1, 150, (2, *gold["label_hw"])))
     maps = []
-    module.encoder.register_forward_hook(lambda encoder, inputs, output: maps.append(output))
-    for dtype in DTYPES:
-        exact, x = dtype == torch.float64, golden_input(*size).to(dtype)
+    encoder.register_forward_hook(lambda encoder, inputs, output: maps.append(output))
+    for dtype, relative in DTYPES:
+        x = golden_input(*size).to(dtype)
         with torch.no_grad():
-            softmax = module.to(dtype)({"img_data": x}, segSize=size)
+            outputs = {"softmax": module.to(dtype)({"img_data": x}, segSize=size)}
             loss, accuracy = module({"img_data": x, "seg_label": label})
-            log_softmax = module.decoder(maps[-1])
-        check_outputs(gold, softmax, log_softmax, exact=exact)
-        assert loss.item() == pytest.approx(gold["loss"], rel=1e-8 if exact else 1e-5)
+            log_softmax = decoder(maps[-1])
+        log_softmax = log_softmax if isinstance(log_softmax, tuple) else (log_softmax,)
+        outputs |= dict(zip(("log_softmax", "log_softmax_deepsup"), log_softmax, strict=False))
+        assert ("log_softmax_deepsup" in gold) == ("log_softmax_deepsup" in outputs)
+        for key in gold.keys() & outputs.keys():
+            assert_golden(outputs[key], gold[key], relative)
+        assert loss.item() == pytest.approx(gold["loss"], rel=max(relative / 10, 1e-8))
         assert accuracy.item() == pytest.approx(gold["acc"], rel=1e-6)
+
+
+@cache
+def version_1_features(name):
+    """Return an encoder of version 1.0 and its feature maps in float32 and float64."""
+    encoder = fill(encoder_of(OLD.get(name, name)), V1["encoders"][name]["gains"][0]).eval()
+    with torch.no_grad():
+        return encoder, [encoder.to(d)(golden_input(72, 104).to(d), return_feature_maps=True) for d, _ in DTYPES]
+
+
+@pytest.mark.parametrize("name", vgg_is_long(V1["encoders"]))
+def test_keys_and_features_of_version_1(name):
+    encoder, maps = version_1_features(name)
+    assert_keys_and_size(encoder, KEYS_V1["encoders"][name], V1["encoders"][name])
+    for (_, relative), (*_, last) in zip(DTYPES, maps, strict=True):
+        assert_golden(last, V1["encoders"][name]["features"]["soft"], relative, values=32)
+
+
+@pytest.mark.parametrize("name", vgg_is_long(V1["pairs"]))
+def test_outputs_of_version_1(name):
+    """With aligned corners, as published, and without."""
+    pair, (encoder_name, decoder_name) = V1["pairs"][name], name.split("+")
+    gain = V1["encoders"][encoder_name]["gains"][1]
+    decoder = fill(empty(ModelBuilder.build_decoder, decoder_name, fc_dim=pair["fc_dim"]), gain).eval()
+    assert decoder.align_corners
+    for (dtype, relative), maps in zip(DTYPES, version_1_features(encoder_name)[1], strict=True):
+        for aligned in (True, False):
+            decoder.align_corners = aligned
+            with torch.no_grad():
+                softmax = decoder.to(dtype)(maps, segSize=(72, 104))
+                log_softmax = F.log_softmax(decoder.resize(decoder.logits(maps)[0], (72, 104)), dim=1)
+            assert_golden(softmax, pair["soft"][f"softmax_ac_{str(aligned).lower()}"], relative)
+            assert_golden(log_softmax, pair["soft"][f"log_softmax_ac_{str(aligned).lower()}"], relative)
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_version_1_is_recognized_by_its_weights(name, tmp_path):
+    path = tmp_path / "encoder.pth"
+    old = ModelBuilder.build_encoder(f"{name}_v1", pretrained=False)
+    torch.save(old.state_dict(), path)
+    loaded = ModelBuilder.build_encoder(name, weights=str(path))
+    assert all(torch.equal(value, old.state_dict()[key]) for key, value in loaded.state_dict().items())
+    torch.save(ModelBuilder.build_encoder(name, pretrained=False).state_dict(), path)
+    assert ModelBuilder.build_encoder(name, weights=str(path)).conv3.out_channels == 128

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from near import assert_near
 from torch import nn
 
-from mit_semseg.models import ModelBuilder, pyramid
+from mit_semseg.models import pyramid
 from mit_semseg.models.layers import POOL_SCALES, average_pool
 from mit_semseg.models.pyramid import conv_over_pyramid, conv_over_resized
 
@@ -30,7 +30,7 @@ def output_and_gradients(function, conv, x, pooled, **options):
 @pytest.mark.parametrize("smaller_first", [False, True])
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("min_saving", [0, pyramid.MIN_SAVING, math.inf], ids=["no map resized", "some", "all"])
-@pytest.mark.parametrize(("height", "width", "kernel"), [(4, 5, 3), (13, 7, 3), (21, 34, 3), (9, 30, 1), (12, 11, 5)])
+@pytest.mark.parametrize(("height", "width", "kernel"), [(4, 5, 3), (21, 34, 3), (9, 30, 1), (12, 11, 5)])
 def test_outputs_and_gradients(height, width, kernel, align_corners, smaller_first, min_saving, monkeypatch):
     monkeypatch.setattr(pyramid, "MIN_SAVING", min_saving)
     options = {"align_corners": align_corners, "smaller_first": smaller_first}
@@ -39,12 +39,6 @@ def test_outputs_and_gradients(height, width, kernel, align_corners, smaller_fir
     expected = output_and_gradients(conv_over_resized, *arguments, **options)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_float32_is_exact_up_to_rounding():
-    conv, x, pooled = inputs(40, 56, dtype=torch.float32)
-    exact = conv_over_resized(conv.double(), x.double(), [t.double() for t in pooled])
-    assert_near(conv_over_pyramid(conv.float(), x, pooled), exact, 1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -62,19 +56,6 @@ def test_matrix_cached_in_inference_mode_works_in_training():
         conv_over_pyramid(conv, x, pooled)
     conv_over_pyramid(conv, x, pooled).sum().backward()
     assert conv.weight.grad is not None
-
-
-@pytest.mark.parametrize("name", ["ppm_deepsup", "psp_bilinear", "psp_deepsup", "upernet"])
-def test_decoders_in_channels_last_and_autocast(name):
-    decoder = ModelBuilder.build_decoder(name, num_class=5, in_channels=(8, 16)).eval()
-    features = [torch.randn(2, c, 24 // stride, 32 // stride) for c, stride in ((8, 1), (16, 2))]
-    expected = decoder.head(features)
-    features = [x.contiguous(memory_format=torch.channels_last) for x in features]
-    decoder = decoder.to(memory_format=torch.channels_last)
-    assert_near(decoder.head(features), expected)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = decoder.head(features)
-    assert (low.float() - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -13,7 +13,7 @@ from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 
 from mit_semseg.engine import RunFolder
-from mit_semseg.models import ModelBuilder, weight_files
+from mit_semseg.models import ModelBuilder
 from mit_semseg.models.weight_files import WeightsError, read_checkpoint
 from mit_semseg.models.weights import load_weights
 
@@ -46,9 +46,13 @@ def test_legacy_buffers_are_ignored_and_reported(encoder_file):
             del state[f"{stem}num_batches_tracked"]
 
     encoder = TinyEncoder()
-    report = load_weights(encoder, modify(encoder_file, add_legacy), name="encoder tiny")
-    assert (len(report.legacy), len(report.missing), len(report.loaded)) == (9, 3, 15)
-    assert "encoder tiny" in str(report)
+    report = load_weights(encoder, modify(encoder_file, add_legacy))
+    assert {kind: len(names) for kind, names in report.items()} == {
+        "loaded": 15,
+        "legacy": 9,
+        "missing": 3,
+        "skipped": 0,
+    }
     state = torch.load(encoder_file, weights_only=True)
     assert all(torch.equal(v, state[k]) for k, v in encoder.state_dict().items() if k in state)
 
@@ -57,11 +61,9 @@ def test_legacy_buffers_are_ignored_and_reported(encoder_file):
     ("change", "key"),
     [
         (lambda s: s.update(extra=torch.ones(1)), "extra"),
-        (lambda s: s.pop("deep.0.weight"), r"deep\.0\.weight"),
-        (lambda s: s.update({"deep.0.weight": torch.ones(2, 2)}), r"deep\.0\.weight is \(2, 2\), expected \(16, 8"),
         (lambda s: s.pop("deep.1.running_mean"), r"deep\.1\.running_mean"),
+        (lambda s: s.update({"deep.0.weight": torch.ones(2, 2)}), r"deep\.0\.weight is \(2, 2\), expected \(16, 8"),
     ],
-    ids=["unexpected", "missing", "shape", "missing buffer"],
 )
 def test_mismatch_is_an_error_and_changes_nothing(encoder_file, change, key):
     encoder = TinyEncoder()
@@ -78,43 +80,29 @@ def test_different_number_of_classes_needs_reset_classifier(tmp_path):
     with pytest.raises(WeightsError, match=r"MODEL\.reset_classifier True"):
         load_weights(decoder, tmp_path / "d.pth")
     report = load_weights(decoder, tmp_path / "d.pth", reset_classifier=True)
-    expected = [f"conv_last{head}.{leaf}" for head in ("", "_deepsup") for leaf in ("weight", "bias")]
-    assert report.skipped == expected
+    assert report["skipped"] == [f"conv_last{head}.{leaf}" for head in ("", "_deepsup") for leaf in ("weight", "bias")]
     assert torch.equal(decoder.conv_last.weight, classifier)
     assert torch.equal(decoder.cbr[0].weight, torch.load(tmp_path / "d.pth", weights_only=True)["cbr.0.weight"])
 
 
 def test_file_saved_on_a_gpu_loads_without_one(encoder_file, tmp_path):
     """The device in the file is rewritten to cuda:0."""
-    moved = tmp_path / "gpu.pth"
+    moved, cpu, gpu = tmp_path / "gpu.pth", b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
     with zipfile.ZipFile(encoder_file) as old, zipfile.ZipFile(moved, "w", zipfile.ZIP_STORED) as new:
         for name in old.namelist():
-            content = old.read(name)
-            if name.endswith("data.pkl"):
-                assert b"X\x03\x00\x00\x00cpu" in content
-                content = content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0")
-            new.writestr(name, content)
+            assert cpu in old.read(name) or not name.endswith("data.pkl")
+            new.writestr(name, old.read(name).replace(cpu, gpu))
     assert_loads(moved, torch.load(encoder_file, weights_only=True))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "model_state_dict"])
 def test_wrappers_and_prefixes_of_other_programs_are_removed(tmp_path, prefix, wrapper):
     expected = TinyEncoder().state_dict()
-    state = {f"{prefix}{k}": v for k, v in expected.items()}
+    state = {f"{prefix}{k}".replace("deep.", "deep._orig_mod."): v for k, v in expected.items()}
     other = {"epoch": 3, "best": np.float64(0.5), "seen": np.int64(7), "flag": np.bool_(True)}
     torch.save({wrapper: state, **other} if wrapper else state, tmp_path / "a.pth")
     assert_loads(tmp_path / "a.pth", expected)
-
-
-def test_compiled_submodule(tmp_path):
-    expected = TinyEncoder().state_dict()
-    compiled = {key.replace("stem.", "stem._orig_mod."): value for key, value in expected.items()}
-    torch.save(compiled, tmp_path / "a.pth")
-    assert_loads(tmp_path / "a.pth", expected)
-    torch.save({**compiled, **expected}, tmp_path / "twice.pth")
-    with pytest.raises(WeightsError, match=r"twice\.pth.*_orig_mod"):
-        load_weights(TinyEncoder(), tmp_path / "twice.pth")
 
 
 def test_safetensors(tmp_path, monkeypatch):
@@ -122,10 +110,7 @@ def test_safetensors(tmp_path, monkeypatch):
     expected = TinyEncoder().state_dict()
     safetensors.save_file(expected, tmp_path / "a.safetensors")
     assert_loads(tmp_path / "a.safetensors", expected)
-    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:50])
-    with pytest.raises(WeightsError, match=r"b\.safetensors"):
-        read_checkpoint(tmp_path / "b.safetensors")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(WeightsError, match=r"a\.safetensors.*pip install safetensors"):
         read_checkpoint(tmp_path / "a.safetensors")
 
@@ -133,16 +118,10 @@ def test_safetensors(tmp_path, monkeypatch):
 def test_history_with_numpy_scalars(tmp_path):
     files, module = RunFolder(tmp_path), tiny_module()
     files.save_weights(module, "epoch_2.pth")
-    curves = {
-        "epoch": [np.float64(0.5), 1.0],
-        "loss": [np.float32(2.0), 1.5],
-        "acc": [np.float64(0.25), np.float16(0.5)],
-    }
-    val = {"epoch": [np.int64(1), 2], "mean_iou": [], "acc": []}
-    torch.save({"train": curves, "val": val}, tmp_path / "history_epoch_2.pth")
+    curves = {"epoch": [np.float64(0.5), 1.0], "loss": [np.float32(2.0), 1.5], "acc": [np.int64(0), np.float16(0.5)]}
+    torch.save({"train": curves}, tmp_path / "history_epoch_2.pth")
     history = files.load_epoch(module, 2)
-    assert history["train"] == {"epoch": [0.5, 1.0], "loss": [2.0, 1.5], "acc": [0.25, 0.5]}
-    assert history["val"]["epoch"] == [1, 2]
+    assert history["train"] == {"epoch": [0.5, 1.0], "loss": [2.0, 1.5], "acc": [0, 0.5]}
     assert {type(x) for part in history.values() for points in part.values() for x in points} == {float, int}
 
 
@@ -161,11 +140,12 @@ def test_code_in_a_checkpoint_is_not_executed(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"broken", b"PK\x03\x04rest", b"<html>", b"\x80\x02}q"])
-def test_damaged_file_is_named(tmp_path, content):
-    (tmp_path / "x.pth").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"x\.pth"):
-        read_checkpoint(tmp_path / "x.pth")
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_damaged_file_is_named(tmp_path, name):
+    for content in (b"", b"broken", b"PK\x03\x04rest", b"<html>", b"\x80\x02}q"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(WeightsError, match=name):
+            read_checkpoint(tmp_path / name)
 
 
 @pytest.mark.parametrize(("content", "description"), [({0: torch.zeros(1)}, "keys 0"), ([1, 2], "list")])
@@ -182,9 +162,9 @@ def test_flipped_bit_is_detected(encoder_file):
     content, rng = encoder_file.read_bytes(), random.Random(0)
     saved, refused = read_checkpoint(encoder_file), 0
     for _ in range(300):
-        position = rng.randrange(len(content))
-        flipped = content[position] ^ 1 << rng.randrange(8)
-        encoder_file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+        flipped = bytearray(content)
+        flipped[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        encoder_file.write_bytes(flipped)
         try:
             loaded = read_checkpoint(encoder_file)
         except WeightsError:
@@ -199,14 +179,9 @@ def test_published_decoder_loads():
     path = shared("data/published/ade20k-mobilenetv2dilated-c1_deepsup/decoder_epoch_20.pth")
     decoder = ModelBuilder.build_decoder("c1_deepsup", fc_dim=320, num_class=150)
     report = load_weights(decoder, path)
-    assert len(report.legacy) == 6
-    assert len(report.loaded) == 16
-    assert [report.unexpected, report.skipped, report.missing] == [[], [], []]
-
-
-def test_checkpoint_is_read_once(tmp_path, monkeypatch):
-    torch.save(ModelBuilder.build_encoder("resnet50", pretrained=False).state_dict(), tmp_path / "a.pth")
-    calls, read = [], weight_files.read_checkpoint
-    monkeypatch.setattr(weight_files, "read_checkpoint", lambda path: calls.append(path) or read(path))
-    ModelBuilder.build_encoder("resnet50", weights=str(tmp_path / "a.pth"))
-    assert len(calls) == 1
+    assert {kind: len(names) for kind, names in report.items()} == {
+        "loaded": 16,
+        "legacy": 6,
+        "missing": 0,
+        "skipped": 0,
+    }
