@@ -45,31 +45,19 @@ def write(path, text):
 
 def test_version_2_file_has_the_default_values(tmp_path):
     assert load_config(write(tmp_path / "old.yaml", VERSION_2_FILE)) == load_config() == cfg
-    for section, values in yaml.safe_load(VERSION_2_FILE).items():
-        for name, value in values.items() if section != "DIR" else ():
-            assert type(cfg[section][name]) in (type(value), float, tuple)
 
 
-def test_yaml_values_replace_the_defaults(tmp_path):
-    text = "DATASET: {imgSizes: '(200, 300)'}\nMODEL: {fc_dim: 720}\nTRAIN: {fix_bn: True, weight_decay: 5e-4}\nDIR: x"
-    path, merged = write(tmp_path / "a.yaml", text), cfg.clone()
-    merged.merge_from_file(str(path))
-    for config in (load_config(path), merged):
-        assert (config.DATASET.imgSizes, config.MODEL.fc_dim, config.DIR) == ((200, 300), 720, "x")
-        assert (config.TRAIN.fix_bn, config.TRAIN.weight_decay) == (True, 5e-4)
-    assert cfg.MODEL.fc_dim == 2048  # the global defaults did not change
-
-
-def test_cfg_is_a_yacs_node_that_callers_can_extend():
+def test_cfg_is_a_yacs_node_that_callers_can_extend(tmp_path):
     config = cfg.clone()
     assert isinstance(config, CfgNode)
     config.MINE, config.DATASET.imgSizes = "x", [300]
-    config.merge_from_list(["MINE", "y", "TRAIN.num_epoch", "7"])
-    assert (config.MINE, config.TRAIN.num_epoch, config.DATASET.imgSizes) == ("y", 7, [300])
+    config.merge_from_list(["MINE", "[7", "TRAIN.num_epoch", "7"])
+    assert (config.MINE, config.TRAIN.num_epoch, config.DATASET.imgSizes) == ("[7", 7, [300])
     config.merge_from_list(["DATASET.imgSizes", "(200, 300)"])
-    config.list_test = [{"fpath_img": "a.jpg"}]
+    config.merge_from_file(str(write(tmp_path / "a.yaml", "MINE: [1, 2.5, text, no]\nTRAIN: {fix_bn: True}")))
     config.freeze()
-    assert (config.DATASET.imgSizes, len(config.list_test)) == ((200, 300), 1)
+    assert (config.DATASET.imgSizes, config.TRAIN.fix_bn) == ((200, 300), True)
+    assert config.MINE == [1, 2.5, "text", False]  # as `yaml.safe_load` converts them
     with pytest.raises(AttributeError):
         config.DIR = "elsewhere"
 
@@ -80,17 +68,14 @@ def test_changes_of_the_global_cfg_do_not_affect_load_config(monkeypatch):
 
 
 def test_all_errors_are_reported_together(tmp_path):
-    path = write(
-        tmp_path / "bad.yaml",
-        """
+    text = """
 DATASET: {num_clas: 20, padding_constant: 12}
 TRAIN: {lr_encoder: fast, batch_size_per_gpu: 0, amp: bf1, start_epoch: 30}
 lr_pow: 2
 VAL: 3
-""",
-    )
+"""
     with pytest.raises(ConfigError) as error:
-        load_config(path, ["TRAIN.num_epoch", "2.5"])
+        load_config(write(tmp_path / "bad.yaml", text), ["TRAIN.num_epoch", "2.5"])
     expected = [
         ("DATASET.num_clas:", "DATASET.num_class?", "bad.yaml]"),
         ("TRAIN.lr_encoder:", "'fast'"),
@@ -109,48 +94,24 @@ VAL: 3
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("TRAIN.timeout", "RUNTIME.timeout"),
-        ("TRAIN.recompute", "TRAIN.activation_checkpointing"),
-        ("MODEL.new_head", "MODEL.reset_classifier"),
-        ("INFERENCE.window", "INFERENCE.window_size"),
-        ("INFERENCE.overlap", "INFERENCE.window_overlap"),
-        ("TRAIN.num_epochs", "TRAIN.num_epoch"),
-    ],
-)
-def test_old_and_mistyped_names_suggest_the_option(old, new):
-    with pytest.raises(ConfigError, match=rf"{old}: .*did you mean {new}\?"):
-        load_config(None, [f"{old}=1"])
-
-
-@pytest.mark.parametrize(
     ("opts", "message"),
     [
         (["TRAIN.num_epoch"], "TRAIN.num_epoch"),
+        (["TRAIN.num_epochs=3"], r"TRAIN.num_epochs: .*did you mean TRAIN.num_epoch\?"),
         (["DATASET.imgSizes", "()"], "DATASET.imgSizes"),
-        (["DATASET.imgSizes", "(300, 'a')"], "DATASET.imgSizes"),
         (["DATASET.imgMaxSize", "100"], "DATASET.imgMaxSize 100 .*DATASET.imgSizes"),
         (["DATASET.classes", "['a', 'b']"], "DATASET.classes .*2 .*DATASET.num_class is 150"),
         (["DATASET.ignore_values", "[255]"], "DATASET.ignore_values .*DATASET.classes"),
-        (["DATASET.crop_size", "(1, 2, 3)"], "DATASET.crop_size"),
         (["DATASET.random_scale", "(2, 0.5)"], "DATASET.random_scale"),
-        (["DATASET.cat_max_ratio", "0.75"], "DATASET.cat_max_ratio 0.75 .*DATASET.crop_size"),
         (["TRAIN.start_epoch", "2", "TRAIN.resume", "auto"], "TRAIN.start_epoch and TRAIN.resume"),
-        (["TRAIN.warmup_iters", "100000"], "TRAIN.warmup_iters 100000"),
-        (["TRAIN.eval_epoch", "30"], r"TRAIN.eval_epoch 30 .*TRAIN.num_epoch 20"),
         (["TRAIN.visualize", "True"], "TRAIN.visualize .*TRAIN.eval_epoch"),
-        (["TRAIN.lr_encoder", "nan"], "TRAIN.lr_encoder"),
-        (["TRAIN.fix_bn", "3"], "TRAIN.fix_bn"),
         (["TRAIN.class_weights", "(1, 2)"], r"TRAIN.class_weights .*2 .*DATASET\.num_class is 150"),
         (["TRAIN.label_smoothing", "0.1", "TRAIN.loss", "dice"], "TRAIN.label_smoothing 0.1 .*TRAIN.loss"),
         (["TRAIN.ohem_min_kept", "5"], "TRAIN.ohem_min_kept 5 .*TRAIN.loss ohem"),
-        (["TRAIN.compile", "True", "TRAIN.activation_checkpointing", "True"], "TRAIN.compile"),
         (["MODEL.reset_classifier", "True"], "MODEL.reset_classifier .*MODEL.weights_decoder"),
         (["MODEL.output_stride", "4"], "MODEL.output_stride 4 .*hrnetv2"),
         (["MODEL.arch_encoder", "vgg16_dilated8", "MODEL.output_stride", "16"], "MODEL.output_stride 16: vgg16"),
         (["MODEL.norm", "inplace", "TRAIN.amp", "bf16"], "MODEL.norm inplace .*TRAIN.amp"),
-        (["INFERENCE.window_size", "(64, 0)"], "INFERENCE.window_size"),
         (["INFERENCE.window_size", "8"], "INFERENCE.window_size 8.* 32"),
         (["INFERENCE.window_overlap", "0.5"], r"INFERENCE.window_overlap 0.5 .*INFERENCE\.window_size"),
     ],
@@ -162,10 +123,9 @@ def test_wrong_values_and_conflicts_name_the_options(opts, message):
 
 def test_values_are_converted_to_the_type_of_the_option(tmp_path):
     path = write(tmp_path / "a.yaml", "TRAIN: {lr_encoder: 1e-4, num_epoch: 1e1, resume: off, amp: OFF}\nVAL:\n")
-    train = load_config(path, ["TRAIN.lr_decoder", "1", "TRAIN.fix_bn", "true", "DATASET.imgSizes", "240"]).TRAIN
+    train = load_config(path, ["TRAIN.lr_decoder", "1", "TRAIN.fix_bn", "true"]).TRAIN
     assert (train.lr_encoder, train.num_epoch, train.resume, train.amp) == (1e-4, 10, "off", "off")
-    assert (train.lr_decoder, train.fix_bn) == (1.0, True)
-    assert type(train.lr_decoder) is float
+    assert (repr(train.lr_decoder), train.fix_bn) == ("1.0", True)
     opts = ["TRAIN.num_epoch=3", "DIR=a=b", "TRAIN.epoch_iters", "7", "TEST.result", "x=y"]
     config = load_config(None, opts)
     assert (config.TRAIN.num_epoch, config.DIR, config.TRAIN.epoch_iters, config.TEST.result) == (3, "a=b", 7, "x=y")
@@ -175,10 +135,8 @@ def test_values_are_converted_to_the_type_of_the_option(tmp_path):
     "text",
     [
         "TRAIN: {seed: " + 5000 * "1" + "}",
-        "DATASET: {palette_labels: !!bool x}",
         "DIR: " + 3000 * "[",
         '_BASE_: "a\\0b"',
-        "TRAIN: {lr_encoder: '{[]}'}",
         "VAL: &x [*x]",
         "DIR: !!python/object/apply:os.system ['touch /tmp/mit_semseg_must_not_exist']",
     ],
@@ -197,28 +155,22 @@ DATASET: {num_class: 6, classes: [no, yes, 010, 2024-01-02, ~, 'on']}
 VAL: {checkpoint: 1e3}
 """
     words = ("no", "yes", "010", "2024-01-02", "~", "on")
-    path = write(tmp_path / "a.yaml", text)
-    config = load_config(path)
+    config = load_config(write(tmp_path / "a.yaml", text))
     assert (config.DIR, config.DATASET.classes, config.VAL.checkpoint) == ("2024-31-12", words, "1e3")
     assert load_config(write(tmp_path / "dumped.yaml", config.dump())) == config
-    for value in ("[no, yes, 010, 2024-01-02, ~, on]", "(no, yes, 010, 2024-01-02, ~, 'on')", str(list(words))):
-        opts = ["DATASET.classes", value, "DATASET.num_class", "6"]
-        assert load_config(None, opts).DATASET.classes == words
+    for value in ("[no, yes, 010, 2024-01-02, ~, on]", str(words)):
+        assert load_config(None, ["DATASET.classes", value, "DATASET.num_class", "6"]).DATASET.classes == words
 
 
 def test_paths_expand_home_and_environment_variables(tmp_path, monkeypatch):
     paths = [key for key, option in OPTIONS.items() if option.path]
     assert {"DIR", "DATASET.root_dataset", "TEST.result", "MODEL.weights_encoder", "DATASET.classes"} <= set(paths)
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
-    lines = [f"  {key.split('.')[1]}: ~/x" for key in paths if key.startswith("DATASET.")]
-    write(tmp_path / "base.yaml", "\n".join(["DATASET:", *lines]))
+    write(tmp_path / "base.yaml", "TRAIN: {seed: 5}")
     write(tmp_path / "a.yaml", "_BASE_: ~/base.yaml")
-    opts = [word for key in paths if "DATASET" not in key for word in (key, "${SCRATCH}/$UNSET_x")]
-    config = load_config("~/a.yaml", opts)
-    for key in paths:
-        expected = "x" if "DATASET" in key else "scratch/$UNSET_x"  # an unset variable stays
-        assert get(config, key) == str(tmp_path / expected)
+    config = load_config("~/a.yaml", [word for key in paths for word in (key, "${HOME}/$UNSET_x")])
+    assert config.TRAIN.seed == 5
+    assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # an unset variable stays
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$HOME").mkdir()
     assert load_config(None, ["DIR", "$HOME"]).DIR == "$HOME"  # an existing path is not expanded
@@ -236,22 +188,16 @@ def test_base_files_are_merged_first(tmp_path):
         load_config(write(tmp_path / "lost.yaml", "_BASE_: nowhere.yaml"))
 
 
-@pytest.mark.parametrize(
-    ("path", "suggestion"),
-    [("config/ade20k-hrnetv2-c1.yaml", "config/ade20k-hrnetv2.yaml"), ("quikstart.yaml", "config/quickstart.yaml")],
-)
-def test_missing_file_suggests_the_closest(monkeypatch, path, suggestion):
+def test_missing_file_suggests_the_closest(monkeypatch):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(ConfigError, match=f"did you mean {suggestion}"):
-        load_config(path)
+    with pytest.raises(ConfigError, match=r"did you mean config/quickstart\.yaml"):
+        load_config("quikstart.yaml")
 
 
 def test_unquoted_file_pattern_is_recognized(tmp_path):
     files = [str(write(tmp_path / name, "")) for name in ("a.jpg", "b.jpg")]
     with pytest.raises(ConfigError, match=r"a\.jpg, .*b\.jpg .*\*\.jpg"):
         load_config(None, files)
-    opts = ["MODEL.weights_encoder", files[0], "MODEL.weights_decoder", files[1]]
-    assert load_config(None, opts).MODEL.weights_decoder == files[1]
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.stem)
@@ -259,10 +205,8 @@ def test_shipped_file_is_valid(path):
     config, text = load_config(path), path.read_text()
     assert f"--cfg config/{path.name}" in text
     name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(path.stem, path.stem)  # the file name of version 2
-    assert name == Path(config.DIR).name or name == "own-folders"
     if path.name.startswith("ade20k-"):
         assert name == f"ade20k-{config.MODEL.arch_encoder}-{config.MODEL.arch_decoder}"
-        assert "Published" in text
         rate = 1 if "bilinear" in path.name else 8 if "dilated" in path.name else 4
         assert config.DATASET.segm_downsampling_rate == rate
     # The last or best checkpoint of training is the one to evaluate.
@@ -276,16 +220,8 @@ def test_shipped_file_is_valid(path):
     assert encoder.out_channels[-1] == config.MODEL.fc_dim
 
 
-def test_all_shipped_files_exist():
-    counts = [sum(path.name.startswith(prefix) for path in YAMLS) for prefix in ("", "ade20k-", "cityscapes-")]
-    assert counts == [19, 13, 3]
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=4,
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=5), SCALARS, max_size=3)
 
 
 @settings(max_examples=300, deadline=None)

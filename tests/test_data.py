@@ -1,6 +1,6 @@
 """Lists, class tables, image decoding, transforms, batches and their order."""
 
-import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +13,8 @@ from scipy.io import loadmat
 from torch.utils.data import DataLoader
 
 from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_table, imresize
-from mit_semseg.dataset import datasets as datasets_module
 from mit_semseg.dataset.classes import ClassTableError, distinct_colors
-from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label
+from mit_semseg.dataset.image_io import ImageFileError, read_image, read_label
 from mit_semseg.dataset.layouts import ListError, find_images
 from mit_semseg.dataset.loader import images_to_device
 from mit_semseg.dataset.records import add_sizes, load_records, write_odgt
@@ -30,9 +29,6 @@ def root(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("pairs"), SIZES)
 
 
-# Lists
-
-
 def test_folder_and_odgt_give_the_same_records(root, tmp_path):
     records = load_records(".", root)
     assert records[0] == {"fpath_img": "images/00.png", "fpath_segm": "annotations/00.png"}
@@ -44,54 +40,42 @@ def test_folder_and_odgt_give_the_same_records(root, tmp_path):
 
 
 def test_ade20k_folders_pair_up(tmp_path):
-    for split in ("training", "validation"):
-        source = write_pairs(tmp_path / split, [(20, 30)])
-        for part in ("images", "annotations"):
-            (tmp_path / "ADE" / part).mkdir(parents=True, exist_ok=True)
-            (source / part).rename(tmp_path / "ADE" / part / split)
+    source = write_pairs(tmp_path, [(20, 30)])
+    for part in ("images", "annotations"):
+        (tmp_path / "ADE" / part).mkdir(parents=True)
+        (source / part).rename(tmp_path / "ADE" / part / "validation")
     (record,) = load_records("ADE/images/validation", tmp_path)
     assert record["fpath_segm"] == "ADE/annotations/validation/00.png"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_invalid_lists_name_file_and_line(tmp_path):
+    for text, message in (
         ('{"fpath_img": "a"}\n{bad\n', "line 2: .*JSON"),
-        ("3\n", "line 1: .*int"),
-        ('{"width": 3}\n', "line 1: fpath_img"),
-        ("\n\n", r"x\.odgt is empty"),
-        ('[{"fpath_img": "a"}]', "line 1: .*list"),
-    ],
-)
-def test_invalid_lists_name_file_and_line(tmp_path, text, message):
-    (tmp_path / "x.odgt").write_text(text)
-    with pytest.raises(ListError, match=message):
-        load_records(tmp_path / "x.odgt")
+        ('{"width": 3}', "1: fpath_img"),
+        ("\n", "empty"),
+    ):
+        (tmp_path / "x.odgt").write_text(text)
+        with pytest.raises(ListError, match=rf"x\.odgt.*{message}"):
+            load_records(tmp_path / "x.odgt")
 
 
 def test_lists_with_paths_blank_lines_and_windows_line_ends(tmp_path):
-    (tmp_path / "x.odgt").write_bytes(b'{"fpath_img": "a"}\r\n\r\nb.png c.png\r\nd.png\te.png')
-    expected = [{"fpath_img": "a"}, *({"fpath_img": a, "fpath_segm": b} for a, b in ("bc", "de"))]
-    expected[1:] = [{key: f"{value}.png" for key, value in record.items()} for record in expected[1:]]
-    assert load_records(tmp_path / "x.odgt") == expected
-    record = {"fpath_img": "train\\images\\00.png"}
+    (tmp_path / "x.odgt").write_bytes(b'{"fpath_img": "a"}\r\n\r\nb.png c.png\r\n')
+    assert load_records(tmp_path / "x.odgt") == [{"fpath_img": "a"}, {"fpath_img": "b.png", "fpath_segm": "c.png"}]
     with pytest.raises(ImageFileError, match=r"00\.png: .*Windows"):
-        TestDataset([record], options())[0]
+        TestDataset([{"fpath_img": "train\\images\\00.png"}], options())[0]
 
 
 def test_files_without_a_partner_are_named(tmp_path):
     folder = write_pairs(tmp_path / "d", SIZES[:3])
-    (folder / "annotations" / "01.png").unlink()
-    (folder / "annotations" / "zz.png").write_bytes(b"")
+    (folder / "annotations" / "01.png").rename(folder / "annotations" / "zz.png")
     with pytest.raises(ListError, match=r"2 files .*images/01\.png .*annotations/zz\.png"):
         load_records(folder)
     problems = []
-    assert len(load_records(folder, problems=problems)) == 2
-    assert len(problems) == 2
-    twins = write_pairs(tmp_path / "twins", SIZES[:1])
-    (twins / "images" / "00.jpg").write_bytes(b"")
+    assert len(load_records(folder, problems=problems)) == len(problems) == 2
+    (folder / "images" / "00.jpg").write_bytes(b"")
     with pytest.raises(ListError, match=r"00\.jpg and .*00\.png"):
-        load_records(twins)
+        load_records(folder)
     with pytest.raises(ListError, match=r"nowhere\.odgt .*DATASET\.list_train"):
         load_records("nowhere.odgt", tmp_path)
 
@@ -108,26 +92,19 @@ def test_images_of_all_formats_are_found_in_any_case(tmp_path):
 
 def test_names_in_composed_and_decomposed_unicode_pair_up(tmp_path):
     """macOS stores accented letters decomposed (NFD)."""
-    folder, stem = tmp_path / "d", "Stra\u00dfe \u00e9"
-    for part, form, suffix in (("images", "NFC", "jpg"), ("annotations", "NFD", "png")):
-        (folder / part).mkdir(parents=True)
-        Image.new("L", (8, 6)).save(folder / part / f"{unicodedata.normalize(form, stem)}.{suffix}")
-    (record,) = load_records(folder)
-    assert record["fpath_img"] != record["fpath_segm"]
-    assert (tmp_path / record["fpath_segm"]).is_file()
+    write_pairs(tmp_path, SIZES[:1])
+    (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "\u00e9.png")
+    (tmp_path / "annotations" / "00.png").rename(tmp_path / "annotations" / "e\u0301.png")
+    (record,) = load_records(tmp_path)
+    assert Path(record["fpath_segm"]).is_file()
 
 
 def test_paths_outside_the_root_are_absolute(tmp_path):
-    write_pairs(tmp_path / "real" / "deep" / "train", SIZES[:1])
-    other = write_pairs(tmp_path / "other", SIZES[:1])
-    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
-    (record,) = load_records(other, tmp_path / "link")
-    assert record["fpath_img"] == str(other / "images" / "00.png")
-    (record,) = load_records("train", tmp_path / "link")
-    assert record["fpath_img"] == "train/images/00.png"
-
-
-# Class tables
+    folder = write_pairs(tmp_path / "real" / "train", SIZES[:1])
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for source, expected in ((folder, str(folder / "images/00.png")), ("train", "train/images/00.png")):
+        (record,) = load_records(source, tmp_path / "link")
+        assert record["fpath_img"] == expected
 
 
 def test_ade20k_table_agrees_with_the_files_of_version_2(request):
@@ -151,38 +128,24 @@ def test_class_tables_from_number_names_and_csv(tmp_path):
     assert table.describe_raw_values() == "7-9, ignored 0, 255"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
+def test_invalid_class_tables_name_file_and_line(tmp_path):
+    for text, message in (
         ("a,b\n", "raw,name"),
-        ("raw,name\nx,road\n", "line 2: .*'x'"),
-        ("raw,name\n1,road\n1,walk\n", "line 3: .*'road' and 'walk'"),
         ("raw,name\n70000,road\n", "line 2: .*70000"),
+        ("raw,name\n1,road\n1,walk\n", "line 3: .*'road' and 'walk'"),
         ("raw,name,color\n1,road,red\n", "line 2: .*'red'"),
-        ("raw,name\n1,\n", "no row with a name"),
-        ("raw,name\n1,road\n", r"DATASET\.num_class is 2"),
-    ],
-)
-def test_invalid_class_tables_name_file_and_line(tmp_path, text, message):
-    (tmp_path / "t.csv").write_text(text)
-    with pytest.raises(ClassTableError, match=rf"t\.csv.*{message}"):
-        class_table(str(tmp_path / "t.csv"), 2)
+        ('raw,name\n1,"road\n side"\n', r"DATASET\.num_class is 2"),
+    ):
+        (tmp_path / "t.csv").write_text(text)
+        with pytest.raises(ClassTableError, match=rf"t\.csv.*{message}"):
+            class_table(str(tmp_path / "t.csv"), 2)
 
 
-@pytest.mark.parametrize("name", ["road\u2028side", "road\nside", "road\r\n side", "road side"])
-def test_line_breaks_in_class_names_become_spaces(tmp_path, name):
-    (tmp_path / "t.csv").write_bytes(f'raw,name\n0,"{name}"\n1,car\n'.encode())
-    assert class_table(str(tmp_path / "t.csv"), 2).names == ("road side", "car")
-
-
-@pytest.mark.parametrize(("count", "minimum"), [(40, 60), (150, 38), (600, 20), (2000, 1)])
+@pytest.mark.parametrize(("count", "minimum"), [(40, 60), (150, 38), (2000, 1)])
 def test_default_colors_differ_from_each_other_and_from_black(count, minimum):
     colors = np.vstack([distinct_colors(count).astype(int), [(0, 0, 0)]])
     distances = np.linalg.norm(colors[:, None] - colors, axis=2) + 1000 * np.eye(count + 1)
     assert distances.min() >= minimum
-
-
-# Images
 
 
 def save(path, image, **kwargs):
@@ -198,32 +161,14 @@ def test_all_image_modes_are_read_as_rgb(tmp_path):
     gray_rgb, white = np.repeat(np.asarray(gray)[..., None], 3, axis=2), np.full((6, 9, 3), 255)
     for image, expected in ((rgb, rgb), (gray, gray_rgb), (gray_16, gray_rgb), (clear, white), (solid, rgb)):
         assert np.array_equal(np.asarray(read_image(save(tmp_path / "a.png", image))), np.asarray(expected))
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red = np.asarray(read_image(save(tmp_path / "c.jpg", cmyk)))[4, 4]
-    assert red[0] > 230
-    assert red[1:].max() < 40
+    red, *others = read_image(save(tmp_path / "c.jpg", Image.new("CMYK", (8, 8), (0, 255, 255, 0)))).getpixel((4, 4))
+    assert red > 230
+    assert max(others) < 40
 
 
-def test_damaged_images_name_the_file(tmp_path):
-    whole = save(tmp_path / "a.jpg", Image.new("RGB", (64, 64), "red"))
-    (tmp_path / "cut.jpg").write_bytes(whole.read_bytes()[:300])
-    (tmp_path / "empty.png").write_bytes(b"")
-    (tmp_path / "page.jpg").write_text("<html>not found</html>")
-    Image.fromarray(np.ones((3, 3), np.float32)).save(tmp_path / "float.tiff")
-    for name in ("cut.jpg", "empty.png", "page.jpg", "float.tiff", "absent.jpg"):
-        with pytest.raises(ImageFileError, match=name):
-            read_image(tmp_path / name)
-
-
-# Labels
-
-
-@pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_16_bit_labels_keep_their_values(tmp_path, suffix):
+def test_16_bit_labels_become_classes(tmp_path):
     values = np.arange(0, 1200, dtype=np.uint16).reshape(30, 40)
-    label = read_label(save(tmp_path / f"a.{suffix}", Image.fromarray(values)))
-    assert np.array_equal(np.asarray(label), values)
-    assert read_label(save(tmp_path / f"b.{suffix}", Image.fromarray(values % 256))).mode == "L"
+    assert read_label(save(tmp_path / "b.tiff", Image.fromarray(values % 256))).mode == "L"
     folder = write_pairs(tmp_path / "d", [(40, 30)])
     Image.fromarray(values).save(folder / "annotations" / "00.png")
     item = ValDataset(folder, ".", options(num_class=1199))[0]
@@ -232,36 +177,7 @@ def test_16_bit_labels_keep_their_values(tmp_path, suffix):
     assert set(batch["seg_label"].unique().tolist()) == set(range(-1, 1199))
 
 
-def test_palette_labels_are_read_by_their_indices(tmp_path):
-    label = Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8))
-    label.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 9, 9, 9])
-    path = save(tmp_path / "p.png", label)
-    assert np.asarray(read_label(path, palette=True)).tolist() == [[0, 1], [2, 3]]
-
-
-def test_label_of_other_size_or_with_unknown_values_is_an_error(tmp_path):
-    folder = write_pairs(tmp_path / "d", [(20, 30), (20, 30)])
-    Image.new("L", (21, 30)).save(folder / "annotations" / "00.png")
-    Image.new("L", (20, 30), 77).save(folder / "annotations" / "01.png")
-    dataset = ValDataset(folder, ".", options())
-    with pytest.raises(ImageFileError, match=r"00\.png: .*21x30.*20x30"):
-        dataset[0]
-    with pytest.raises(ImageFileError, match=r"01\.png: .*77 .*1-3, ignored 0.*DATASET\.classes"):
-        dataset[1]
-
-
-# Transforms
-
-
-def test_resize_is_pillows():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
-    for name, kind in (("nearest", 0), ("bilinear", 2), ("bicubic", 3)):
-        assert np.array_equal(np.asarray(imresize(image, (13, 9), name)), np.asarray(image.resize((13, 9), kind)))
-    with pytest.raises(ValueError, match="area"):
-        imresize(image, (3, 3), "area")
-
-
-@pytest.mark.parametrize("size", [(450, 300), (90, 61), (333, 250), (601, 400)])
+@pytest.mark.parametrize("size", [(450, 300), (90, 61), (601, 400)])
 def test_fast_resize_differs_from_pillow_by_at_most_one_level(size):
     rng = np.random.default_rng(0)
     ramp = np.add.outer(np.arange(300), np.arange(400)) % 256
@@ -302,9 +218,6 @@ def test_padding_is_ignored():
     assert batch["img_data"][0, :, 10:].abs().sum() == 0
 
 
-# Items and batches
-
-
 def test_evaluation_item(root):
     item = ValDataset(root, ".", options())[3]
     assert item["img_ori"].shape == (70, 30, 3)
@@ -316,22 +229,7 @@ def test_evaluation_item(root):
     assert all(torch.equal(a, b) for a, b in zip(item["img_data"], test["img_data"], strict=True))
 
 
-def test_image_headers_are_read_only_for_training_without_crops(root, monkeypatch):
-    sizes_read = []
-    monkeypatch.setattr(datasets_module, "image_size", lambda path: sizes_read.append(path) or image_size(path))
-    ValDataset(root, ".", options())
-    TrainDataset(root, ".", options(crop_size=16))
-    assert not sizes_read
-    dataset = TrainDataset(root, ".", options())
-    assert len(sizes_read) == len(SIZES)
-    assert dataset.order.upright.tolist() == [height > width for width, height in SIZES]
-    with_sizes = TrainDataset(root, add_sizes(dataset.records, root), options())
-    assert len(sizes_read) == len(SIZES)
-    assert with_sizes.order.upright.tolist() == dataset.order.upright.tolist()
-
-
-@pytest.mark.parametrize("normalization", ["imagenet", "caffe"])
-@pytest.mark.parametrize("crop", [0, (32, 40)])
+@pytest.mark.parametrize(("normalization", "crop"), [("imagenet", 0), ("caffe", (32, 40))])
 def test_uint8_items_are_bit_identical_after_normalization(root, normalization, crop):
     opt = options(normalization=normalization, crop_size=crop)
     for dataset in (TrainDataset(root, ".", opt, batch_per_gpu=3), ValDataset(root, ".", opt)):
@@ -351,20 +249,9 @@ def test_flips_happen_half_of_the_time_and_can_be_switched_off(tmp_path):
     left = np.zeros((40, 40), np.uint8)
     left[:, :20] = 1
     Image.fromarray(left).save(folder / "annotations" / "00.png")
-    counts = {}
-    for flag in (True, False):
+    for flag, low, high in ((False, 0, 0), (True, 70, 130)):
         dataset = TrainDataset(folder, ".", options(imgSizes=(40,), random_flip=flag))
-        counts[flag] = sum(int(dataset[i]["seg_label"][0, 0, 0] == -1) for i in range(200))
-    assert counts[False] == 0
-    assert 70 < counts[True] < 130
-
-
-def test_padding_must_be_a_multiple_of_the_downsampling_rate(root):
-    with pytest.raises(ValueError, match=r"padding_constant 8 .*segm_downsampling_rate 3"):
-        TrainDataset(root, ".", options(segm_downsampling_rate=3))
-
-
-# Order
+        assert low <= sum(int(dataset[i]["seg_label"][0, 0, 0] == -1) for i in range(200)) <= high
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(1, 5), st.integers(0, 3))
@@ -382,14 +269,6 @@ def test_every_pass_uses_every_record_once(upright, batch_size, seed):
             assert set(stream[start : start + len(members)]) == members
 
 
-def test_batches_depend_on_seed_and_index_alone():
-    upright = [i % 3 == 0 for i in range(20)]
-    forward = [OrientationBatches(upright, 2, 5)[i] for i in range(40)]
-    order = OrientationBatches(upright, 2, 5)
-    assert [order[i] for i in reversed(range(40))][::-1] == forward
-    assert [OrientationBatches(upright, 2, 6)[i] for i in range(40)] != forward
-
-
 def test_devices_and_shards_partition_batches_and_records():
     assert list(BatchNumbers(3, 6)) == [3, 4, 5]
     assert [list(BatchNumbers(0, 4, first, 1, 2)) for first in (0, 1)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
@@ -399,15 +278,13 @@ def test_devices_and_shards_partition_batches_and_records():
     assert shards(7, 3) == [range(2), range(2, 4), range(4, 7)]
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_batches_are_identical_for_any_number_of_workers_and_after_a_restart(root, workers):
+def test_batches_are_identical_for_any_number_of_workers_and_after_a_restart(root):
     def batches(start, num_workers):
         dataset = TrainDataset(root, ".", options(), batch_per_gpu=2, seed=7)
-        sampler = BatchNumbers(start, 12)
-        return list(DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=num_workers))
+        return list(DataLoader(dataset, None, sampler=BatchNumbers(start, 12), num_workers=num_workers))
 
     reference = batches(0, 0)
-    for start in (0, 5):
+    for start, workers in ((0, 1), (5, 2)):
         for expected, batch in zip(reference[start:], batches(start, workers), strict=True):
             assert batch["info"] == expected["info"]
             assert torch.equal(batch["img_data"], expected["img_data"])

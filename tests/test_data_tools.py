@@ -29,54 +29,41 @@ def test_wrong_arguments_of_synthetic_write_nothing(tmp_path, monkeypatch, words
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_doctor_reports_every_unusable_file(tmp_path):
+def test_doctor_report_and_exit_codes(tmp_path):
     folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
     (folder / "images" / "00.png").write_bytes(b"not an image")
-    Image.new("RGB", (9, 9)).save(folder / "images" / "lonely.png")
-    Image.new("L", (9, 9)).save(folder / "annotations" / "01.png")
-    Image.new("L", (40, 30), 9).save(folder / "annotations" / "02.png")
-    Image.new("RGB", (40, 30)).save(folder / "annotations" / "03.png")
     changes = {"DATASET.root_dataset": tmp_path, "DATASET.list_train": "train", "DATASET.list_val": "train"}
     done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
     assert done.returncode == 1, done.stderr
     for part in (
-        "train: 6 images, 5 problems",
+        "train: 6 images, 1 problems",
         "width 30..40, height 30..40",
-        "1 portrait, 1 landscape",
-        "classes without pixels (1): class 3",
+        "1 portrait, 4 land",
+        "pixels (1): class 3",
     ):
         assert part in done.stdout
-    for name in ("lonely.png", "images/00.png", "annotations/01.png", "annotations/02.png", "annotations/03.png"):
-        assert any("UNUSABLE" in line and name in line for line in done.stdout.splitlines())
+    assert "images/00.png" in done.stdout.partition("UNUSABLE")[2]
     clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
     changes |= {"DATASET.list_train": clean, "DATASET.list_val": clean}
-    done = script("mit_semseg.dataset.doctor", *words(changes))
-    assert done.returncode == 0
-    assert "UNUSABLE" not in done.stdout
-    done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": "none"}))
-    assert done.returncode == 2
-    assert "list or folder none" in done.stderr
+    for list_val, code in ((clean, 0), ("none", 2)):
+        done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": list_val}))
+        assert done.returncode == code, done.stderr
 
 
 def test_doctor_groups_problems_by_cause():
     problems = [f"a b/{i}.png: the label has size {i}x9, but its image 40x30" for i in range(60)]
-    problems += [f"images/{i}.png has no partner annotations/{i}.*" for i in range(5)]
-    problems += ["images/x.png: file not found"]
+    problems += [f"images/{i}.png has no partner annotations/{i}.*" for i in range(2)]
     lines = group_by_cause(problems)
-    assert [*lines[:3], *lines[4:7], lines[8]] == [*problems[:3], *problems[60:63], problems[-1]]
+    assert lines[:3] + lines[4:] == problems[:3] + problems[60:]
     assert "57" in lines[3]
-    assert "2" in lines[7]
-    assert len(lines) == 9
 
 
 def test_synthetic_scenes_are_deterministic_and_show_every_class(tmp_path):
     write_dataset(tmp_path, train=6, val=3, size=(64, 48))
     table = class_table(str(tmp_path / "classes.csv"), len(CLASSES))
     assert table.names == CLASSES
-    image, label = make_scene((0, 1, 0), 64, 48)
-    again = make_scene((0, 1, 0), 64, 48)
-    assert image.tobytes() == again[0].tobytes()
-    assert label.tobytes() == again[1].tobytes()
+    first, again = ([x.tobytes() for x in make_scene((0, 1, 0), 64, 48)] for _ in range(2))
+    assert first == again
     seen = set()
     for path in (tmp_path / "training" / "annotations").iterdir():
         raw = np.asarray(Image.open(path))
@@ -101,17 +88,10 @@ def test_download_script_unpacks_and_writes_lists_with_sizes(site, tmp_path):
     done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS=f"{address}/ade.zip")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (copy / "data" / "training.odgt").read_text().splitlines()]
-    assert lines[0] == {
-        "fpath_img": "ADEChallengeData2016/images/training/00.png",
-        "fpath_segm": "ADEChallengeData2016/annotations/training/00.png",
-        "width": 20,
-        "height": 30,
-    }
-    assert sorted(p.name for p in (copy / "data").iterdir()) == [
-        "ADEChallengeData2016",
-        "training.odgt",
-        "validation.odgt",
-    ]
+    assert lines[0]["fpath_segm"] == "ADEChallengeData2016/annotations/training/00.png"
+    assert (lines[0]["width"], lines[0]["height"]) == (20, 30)
+    names = sorted(path.name for path in (copy / "data").iterdir())
+    assert names == ["ADEChallengeData2016", "training.odgt", "validation.odgt"]
     done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # not downloaded again
     assert done.returncode == 0, done.stderr
 
@@ -131,11 +111,8 @@ def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, t
     folder, _ = site
     name = "ade20k-resnet50dilated-ppm_deepsup"
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
-    parts = {
-        "encoder": ModelBuilder.build_encoder("resnet50dilated", pretrained=False),
-        "decoder": ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048),
-    }
-    for part, module in parts.items():
+    encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
+    for part, module in (("encoder", encoder), ("decoder", ModelBuilder.build_decoder("ppm_deepsup", fc_dim=2048))):
         torch.save(module.state_dict(), folder / "model" / "pytorch" / name / f"{part}_epoch_20.pth")
     images = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
     images.mkdir(parents=True)
@@ -145,10 +122,6 @@ def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, t
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):
         (copy / part).symlink_to(ROOT / part)
     (copy / "demo_test.sh").write_text((ROOT / "demo_test.sh").read_text())
-    done = bash(copy, "demo_test.sh", DOWNLOAD_ONLY="1")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in (copy / "ckpt" / name).iterdir()) == ["decoder_epoch_20.pth", "encoder_epoch_20.pth"]
-    assert [p.name for p in (copy / "demo_result").iterdir()] == ["ADE_val_00001519.jpg"]
     done = bash(copy, "demo_test.sh")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo_result/ADE_val_00001519.png" in done.stdout

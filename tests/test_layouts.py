@@ -1,13 +1,11 @@
 """Cityscapes and PASCAL VOC in their official folders: lists, labels, and the configurations from training to test."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from runs import here, same, weights, words
+from runs import here, words
 from scenes import options
 from shared_data import shared
 
@@ -21,7 +19,7 @@ TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9,
 TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
-def write_cityscapes(root, split, names, *, kind="labelIds", size=(96, 48), seed=0):
+def write_cityscapes(root, split, names, size=(96, 48), seed=0):
     """Write images and labels in the official layout; labels are 3 x 6 blocks of five labelIds."""
     rng = np.random.default_rng(seed)
     for name in names:
@@ -32,10 +30,8 @@ def write_cityscapes(root, split, names, *, kind="labelIds", size=(96, 48), seed
         label = np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.NEAREST))
         pixels = label[..., None] * np.array([7, 3, 5]) + rng.integers(0, 20, (*label.shape, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"leftImg8bit/{folder}/{name}_leftImg8bit.png")
-        if kind == "labelTrainIds":
-            label = np.vectorize(lambda v: TRAIN_IDS.get(v, 255))(label).astype(np.uint8)
-        Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_{kind}.png")
-        Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_instanceIds.png")  # not a label
+        for kind in ("labelIds", "instanceIds"):  # the second is not a label
+            Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_{kind}.png")
 
 
 NAMES = ["aachen_000000_000019", "aachen_000001_000019", "bonn_000000_000019"]
@@ -74,21 +70,10 @@ def test_cityscapes_files_without_partner_or_suffix_are_named(cityscapes):
         load_records("leftImg8bit/train", cityscapes)
 
 
-def test_label_ids_and_train_ids_give_the_same_classes(cityscapes):
-    opt = options(classes="cityscapes", num_class=19)
-    by_label_ids = ValDataset(cityscapes, "leftImg8bit/train", opt)[0]["seg_label"]
-    shutil.rmtree(cityscapes / "gtFine")
-    write_cityscapes(cityscapes, "train", NAMES, kind="labelTrainIds")
-    by_train_ids = ValDataset(cityscapes, "leftImg8bit/train", opt)[0]["seg_label"]
-    assert torch.equal(by_label_ids, by_train_ids)
-    assert set(by_label_ids.unique().tolist()) <= {-1, 0, 2, 10, 13}
-
-
 def test_real_cityscapes_sample():
     root = shared("data/cityscapes_sample")
     opt = options(classes="cityscapes", num_class=19)
     (record,) = load_records("leftImg8bit/val", root)
-    assert record["fpath_segm"].endswith("_gtFine_labelIds.png")
     train_ids = {**record, "fpath_segm": record["fpath_segm"].replace("labelIds", "labelTrainIds")}
     first, second = (ValDataset(root, [r], opt)[0]["seg_label"] for r in (record, train_ids))
     # The two files were downsampled separately, so a few pixels at class borders differ.
@@ -130,9 +115,6 @@ def test_missing_files_of_a_voc_list_are_named(tmp_path):
     problems = []
     assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
     assert problems == [f"{missing} is missing"]
-    (tmp_path / "ImageSets/gone.txt").write_text("2007_000001\n2007_000002\n")
-    with pytest.raises(ListError, match=r"gone\.txt: 4 of 4 files .*JPEGImages/2007_000001\.jpg"):
-        load_records("ImageSets/gone.txt", tmp_path, [])
 
 
 def test_voc_lists_may_have_paths_and_any_extension(tmp_path):
@@ -144,9 +126,6 @@ def test_voc_lists_may_have_paths_and_any_extension(tmp_path):
         {"fpath_img": "JPEGImages/2007_000039.JPG", "fpath_segm": label},
         {"fpath_img": "JPEGImages/2007_000032.jpg", "fpath_segm": label},
     ]
-    # Elsewhere, a .txt file is an odgt file; a byte order mark is allowed.
-    (tmp_path / "names.txt").write_text('{"fpath_img": "a.jpg"}\r\n', encoding="utf-8-sig")
-    assert load_records("names.txt", tmp_path) == load_records(tmp_path / "names.txt") == [{"fpath_img": "a.jpg"}]
 
 
 SMALL_RUN = {
@@ -154,41 +133,34 @@ SMALL_RUN = {
     "MODEL.arch_encoder": "mobilenetv2dilated",
     "DATASET.crop_size": 49,
     "DATASET.imgSizes": "[48]",
-    "INFERENCE.window_size": (33, 64),
-    "INFERENCE.flip": True,
     "TRAIN.batch_size_per_gpu": 1,
-    "TRAIN.num_epoch": 2,
+    "TRAIN.num_epoch": 1,
     "TRAIN.epoch_iters": 1,
     "TRAIN.workers": 0,
-    "TRAIN.eval_epoch": 2,
-    "VAL.num_val": 1,
-    "VAL.checkpoint": "epoch_2.pth",
-    "TEST.checkpoint": "epoch_2.pth",
+    "TRAIN.eval_epoch": 1,
+    "VAL.checkpoint": "epoch_1.pth",
+    "TEST.checkpoint": "epoch_1.pth",
 }
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["cityscapes-resnet101-pspnet", "cityscapes-resnet101-deeplabv3"])
-def test_cityscapes_config_trains_resumes_evaluates_and_writes_label_ids(config, cityscapes, tmp_path):
+def test_cityscapes_config_trains_evaluates_and_writes_label_ids(config, cityscapes, tmp_path):
     arguments = ["--cfg", f"config/{config}.yaml", "--gpu", "cpu"]
     opts = {**SMALL_RUN, "DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run"}
-    first = here("train.py", *arguments, *words({**opts, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}))
-    assert first.returncode == 0, first.stderr
-    second = here("train.py", *arguments, *words({**opts, "TRAIN.resume": "auto"}))
-    assert second.returncode == 0, second.stderr
-    assert not same(weights(tmp_path / "run", "epoch_1.pth"), weights(tmp_path / "run", "epoch_2.pth"))
-
+    trained = here("train.py", *arguments, *words(opts))
+    assert trained.returncode == 0, trained.stderr
     evaluated = here("eval.py", *arguments, *words(opts))
     assert evaluated.returncode == 0, evaluated.stderr
     result = json.loads((tmp_path / "run/result/results.json").read_text())
     assert result["images"] == 2
     assert [entry["class"] for entry in result["iou_per_class"]][:2] == ["road", "sidewalk"]
 
-    images = cityscapes / "leftImg8bit/val"
     opts["TEST.result"] = tmp_path / "result"
-    segmented = here("test.py", "--imgs", images, "--labels", "--no-panel", *arguments, *words(opts))
+    flags = ["--imgs", cityscapes / "leftImg8bit/val", "--labels", "--no-panel"]
+    segmented = here("test.py", *flags, *arguments, *words(opts))
     assert segmented.returncode == 0, segmented.stderr
-    files = sorted(p for p in (tmp_path / "result").rglob("*") if p.is_file())
+    files = sorted((tmp_path / "result").rglob("*.png"))
     assert [f.name for f in files] == [f"ulm_00000{i}_000019_leftImg8bit_label.png" for i in (0, 1)]
     label = Image.open(files[0])
     assert (label.mode, label.size) == ("L", (96, 48))

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mit_semseg import build
 from mit_semseg.config import load_config
 from mit_semseg.config.defaults import OPTIONS
-from mit_semseg.dataset import transforms
+from mit_semseg.dataset import datasets
 from mit_semseg.engine import MaskedNLLLoss, distributed, trainer
 from mit_semseg.evaluation import evaluator
 from mit_semseg.lib.utils import UserError
@@ -233,9 +233,9 @@ def _(run, baseline):
 
 @covers("DATASET.eval_resize")
 def _(run, baseline):
-    calls, resize = [], transforms.imresize_fast
+    calls, resize = [], datasets.imresize_fast
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transforms, "imresize_fast", lambda *args: calls.append(args) or resize(*args))
+        patch.setattr(datasets, "imresize_fast", lambda *args: calls.append(args) or resize(*args))
         exact = run.evaluate(baseline)["pixel_accuracy"]
         assert not calls
         fast = run.evaluate(baseline, DATASET__eval_resize="fast")["pixel_accuracy"]

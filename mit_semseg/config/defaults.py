@@ -6,30 +6,19 @@ from math import inf
 
 @dataclass(frozen=True)
 class Option:
-    """One option.
-
-    Attributes:
-        default: default value; its type is the type of the option.
-        help: meaning, in one or two sentences.
-        low, high: inclusive bounds of a number, or of every number in a list.
-        choices: allowed values.
-        kinds: allowed types in the order they are tried, if there is more than the type of the default.
-        fractions: the numbers in a list may be fractions.
-        path: a path; `~` and environment variables are expanded.
-    """
+    """One option."""
 
     default: object
     help: str
-    low: float = -inf
+    low: float = -inf  # inclusive bounds of a number, or of every number in a list
     high: float = inf
     choices: tuple = ()
-    kinds: tuple[type, ...] = ()
-    fractions: bool = False
-    path: bool = False
+    kinds: tuple[type, ...] = ()  # allowed types in the order they are tried; () is the type of the default
+    fractions: bool = False  # the numbers in a list may be fractions
+    path: bool = False  # `~` and environment variables are expanded
 
     @property
     def types(self) -> tuple[type, ...]:
-        """Allowed types."""
         return self.kinds or (type(self.default),)
 
 

@@ -2,9 +2,12 @@
 
 import argparse
 import difflib
+import functools
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from operator import getitem
 from pathlib import Path
 
 import yaml
@@ -20,35 +23,28 @@ Setting = tuple[str, object, str]  # option, value, origin (file or command line
 
 
 class Config(CfgNode):
-    """A yacs node that checks merged options. It can be cloned, frozen, dumped and given new attributes."""
+    """A yacs node. Merging options checks them and raises ConfigError with all errors."""
 
     def option(self, key: str) -> object:
         """Return the value of an option, e.g. `TRAIN.seed`."""
-        node = self
-        for part in key.split("."):
-            node = node[part]
-        return node
+        return functools.reduce(getitem, key.split("."), self)
 
     def differences(self) -> dict[str, object]:
         """Return the options that differ from their defaults."""
         return {key: self.option(key) for key, option in OPTIONS.items() if self.option(key) != option.default}
 
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
-        """Merge a YAML file and its `_BASE_` files. Raise ConfigError with all errors."""
         _merge(self, _read_yaml(Path(cfg_filename)))
 
     def merge_from_list(self, cfg_list: Iterable[str]) -> None:
-        """Merge `[key, value, ...]`, e.g. `["TRAIN.num_epoch", "10"]`. Raise ConfigError with all errors."""
         _merge(self, _read_list(list(cfg_list)))
 
 
 def _default_config() -> Config:
     root = Config()
     for key, option in OPTIONS.items():
-        *sections, name = key.split(".")
-        node = root
-        for section in sections:
-            node = node.setdefault(section, Config())
+        section, _, name = key.rpartition(".")
+        node = root.setdefault(section, Config()) if section else root
         node[name] = option.default
     return root
 
@@ -59,14 +55,8 @@ cfg = _default_config()
 def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ()) -> Config:
     """Return a frozen configuration: the defaults, changed by a YAML file and then by a command line.
 
-    Changes of the global `cfg` have no effect.
-
-    Args:
-        path: YAML file, or None.
-        opts: `[key, value, ...]` or `["key=value", ...]`.
-
-    Raises:
-        ConfigError: lists all unknown options, wrong values and conflicts, with their origin.
+    `opts` is `[key, value, ...]` or `["key=value", ...]`. Changes of the global `cfg` have no effect. Raise ConfigError
+    with all unknown options, wrong values and conflicts, and their origin.
     """
     config = _default_config()
     settings = _read_yaml(Path(expand_path(os.fspath(path)))) if path else []
@@ -77,9 +67,8 @@ def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ())
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """Add `--cfg FILE` and trailing `KEY VALUE ...` to a parser, as arguments for `load_config`."""
-    parser.add_argument(
-        "--cfg", metavar="FILE", type=expand_path, default=default, help=f"YAML file (default: {default or 'none'})"
-    )
+    text = f"YAML file (default: {default or 'none'})"
+    parser.add_argument("--cfg", metavar="FILE", type=expand_path, default=default, help=text)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options, e.g. TRAIN.num_epoch 10")
 
 
@@ -91,7 +80,7 @@ def _merge(config: Config, settings: list[Setting]) -> None:
             if key in OPTIONS:
                 accepted[key] = convert(key, value)
             elif key in config and key not in SECTIONS:
-                accepted[key] = value  # an attribute added by the caller
+                accepted[key] = _resolve(value)  # an attribute added by the caller
             else:
                 problems.append(f"{unknown_option(key, value)} [{origin}]")
         except ValueError as error:
@@ -100,27 +89,31 @@ def _merge(config: Config, settings: list[Setting]) -> None:
     if problems:
         raise ConfigError(problems)
     for key, value in accepted.items():
-        *sections, name = key.split(".")
-        node = config.option(sections[0]) if sections else config
+        section, _, name = key.rpartition(".")
+        node = config[section] if section else config
         node[name] = value
 
 
+def _resolve(value: object) -> object:
+    """Convert text, also in a list, as `yaml.safe_load` does; leave other text unchanged."""
+    if isinstance(value, list):
+        return [_resolve(item) for item in value]
+    with suppress(yaml.YAMLError, ValueError):
+        return yaml.safe_load(value) if isinstance(value, str) else value
+    return value
+
+
 def _read_list(opts: list[str]) -> list[Setting]:
-    opts = [word for opt in opts for word in _split_assignment(opt)]
-    keys = [opt for opt in opts[::2] if isinstance(opt, str) and opt not in OPTIONS]
-    files = [opt for opt in opts if isinstance(opt, str) and os.path.isfile(opt)]
-    if len(files) > 1 and any(key in files for key in keys):
-        problem = f"{files[0]}, {files[1]} ...: expected KEY VALUE, got files; quote a file pattern, e.g. '*.jpg'"
-        raise ConfigError([problem])
-    if len(opts) % 2:
-        raise ConfigError([f"{opts[-1]}: value is missing; options are pairs KEY VALUE [command line]"])
-    return [(key, value, "command line") for key, value in zip(opts[::2], opts[1::2], strict=True)]
-
-
-def _split_assignment(word: object) -> list:
-    """Split `KEY=VALUE` into two words."""
-    key, equals, value = word.partition("=") if isinstance(word, str) else ("", "", "")
-    return [key, value] if equals and re.fullmatch(r"DIR|[A-Z]+\.\w+", key) else [word]
+    words = []
+    for opt in opts:
+        match = re.fullmatch(r"(DIR|[A-Z]+\.\w+)=(.*)", opt, re.DOTALL) if isinstance(opt, str) else None
+        words += match.groups() if match else [opt]
+    files = [word for word in words if isinstance(word, str) and word not in OPTIONS and os.path.isfile(word)]
+    if len(files) > 1 and any(word in files for word in words[::2]):
+        raise ConfigError([f"{files[0]}, {files[1]} ...: expected KEY VALUE; quote a file pattern, e.g. '*.jpg'"])
+    if len(words) % 2:
+        raise ConfigError([f"{words[-1]}: value is missing; options are pairs KEY VALUE [command line]"])
+    return [(key, value, "command line") for key, value in zip(words[::2], words[1::2], strict=True)]
 
 
 def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> list[Setting]:
@@ -141,20 +134,16 @@ def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> list[Setting]:
     if not isinstance(content, Mapping):
         raise ConfigError([f"{path}: expected sections such as TRAIN: and MODEL:, got {type(content).__name__}"])
     base = content.pop(BASE_KEY, None)
-    inherited = _read_yaml(path.parent / expand_path(str(base)), chain) if base else []
-    return [*inherited, *((key, value, str(path)) for key, value in _flatten(content))]
+    settings = _read_yaml(path.parent / expand_path(str(base)), chain) if base else []
+    for section, value in content.items():
+        if isinstance(value, Mapping):
+            settings += [(f"{section}.{key}", inner, str(path)) for key, inner in value.items()]
+        elif value or section not in SECTIONS:  # skip empty sections
+            settings.append((section, value, str(path)))
+    return settings
 
 
 def _suggest_file(path: Path) -> str:
     files = [file for folder in (path.parent, Path("config")) for file in sorted(folder.glob("*.y*ml"))]
     near = difflib.get_close_matches(path.stem, [file.stem for file in files], n=1, cutoff=0.3)
     return f"; did you mean {next(file for file in files if file.stem == near[0])}?" if near else ""
-
-
-def _flatten(content: Mapping) -> Iterator[tuple[str, object]]:
-    """Yield dotted names and values."""
-    for section, value in content.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{section}.{key}", inner) for key, inner in value.items())
-        elif value or section not in SECTIONS:  # skip empty sections
-            yield section, value

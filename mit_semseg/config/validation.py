@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import yaml
 
@@ -14,21 +15,10 @@ from .defaults import OPTIONS, Option
 MIN_WINDOW = 32  # pixels, the largest output stride
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a list"}
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-RENAMED = {
-    "TRAIN.timeout": "RUNTIME.timeout",
-    "TRAIN.recompute": "TRAIN.activation_checkpointing",
-    "MODEL.new_head": "MODEL.reset_classifier",
-    "INFERENCE.window": "INFERENCE.window_size",
-    "INFERENCE.overlap": "INFERENCE.window_overlap",
-}
 
 
 class ConfigError(UserError, ValueError):
-    """All errors of a configuration, one per line.
-
-    Attributes:
-        problems: the lines.
-    """
+    """All errors of a configuration, one per line and in `problems`."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(["invalid configuration:", *(f"  - {problem}" for problem in problems)]))
@@ -39,7 +29,7 @@ def unknown_option(key: str, value: object) -> str:
     """Describe the error about a name that is not an option, with the closest option."""
     if any(name.startswith(f"{key}.") for name in OPTIONS):
         return f"{key}: expected a section with options, got {type(value).__name__}"
-    near = [RENAMED[key]] if key in RENAMED else difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.5)
     if not near:  # perhaps the section is wrong or missing
         names = {name.rsplit(".", 1)[-1].lower(): name for name in OPTIONS}
         near = [names[hit] for hit in difflib.get_close_matches(key.rsplit(".", 1)[-1].lower(), names, n=1)]
@@ -47,11 +37,7 @@ def unknown_option(key: str, value: object) -> str:
 
 
 def convert(key: str, value: object) -> object:
-    """Convert a value to the type of an option. Text is parsed, as from a command line.
-
-    Raises:
-        ValueError: the value is not allowed; the message has key, value and allowed values.
-    """
+    """Convert a value to the type of an option; text is parsed. Raise ValueError if the value is not allowed."""
     option = OPTIONS[key]
     candidates = (_convert_to(kind, value, option) for kind in option.types)
     result = next((candidate for candidate in candidates if candidate is not None), None)
@@ -59,10 +45,20 @@ def convert(key: str, value: object) -> object:
         names = " or ".join(TYPE_NAMES[kind] for kind in option.types)
         raise ValueError(f"{key}: {value!r} is not {names} (default {option.default!r})")
     if option.choices:
-        return _match_choice(key, option, result)
-    if option.path and isinstance(result, str):
-        return expand_path(result)
-    _check_range(key, option, result)
+        spellings = {str(choice).lower(): choice for choice in option.choices}
+        if str(result).lower() in spellings:
+            return spellings[str(result).lower()]
+        near = difflib.get_close_matches(str(result).lower(), spellings, n=1)
+        hint = f"did you mean {spellings[near[0]]}? " if near else ""
+        raise ValueError(f"{key}: {value!r} is not allowed; {hint}allowed: {', '.join(map(str, option.choices))}")
+    if isinstance(result, str):
+        return expand_path(result) if option.path else result
+    if result == () and option.default:
+        raise ValueError(f"{key}: the list is empty; give at least one number")
+    for number in result if isinstance(result, tuple) else (result,):
+        if not isinstance(number, str) and not option.low <= number <= option.high:
+            bounds = f"at least {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
+            raise ValueError(f"{key}: {number!r} is out of range; allowed: {bounds}")
     return result
 
 
@@ -89,48 +85,25 @@ def _convert_to(kind: type, value: object, option: Option) -> object | None:
 def _parse_list(text: str) -> list | None:
     """Parse `[a, b]` or `(a, b)` to a list of strings; None if the text is not a list."""
     match = re.fullmatch(r"\s*(?:\[(.*)\]|\((.*)\))\s*", text, re.DOTALL)
-    try:
+    with suppress(yaml.YAMLError, RecursionError):
         return yaml.load(f"[{match[1] or match[2] or ''}]", yaml.BaseLoader) if match else None
-    except (yaml.YAMLError, RecursionError):
-        return None
+    return None
 
 
 def _parse_number(text: str) -> float | None:
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            continue
     return None
-
-
-def _match_choice(key: str, option: Option, value: object) -> object:
-    spellings = {str(choice).lower(): choice for choice in option.choices}
-    if str(value).lower() in spellings:
-        return spellings[str(value).lower()]
-    near = difflib.get_close_matches(str(value).lower(), spellings, n=1)
-    hint = f"did you mean {spellings[near[0]]}? " if near else ""
-    raise ValueError(f"{key}: {value!r} is not allowed; {hint}allowed: {', '.join(map(str, option.choices))}")
-
-
-def _check_range(key: str, option: Option, value: object) -> None:
-    if math.isinf(option.low):
-        return
-    if value == () and option.default:
-        raise ValueError(f"{key}: the list is empty; give at least one number")
-    for number in value if isinstance(value, tuple) else (value,):
-        if not option.low <= number <= option.high:
-            bounds = f"at least {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
-            raise ValueError(f"{key}: {number!r} is out of range; allowed: {bounds}")
 
 
 def check_combinations(values: Mapping[str, object]) -> list[str]:
     """Return a sentence for every conflict between options; `values` has all options."""
-    checks = _check_data, _check_classes, _check_model, _check_training, _check_inference, _check_unused
+    checks = _check_dataset, _check_model, _check_training_and_inference, _check_unused
     return [problem for check in checks for problem in check(values)]
 
 
-def _check_data(v: Mapping[str, object]) -> Iterator[str]:
+def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
     scale, crop, sizes = v["DATASET.random_scale"], v["DATASET.crop_size"], v["DATASET.imgSizes"]
     if isinstance(crop, tuple) and (len(crop) != 2 or not all(crop)):
@@ -138,15 +111,11 @@ def _check_data(v: Mapping[str, object]) -> Iterator[str]:
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
         yield f"DATASET.random_scale {scale}: give the smallest and the largest factor, e.g. (0.5, 2.0)"
     if pad % rate:
-        yield (
-            f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}; set "
-            f"padding_constant {math.ceil(pad / rate) * rate}"
-        )
+        fix = f"set padding_constant {math.ceil(pad / rate) * rate}"
+        yield f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}; {fix}"
     if min(sizes if isinstance(sizes, (list, tuple)) else (sizes,)) > v["DATASET.imgMaxSize"]:
         yield f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} is less than every short side in DATASET.imgSizes {sizes}"
 
-
-def _check_classes(v: Mapping[str, object]) -> Iterator[str]:
     names, num_class, weights = v["DATASET.classes"], v["DATASET.num_class"], v["TRAIN.class_weights"]
     if not isinstance(names, str) and len(names) != num_class:
         yield f"DATASET.classes has {len(names)} names, but DATASET.num_class is {num_class}; change one of them"
@@ -175,7 +144,7 @@ def _check_model(v: Mapping[str, object]) -> Iterator[str]:
             yield "TRAIN.compile and TRAIN.activation_checkpointing exclude each other; use one of them"
 
 
-def _check_training(v: Mapping[str, object]) -> Iterator[str]:
+def _check_training_and_inference(v: Mapping[str, object]) -> Iterator[str]:
     num_epoch, start, warmup = v["TRAIN.num_epoch"], v["TRAIN.start_epoch"], v["TRAIN.warmup_iters"]
     if start >= num_epoch:
         yield f"TRAIN.start_epoch {start} must be less than TRAIN.num_epoch {num_epoch}"
@@ -188,8 +157,6 @@ def _check_training(v: Mapping[str, object]) -> Iterator[str]:
     if v["TRAIN.epoch_iters"] and warmup >= num_epoch * v["TRAIN.epoch_iters"]:
         yield f"TRAIN.warmup_iters {warmup} must be less than num_epoch * epoch_iters"
 
-
-def _check_inference(v: Mapping[str, object]) -> Iterator[str]:
     window = v["INFERENCE.window_size"]
     sides = window if isinstance(window, tuple) else (window,) * 2
     if len(sides) != 2 or (any(sides) and min(sides) < MIN_WINDOW):

@@ -12,46 +12,32 @@ from .classes import IGNORE
 CROP_TRIES = 10
 HUE_FRACTION = 0.2  # of the jitter strength, because hue changes are more visible than the others
 MIN_SIGMA = 0.1  # standard deviation of the weakest blur, in pixels
+Encode = Callable[[np.ndarray], np.ndarray]  # raw values to class indices
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Data augmentation besides the resize to a short side and the flip. The defaults change nothing.
+    """Data augmentation besides the resize to a short side and the flip. The defaults change nothing."""
 
-    Attributes:
-        scale: range of a random factor of the original size; None resizes to a short side instead.
-        crop: (height, width) of a random crop; smaller images are not cropped.
-        max_ratio: largest fraction of the labelled pixels of a crop that one class may have, 0..1. A crop that exceeds
-            it is drawn again, up to `CROP_TRIES` times; the last one is used, as in OpenMMLab's `cat_max_ratio`.
-        jitter: largest relative change of brightness, contrast and saturation. The hue turns by at most a fifth of it.
-        blur: largest standard deviation of a Gaussian blur in pixels; half of the images are blurred.
-    """
-
-    scale: tuple[float, float] | None = None
-    crop: tuple[int, int] | None = None
+    scale: tuple[float, float] | None = None  # range of a random factor of the original size; None: to a short side
+    crop: tuple[int, int] | None = None  # (height, width) of a random crop; smaller images are not cropped
+    # Largest fraction of the labelled pixels of a crop that one class may have. A crop that exceeds it is drawn again,
+    # up to `CROP_TRIES` times; the last one is used, as in OpenMMLab's `cat_max_ratio`.
     max_ratio: float = 1.0
-    jitter: float = 0.0
-    blur: float = 0.0
+    jitter: float = 0.0  # largest relative change of brightness, contrast and saturation; the hue turns a fifth as much
+    blur: float = 0.0  # largest standard deviation of a Gaussian blur in pixels; half of the images are blurred
 
     @classmethod
     def from_options(cls, options) -> "Augmentation":
         """Build from the DATASET options; attributes that `options` lacks keep their default."""
         crop, scale = getattr(options, "crop_size", 0), getattr(options, "random_scale", ())
         crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
-        return cls(
-            scale=tuple(scale) or None,
-            crop=crop if all(crop) else None,
-            max_ratio=getattr(options, "cat_max_ratio", 1.0),
-            jitter=getattr(options, "color_jitter", 0.0),
-            blur=getattr(options, "blur", 0.0),
-        )
+        names = (("max_ratio", "cat_max_ratio"), ("jitter", "color_jitter"), ("blur", "blur"))
+        others = {name: getattr(options, option) for name, option in names if hasattr(options, option)}
+        return cls(tuple(scale) or None, crop if all(crop) else None, **others)
 
     def __call__(
-        self,
-        image: Image.Image,
-        label: np.ndarray,
-        encode: Callable[[np.ndarray], np.ndarray],
-        rng: Generator,
+        self, image: Image.Image, label: np.ndarray, encode: Encode, rng: Generator
     ) -> tuple[Image.Image, np.ndarray]:
         """Crop, recolor and blur a resized RGB image. Return the image and its class indices (h, w) int64.
 
@@ -72,17 +58,9 @@ class Augmentation:
 
 
 def random_crop(
-    label: np.ndarray,
-    encode: Callable[[np.ndarray], np.ndarray],
-    size: tuple[int, int],
-    rng: Generator,
-    max_ratio: float = 1.0,
+    label: np.ndarray, encode: Encode, size: tuple[int, int], rng: Generator, max_ratio: float = 1.0
 ) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """Draw a random crop of a raw label (H, W), see `Augmentation`.
-
-    Returns:
-        (left, top, right, bottom) in pixels, and the class indices of the crop.
-    """
+    """Crop a raw label (H, W), see `Augmentation`. Return (left, top, right, bottom) and class indices of the crop."""
     height, width = (min(side, wanted) for side, wanted in zip(label.shape, size, strict=True))
     for _ in range(CROP_TRIES if max_ratio < 1 else 1):
         top = int(rng.integers(label.shape[0] - height + 1))
@@ -105,15 +83,10 @@ def adjust_colors(
     """Change brightness, contrast and saturation by factors and turn the hue by -0.5..0.5, in the given order."""
     from torchvision.transforms.v2 import functional as F  # takes a second to import and is rarely needed
 
-    steps = (
-        (F.adjust_brightness, brightness),
-        (F.adjust_contrast, contrast),
-        (F.adjust_saturation, saturation),
-        (F.adjust_hue, hue),
-    )
+    functions = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
+    amounts = brightness, contrast, saturation, hue
     for index in order:
-        adjust, amount = steps[index]
-        image = adjust(image, float(amount))
+        image = functions[index](image, float(amounts[index]))
     return image
 
 

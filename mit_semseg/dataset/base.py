@@ -9,12 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .records import load_records
-from .transforms import normalize, round_up
-
-
-def round2nearest_multiple(x: int, p: int) -> int:
-    """Return the smallest multiple of `p` that is at least `x`."""
-    return round_up(x, p)
+from .transforms import normalize
+from .transforms import round_up as round2nearest_multiple
 
 
 def img_transform(img: Image.Image | np.ndarray) -> Tensor:
@@ -29,9 +25,6 @@ class BaseDataset(Dataset):
         odgt: path of a list, or records such as `[{"fpath_img": path}]`.
         opt: object with imgSizes, imgMaxSize, padding_constant; they become attributes.
         kwargs: arguments of `parse_input_list`.
-
-    Attributes:
-        list_sample, num_sample: the records and their number.
     """
 
     img_transform = staticmethod(img_transform)

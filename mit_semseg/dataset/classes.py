@@ -40,21 +40,15 @@ class ClassTableError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Classes of a dataset.
-
-    Attributes:
-        names: class names, in the order of the class indices.
-        colors: (num_class, 3) uint8, RGB.
-        index: (65536,) int64, class index of every raw label value; -1 is ignored, -2 is not in the table.
-        raw: (num_class,) int32, the first raw label value of every class.
-        variants: tables for label files with other raw values, by the suffix of the file name.
-    """
+    """Classes of a dataset, in the order of the class indices."""
 
     names: tuple[str, ...]
-    colors: np.ndarray
-    index: np.ndarray
-    raw: np.ndarray
-    variants: Mapping[str, "ClassTable"] = field(default_factory=dict)
+    colors: np.ndarray  # (num_class, 3) uint8, RGB
+    index: np.ndarray  # (65536,) int64, class index of every raw label value; -1 is ignored, -2 is not in the table
+    raw: np.ndarray  # (num_class,) int32, the first raw label value of every class
+    variants: Mapping[str, "ClassTable"] = field(
+        default_factory=dict
+    )  # for other label files, by the end of their name
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,8 +62,7 @@ class ClassTable:
 
     def for_file(self, path: str | os.PathLike) -> "ClassTable":
         """Return the table for a label file: the variant for the suffix of its name, or this table."""
-        name = Path(path).name
-        return next((table for suffix, table in self.variants.items() if name.endswith(suffix)), self)
+        return next((table for suffix, table in self.variants.items() if str(path).endswith(suffix)), self)
 
     def decode(self, indices: np.ndarray) -> np.ndarray:
         """Convert class indices (H, W) >= 0 to raw label values, uint8 if all of the table fit, else uint16."""
@@ -81,30 +74,27 @@ class ClassTable:
 
     def describe_raw_values(self) -> str:
         """Return the raw values for error messages, e.g. `0-10, ignored 11`."""
-        used, ignored = _format_ranges(self.index >= 0), _format_ranges(self.index == IGNORE)
-        return f"{used}, ignored {ignored}" if ignored else used
-
-
-def _format_ranges(mask: np.ndarray) -> str:
-    values = np.flatnonzero(mask)
-    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1) if len(values) else []
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        parts = []
+        for prefix, values in (
+            ("", np.flatnonzero(self.index >= 0)),
+            ("ignored ", np.flatnonzero(self.index == IGNORE)),
+        ):
+            runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1) if len(values) else []
+            texts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+            parts += [prefix + ", ".join(texts)] if texts else []
+        return ", ".join(parts)
 
 
 def class_table(
     classes: str | Sequence[str] = "", num_class: int = 150, ignore_values: Sequence[int] = ()
 ) -> ClassTable:
-    """Build the class table for DATASET.classes, num_class and ignore_values.
+    """Build the class table. Raise ClassTableError if it cannot be read or does not have `num_class` classes.
 
     Args:
         classes: one of `BUILT_IN_TABLES`, the path of a CSV file, a list of names, or ''. '' is ADE20K if `num_class`
             is 150; otherwise classes are numbered, raw value 0 is ignored and raw value v is class v - 1. 'cityscapes'
             reads labelIds, and train ids in files *labelTrainIds.png.
-        num_class: expected number of classes.
         ignore_values: raw values to ignore; the names of a list get the other raw values, from 0 on.
-
-    Raises:
-        ClassTableError: the table cannot be read or has another number of classes.
     """
     if not isinstance(classes, str):
         table = _table_from_names([str(name) for name in classes], ignore_values)
@@ -117,25 +107,21 @@ def class_table(
     else:
         table = read_csv(Path(classes))
     if len(table) != num_class:
-        raise ClassTableError(
-            f"class table {classes or 'by number'} has {len(table)} classes, but DATASET.num_class is {num_class}; "
-            f"change one of them"
-        )
+        raise ClassTableError(f"class table {classes} has {len(table)} classes, but DATASET.num_class is {num_class}")
     return table
 
 
 def class_table_from_options(options) -> ClassTable:
     """Build the class table from the DATASET options; attributes that `options` lacks keep their default."""
-    names = {"classes": "", "num_class": 150, "ignore_values": ()}
-    return class_table(**{name: getattr(options, name, default) for name, default in names.items()})
+    names = ("classes", "num_class", "ignore_values")
+    return class_table(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def read_csv(path: Path) -> ClassTable:
     """Read a CSV file with the columns `raw`, `name` and optionally `color` (#rrggbb).
 
     Rows with the same name put several raw values into one class. Rows without a name are ignored values. The columns
-    `Idx` and `Name` of ADE20K's object150_info.csv are also supported; raw value 0 is ignored there. Raises
-    ClassTableError if the file cannot be read or a row is wrong.
+    `Idx` and `Name` of ADE20K's object150_info.csv are also supported; raw value 0 is ignored there.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -150,30 +136,20 @@ def read_csv(path: Path) -> ClassTable:
     names: dict[int, str] = {} if "raw" in columns else {0: ""}
     for row in reader:
         where = f"class table {path}, line {reader.line_num}"
-        raw, name, color = _parse_row(row, where)
-        if names.get(raw, name) != name:
+        raw_text = (row["raw"] if "raw" in row else row["idx"]) or ""
+        if not re.fullmatch(r"\s*\d{1,5}\s*", raw_text) or int(raw_text) >= RAW_VALUES:
+            raise ClassTableError(f"{where}: raw value {raw_text!r} is not an integer in 0..{RAW_VALUES - 1}")
+        hex_color = (row.get("color") or "").strip().lstrip("#")
+        if not re.fullmatch("([0-9a-fA-F]{6})?", hex_color):
+            raise ClassTableError(f"{where}: color {hex_color!r} does not have the form #rrggbb")
+        raw, name = int(raw_text), _LINE_BREAKS.sub(" ", (row["name"] or "").strip())
+        if names.setdefault(raw, name) != name:
             raise ClassTableError(f"{where}: raw value {raw} has two names, {names[raw]!r} and {name!r}; remove one")
-        names[raw] = name
-        if name and (color or name not in colors):
-            colors[name] = color
+        if name and (hex_color or name not in colors):
+            colors[name] = tuple(bytes.fromhex(hex_color)) or None
     if not colors:
         raise ClassTableError(f"class table {path} has no row with a name")
     return _make_table(list(colors), names, list(colors.values()))
-
-
-def _parse_row(row: Mapping, where: str) -> tuple[int, str, tuple[int, ...] | None]:
-    """Return raw value, name ('' if ignored) and color (None if empty) of a row."""
-    raw = (row["raw"] if "raw" in row else row["idx"]) or ""
-    if not re.fullmatch(r"\s*\d{1,5}\s*", raw) or int(raw) >= RAW_VALUES:
-        raise ClassTableError(f"{where}: raw value {raw!r} is not an integer in 0..{RAW_VALUES - 1}")
-    text = (row.get("color") or "").strip().lstrip("#")
-    try:
-        color = tuple(bytes.fromhex(text)) if text else None
-    except ValueError:
-        color = ()
-    if color is not None and len(color) != 3:
-        raise ClassTableError(f"{where}: color {text!r} does not have the form #rrggbb")
-    return int(raw), _LINE_BREAKS.sub(" ", (row["name"] or "").strip()), color
 
 
 def _table_from_names(names: Sequence[str], ignore_values: Sequence[int]) -> ClassTable:
@@ -190,26 +166,20 @@ def _make_table(names: Sequence[str], name_of_raw: dict[int, str], colors: Seque
         index[raw] = index_of_name[name]
         if name:
             first_raw[index_of_name[name]] = raw
-    all_colors = distinct_colors(len(names))
+    rgb = distinct_colors(len(names))
     for i, color in enumerate(colors):
-        if color:
-            all_colors[i] = color
-    return ClassTable(tuple(names), all_colors, index, first_raw)
+        rgb[i] = color or rgb[i]
+    return ClassTable(tuple(names), rgb, index, first_raw)
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """Return (count, 3) uint8 RGB colors: `PALETTE`, then the color of a grid that is farthest from all previous ones.
-
-    Black is avoided, because ignored pixels are black.
-    """
+    """Return (count, 3) uint8 RGB colors: `PALETTE`, then the color of a grid that is farthest from all others."""
     steps = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    colors = np.array([tuple(bytes.fromhex(color)) for color in PALETTE])
+    colors = [(0, 0, 0), *(tuple(bytes.fromhex(color)) for color in PALETTE)]  # ignored pixels are black
     distance = np.full(len(grid), np.inf)  # squared, to the nearest color that is already used
-    for color in ((0, 0, 0), *colors):
-        distance = np.minimum(distance, ((grid - color) ** 2).sum(1))
-    while len(colors) < min(count, len(grid)):
-        farthest = grid[distance.argmax()]
-        colors = np.vstack([colors, farthest])
-        distance = np.minimum(distance, ((grid - farthest) ** 2).sum(1))
-    return np.resize(colors, (count, 3)).astype(np.uint8)
+    for i in range(min(count, len(grid)) + 1):
+        if i == len(colors):
+            colors.append(grid[distance.argmax()])
+        distance = np.minimum(distance, ((grid - colors[i]) ** 2).sum(1))
+    return np.resize(colors[1:], (count, 3)).astype(np.uint8)

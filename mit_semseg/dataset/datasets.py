@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..lib.utils import progress_bar
+from ..lib.utils import progress_bar, shorten_list
 from .augment import Augmentation
-from .classes import UNKNOWN, ClassTable, class_table_from_options
+from .classes import UNKNOWN, class_table_from_options
 from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
 from .layouts import ListError
 from .records import load_records
 from .samplers import OrientationBatches, shards
-from .transforms import flip_and_resize, normalize, pad_batch, scale_for, scale_pyramid, to_uint8_tensor
+from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up, scale_for, to_uint8_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,9 @@ class ImageListDataset(Dataset):
         root_dataset: folder that the paths in the list are relative to.
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize, padding_constant, and optionally the other DATASET options.
-        max_sample: use the first `max_sample` records; -1 uses all.
-        start_idx, end_idx: then use this slice; -1 leaves it open.
+        max_sample, start_idx, end_idx: use the first `max_sample` records, then this slice; -1 sets no limit.
 
-    Attributes:
-        records: entries of the list.
-        skip: skip unusable images and lines (DATASET.on_error skip) instead of raising.
-        skipped: a sentence for every unusable line of the list.
+    `records` has the entries of the list, and `skipped` a sentence for every line that DATASET.on_error skip ignored.
     """
 
     def __init__(
@@ -52,17 +48,14 @@ class ImageListDataset(Dataset):
         records = load_records(odgt, root_dataset, self.skipped if self.skip else None)
         records = records[:max_sample] if max_sample > 0 else records
         self.records = records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
-        sizes = opt.imgSizes
-        self.img_sizes = tuple(sizes) if isinstance(sizes, (list, tuple)) else (int(sizes),)
-        self.img_max_size = opt.imgMaxSize
-        self.padding_constant = opt.padding_constant
+        self.img_sizes = tuple(opt.imgSizes) if isinstance(opt.imgSizes, (list, tuple)) else (int(opt.imgSizes),)
+        self.img_max_size, self.padding_constant = opt.imgMaxSize, opt.padding_constant
         self.normalization = getattr(opt, "normalization", "imagenet")
         self.fast_resize = getattr(opt, "eval_resize", "pixel-exact") == "fast"
         self.uint8 = False
 
     @property
     def num_sample(self) -> int:
-        """Number of images."""
         return len(self.records)
 
     def __len__(self) -> int:
@@ -99,30 +92,36 @@ class ImageListDataset(Dataset):
 
     def subsample(self, count: int):
         """Return a copy with at most `count` records, evenly spaced because neighbors are often similar."""
-        total = len(self.records)
-        count = min(count, total)
-        return self._copy(records=[self.records[i * total // count] for i in range(count)])
+        count = min(count, len(self.records))
+        return self._copy(records=[self.records[i * len(self.records) // count] for i in range(count)])
 
     def path(self, record: dict, key: str) -> Path:
-        """Return the path of the image (`fpath_img`) or label (`fpath_segm`) of a record."""
+        """Return the path of `fpath_img` or `fpath_segm` of a record."""
         if key not in record:
             raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
         return Path(self.root_dataset, record[key])
 
     def multi_scale(self, image: Image.Image) -> dict:
-        """Resize an RGB image to every scale of evaluation.
+        """Resize an RGB image to every scale of evaluation, with sides rounded up to a multiple of padding_constant.
 
-        Returns:
-            `img_ori` (H, W, 3) uint8 and `img_data`, a list of (1, 3, h, w) float32. With `as_uint8`, both are uint8
-            tensors, and `normalization` is for `images_to_device`.
+        Return `img_ori` (H, W, 3) uint8 and `img_data`, a list of (1, 3, h, w) float32. With `as_uint8`, both are uint8
+        tensors, and `normalization` is for `images_to_device`.
         """
-        normalization = None if self.uint8 else self.normalization
-        sizes = self.img_sizes, self.img_max_size, self.padding_constant
-        scales = scale_pyramid(image, *sizes, normalization, fast=self.fast_resize)
+        scales = []
+        for short_side in self.img_sizes:
+            scale = scale_for(*image.size, short_side, self.img_max_size)
+            size = tuple(round_up(max(1, int(side * scale)), self.padding_constant) for side in image.size)
+            scales.append(self._to_tensor(self._resize(image, size)).unsqueeze(0))
         original = np.array(image)
-        if normalization:
+        if not self.uint8:
             return {"img_ori": original, "img_data": scales}
         return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
+
+    def _resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+        return (imresize_fast if self.fast_resize else imresize)(image, size)
+
+    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
+        return to_uint8_tensor(image) if self.uint8 else normalize(image, self.normalization)
 
 
 class LabelledDataset(ImageListDataset):
@@ -138,16 +137,23 @@ class LabelledDataset(ImageListDataset):
     def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
         """Load an image (RGB) and its raw label (mode L or I;16) of the same size, EXIF orientations applied.
 
-        Different orientations of the two are logged once per dataset.
-
-        Raises:
-            ImageFileError: a file cannot be used, the sizes differ, or the label has values outside the class table.
-            ListError: the record has no label.
+        Raise ImageFileError if a file cannot be used, the sizes differ, or the label has values outside the class
+        table; ListError if the record has no label. Different orientations of the two are logged once per dataset.
         """
         label_path = self.path(record, "fpath_segm")
         image = read_image(self.path(record, "fpath_img"))
         label = read_label(label_path, palette=self.palette)
-        check_label(image.size, label, label_path, self.table.for_file(label_path))
+        if image.size != label.size:
+            sizes = f"{label.width}x{label.height}, but its image {image.width}x{image.height}"
+            raise ImageFileError(f"{label_path}: the label has size {sizes}; they must be equal")
+        table = self.table.for_file(label_path)
+        present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
+        if len(unknown := present[table.index[present] == UNKNOWN]):
+            values, known = shorten_list([str(value) for value in unknown], 8), table.describe_raw_values()
+            raise ImageFileError(
+                f"{label_path}: label values {values} are not in the class table ({known}); correct the label or add "
+                f"the values to DATASET.classes, without a name to ignore them (in a list: DATASET.ignore_values)"
+            )
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)
             message = "%s: %s; further images are not logged, list them with python -m mit_semseg.dataset.doctor"
@@ -159,58 +165,32 @@ class LabelledDataset(ImageListDataset):
         return self.table.for_file(record["fpath_segm"]).encode(raw)
 
 
-def check_label(image_size: tuple[int, int], label: Image.Image, path: Path, table: ClassTable) -> None:
-    """Raise ImageFileError if a raw label does not have the size (width, height) of its image or has unknown values."""
-    if image_size != label.size:
-        raise ImageFileError(
-            f"{path}: the label has size {label.width}x{label.height}, but its image {image_size[0]}x{image_size[1]} "
-            f"(after EXIF orientation); they must be equal"
-        )
-    present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
-    unknown = present[table.index[present] == UNKNOWN]
-    if len(unknown):
-        raise ImageFileError(
-            f"{path}: label values {', '.join(map(str, unknown[:8]))}{' ...' if len(unknown) > 8 else ''} are not in "
-            f"the class table ({table.describe_raw_values()}); correct the label, add the values to DATASET.classes, "
-            f"or ignore them (a row without name in the CSV file; DATASET.ignore_values for a list of names)"
-        )
-
-
 class TrainDataset(LabelledDataset):
-    """Training batches. One element is the batch of one device.
+    """Training batches. One element is the batch of one device; element `i` depends on `seed` and `i` alone.
 
     Args:
-        root_dataset, odgt, opt: see `ImageListDataset`; `opt` also needs segm_downsampling_rate.
-        batch_per_gpu: images per batch.
+        root_dataset, odgt, opt: see `ImageListDataset`; `opt` also needs segm_downsampling_rate, which must divide
+            padding_constant.
         side_step: height and width of a batch are rounded up to a multiple of this and of padding_constant.
-        seed: element `i` depends on `seed` and `i` alone.
-
-    Raises:
-        ListError, ClassTableError: the list or the class table cannot be used.
-        ValueError: segm_downsampling_rate does not divide padding_constant.
     """
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
         self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.segm_downsampling_rate = opt.segm_downsampling_rate
-        if self.padding_constant % self.segm_downsampling_rate:
-            raise ValueError(
-                f"padding_constant {self.padding_constant} must be a multiple of segm_downsampling_rate "
-                f"{self.segm_downsampling_rate}"
-            )
+        pad, rate = self.padding_constant, self.segm_downsampling_rate
+        if pad % rate:
+            raise ValueError(f"padding_constant {pad} must be a multiple of segm_downsampling_rate {rate}")
         self.side_multiple = math.lcm(self.padding_constant, side_step)
         self.random_flip = getattr(opt, "random_flip", True)
         self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
-        if self.augmentation.crop:  # crops have one size, so orientations can be mixed
-            upright = [False] * len(self.records)
-        else:
-            bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
-            upright = [self._is_upright(record) for record in bar]
-        self.order = OrientationBatches(upright, batch_per_gpu, seed)
+        bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
+        self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
 
     def _is_upright(self, record: dict) -> bool:
+        if self.augmentation.crop:  # crops have one size, so orientations can be mixed
+            return False
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
         try:
@@ -232,19 +212,9 @@ class TrainDataset(LabelledDataset):
         return self.load_batch([self.records[i] for i in self.order[index]], short_side, flips, rng)
 
     def load_batch(
-        self,
-        records: Sequence[dict],
-        short_side: int,
-        flips: Sequence[bool],
-        rng: np.random.Generator | None = None,
+        self, records: Sequence[dict], short_side: int, flips: Sequence[bool], rng: np.random.Generator | None = None
     ) -> dict:
-        """Load a batch of the given records, scale and flips.
-
-        Args:
-            records: N entries of the list.
-            short_side: short side of the resized images; not used if `random_scale` is set.
-            flips: for every record, whether to flip it.
-            rng: generator of all other random numbers; None seeds one with the seed of the dataset.
+        """Load N records with the given short side (not used with `random_scale`) and flips.
 
         Returns:
             `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` with the N paths. If
@@ -259,10 +229,13 @@ class TrainDataset(LabelledDataset):
                 scale = rng.uniform(*self.augmentation.scale)
             else:
                 scale = scale_for(*image.size, short_side, self.img_max_size)
-            image, label = flip_and_resize(image, label, scale=scale, flip=bool(flip), fast=self.fast_resize)
+            if flip:
+                image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
+            size = tuple(max(1, int(side * scale)) for side in image.size)
+            image, label = self._resize(image, size), imresize(label, size, "nearest")
             encode = self.table.for_file(record["fpath_segm"]).encode
             image, classes = self.augmentation(image, np.asarray(label), encode, rng)
-            images.append(to_uint8_tensor(image) if self.uint8 else normalize(image, self.normalization))
+            images.append(self._to_tensor(image))
             labels.append(classes)
             paths.append(record["fpath_img"])
         batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, self.augmentation.crop)
@@ -273,9 +246,7 @@ class TrainDataset(LabelledDataset):
             batch |= {"sizes": [tuple(x.shape[1:]) for x in images], "normalization": self.normalization}
         return batch
 
-    def _load_usable_pair(
-        self, wanted: dict, rng: np.random.Generator, skipped: list[str]
-    ) -> tuple[dict, Image.Image, Image.Image]:
+    def _load_usable_pair(self, wanted: dict, rng: np.random.Generator, skipped: list[str]) -> tuple:
         """Load a record, or with `skip` its first usable replacement. Return record, image and raw label."""
         for record in self._candidates(wanted, rng):
             try:
@@ -284,18 +255,13 @@ class TrainDataset(LabelledDataset):
                 if not self.skip:
                     raise
                 skipped.append(str(error))
-        raise ImageFileError(
-            f"DATASET.on_error skip: {len(skipped)} images in a row cannot be used; the last: {skipped[-1]}"
-        )
+        raise ImageFileError(f"DATASET.on_error skip: {len(skipped)} unusable images in a row; the last: {skipped[-1]}")
 
     def _candidates(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
-        """Yield a record, then random replacements: first records of its orientation, then all others.
-
-        The order comes from a child generator, so that other random numbers do not change.
-        """
+        """Yield a record, then random replacements: first records of its orientation, then all others."""
         yield wanted
-        same = self.order.upright == (not self.augmentation.crop and self._is_upright(wanted))
-        child = rng.spawn(1)[0]
+        same = self.order.upright == self._is_upright(wanted)
+        child = rng.spawn(1)[0]  # leaves the other random numbers unchanged
         for mask in (same, ~same):
             for index in child.permutation(np.flatnonzero(mask))[:MAX_REPLACEMENTS]:
                 if self.records[index] is not wanted:

@@ -2,9 +2,8 @@
 
     python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
 
-Opens every file of the training and validation lists. Prints image sizes, orientations, the fraction of every class,
-every unusable file and line, and unusual properties of the other files. Exit code 0: all files can be used, 1: some
-cannot, 2: a list cannot be read.
+Prints image sizes, orientations, the fraction of every class, every unusable file and line, and unusual properties of
+the other files. Exit code 0: all files can be used, 1: some cannot, 2: a list cannot be read.
 """
 
 import argparse
@@ -14,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,40 +46,33 @@ class DatasetReport:
 
     def format(self) -> str:
         """Return the report as text."""
-        lines = [f"{self.source}: {self.images} images, {len(self.problems)} problems"]
-        if self.sizes:
-            lines += [*self._size_lines(), *self._class_lines()]
+        lines = [f"{self.source}: {self.images} images, {len(self.problems)} problems", *self._statistics()]
         lines += [f"  note: {note} ({len(images)}): {shorten_list(images, 20)}" for note, images in self.notes.items()]
         lines += [f"  UNUSABLE {line}" for line in group_by_cause(self.problems)]
         return "\n".join(lines)
 
-    def _size_lines(self) -> Iterator[str]:
+    def _statistics(self) -> Iterator[str]:
+        if not self.sizes:
+            return
         widths, heights = zip(*self.sizes, strict=True)
         (width, height), count = self.sizes.most_common(1)[0]
         portrait = sum(count for (w, h), count in self.sizes.items() if h > w)
-        yield (
-            f"  sizes: width {min(widths)}..{max(widths)}, height {min(heights)}..{max(heights)}, most frequent "
-            f"{width}x{height} ({count} images)"
-        )
+        ranges = f"width {min(widths)}..{max(widths)}, height {min(heights)}..{max(heights)}"
+        yield f"  sizes: {ranges}, most frequent {width}x{height} ({count} images)"
         yield f"  orientations: {portrait} portrait, {sum(self.sizes.values()) - portrait} landscape or square"
-
-    def _class_lines(self) -> Iterator[str]:
         names = (*self.table.labels, "(ignored)")
-        width = max(map(len, names))
-        yield f"  {'class':<{width}}       pixels  images"
+        column = max(map(len, names))
+        yield f"  {'class':<{column}}       pixels  images"
         for i in (*np.argsort(-self.pixels[:-1], kind="stable"), -1):
             if self.pixels[i]:
                 percent = 100 * self.pixels[i] / self.pixels.sum()
-                yield f"  {names[i]:<{width}}  {percent:>9.3f} %  {self.images_per_class[i]:>6}"
+                yield f"  {names[i]:<{column}}  {percent:>9.3f} %  {self.images_per_class[i]:>6}"
         if absent := [name for name, pixels in zip(names[:-1], self.pixels[:-1], strict=True) if not pixels]:
             yield f"  classes without pixels ({len(absent)}): {', '.join(absent)}"
 
 
 def group_by_cause(problems: Sequence[str]) -> list[str]:
-    """Return the first `MAX_EXAMPLES` problems of every cause, followed by the number of further ones.
-
-    Problems that differ only in file names and numbers have the same cause.
-    """
+    """Return `MAX_EXAMPLES` problems per cause and the number of others; causes ignore file names and numbers."""
     causes: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         causes[_FILES_AND_NUMBERS.sub("", problem)].append(problem)
@@ -91,19 +84,20 @@ def group_by_cause(problems: Sequence[str]) -> list[str]:
     return lines
 
 
-def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]]:
-    """Return image size, pixels per class (ignored last) and notes. Raise UserError if the record cannot be used."""
-    image, label = dataset.load_pair(record)
-    listed = record.get("width", image.width), record.get("height", image.height)
-    if listed != image.size:
-        raise UserError(
-            f"{record['fpath_img']}: the list has size {listed[0]}x{listed[1]}, the file {image.width}x{image.height}"
-        )
+def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]] | UserError:
+    """Return image size, pixels per class (ignored last) and notes; or the error if the record cannot be used."""
+    try:
+        image, label = dataset.load_pair(record)
+    except UserError as error:
+        return error
+    width, height = record.get("width", image.width), record.get("height", image.height)
+    if (width, height) != image.size:
+        file_size = f"{image.width}x{image.height}"
+        return UserError(f"{record['fpath_img']}: the list has size {width}x{height}, the file {file_size}")
     notes = unusual_properties(dataset.path(record, "fpath_img"))
     if mismatch := orientation_mismatch(image, label):
         notes.append(mismatch)
-    paths = [Path(record[key]) for key in ("fpath_img", "fpath_segm")]
-    if any(path.is_absolute() or ".." in path.parts for path in paths):
+    if any(Path(record[key]).is_absolute() or ".." in Path(record[key]).parts for key in ("fpath_img", "fpath_segm")):
         notes.append("path outside DATASET.root_dataset")
     classes, count = dataset.encode_label(np.asarray(label), record), len(dataset.table)
     return image.size, np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1), notes
@@ -111,17 +105,11 @@ def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int],
 
 def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
     """Open every image and label of a dataset; `source` is the name of its list."""
-
-    def inspect(record: dict) -> tuple | UserError:
-        try:
-            return _inspect_record(dataset, record)
-        except UserError as error:
-            return error
-
-    report = DatasetReport(source, dataset.table, len(dataset.records))
+    report, records = DatasetReport(source, dataset.table, len(dataset.records)), dataset.records
     with ThreadPoolExecutor() as pool:
-        results = progress_bar(pool.map(inspect, dataset.records), total=len(dataset.records), desc=source, unit="img")
-        for record, result in zip(dataset.records, results, strict=True):
+        results = pool.map(partial(_inspect_record, dataset), records)
+        bar = progress_bar(results, total=len(records), desc=source, unit="img")
+        for record, result in zip(records, bar, strict=True):
             if isinstance(result, UserError):
                 report.problems.append(str(result))
                 continue
@@ -137,9 +125,7 @@ def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
 def main() -> int:
     """Check the lists of a configuration and return the exit code."""
     prepare_streams()
-    parser = argparse.ArgumentParser(
-        "python -m mit_semseg.dataset.doctor", description="Check every image and label of a dataset."
-    )
+    parser = argparse.ArgumentParser("python -m mit_semseg.dataset.doctor", description="Check all images and labels.")
     add_config_arguments(parser)
     args = parser.parse_intermixed_args()
     code = 0

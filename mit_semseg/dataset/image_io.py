@@ -15,6 +15,7 @@ ORIENTATION_TAG, UPRIGHT, TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
 MAX_8_BIT, MAX_16_BIT = 255, 65535
 SMALL_SIDE = 16  # pixels; the doctor reports smaller images
+Source = str | os.PathLike | BinaryIO
 
 
 class ImageFileError(UserError, ValueError):
@@ -22,9 +23,7 @@ class ImageFileError(UserError, ValueError):
 
 
 @contextmanager
-def _open(
-    source: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
-) -> Iterator[Image.Image]:
+def _open(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     name = name or source
     try:
         # Open the file here: Pillow memory-maps uncompressed files that it opens by path, with the wrong row length for
@@ -54,10 +53,7 @@ def _reason(error: Exception) -> str:
 
 
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
-    """Read (width, height) from the image header, after the EXIF or TIFF orientation is applied.
-
-    `formats` limits the formats, by Pillow's names. Raises ImageFileError if the file cannot be read.
-    """
+    """Read (width, height) from the header, EXIF or TIFF orientation applied. `formats`: allowed names of Pillow."""
     with _open(path, formats=formats) as image:
         width, height = image.size
         if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
@@ -75,9 +71,7 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(ORIENTATION_TAG, UPRIGHT)
 
 
-def read_image(
-    path: str | os.PathLike | BinaryIO, name: str | None = None, formats: Sequence[str] | None = None
-) -> Image.Image:
+def read_image(path: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Image.Image:
     """Decode an image to 8-bit RGB. Apply the EXIF orientation, put transparency on white, scale 16-bit gray.
 
     Args:
@@ -85,11 +79,8 @@ def read_image(
         name: name for error messages; None is the path.
         formats: see `image_size`.
 
-    Returns:
-        RGB image. `info["orientation"]` is the EXIF orientation that was applied (1 is upright).
-
-    Raises:
-        ImageFileError: the file cannot be read, or has floating point pixels.
+    `info["orientation"]` of the result is the EXIF orientation that was applied (1 is upright). Raise ImageFileError if
+    the file cannot be read, or has floating point pixels.
     """
     with _open(path, name, formats) as image:
         return as_rgb(image, name or str(path))
@@ -127,8 +118,8 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 def orientation_mismatch(image: Image.Image, label: Image.Image) -> str:
     """Describe a difference between the EXIF orientations of an image and its label; '' if they are equal."""
-    of_image, of_label = image.info["orientation"], label.info["orientation"]
-    return f"EXIF orientation {of_image} of the image, {of_label} of its label" if of_image != of_label else ""
+    first, second = image.info["orientation"], label.info["orientation"]
+    return f"EXIF orientation {first} of the image, {second} of its label" if first != second else ""
 
 
 def unusual_properties(path: str | os.PathLike) -> list[str]:
@@ -144,10 +135,8 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
                 found.append("several frames or pages, only the first is used")
             if _orientation(image) != UPRIGHT:
                 found.append("EXIF orientation, applied")
-            if image.mode.startswith("I"):
-                low, high = image.getextrema()
-                if high <= MAX_16_BIT // 2:
-                    found.append(f"16-bit gray with values {low}..{high} of 0..{MAX_16_BIT}: the image will be dark")
+            if image.mode.startswith("I") and image.getextrema()[1] <= MAX_16_BIT // 2:
+                found.append(f"16-bit gray with all values below {MAX_16_BIT // 2 + 1}: the image will be dark")
         with _open(path) as image:
             image.verify()  # also checks checksums that decoders ignore
     except Exception as error:
@@ -155,42 +144,28 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
     return found
 
 
-# Lossless formats with one value per pixel, by Pillow's names (PPM includes PGM and PBM).
+# Lossless formats with one value per pixel (PPM includes PGM and PBM).
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")
-LOSSY_FORMATS = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions
 _NOT_GRAY = {
-    "P": "palette image (mode P); set DATASET.palette_labels True if the palette indices are the label values",
-    "RGB": "RGB image; map the colors to one value per class and save it as 8-bit gray (mode L)",
-    "LA": "image with an alpha channel (mode LA); save the gray channel alone: "
-    "Image.open(f).getchannel('L').save('label.png')",
-    "F": "image with floating point pixels (mode F); if all values are integers below 65536, save it with: "
+    "P": "a palette (mode P); set DATASET.palette_labels True if the palette indices are the label values",
+    "LA": "alpha channel (mode LA); save the gray channel alone: Image.open(f).getchannel('L').save('label.png')",
+    "F": "floating point pixels (mode F); if all are integers below 65536, save them with: "
     "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save('label.png')",
 }
-_NOT_GRAY["RGBA"] = _NOT_GRAY["RGB"]
 
 
 def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image:
-    """Read the values stored in a label file, for any bit depth and photometric interpretation.
+    """Read the values stored in a label file, for any bit depth; `palette` reads palette images by their indices.
 
-    Args:
-        path: label file.
-        palette: read palette images by their indices.
-
-    Returns:
-        Single-channel image, mode L if all values are below 256, else I;16. `info["orientation"]` is the EXIF
-        orientation that was applied.
-
-    Raises:
-        ImageFileError: the file cannot be read, is lossy, or does not have one channel of at most 16 bits.
+    Return an image of mode L if all values are below 256, else I;16. `info["orientation"]` is the EXIF orientation that
+    was applied. Raise ImageFileError if the file is damaged, lossy, or not one channel of at most 16 bits.
     """
     with _open(path) as image:
-        if image.format in LOSSY_FORMATS or image.info.get("compression") in LOSSY_TIFF:
-            raise ImageFileError(
-                f"{path}: {image.format} compression changes label values; export the label again as PNG"
-            )
-        if image.format not in LABEL_FORMATS:
-            raise ImageFileError(f"{path}: {image.format} is not supported for labels; save it as 8-bit gray PNG")
+        compression = image.info.get("compression", "")
+        if image.format not in LABEL_FORMATS or compression in LOSSY_TIFF:
+            name = f"{image.format} {compression}".strip()
+            raise ImageFileError(f"{path}: labels need a lossless format, found {name}; export them as 8-bit gray PNG")
         try:
             codec, _, _, arguments = image.tile[0] if image.tile else ("", (), 0, "")
             orientation = _orientation(image)
@@ -198,7 +173,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
         except Exception as error:
             raise ImageFileError(f"{path}: the label image is damaged ({_reason(error)})") from None
         if image.mode not in ("1", "L") and not image.mode.startswith("I") and not (image.mode == "P" and palette):
-            problem = _NOT_GRAY.get(image.mode, f"image of mode {image.mode}; save it as 8-bit gray PNG")
+            problem = _NOT_GRAY.get(image.mode, f"mode {image.mode}; save one value per class as gray PNG (mode L)")
             raise ImageFileError(f"{path}: labels must be gray with at most 16 bits; found {problem}")
         values = _stored_values(image, codec, arguments)
         low, high = values.min(), values.max()
@@ -213,10 +188,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:
-    """Return the values of a loaded gray image (H, W) without the scaling and inversion that Pillow applies.
-
-    `codec` and `arguments` are those of the image's tile before loading.
-    """
+    """Undo the scaling and inversion of Pillow; `codec` and `arguments` are those of the tile before loading."""
     values = np.asarray(image)
     if codec in ("ppm", "ppm_plain") and image.mode != "1":
         maximum = MAX_8_BIT if image.mode == "L" else MAX_16_BIT

@@ -20,18 +20,12 @@ class ListError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Two folders with the same structure. An image and its label have the same relative path up to a suffix.
-
-    Attributes:
-        images, annotations: folder names.
-        image_suffix: end of the file stem of every image.
-        label_suffixes: ends of the file stems of labels, preferred first; other files are not labels.
-    """
+    """Two folders with the same structure. An image and its label have the same relative path up to a suffix."""
 
     images: str
     annotations: str
-    image_suffix: str = ""
-    label_suffixes: tuple[str, ...] = ("",)
+    image_suffix: str = ""  # end of the file stem of every image
+    label_suffixes: tuple[str, ...] = ("",)  # of labels, preferred first; other files are not labels
 
 
 LAYOUTS = (
@@ -47,11 +41,7 @@ VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSet
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, with any line ending.
-
-    Raises:
-        ListError: the file cannot be read.
-    """
+    """Return the lines of a text file, with any line ending. Raise ListError if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would split names with other separators
     except (OSError, UnicodeDecodeError) as error:
@@ -64,10 +54,9 @@ def _pairing_key(path: Path) -> str:
 
 
 def read_voc_split(path: Path, root: str | os.PathLike = "", problems: list[str] | None = None) -> list[Record]:
-    """Return the records of a PASCAL VOC split list in a folder ImageSets.
+    """Return the records of a PASCAL VOC split list in a folder ImageSets, see `load_records`.
 
-    A line starts with a file stem, or has the paths of an image and its label as in the augmented set (SBD). For `root`
-    and `problems` see `load_records`.
+    A line starts with a file stem, or has the paths of an image and its label as in the augmented set (SBD).
     """
     base = next(parent.parent for parent in path.absolute().parents if parent.name == VOC_LISTS)
     images = {_pairing_key(Path(p.name)): p for p in find_images(base / VOC_IMAGES)}
@@ -86,7 +75,7 @@ def read_voc_split(path: Path, root: str | os.PathLike = "", problems: list[str]
     complete = [pair for pair in pairs if all(file.is_file() for file in pair)]
     if missing and (problems is None or not complete):
         raise ListError(f"{path}: {len(missing)} of {2 * len(pairs)} files are missing: {shorten_list(missing, 3)}")
-    if missing:
+    if problems is not None:
         problems += [f"{file} is missing" for file in missing]
     return _make_records(complete, root)
 
@@ -102,9 +91,8 @@ def scan_folders(folder: Path, root: str | os.PathLike = "", problems: list[str]
         (image_files, label_files, annotations, layout.label_suffixes[0]),
         (label_files, image_files, images, layout.image_suffix),
     ):
-        for key, path in files.items():
-            if key not in partners:
-                found.append(f"{path} has no partner {partner_folder / key}{suffix}.*")
+        lonely = files.keys() - partners.keys()
+        found += [f"{files[key]} has no partner {partner_folder / key}{suffix}.*" for key in sorted(lonely)]
     keys = sorted(image_files.keys() & label_files.keys())
     if not image_files:
         raise ListError(f"{images}: the folder has no images")
@@ -146,15 +134,13 @@ def _files_by_key(folder: Path, suffix: str, problems: list[str], *, required: b
 
 
 def _make_records(pairs: list[tuple[Path, Path]], root: str | os.PathLike) -> list[Record]:
-    return [{"fpath_img": _relative(image, root), "fpath_segm": _relative(label, root)} for image, label in pairs]
+    """Return records with paths relative to `root`; paths that are not below `root` are absolute."""
 
+    def relative(path: Path) -> str:
+        absolute, base = Path(os.path.abspath(path)), os.path.abspath(root)
+        return str(absolute.relative_to(base) if absolute.is_relative_to(base) else absolute) if root else str(path)
 
-def _relative(path: Path, root: str | os.PathLike) -> str:
-    """Return the path relative to `root`, or the absolute path if it is not below `root`."""
-    if not root:
-        return str(path)
-    absolute, base = os.path.abspath(path), os.path.abspath(root)
-    return os.path.relpath(absolute, base) if Path(absolute).is_relative_to(base) else absolute
+    return [{"fpath_img": relative(image), "fpath_segm": relative(label)} for image, label in pairs]
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
@@ -168,24 +154,15 @@ def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if _is_link_loop(parent):
+        real = os.path.realpath(parent)
+        if any(os.path.realpath(above) == real for above in Path(parent).parents if str(above) != "."):  # a link loop
             folders.clear()
             continue
         found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in endings and not f.startswith(".")]
     return found
 
 
-def _is_link_loop(folder: str) -> bool:
-    real = os.path.realpath(folder)
-    return any(os.path.realpath(parent) == real for parent in Path(folder).parents if str(parent) not in ("", "."))
-
-
 def find_recursive(root_dir: str, ext: str = ".jpg") -> list[str]:
     """Return all files below a folder whose name ends with `ext` in any case, sorted."""
-    pattern = f"*{ext}".lower()
-    return sorted(
-        os.path.join(parent, name)
-        for parent, _, names in os.walk(root_dir)
-        for name in names
-        if fnmatch.fnmatch(name.lower(), pattern)
-    )
+    files = (os.path.join(parent, name) for parent, _, names in os.walk(root_dir) for name in names)
+    return sorted(file for file in files if fnmatch.fnmatch(os.path.basename(file).lower(), f"*{ext}".lower()))

@@ -1,8 +1,8 @@
 """DataLoader workers: start and stop them, report their failures, move batches to a device."""
 
 import errno
+import multiprocessing
 import os
-import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,14 +32,9 @@ class LoaderError(UserError, RuntimeError):
 
 
 def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_size: int = 1, **options) -> DataLoader:
-    """Build a DataLoader. Its workers share the CPU cores with the other ranks of this machine.
+    """Build a DataLoader with at most one worker per CPU core of this machine, which has `local_size` ranks.
 
-    Args:
-        dataset: its items must depend on the index alone, because workers are not seeded.
-        workers: number of workers; at most the number of cores per rank are started.
-        timeout: seconds to wait for a batch; 0 waits forever.
-        local_size: number of ranks on this machine.
-        options: further arguments of `DataLoader`.
+    Items must depend on their index alone, because workers are not seeded. `timeout` is in seconds; 0 waits forever.
     """
     workers = min(workers, max(1, available_cores() // local_size))
     if workers and resource:  # every tensor that a worker sends is an open file
@@ -57,26 +52,27 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_siz
 
 
 def _ignore_interrupts(worker_id: int) -> None:
-    """Leave Ctrl-C and signals to the process group to the main process, which stops its workers."""
+    """Leave signals to the main process, which stops its workers."""
     if hasattr(os, "setpgrp"):  # not available on Windows
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def iterate(loader: DataLoader) -> Iterator:
-    """Yield the batches of a loader. Kill its workers when the iterator ends or is closed.
-
-    Raises:
-        LoaderError: a worker was killed or timed out, or shared memory or open files ran out.
-    """
-    workers = ()
+    """Yield the batches of a loader; kill its workers at the end. Raise LoaderError if workers or resources fail."""
+    workers = set()
     try:
+        others = set(multiprocessing.active_children())
         iterator = iter(loader)
-        workers = getattr(iterator, "_workers", ())
+        workers = set(multiprocessing.active_children()) - others
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
-        reason = _missing_resource(str(error)) or _worker_failure(error)
-        if reason is None:
+        reason = _worker_failure(error)
+        if "shared memory" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+            reason = SHARED_MEMORY_FULL
+        if os.strerror(errno.EMFILE) in str(error):
+            reason = "too many open files; raise the limit (ulimit -n 4096) or use fewer workers (TRAIN.workers)"
+        if not reason:
             raise
         raise LoaderError(f"loading data: {reason}") from error
     finally:
@@ -89,35 +85,24 @@ def iterate(loader: DataLoader) -> Iterator:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Convert PyTorch's errors about workers to `LoaderError`.
-
-    PyTorch raises them in a signal handler, so they can surface in any code that runs while a loader is open.
-    """
+    """Convert PyTorch's errors about workers, which a signal handler raises at any time, to `LoaderError`."""
     try:
         yield
     except RuntimeError as error:
-        reason = None if isinstance(error, LoaderError) else _worker_failure(error)
-        if reason is None:
+        reason = "" if isinstance(error, LoaderError) else _worker_failure(error)
+        if not reason:
             raise
         raise LoaderError(f"loading data: {reason}") from error
 
 
-def _missing_resource(message: str) -> str | None:
-    if "shared memory" in message or os.strerror(errno.ENOSPC) in message:
-        return SHARED_MEMORY_FULL
-    if os.strerror(errno.EMFILE) in message:
-        return "too many open files; raise the limit (ulimit -n 4096) or use fewer workers (TRAIN.workers)"
-    return None
-
-
-def _worker_failure(error: Exception) -> str | None:
+def _worker_failure(error: Exception) -> str:
     message = str(error) or type(error).__name__
     if "DataLoader timed out" in message:
         return f"a worker hangs ({message}); check the disk, or raise RUNTIME.timeout"
     # A worker that dies while it sends a batch closes the connection. Errors of the dataset start with "Caught".
     lost_connection = isinstance(error, (ConnectionError, EOFError)) and not message.startswith("Caught")
-    if not lost_connection and not re.match(r"DataLoader worker \(pid", message):
-        return None
+    if not lost_connection and not message.startswith("DataLoader worker (pid"):
+        return ""
     if signal.strsignal(signal.SIGBUS) in message:
         return SHARED_MEMORY_FULL
     return (
@@ -127,10 +112,7 @@ def _worker_failure(error: Exception) -> str | None:
 
 
 def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
-    """Copy `img_data` of a batch (N, 3, H, W) or of an item (one tensor per scale) to a device.
-
-    uint8 images (see `ImageListDataset.as_uint8`) are normalized there.
-    """
+    """Copy `img_data` of a batch (N, 3, H, W) or an item (one tensor per scale) to a device; normalize uint8 there."""
     images, device = batch["img_data"], torch.device(device)
     if device.type != "cpu":
         images = copy_to_device(images, device)

@@ -24,12 +24,8 @@ def load_records(
             - a folder with `images/` and `annotations/`, or an image folder whose path has a part `images` that can be
               replaced by `annotations`; the same with `leftImg8bit` and `gtFine` (Cityscapes);
             - records.
-            odgt files are searched in the working directory, then in `root`; folders and split lists in `root` first.
         root: folder that the paths in records are relative to.
-        problems: receives a sentence for every file without a partner and every invalid line instead of an error.
-
-    Raises:
-        ListError: the list is missing, empty or invalid, or files have no partner.
+        problems: gets a sentence for every file without a partner and every invalid line. None raises ListError.
     """
     if not isinstance(source, (str, os.PathLike)):
         records = [dict(record) for record in source]
@@ -37,6 +33,7 @@ def load_records(
             _check_record(record, f"record {i}")
         return records
     path = Path(source)
+    # Folders and split lists are searched in `root` first, odgt files in the working directory first.
     for candidate in (Path(root) / path, path):
         if candidate.is_dir():
             return scan_folders(candidate, root, problems)
@@ -46,20 +43,15 @@ def load_records(
         if candidate.is_file():
             return _read_odgt(candidate, problems)
     if root and not Path(root).is_dir():
-        raise ListError(
-            f"DATASET.root_dataset {root}: folder {Path(root).absolute()} not found (relative paths start at the "
-            f"working directory); it should contain {path}"
-        )
+        raise ListError(f"DATASET.root_dataset: folder {Path(root).absolute()} not found; it should contain {path}")
     raise ListError(
         f"list or folder {path} not found in {Path(root).absolute()} and {Path.cwd()}; set DATASET.list_train and "
-        f"DATASET.list_val to a folder with images/ and annotations/, an odgt file, a Cityscapes folder "
-        f"(leftImg8bit/train) or a PASCAL VOC list (ImageSets/Segmentation/train.txt); for ADE20K run "
-        f"./download_ade20k.sh"
+        f"DATASET.list_val as described in docs/own-data.md; for ADE20K run ./download_ade20k.sh"
     )
 
 
 def _check_record(record: Mapping, where: str) -> None:
-    if not isinstance(record.get("fpath_img"), str) or not record["fpath_img"]:
+    if not record.get("fpath_img"):
         raise ListError(f"{where}: fpath_img is missing")
     for key in ("fpath_img", "fpath_segm"):
         if not isinstance(record.get(key, ""), str) or "\0" in record.get(key, ""):
@@ -76,10 +68,9 @@ def _parse_line(line: str, where: str) -> Record:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ListError(
-            f"{where}: not a JSON object ({getattr(error, 'msg', error)}); expected one JSON object per line, or the "
-            f"paths of an image and its label (PASCAL VOC lists must be in a folder {VOC_LISTS})"
-        ) from None
+        reason = getattr(error, "msg", error)
+        expected = f"the paths of an image and its label (PASCAL VOC lists must be in a folder {VOC_LISTS})"
+        raise ListError(f"{where}: expected one JSON object per line ({reason}), or {expected}") from None
     if not isinstance(record, dict):
         raise ListError(f"{where}: expected one JSON object per line, got {type(record).__name__}")
     _check_record(record, where)
@@ -99,24 +90,21 @@ def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
             found.append(str(error))
     if not records:
         raise ListError(f"list {path} has no valid line; {found[0]}" if found else f"list {path} is empty")
-    if found:
+    if problems is not None:
         problems += found
     return records
 
 
 def add_sizes(records: Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
     """Return copies of the records with `width` and `height` from the image headers; unreadable images get none."""
-    result = []
-    for record in progress_bar(list(records), desc="reading image sizes", unit="img", leave=False):
-        record = dict(record)
+    result = [dict(record) for record in records]
+    for record in progress_bar(result, desc="reading image sizes", unit="img", leave=False):
         with suppress(ImageFileError):  # reported when the image is decoded
             record["width"], record["height"] = image_size(Path(root, record["fpath_img"]))
-        result.append(record)
     return result
 
 
 def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:
     """Write records to an odgt file atomically, one JSON object per line."""
     with atomic_write(path) as partial:
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        partial.write_text("".join(lines), **UTF8)
+        partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), **UTF8)

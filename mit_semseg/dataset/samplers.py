@@ -12,14 +12,7 @@ class OrientationBatches:
     In every pass the records are shuffled with the seed (seed, pass) and put into two buckets, portrait and landscape.
     A full bucket is a batch. Records left in a bucket start the next pass, so every pass uses every record once. Batch
     `i` does not depend on the order of access: any number of workers and a resumed run see the same batches.
-
-    Args:
-        upright: for every record, whether the image is higher than wide.
-        batch_size: records per batch.
-        seed: seed of the shuffles.
-
-    Raises:
-        ValueError: there are no records.
+    `upright` tells for every record whether the image is higher than wide.
     """
 
     def __init__(self, upright: Sequence[bool], batch_size: int, seed: int = 0):
@@ -45,10 +38,8 @@ class OrientationBatches:
                 bucket.clear()
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
-        """Return the record indices of batch `index` >= 0. An earlier pass is computed again from the first one."""
-        if index < 0:
-            raise IndexError(f"batch index must not be negative, got {index}")
-        if index < self._first:
+        """Return the record indices of batch `index` >= 0."""
+        if index < self._first:  # an earlier pass
             self._restart()
         while index >= self._first + len(self._batches):
             self._next_pass()
@@ -56,13 +47,9 @@ class OrientationBatches:
 
 
 class BatchNumbers:
-    """Sampler of the batch indices of this rank's devices. In every round each device takes one batch.
+    """Sampler of batch indices for the rounds `start` to `stop`: in every round, each of `total` devices takes one.
 
-    Args:
-        start, stop: range of rounds.
-        first: index of this rank's first device among all devices.
-        count: number of this rank's devices.
-        total: number of all devices.
+    This rank has `count` devices, and its first device has the index `first`.
     """
 
     def __init__(self, start: int, stop: int, first: int = 0, count: int = 1, total: int = 1):

@@ -7,6 +7,7 @@ road, a few houses, trees and cars, often a sun, under varying light and noise.
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +22,6 @@ SKY, GRASS, ROAD, HOUSE, TREE, CAR, SUN = range(1, 8)
 SUPERSAMPLE = 2  # images are drawn larger and downsampled to antialias edges
 
 
-def _jitter_color(rng: np.random.Generator, color: tuple[int, int, int], spread: int = 22) -> tuple[int, int, int]:
-    return tuple(int(v) for v in np.clip(np.array(color) + rng.integers(-spread, spread + 1, 3), 0, 255))
-
-
 class _Scene:
     """An image and its label. Every method draws one kind of object into both."""
 
@@ -34,17 +31,20 @@ class _Scene:
         self.label = Image.new("L", (self.width, self.height))
         self.image_draw, self.label_draw = ImageDraw.Draw(self.image), ImageDraw.Draw(self.label)
         self.horizon = int(self.height * rng.uniform(0.35, 0.6))
+        self.background()
+
+    def color(self, mean: tuple[int, int, int], spread: int = 22) -> tuple[int, ...]:
+        return tuple(int(v) for v in np.clip(np.array(mean) + self.rng.integers(-spread, spread + 1, 3), 0, 255))
 
     def shape(self, kind: str, box, color, value: int) -> None:
         """Draw a rectangle, ellipse or polygon with a color in the image and a raw value in the label."""
-        getattr(self.image_draw, kind)(box, fill=_jitter_color(self.rng, color))
+        getattr(self.image_draw, kind)(box, fill=self.color(color))
         getattr(self.label_draw, kind)(box, fill=value)
 
     def background(self) -> None:
-        top, low = _jitter_color(self.rng, (90, 150, 220), 40), _jitter_color(self.rng, (190, 215, 240), 25)
+        top, low = self.color((90, 150, 220), 40), self.color((190, 215, 240), 25)
         for y in range(self.horizon):
-            mix = y / max(1, self.horizon)
-            color = tuple(int(a + (b - a) * mix) for a, b in zip(top, low, strict=True))
+            color = tuple(int(a + (b - a) * (y / self.horizon)) for a, b in zip(top, low, strict=True))
             self.image_draw.line((0, y, self.width, y), color)
         self.label_draw.rectangle((0, 0, self.width, self.horizon), fill=SKY)
         self.shape("rectangle", (0, self.horizon, self.width, self.height), (95, 150, 70), GRASS)
@@ -116,7 +116,6 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
     """Generate an RGB image and its label (mode L, raw values of `CLASSES`); the seed determines the scene."""
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, width, height)
-    scene.background()
     if rng.random() < 0.7:
         scene.sun()
     for draw, most in ((scene.house, 2), (scene.tree, 3)):
@@ -131,10 +130,7 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
 def write_dataset(
     folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
-    """Write a dataset of scenes to `folder`, overwriting existing files.
-
-    `train` and `val` are numbers of images. `size` is (width, height); every third image has the sides swapped.
-    """
+    """Write a dataset of scenes of `size` (width, height); every third image has the sides swapped."""
     folder = Path(folder)
     for number, (split, count) in enumerate((("training", train), ("validation", val))):
         for i in range(count):
@@ -150,24 +146,20 @@ def write_dataset(
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) >= 16 and int(height) >= 16):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or min(map(int, match.groups())) < 16:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT with sides of at least 16 pixels, e.g. 320x240")
-    return int(width), int(height)
+    return int(match[1]), int(match[2])
 
 
 def main() -> None:
     """Write a dataset from the command line."""
     prepare_streams()
-    parser = argparse.ArgumentParser(
-        "python -m mit_semseg.dataset.synthetic", description="Write a small dataset of synthetic scenes."
-    )
+    parser = argparse.ArgumentParser("python -m mit_semseg.dataset.synthetic", description="Write synthetic scenes.")
     parser.add_argument("folder", metavar="FOLDER", type=expand_path, help="folder for images, labels and classes.csv")
     parser.add_argument("--train", type=int, default=120, metavar="N", help="training images (default %(default)s)")
     parser.add_argument("--val", type=int, default=20, metavar="N", help="validation images (default %(default)s)")
-    parser.add_argument(
-        "--size", type=_parse_size, default=(320, 240), metavar="WxH", help="image size (default 320x240)"
-    )
+    parser.add_argument("--size", type=_parse_size, default="320x240", metavar="WxH", help="size (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the scenes (default %(default)s)")
     args = parser.parse_args()
     try:

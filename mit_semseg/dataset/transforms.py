@@ -52,15 +52,11 @@ def to_uint8_tensor(image: Image.Image) -> Tensor:
 
 
 def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """Normalize uint8 images on any device.
+    """Normalize RGB images (N, 3, H, W) uint8 on any device to float32 in the same memory format.
 
     Args:
-        x: (N, 3, H, W) uint8 RGB.
         kind: 'imagenet' for (RGB / 255 - mean) / std, or 'caffe' for BGR - mean.
         sizes: (height, width) of each image; the padding outside is set to zero. None if there is no padding.
-
-    Returns:
-        (N, 3, H, W) float32 in the memory format of `x`.
     """
     if kind not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {kind!r}; choose one of {', '.join(NORMALIZATIONS)}")
@@ -83,49 +79,8 @@ def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:
     return normalize_batch(to_uint8_tensor(image)[None], kind)[0].contiguous()
 
 
-def scale_pyramid(
-    image: Image.Image,
-    short_sides: Sequence[int],
-    max_size: int,
-    multiple: int,
-    normalization: str | None = "imagenet",
-    *,
-    fast: bool = False,
-) -> list[Tensor]:
-    """Resize an RGB image to several scales. Return one (1, 3, h, w) tensor per short side.
-
-    The long side is limited to `max_size`, then both sides are rounded up to a multiple of `multiple`. `normalization`
-    is the kind for `normalize_batch`; None returns uint8. `fast` selects `imresize_fast`.
-    """
-    width, height = image.size
-    resize = imresize_fast if fast else imresize
-    tensors = []
-    for short_side in short_sides:
-        scale = scale_for(width, height, short_side, max_size)
-        size = tuple(round_up(max(1, int(side * scale)), multiple) for side in (width, height))
-        resized = resize(image, size)
-        tensors.append((normalize(resized, normalization) if normalization else to_uint8_tensor(resized)).unsqueeze(0))
-    return tensors
-
-
-def flip_and_resize(
-    image: Image.Image, label: Image.Image, *, scale: float, flip: bool, fast: bool = False
-) -> tuple[Image.Image, Image.Image]:
-    """Flip a training image and its label left to right if `flip`, then scale both. Sides are rounded down.
-
-    The label is resized with nearest sampling; `fast` resizes the image with `imresize_fast`.
-    """
-    if flip:
-        image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
-    size = tuple(max(1, int(side * scale)) for side in image.size)
-    return (imresize_fast if fast else imresize)(image, size), imresize(label, size, "nearest")
-
-
 def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
-    """Downsample class indices (H, W) by `rate` with nearest sampling, as Pillow does.
-
-    The label is first padded with the ignore index to a multiple of `rate`.
-    """
+    """Pad class indices (H, W) to a multiple of `rate` with the ignore index, then sample as Pillow's NEAREST."""
     small = np.full([-(-side // rate) for side in label.shape], IGNORE, label.dtype)
     samples = label[rate // 2 :: rate, rate // 2 :: rate]
     small[: samples.shape[0], : samples.shape[1]] = samples
@@ -133,17 +88,11 @@ def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
 
 
 def pad_batch(
-    images: Sequence[Tensor],
-    labels: Sequence[np.ndarray],
-    multiple: int,
-    rate: int,
-    size: tuple[int, int] | None = None,
+    images: Sequence[Tensor], labels: Sequence[np.ndarray], multiple: int, rate: int, size: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Pad images and labels to a common size and stack them.
+    """Pad images (3, h, w), all float32 (normalized) or all uint8, and their labels (h, w) to a common size.
 
     Args:
-        images: (3, h, w) each, all float32 (normalized) or all uint8.
-        labels: (h, w) class indices in the resolution of the images.
         multiple: height and width of the batch are rounded up to a multiple of this.
         rate: downsampling rate of the labels; divides `multiple`.
         size: (height, width) of the batch; None takes the largest image.

@@ -12,12 +12,11 @@ SIZE = (48, 40)
 
 def _gray_png(width: int, height: int, data: bytes) -> bytes:
     """Return a PNG whose header has the given size, whatever its data."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
+    content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+    for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + name + part + struct.pack(">I", zlib.crc32(name + part))
+    return content
 
 
 class DatasetWriter:
@@ -56,16 +55,11 @@ class DatasetWriter:
 
 
 def write_unusable(root) -> list[str]:
-    """Write `unusable.odgt` and the folder `broken`, where no pair can be used.
-
-    Returns:
-        For every line, the file name or line number that its error must have.
-    """
+    """Write pairs that cannot be used to `unusable.odgt`. Return the file name or line number in the error of each."""
     writer = DatasetWriter(root, "broken")
     images, labels = writer.folder / "images", writer.folder / "labels"
-    writer.image((200, 160)).save(images / "whole.jpg")
-    writer.add("truncated.jpg", (images / "whole.jpg").read_bytes()[:2000], size=(200, 160))
-    (images / "whole.jpg").unlink()
+    writer.add("truncated.jpg", size=(200, 160))
+    (images / "truncated.jpg").write_bytes((images / "truncated.jpg").read_bytes()[:2000])
     writer.add("zero_bytes.png", b"")
     wrong_checksum = bytearray(_gray_png(*SIZE, b"\x00" + bytes(SIZE[0])))
     wrong_checksum[29] ^= 1  # checksum of the header
@@ -92,20 +86,16 @@ def write_unusable(root) -> list[str]:
     writer.add_line(f"{'long' * 80}.png", "values.png")
     (images / "folder.png").mkdir()
     writer.add_line("folder.png", "values.png")
-    expected = [_file_at_fault(json.loads(line)) for line in writer.lines]
+    expected = [json.loads(line) for line in writer.lines]
+    bad_labels = ("_label.png", "values.png", "other_size.png", "lonely.png")
+    expected = [r["fpath_segm" if r["fpath_img"].endswith(bad_labels) else "fpath_img"] for r in expected]
     invalid = ["{bad", "[1]", '{"fpath_img": 7}', '{"fpath_img": "a\\u0000b.png"}']
     (root / "unusable.odgt").write_text("\n".join([*writer.lines, *invalid]))
     return expected + [f"line {len(expected) + 1 + i}:" for i in range(len(invalid))]
 
 
-def _file_at_fault(record: dict) -> str:
-    name = record["fpath_img"]
-    bad_labels = ("_label.png", "values.png", "other_size.png", "lonely.png")
-    return record["fpath_segm"] if name.endswith(bad_labels) and "fpath_segm" in record else name
-
-
 def write_unusual(root) -> list[str]:
-    """Write `unusual.odgt` and the folder `odd`, where every pair is unusual but valid. Return the image paths."""
+    """Write pairs that are unusual but valid to `unusual.odgt`. Return the image paths."""
     writer = DatasetWriter(root, "odd")
     images = writer.folder / "images"
     writer.add("one_pixel.png", size=(1, 1))
