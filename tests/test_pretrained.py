@@ -58,8 +58,7 @@ def test_concurrent_downloads_are_complete(served, tmp_path):
     assert (tmp_path / "a.bin").read_bytes() == CONTENT
 
 
-def test_https_is_tried_before_http(tmp_path, monkeypatch, caplog):
-    """A file from an unencrypted connection without known hash is reported."""
+def test_https_is_tried_before_http_which_is_reported(tmp_path, monkeypatch, caplog):
     requested, url = [], "http://host/a.bin"
 
     def get(self, url, output, _):
@@ -137,8 +136,8 @@ def test_script_downloads_a_published_model_to_its_folder(site, tmp_path, monkey
     source = site.folder / "model" / "pytorch" / name
     source.mkdir(parents=True)
     monkeypatch.setattr(pretrained, "SHA256", {})
-    encoder = ModelBuilder.build_encoder("mobilenetv2dilated", pretrained=False)
-    torch.save(encoder.state_dict(), source / "encoder_epoch_20.pth")
+    encoder = ModelBuilder.build_encoder(name.split("-")[1], pretrained=False).state_dict()
+    torch.save(encoder, source / "encoder_epoch_20.pth")
     torch.save(ModelBuilder.build_decoder("c1_deepsup", fc_dim=320).state_dict(), source / "decoder_epoch_20.pth")
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "a.png")
     words = ["--imgs", tmp_path / "a.png", "--cfg", ROOT / "config" / f"{name}.yaml", "--gpu", "cpu"]
