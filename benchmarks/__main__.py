@@ -1,9 +1,9 @@
-"""Has anything become slower? Runs the benchmarks on the CPU, in small, and compares ratios with the committed ones.
+"""Run small versions of the benchmarks on the CPU and compare their ratios with those in results.json.
 
     python -m benchmarks [NAME ...] [--write]
 
-Takes some eight minutes on two cores. Times differ from machine to machine, ratios of two ways measured in turns much
-less: what is worse than `results.json` by more than 25 % is measured again, and named if it stays so (exit status 1).
+Takes about eight minutes on two cores. Times differ between machines, ratios of interleaved runs much less. A ratio
+more than 25 % worse than in `results.json` is measured again; if it is still worse, the exit code is 1.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SUITE = {
 
 
 def measure(name: str) -> dict[str, float]:
-    """Ratios of a benchmark, in which larger is better, by what they are of."""
+    """Run a benchmark and return its ratios; larger is better."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         subprocess.run([sys.executable, HERE / f"{name}.py", *SUITE[name], "--json", path], check=True)
@@ -41,19 +41,19 @@ def measure(name: str) -> dict[str, float]:
 
 
 def ratios(name: str, row: dict) -> list[tuple[str, float]]:
-    """The ratios of a row: those that end in 'times faster', and one over those that end in 'ratio'."""
-    what = ", ".join(value for value in row.values() if isinstance(value, str) and value)
+    """Return the columns of a row that end in 'times faster', and the inverse of those that end in 'ratio'."""
+    name_of_row = ", ".join(value for value in row.values() if isinstance(value, str) and value)
     found = []
     for column, value in row.items():
         if column.endswith("times faster"):
-            found.append((f"{name}: {what}: {column}", value))
+            found.append((f"{name}: {name_of_row}: {column}", value))
         elif column.endswith("ratio"):
-            found.append((f"{name}: {what}: {column}", 1 / value))
+            found.append((f"{name}: {name_of_row}: {column}", 1 / value))
     return found
 
 
 def compare(measured: dict[str, float], committed: dict[str, float]) -> list[str]:
-    """What is worse than committed, a sentence each."""
+    """Return a message for every ratio that is worse than the committed one."""
     return [
         f"{key}: {committed[key] / value:.2f} times worse ({committed[key]:.2f} before, {value:.2f} now)"
         for key, value in measured.items()
@@ -65,21 +65,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(SUITE)} (default: all)")
-    parser.add_argument("--write", action="store_true", help="commit to the ratios measured now")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(SUITE)} (default: all)")
+    parser.add_argument("--write", action="store_true", help="write the ratios to results.json")
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(SUITE))
     if unknown:
-        parser.error(f"there is no benchmark {', '.join(unknown)}; choose of {', '.join(SUITE)}")
+        parser.error(f"no benchmark {', '.join(unknown)}; choose from {', '.join(SUITE)}")
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
     measured, worse = {}, []
     for name in args.names or SUITE:
-        own = measure(name)
-        if not args.write and compare(own, committed):
-            again = measure(name)  # machines are shared: what is only slow once is not worse
-            own = {key: max(value, again[key]) for key, value in own.items()}
-        measured |= own
-        worse += compare(own, committed)
+        ratios_now = measure(name)
+        if not args.write and compare(ratios_now, committed):
+            again = measure(name)  # a single slow run is often due to other processes
+            ratios_now = {key: max(value, again[key]) for key, value in ratios_now.items()}
+        measured |= ratios_now
+        worse += compare(ratios_now, committed)
     if args.write:
         kept = {key: value for key, value in committed.items() if key.split(":")[0] not in {*(args.names or SUITE)}}
         content = {key: round(value, 3) for key, value in sorted((kept | measured).items())}

@@ -1,4 +1,4 @@
-"""Timing two or more ways of doing the same thing, interleaved, and writing down what came out."""
+"""Interleaved timing of alternatives, memory measurement and output of the benchmarks."""
 
 import argparse
 import json
@@ -18,13 +18,13 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 def parser_of(
     description: str, *, repeats: int = 5, threads: int | None = 2, device: bool = True
 ) -> argparse.ArgumentParser:
-    """Parser with the options that the benchmarks share, and their defaults.
+    """Return a parser with the options that the benchmarks share.
 
     Args:
-        description: on top of the help.
-        repeats: of every way.
-        threads: of every process; None leaves the option out.
-        device: False leaves `--device` out.
+        description: first part of the help.
+        repeats: default of `--repeats`.
+        threads: default of `--threads`; None omits the option.
+        device: False omits `--device`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if device:
@@ -32,12 +32,12 @@ def parser_of(
     if threads:
         parser.add_argument("--threads", type=int, default=threads, help="of every process")
     parser.add_argument("--repeats", type=int, default=repeats)
-    parser.add_argument("--json", help="file for the results")
+    parser.add_argument("--json", help="write the results to this file")
     return parser
 
 
 def network_of(encoder: str, decoder: str) -> SegmentationModule:
-    """A network of random weights for 150 classes, in eval mode."""
+    """Return a network with random weights for 150 classes, in eval mode."""
     torch.manual_seed(0)
     enc = ModelBuilder.build_encoder(encoder, pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
@@ -45,7 +45,7 @@ def network_of(encoder: str, decoder: str) -> SegmentationModule:
 
 
 def hardware(device: torch.device) -> str:
-    """The machine in a few words."""
+    """Return the name of the GPU, or of the processor and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
@@ -59,7 +59,7 @@ def _cpu_info() -> list[str]:
 
 @contextmanager
 def busy(cores: int) -> Iterator[None]:
-    """Keep `cores` processor cores busy, with one process each, as on a shared machine."""
+    """Keep this many processor cores busy, with one process each."""
     processes = [get_context("spawn").Process(target=_spin, daemon=True) for _ in range(cores)]
     for process in processes:
         process.start()
@@ -76,7 +76,7 @@ def _spin() -> None:
 
 
 def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median milliseconds of every way, after one call to warm up; the ways take turns."""
+    """Return the median milliseconds of each function; calls alternate, after one call of each to warm up."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + 1):
         for name, call in ways.items():
@@ -90,33 +90,33 @@ def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, rep
 
 
 def grown(call: Callable[[], object], device: torch.device) -> float:
-    """MiB that a call adds to what this process, or the GPU, has taken before."""
+    """Return the peak memory that a call adds to this process, or to the GPU, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident size starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
     before = _largest_resident()
     call()
     return _largest_resident() - before
 
 
 def _largest_resident() -> float:
-    """Largest resident size of this process so far, MiB (Linux)."""
+    """Return the peak of the resident size of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def elsewhere(function: Callable, *arguments):
-    """What a function returns in a fresh process, whose memory nobody has used before."""
+    """Call a function in a new process and return its result, to measure memory from a clean start."""
     context = get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_answer, args=(results, torch.get_num_threads(), function, arguments))
     process.start()
     process.join()
     if process.exitcode:
-        raise RuntimeError(f"the process that was to measure {function.__name__} ended with {process.exitcode}")
+        raise RuntimeError(f"{function.__name__}: the process ended with exit code {process.exitcode}")
     return results.get()
 
 
@@ -131,7 +131,7 @@ def _wait(device: torch.device) -> None:
 
 
 def table(title: str, rows: list[dict]) -> str:
-    """Rows with the same keys as a Markdown table."""
+    """Format rows with the same keys as a Markdown table."""
     head = list(rows[0])
     cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     lines = [head, ["---"] * len(head), *cells]
@@ -139,7 +139,7 @@ def table(title: str, rows: list[dict]) -> str:
 
 
 def write(path: str | None, name: str, device: torch.device, rows: list[dict]) -> None:
-    """Print the table and write the same as JSON."""
+    """Print the results as a table and write them to a JSON file."""
     print(table(f"{name}: {hardware(device)}, PyTorch {torch.__version__}", rows))
     if path:
         content = {"benchmark": name, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}

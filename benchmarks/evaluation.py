@@ -1,14 +1,14 @@
-"""What does evaluation cost from the files to the figures and panels?
+"""Time of an evaluation, from image files to scores and PNG files.
 
     python benchmarks/evaluation.py [--json FILE]
 
-Generated pictures of 683x512 pixels, 150 classes, networks of random weights, a panel written for every picture, one
-loader process. Straightforward: Pillow and numpy prepare the pictures, the network as it was trained (float32, channels
-first), scores of all classes resized to the picture, softmax, mean over the scales, arg-max, two histograms per
-picture, colours class by class, PNG as Pillow writes it. Ours is `evaluate` as eval.py uses it, in float32 and in
-bfloat16 (INFERENCE.precision); the network is prepared before, as it is once for a whole data set. The ways take turns.
+Synthetic images of 683x512 pixels, 150 classes, networks with random weights, a PNG file per image, one worker. The
+baseline prepares images with Pillow and NumPy, runs the network in float32 and channels first, resizes the logits of
+all classes to the image, averages softmax over the scales, takes the argmax and computes two histograms per image.
+Compared with `evaluate` as eval.py calls it, in float32 and bfloat16. Runs are interleaved.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,10 +24,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data import write_pictures
-from mit_semseg.cli.background import Background
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
-from mit_semseg.evaluation import InferenceOptions, evaluate
+from mit_semseg.evaluation import InferenceOptions, Predictor, evaluate
+from mit_semseg.evaluation.evaluator import LoadOptions
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 from mit_semseg.predict.results import save_png
 from mit_semseg.predict.visualize import result_panel
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 
 class Plain(Dataset):
-    """Pictures and labels the plain way."""
+    """Images and labels, prepared with Pillow and NumPy."""
 
     def __init__(self, dataset: ValDataset):
         self.dataset = dataset
@@ -66,7 +66,7 @@ class Plain(Dataset):
 
 
 def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
-    """Intersections and unions, by the plain loop."""
+    """Return intersections and unions."""
     totals = np.zeros((2, CLASSES))
     loader = DataLoader(Plain(dataset), batch_size=None, num_workers=1)
     with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
@@ -84,15 +84,15 @@ def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Pat
     return totals
 
 
-def ours(network: SegmentationModule, dataset: ValDataset, folder: Path):
-    """`evaluate`, with panels."""
-    with Background() as later, mock.patch.object(InferenceOptions, "network", return_value=network):
+def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
+    """`evaluate`, with a PNG file per image."""
+    with ThreadPoolExecutor(2) as pool:
 
-        def seen(item, prediction):
-            name = folder / f"{Path(item['info']).stem}.png"
-            later(lambda: save_png(result_panel(item, prediction, dataset.table), name))
+        def save(item, label_map):
+            path = folder / f"{Path(item['info']).stem}.png"
+            pool.submit(lambda: save_png(result_panel(item, label_map, dataset.table), path))
 
-        return evaluate(network, dataset, workers=1, progress=False, on_result=seen)
+        return evaluate(predictor, dataset, loading=LoadOptions(workers=1), progress=False, on_result=save)
 
 
 def main() -> None:
@@ -116,8 +116,8 @@ def main() -> None:
             out.mkdir(exist_ok=True)
             ways = {"straightforward": partial(straightforward, module, dataset, out)}
             for precision in ("fp32", "bf16"):
-                network = InferenceOptions(precision=precision).network(module)
-                ways[f"ours, {precision}"] = partial(ours, network, dataset, out)
+                predictor = Predictor(module, CPU, InferenceOptions(precision=precision))
+                ways[f"ours, {precision}"] = partial(ours, predictor, dataset, out)
             ms = interleaved(ways, CPU, args.repeats)
             rows += [
                 {

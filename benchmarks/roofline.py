@@ -1,18 +1,17 @@
-"""How much of what the machine can do does a network in inference reach?
+"""Operations per second of networks in inference, as a fraction of a matrix product's.
 
     python benchmarks/roofline.py [--device cuda] [--json FILE]
 
-Operations (a multiplication and an addition are two) are counted by PyTorch, for a picture of 512x688 and the network
-as inference runs it. The machine's limit is what its matrix product of 2048x2048 does in the same precision, in the
-same run; a network of matrix products alone, with data that is always in the cache, would reach it.
+Operations (a multiplication and an addition are two) are counted by PyTorch for an image of 512x688. The limit is a
+matrix product of 2048x2048 in the same precision, measured in the same run.
 """
 
 import torch
 from common import interleaved, network_of, parser_of, write
 from torch.utils.flop_counter import FlopCounterMode
 
-from mit_semseg.evaluation import InferenceOptions
-from mit_semseg.evaluation.network import PRECISIONS
+from mit_semseg.evaluation import InferenceOptions, Predictor
+from mit_semseg.evaluation.inference import PRECISIONS
 from mit_semseg.models import SegmentationModule
 
 PAIRS = (
@@ -26,24 +25,22 @@ INPUT, SIDE = (512, 688), 2048
 
 @torch.inference_mode()
 def row_of(module: SegmentationModule, precision: str, device: torch.device, repeats: int) -> dict:
-    """Operations, time and shares of the limit for a network in a precision."""
-    network, feed = (
-        InferenceOptions(precision=precision).network(module, device),
-        {"img_data": torch.randn(1, 3, *INPUT, device=device)},
-    )
+    """Return operations, time and fraction of the limit."""
+    network = Predictor(module, device, InferenceOptions(precision=precision)).network
+    feed = {"img_data": torch.randn(1, 3, *INPUT, device=device)}
     matrix = torch.randn(SIDE, SIDE, device=device).to(PRECISIONS[precision])
     with FlopCounterMode(display=False) as counter:
         network.logits(feed)
     ms = interleaved({"network": lambda: network.logits(feed), "product": lambda: matrix @ matrix}, device, repeats)
-    work, limit = counter.get_total_flops(), 2 * SIDE**3
-    reached, possible = work / ms["network"] / 1e6, limit / ms["product"] / 1e6
+    count, limit = counter.get_total_flops(), 2 * SIDE**3
+    reached, possible = count / ms["network"] / 1e6, limit / ms["product"] / 1e6
     return {
         "precision": precision,
-        "operations, 10^9": work / 1e9,
+        "operations, 10^9": count / 1e9,
         "ms": ms["network"],
         "10^9 per second": reached,
         "of matrix products": possible,
-        "share": reached / possible,
+        "fraction": reached / possible,
     }
 
 

@@ -51,7 +51,7 @@ def test_color_encode(case):
 
 
 def test_color_encode_refuses_a_class_without_color():
-    with pytest.raises(IndexError, match="class 150"):
+    with pytest.raises(IndexError, match=r"class.* 150"):
         colorEncode(np.full((2, 2), 150), class_table("ade20k").colors)
 
 
@@ -124,9 +124,9 @@ def test_summary_equals_its_definition(images):
 
 def test_class_outside_the_range_is_refused():
     metric = SegmentationMetric(3)
-    with pytest.raises(ValueError, match="label .*3"):
+    with pytest.raises(ValueError, match=r"label .*3"):
         metric.add(np.zeros((2, 2), int), np.full((2, 2), 3))
-    with pytest.raises(ValueError, match="prediction .*7"):
+    with pytest.raises(ValueError, match=r"prediction .*7"):
         metric.add(np.full((2, 2), 7), np.zeros((2, 2), int))
     with pytest.raises(ValueError, match="shape"):
         metric.add(np.zeros((2, 2), int), np.zeros((2, 3), int))
