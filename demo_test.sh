@@ -33,7 +33,7 @@ trained_model() {
     "$python" eval.py --cfg "$cfg" VAL.visualize True
     summary="Mean IoU on the validation scenes: $("$python" -c \
         'import json, sys; print("%.4f" % json.load(open(sys.argv[1]))["mean_iou"])' "$scores")
-Panels of the validation scenes (image, annotation, prediction): ckpt/quickstart/result/validation/images/
+Panels of the validation scenes (image, label, prediction): ckpt/quickstart/result/validation/images/
 Training curves: ckpt/quickstart/curves.png"
 }
 

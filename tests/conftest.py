@@ -12,20 +12,20 @@ offline.forbid()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 SEED = int(os.environ.get("SEED", 0))
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels for GPUs run in the interpreter; read at Triton's import
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 pytest_plugins = ["server"]
 
 
 @pytest.fixture(autouse=True)
-def _random_numbers():
-    """Every test draws the same ones, alone and among others; `SEED=1 pytest` tries others."""
+def _seed():
+    """Seed PyTorch before every test; `SEED=1 pytest` uses another seed."""
     torch.manual_seed(SEED)
 
 
 @pytest.fixture(autouse=True)
-def _log_as_it_was():
-    """Scripts that run in this process set the toolkit's logger up; every test finds it as Python makes it."""
+def _reset_logger():
+    """Undo the logger setup of scripts that ran in this process."""
     logger = logging.getLogger("mit_semseg")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)

@@ -1,7 +1,7 @@
-"""Running the scripts, as a user would or in this process.
+"""Run the scripts in a new process or in this one.
 
-A process of its own takes three seconds to import torch. So all but torchrun's are forked from one that has done that:
-they run the file as Python would, under the name `__main__`, with arguments, environment and output of their own.
+Importing torch takes three seconds. Processes are therefore forked from a server that has imported it, and run the file
+as `__main__` with their own arguments, environment and output.
 """
 
 import importlib
@@ -24,7 +24,7 @@ import torch
 
 from mit_semseg.cli import common
 
-offline.forbid()  # also in the process that the scripts are forked from
+offline.forbid()  # also in the fork server
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -47,15 +47,14 @@ SMALL = {
 }
 
 
-# Starts processes that have torch already.
 forked = get_context("forkserver")
 forked.set_forkserver_preload(["torch", "mit_semseg.cli.evaluate", "mit_semseg.predict.video", "runs"])
 
 
-def _as_main(
+def _run_as_main(
     name: str, arguments: list[str], cwd: str, env: dict[str, str], start_method: str, output: str, errors: str
 ) -> None:
-    set_start_method(start_method, force=True)  # of the processes that the script starts
+    set_start_method(start_method, force=True)  # for processes that the script starts
     os.setsid()
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -76,17 +75,14 @@ def _as_main(
 
 
 class Job:
-    """A script in a process of its own, which can be talked to while it runs.
+    """A script that runs in a new process and session.
 
     Args:
-        name: of a script of the top folder, or of a module.
-        arguments: of its command line.
-        cwd: folder it is started in.
-        env: what is changed in the environment.
-        start_method: of its own processes; None is this process's.
-
-    Attributes:
-        pid: of the process, which is the first of a session of its own.
+        name: script of the top folder, or module.
+        arguments: of the command line.
+        cwd: working folder.
+        env: changes to the environment.
+        start_method: of multiprocessing in the script; None for that of this process.
     """
 
     def __init__(
@@ -98,24 +94,23 @@ class Job:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
         env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
-        how = str(cwd), env, start_method or get_start_method()
-        arguments = name, [str(word) for word in arguments], *how, *map(str, self._files)
-        self._process = forked.Process(target=_as_main, args=arguments)
+        args = name, [str(word) for word in arguments], str(cwd), env, start_method or get_start_method()
+        self._process = forked.Process(target=_run_as_main, args=(*args, *map(str, self._files)))
         self._process.start()
         self.pid = self._process.pid
 
     @property
     def returncode(self) -> int | None:
-        """Exit code, -N after signal N; None while it runs."""
+        """Exit code, -N after signal N, None while running."""
         return self._process.exitcode
 
     def lines(self, timeout: float = 120):
-        """Its output, line by line, as it comes, to the end; it is killed after so many seconds."""
-        line, latest = "", time.perf_counter() + timeout
+        """Yield the lines of its standard output until it ends; kill it after the timeout in seconds."""
+        line, deadline = "", time.perf_counter() + timeout
         while True:
-            if time.perf_counter() > latest:
+            if time.perf_counter() > deadline:
                 self.kill()
-                raise AssertionError(f"it still runs after {timeout} s: {self.errors()}")
+                raise AssertionError(f"still running after {timeout} s: {self.errors()}")
             ended = not self._process.is_alive()
             while part := self._read.readline():
                 line += part
@@ -127,20 +122,20 @@ class Job:
             time.sleep(0.005)
 
     def until(self, text: str) -> None:
-        """Wait for a line with a text in it."""
+        """Wait for a line that contains the text."""
         if not any(text in line for line in self.lines()):
-            raise AssertionError(f"it ended before it said {text!r}: {self.errors()}")
+            raise AssertionError(f"ended before printing {text!r}: {self.errors()}")
 
     def errors(self) -> str:
-        """What it has written to its standard error so far."""
+        """Return its standard error so far."""
         return self._files[1].read_text(encoding="utf-8")
 
     def send(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal to the process."""
         os.kill(self.pid, number)
 
     def end(self, timeout: float = 120) -> subprocess.CompletedProcess:
-        """Wait for its end; after so many seconds it is killed. The output is all of it."""
+        """Wait for its end, kill it after the timeout in seconds, and return its exit code and output."""
         self._process.join(timeout)
         self.kill()
         self._process.join()
@@ -148,23 +143,23 @@ class Job:
         return subprocess.CompletedProcess([], code, output, errors)
 
     def kill(self) -> None:
-        """End at once what there still is of it and of its processes."""
+        """Kill the process and its children."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
 
 def words(options: dict) -> list[str]:
-    """Options as the end of a command line."""
+    """Return options as command line arguments."""
     return [str(part) for pair in options.items() for part in pair]
 
 
-def script(name: str, *arguments, **how) -> subprocess.CompletedProcess:
-    """Run a script of the top folder, or a module, in a process of its own; see `Job`."""
-    return Job(name, *arguments, **how).end(300)
+def script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
+    """Run a script or module in a new process; see `Job`."""
+    return Job(name, *arguments, **options).end(300)
 
 
 def load_script(name: str):
-    """A script of the top folder, or a module, as a module."""
+    """Import a script of the top folder, or a module."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", ROOT / name)
@@ -174,13 +169,13 @@ def load_script(name: str):
 
 
 def in_process(name: str, monkeypatch, *arguments) -> int:
-    """Run a script's main function here; returns its exit code (0 for None), its errors come through."""
+    """Run the main function of a script in this process and return its exit code; errors propagate."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
     return load_script(f"{name}.py").main() or 0
 
 
 def here(name: str, *arguments) -> subprocess.CompletedProcess:
-    """As `script`, in this process: without the seconds that a new interpreter takes to import torch."""
+    """Run a script or module in this process, with errors handled as in a new one."""
     module, out, err, code = load_script(name), io.StringIO(), io.StringIO(), 0
     with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
         try:
@@ -191,7 +186,7 @@ def here(name: str, *arguments) -> subprocess.CompletedProcess:
 
 
 def weights(folder, suffix="epoch_2.pth") -> dict[str, torch.Tensor]:
-    """All entries of encoder and decoder of a run."""
+    """Return the state dicts of encoder and decoder of a run."""
     return {
         f"{part}.{key}": value
         for part in ("encoder", "decoder")
@@ -200,5 +195,5 @@ def weights(folder, suffix="epoch_2.pth") -> dict[str, torch.Tensor]:
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    """Whether two sets of weights are bit-identical."""
+    """Return whether two state dicts are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

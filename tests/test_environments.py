@@ -1,4 +1,4 @@
-"""The package in notebooks, services, containers and other programs: streams, plots, missing libraries, side effects."""
+"""The package in notebooks, services, containers and other programs: streams, plots, libraries, side effects."""
 
 import io
 import logging

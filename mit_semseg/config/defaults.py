@@ -41,7 +41,7 @@ OPTIONS: dict[str, Option] = {
         path=True,
     ),
     "DATASET.ignore_values": Option(
-        (), "Raw label values to ignore; for a list of names, which get the other values from 0 on.", low=0, high=65535
+        (), "Raw label values to ignore. With a list of names, the other values are numbered from 0.", low=0, high=65535
     ),
     "DATASET.palette_labels": Option(False, "Read palette images (PASCAL VOC) by their indices."),
     "DATASET.imgSizes": Option(
@@ -99,10 +99,14 @@ OPTIONS: dict[str, Option] = {
     "MODEL.weights_encoder": Option("", "File with initial encoder weights. '' uses MODEL.pretrained.", path=True),
     "MODEL.weights_decoder": Option("", "File with initial decoder weights. '' is random.", path=True),
     "MODEL.fc_dim": Option(
-        2048, "Channels of the last feature map. Not needed; any value but the default must match the encoder.", low=1
+        2048,
+        "Channels of the last feature map. Read from the encoder; a value other than the default is only compared.",
+        low=1,
     ),
     "MODEL.output_stride": Option(
-        0, "Output stride of the encoder; 4 for hrnetv2 only. 0 is its default.", choices=(0, 4, 8, 16, 32)
+        0,
+        "Output stride of the encoder: 8, 16 or 32; 4 for hrnetv2. 0 is the default of the encoder.",
+        choices=(0, 4, 8, 16, 32),
     ),
     "MODEL.norm": Option(
         "sync",
@@ -116,7 +120,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.batch_size_per_gpu": Option(2, "Images per device and step.", low=1),
     "TRAIN.num_epoch": Option(20, "Number of epochs.", low=1),
-    "TRAIN.start_epoch": Option(0, "Continue from this epoch in DIR: weights and history only, see resume.", low=0),
+    "TRAIN.start_epoch": Option(0, "Load weights and history of this epoch in DIR and train the next ones.", low=0),
     "TRAIN.epoch_iters": Option(5000, "Steps per epoch. 0 is one pass over the training images.", low=0),
     "TRAIN.optim": Option("SGD", "Optimizer: SGD or AdamW."),
     "TRAIN.lr_encoder": Option(
@@ -169,7 +173,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.checkpoint_iters": Option(1000, "Steps between checkpoints. 0 saves at the end of every epoch only.", low=0),
     "TRAIN.resume": Option(
         "off",
-        "auto: resume the run in DIR, if any. off: refuse to overwrite it. restart: overwrite it. Or a resume file.",
+        "If DIR contains a run: off stops with an error, auto resumes it, restart overwrites it. Or a resume.pth file.",
         path=True,
     ),
     "TRAIN.tensorboard": Option(False, "Write scalars and images for TensorBoard to DIR/tensorboard."),
