@@ -143,8 +143,11 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
         yield world
         return
     try:
-        backend = "nccl" if devices[0].type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        backend, limit = "nccl" if devices[0].type == "cuda" else "gloo", timedelta(seconds=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # torchrun's store survives a restart; without a prefix, ranks would find addresses of killed ranks in it.
+        store = dist.PrefixStore(f"restart{world.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         _ = world._groups
     except RuntimeError as error:
         raise ProcessGroupError(
