@@ -33,7 +33,7 @@ def main() -> int:
         torch.manual_seed(cfg.TRAIN.seed)
         with distributed.first_on_machine(world):
             module = build.build_module(cfg, world.devices[0], resumed=resumed)
-        batches = len(world.devices) * world.size * cfg.TRAIN.accumulate
+        batches = world.num_devices * cfg.TRAIN.accumulate
         optimizer, options = build.build_training(cfg, module, dataset.num_sample, batches)
         panels = [record["fpath_img"] for record in val_dataset.records] if val_dataset and cfg.TRAIN.visualize else []
         trainer = Trainer(module, optimizer, folder, options, world)

@@ -245,17 +245,13 @@ def trainer_state(trainer: "Trainer") -> dict:
         "optimizer": trainer.optimizer.state_dict(),
         "optimizer_name": type(trainer.optimizer).__name__,
         "scaler": trainer.scaler.state_dict(),
-        "batches": _batches_per_step(trainer),
+        "batches": trainer.world.num_devices * trainer.options.accumulate,
         "amp": trainer.options.amp,
         "job": trainer.world.job,
         "options": dict(trainer.options.run_options),
         "skipped": list(trainer.skipped),
         "overflows": (trainer.overflows, trainer.overflows_in_a_row),
     }
-
-
-def _batches_per_step(trainer: "Trainer") -> int:
-    return len(trainer.world.devices) * trainer.world.size * trainer.options.accumulate
 
 
 def restore_trainer(trainer: "Trainer", state: dict) -> None:
@@ -283,12 +279,13 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
     trainer.metrics.totals.copy_(torch.tensor(state["metrics"]))
     trainer.skipped = dict.fromkeys(state["skipped"])
     trainer.overflows, trainer.overflows_in_a_row = state["overflows"]
-    if state["batches"] != _batches_per_step(trainer):
+    batches = trainer.world.num_devices * trainer.options.accumulate
+    if state["batches"] != batches:
         logger.warning(
             "the checkpoint was saved with %d batches per step (devices times TRAIN.accumulate), now there are %d; "
             "consider changing the learning rates",
             state["batches"],
-            _batches_per_step(trainer),
+            batches,
         )
     if changed := [key for key, value in options.items() if saved.get(key, value) != value]:
         values = (f"{key} {reprlib.repr(options[key])} (was {reprlib.repr(saved[key])})" for key in changed)

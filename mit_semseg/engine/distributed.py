@@ -57,6 +57,11 @@ class World:
         return cls(rank, size, *local, int(env.get("TORCHELASTIC_RESTART_COUNT", 0)), **attributes)
 
     @property
+    def num_devices(self) -> int:
+        """Number of devices of all ranks."""
+        return len(self.devices) * self.size
+
+    @property
     def is_main(self) -> bool:
         """Whether this rank writes files and reports."""
         return self.rank == 0

@@ -227,7 +227,7 @@ class Trainer:
             timeout=world.timeout,
             local_size=world.local_size,
             batch_size=None,
-            sampler=BatchNumbers(start, stop, count * world.rank, count, count * world.size),
+            sampler=BatchNumbers(start, stop, count * world.rank, count, world.num_devices),
             pin_memory=self.device.type == "cuda",
         )
         logger.info("%d data loading workers", loader.num_workers)

@@ -109,8 +109,8 @@ class Predictor:
         )
 
     def logits(self, item: dict) -> list[Tensor]:
-        """Return logits (C, h, w) float32, one per scale and flip; see `label_map`."""
-        return [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits(item["img_data"])]
+        """Return logits (C, h, w), float32 or float64, one per scale and flip; see `label_map`."""
+        return [x[0] for x in self._logits(item["img_data"])]
 
     @torch.inference_mode()
     def probabilities(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
@@ -127,14 +127,14 @@ class Predictor:
 
     @torch.inference_mode()
     def _logits(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Logits (N, C, h, w), one per scale and flip."""
+        """Logits (N, C, h, w), float32 or float64, one per scale and flip."""
         logits = []
         with self._arithmetic():
             for x in (scale.to(self.device, non_blocking=True) for scale in scales):
                 logits.append(self.network.logits({"img_data": x}))
                 if self.options.flip:
                     logits.append(self.network.logits({"img_data": x.flip(-1)}).flip(-1))
-        return logits
+        return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
 
     @torch.inference_mode()
     def _strips(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
@@ -143,7 +143,7 @@ class Predictor:
             window = self.options.window_size, self.options.window_overlap
             yield from sliding_window_strips(self._score_region, scales, size, *window)
         elif self._has_logits:
-            logits = [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits(scales)]
+            logits = [x[0] for x in self._logits(scales)]
             yield from probability_strips(logits, size, align_corners=self.network.align_corners)
         else:
             with self._arithmetic():
@@ -153,8 +153,7 @@ class Predictor:
     def _score_region(self, region: Tensor) -> tuple[list[Tensor], bool | None]:
         """Scores of a region (1, 3, h, w) for `sliding_window_strips`."""
         if self._has_logits:
-            logits = [x[0].to(torch.promote_types(x.dtype, torch.float32)) for x in self._logits([region])]
-            return logits, self.network.align_corners
+            return [x[0] for x in self._logits([region])], self.network.align_corners
         with self._arithmetic():
             return self._probabilities(region, tuple(region.shape[-2:])), None
 
