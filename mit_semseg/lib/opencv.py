@@ -13,4 +13,6 @@ def __getattr__(name: str):
             f"cannot import OpenCV ({error}); run `pip install opencv-python`, or, without libGL (containers), "
             "`pip uninstall opencv-python` and `pip install opencv-python-headless`"
         ) from None
+    # Later accesses do not call this function.
+    globals().update({key: value for key, value in vars(cv2).items() if not key.startswith("__")})
     return getattr(cv2, name)
