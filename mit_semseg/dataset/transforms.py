@@ -56,7 +56,7 @@ def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int
 
     Args:
         kind: 'imagenet' for (RGB / 255 - mean) / std, or 'caffe' for BGR - mean.
-        sizes: (height, width) of each image; the padding outside is set to zero. None if there is no padding.
+        sizes: (height, width) of each image; the padding outside is set to zero. None for images without padding.
     """
     if kind not in NORMALIZATIONS:
         raise ValueError(f"unknown normalization {kind!r}; choose one of {', '.join(NORMALIZATIONS)}")

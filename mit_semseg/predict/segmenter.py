@@ -25,7 +25,7 @@ from .results import Result, with_unique_stems
 
 
 class Segmenter:
-    """A network that segments images. Thread-safe: concurrent calls run one after the other.
+    """A network that segments images. Thread-safe: concurrent calls are serialized.
 
         segmenter = Segmenter.from_config("config/quickstart.yaml")
         result = segmenter("street.jpg")
