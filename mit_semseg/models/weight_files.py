@@ -15,6 +15,7 @@ from ..lib.utils import UserError, shorten_list
 
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which other programs store the state dict
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # added by data parallel and compiled modules
+DIRECTORY = 0x10  # MS-DOS attribute in zip files
 
 
 class WeightsError(UserError, RuntimeError):
@@ -38,8 +39,10 @@ def read_checkpoint(path: str | os.PathLike):
             return load_file(path)
         if zipfile.is_zipfile(path):  # since PyTorch 1.6; `torch.load` does not compare checksums
             with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong checksum of {damaged}")
+                # PyTorch 2.6 reads files with the directory attribute as uninitialized memory.
+                flagged = (x.filename for x in archive.infolist() if x.file_size and x.external_attr & DIRECTORY)
+                if damaged := archive.testzip() or next(flagged, None):
+                    raise ValueError(f"{damaged} in it is damaged")
         with torch.serialization.safe_globals(_numpy_scalar_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
