@@ -14,8 +14,11 @@ FC_WIDTH = 4096
 class VGG(nn.Module):
     """Four feature maps at strides 4, 8, 8 and 8: blocks three, four and five, and the former fully connected layers.
 
-    There is no pooling after blocks four and five; block five has dilation 2 and the 7x7 convolution after it dilation
-    4, as in DeepLab (Chen et al., 2016). There is no normalization. `depths` are the convolutions of the five blocks.
+    As in DeepLab (Chen et al., 2016), blocks four and five are not followed by pooling, block five has dilation 2, and
+    the following 7x7 convolution has dilation 4. The network has no normalization layers.
+
+    Args:
+        depths: number of convolutions of each of the five blocks.
     """
 
     out_channels = (256, 512, 512, FC_WIDTH)
