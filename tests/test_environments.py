@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, here, load_script, script, words
+from runs import SMALL, load_script, script, words
 from scenes import options, tiny_module, write_data_set
 from training import run
 
@@ -123,39 +123,6 @@ common.run(lambda: label_map_from_logits([torch.zeros(2, 4, 4)], (8, 8)))
     assert "opencv-python-headless" in done.stderr
     assert "libGL.so.1" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_resume_needs_no_initial_weights(root, tmp_path):
-    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "a", "TRAIN.num_epoch": 1}
-    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
-    initial = tmp_path / "encoder.pth"
-    initial.write_bytes((tmp_path / "a" / "encoder_epoch_1.pth").read_bytes())
-    changes |= {"DIR": tmp_path / "b", "MODEL.weights_encoder": initial}
-    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
-    initial.unlink()
-    done = here("train.py", "--gpu", "cpu", *words({**changes, "TRAIN.num_epoch": 2, "TRAIN.resume": "auto"}))
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "saved", "now"),
-    [
-        ("MODEL.arch_decoder", "c1", "c1_deepsup, 3 classes", "c1, 3 classes"),
-        ("DATASET.num_class", 4, "3 classes", "4 classes"),
-        ("TRAIN.optim", "AdamW", "SGD of", "AdamW of"),
-        ("TRAIN.fix_bn", True, "SGD of", "SGD of"),
-    ],
-)
-def test_checkpoint_of_another_model_or_optimizer_is_described(root, tmp_path, key, value, saved, now):
-    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 1}
-    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
-    changes |= {"TRAIN.resume": "auto", "TRAIN.num_epoch": 2, key: value}
-    done = here("train.py", "--gpu", "cpu", *words(changes))
-    assert done.returncode == 2
-    before, _, after = done.stderr.partition("now: ")
-    assert saved in before
-    assert now in after
-    assert len(done.stderr) < 500
 
 
 def test_device_names(monkeypatch):

@@ -155,18 +155,6 @@ def test_gradients_of_lovasz_in_16_bits_are_close_to_64():
     assert gradients[1].norm().item() == pytest.approx(gradients[0].norm().item(), rel=0.05)
 
 
-@pytest.mark.parametrize("hard", [True, False])
-def test_lovasz_and_dice_of_one_hot_predictions(hard):
-    """Lovász is one minus the IoU, Dice one minus the Dice coefficient."""
-    label = torch.tensor([[[0, 0, 1, 1]]])
-    predicted = torch.tensor([0, 1, 1, 1] if hard else [0, 0, 1, 1])
-    log_probs = (F.one_hot(predicted, 2).double() * 100).T.reshape(1, 2, 1, 4).log_softmax(1)
-    iou = np.mean([1 / 2, 2 / 3]) if hard else 1
-    dice = np.mean([2 / 3, 4 / 5]) if hard else 1
-    assert LovaszLoss()(log_probs, label).item() == pytest.approx(1 - iou)
-    assert DiceLoss()(log_probs, label).item() == pytest.approx(1 - dice)
-
-
 @pytest.mark.parametrize("name", LOSSES)
 def test_ignored_pixels_do_not_matter(name, batch):
     logits, label = batch

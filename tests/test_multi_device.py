@@ -2,15 +2,13 @@
 
 import json
 import os
-import re
 import signal
-import time
 
 import pytest
 import torch
-from ranks import ENV, changes_for, children, on_ranks, rank_environment, start_ranks, torchrun, write_images
-from runs import Job, here, script, words
-from scenes import options, tiny_module, write_pairs
+from ranks import ENV, changes_for, on_ranks, rank_environment, start_ranks, torchrun, write_images
+from runs import here, script, words
+from scenes import options, tiny_module
 from test_training import Poisoned
 from training import CPU, make_trainer
 
@@ -198,17 +196,6 @@ def test_sharded_evaluation_and_segmentation_equal_one_process(jobs, root, tmp_p
         assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == expected
 
 
-def test_unreadable_image_is_counted_by_workers(jobs, root, tmp_path):
-    folder, _ = jobs
-    write_pairs(tmp_path / "p", [(40, 40)] * 3)
-    (tmp_path / "p" / "images" / "02.png").write_bytes(b"not an image")
-    arguments = words(changes_for(root, folder / "ranks", **{"TEST.result": tmp_path / "out"}))
-    done = script("test.py", "--gpus", "cpu,cpu", "--imgs", tmp_path / "p" / "images", *arguments)
-    assert done.returncode == 1
-    assert "2 of 3 images segmented" in done.stdout
-    assert re.search(r"skipped: .*02\.png", done.stdout)
-
-
 @pytest.mark.long
 def test_restart_does_not_resume_a_checkpoint_of_another_job(root, jobs):
     folder = jobs[0] / "ranks"
@@ -218,23 +205,6 @@ def test_restart_does_not_resume_a_checkpoint_of_another_job(root, jobs):
     assert done.returncode != 0
     assert done.stderr.count("TRAIN.resume auto") >= 2
     assert (folder / "resume.pth").read_bytes() == before
-
-
-@pytest.mark.long
-def test_killed_evaluation_worker_is_named(jobs, root, tmp_path):
-    folder, _ = jobs
-    write_pairs(tmp_path / "many", [(60, 40)] * 30, seed=5)
-    result = folder / "ranks" / "result"
-    changes = changes_for(root, folder / "ranks", **{"DATASET.list_val": tmp_path / "many", "VAL.visualize": True})
-    changes |= {"DATASET.imgSizes": "(40,80,120)", "DATASET.imgMaxSize": 400}
-    job = Job("eval_multipro.py", "--gpus", "cpu,cpu", *words(changes), env=ENV)
-    while not any("many" in str(p) for p in result.rglob("*.png")):
-        assert job.returncode is None, job.errors()
-        time.sleep(0.02)
-    os.kill(children(job.pid)[-1], signal.SIGKILL)
-    done = job.end(60)
-    assert done.returncode == 2
-    assert re.search(r"error: .*worker process on cpu for images \d+ to \d+ ", done.stderr), done.stderr
 
 
 def _add_index(shard, report, base):

@@ -133,7 +133,7 @@ CHANGES_WEIGHTS = {
 
 
 @pytest.mark.parametrize("key", CHANGES_WEIGHTS)
-def test_option_changes_the_trained_weights(key, run, baseline, data):
+def test_changed_option_changes_the_trained_weights(key, run, baseline, data):
     value = CHANGES_WEIGHTS[key]
     if "MODEL.weights_" in key:
         for part in ("encoder", "decoder"):
@@ -146,42 +146,35 @@ def test_equal_options_give_equal_weights(run, baseline):
     assert same(weights(run.train()), weights(baseline))
 
 
-# Other options: TESTED maps the option to its test.
-TESTED = {}
+def name_of_test(option):
+    return "test_option_" + option.lower().replace(".", "_")
 
 
-def covers(key):
-    def register(function):
-        TESTED[key] = function
-        return function
-
-    return register
+def test_every_option_is_tested():
+    tests = {name for name in globals() if name.startswith("test_option_")}
+    assert tests | set(map(name_of_test, CHANGES_WEIGHTS)) == set(map(name_of_test, OPTIONS))
 
 
-@covers("DATASET.cat_max_ratio")
-def _(run, baseline):
+def test_option_dataset_cat_max_ratio(run):
     folders = [run.train(DATASET__crop_size=24, DATASET__cat_max_ratio=ratio) for ratio in (1, 0.5)]
     assert not same(*map(weights, folders))
 
 
-@covers("TRAIN.ohem_threshold")
-def _(run, baseline):
+def test_option_train_ohem_threshold(run, baseline):
     folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_min_kept=1, TRAIN__ohem_threshold=p) for p in (0.2, 1)]
     assert not same(*map(weights, folders))
     losses = [history_of(folder)["train"]["loss"][0] for folder in (folders[1], baseline)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # every pixel is hard
 
 
-@covers("TRAIN.ohem_min_kept")
-def _(run, baseline):
+def test_option_train_ohem_min_kept(run, baseline):
     folders = [run.train(TRAIN__loss="ohem", TRAIN__ohem_threshold=0.1, TRAIN__ohem_min_kept=n) for n in (1, 100_000)]
     assert not same(*map(weights, folders))
     losses = [history_of(folder)["train"]["loss"][0] for folder in (folders[1], baseline)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@covers("TRAIN.visualize")
-def _(run, baseline):
+def test_option_train_visualize(run):
     folder = run.train(TRAIN__eval_epoch=1, TRAIN__visualize=True)
     panels = [p.relative_to(folder / "vis").as_posix() for p in sorted((folder / "vis").rglob("*.png"))]
     assert panels == [f"epoch_{epoch}/val/images/{name}.png" for epoch in (1, 2) for name in ("00", "01")]
@@ -189,34 +182,29 @@ def _(run, baseline):
         run.train(TRAIN__visualize=True)
 
 
-@covers("VAL.num_val")
-def _(run, baseline):
+def test_option_val_num_val(run):
     folder = run.train(TRAIN__eval_epoch=2, TRAIN__visualize=True, VAL__num_val=1)
     assert [p.name for p in (folder / "vis").rglob("*.png")] == ["00.png"]
 
 
-@covers("INFERENCE.flip")
-def _(run, baseline):
+def test_option_inference_flip(run, baseline):
     iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
     assert run.evaluate(baseline, INFERENCE__flip=True)["iou_per_class"] != iou
     assert run.segment(baseline, INFERENCE__flip=True) != files
 
 
-@covers("INFERENCE.window_size")
-def _(run, baseline):
+def test_option_inference_window_size(run, baseline):
     iou, files = run.evaluate(baseline)["iou_per_class"], run.segment(baseline)
     assert run.evaluate(baseline, INFERENCE__window_size=(32, 40))["iou_per_class"] != iou
     assert run.segment(baseline, INFERENCE__window_size=(32, 40)) != files
 
 
-@covers("INFERENCE.window_overlap")
-def _(run, baseline):
+def test_option_inference_window_overlap(run, baseline):
     files = [run.segment(baseline, INFERENCE__window_size=32, INFERENCE__window_overlap=n) for n in (0, 0.8)]
     assert files[0] != files[1]
 
 
-@covers("INFERENCE.precision")
-def _(run, baseline):
+def test_option_inference_precision(run, baseline):
     dtypes, logits = [], SegmentationModule.logits
 
     def record(self, feed):
@@ -231,8 +219,7 @@ def _(run, baseline):
     assert abs(bf16["pixel_accuracy"] - auto["pixel_accuracy"]) < 0.05
 
 
-@covers("DATASET.eval_resize")
-def _(run, baseline):
+def test_option_dataset_eval_resize(run, baseline):
     calls, resize = [], datasets.imresize_fast
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "imresize_fast", lambda *args: calls.append(args) or resize(*args))
@@ -243,8 +230,7 @@ def _(run, baseline):
     assert abs(fast - exact) < 0.02
 
 
-@covers("INFERENCE.compile")
-def _(run, baseline):
+def test_option_inference_compile(run, baseline):
     compiled = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
@@ -253,54 +239,46 @@ def _(run, baseline):
     assert scores["mean_iou"] == run.evaluate(baseline)["mean_iou"]
 
 
-@covers("DIR")
-def _(run, baseline):
+def test_option_dir(run):
     assert (run.train(DIR=run.folder / "named") / "decoder_epoch_2.pth").is_file()
 
 
-@covers("DATASET.list_val")
-def _(run, baseline):
+def test_option_dataset_list_val(run, baseline):
     assert [run.evaluate(baseline, DATASET__list_val=split)["images"] for split in ("val", "other")] == [2, 3]
 
 
-@covers("DATASET.classes")
-def _(run, baseline):
+def test_option_dataset_classes(run, baseline):
     result = run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values="[0]")
     assert [entry["class"] for entry in result["iou_per_class"]] == ["a", "b", "c"]
 
 
-@covers("DATASET.ignore_values")
-def _(run, baseline):
+def test_option_dataset_ignore_values(run, baseline):
     results = [
         run.evaluate(baseline, DATASET__classes="['a','b','c']", DATASET__ignore_values=v) for v in ("[0]", "[3]")
     ]
     assert results[0]["labelled_pixels"] != results[1]["labelled_pixels"]
 
 
-@covers("DATASET.on_error")
-def _(run, baseline):
+def test_option_dataset_on_error(run):
     (run.data / "missing.odgt").write_text('{"fpath_img": "missing.png", "width": 4, "height": 5}\n' * 3)
     for mode, message in (("stop", "fpath_segm"), ("skip", r"DATASET\.on_error skip")):
         with pytest.raises(UserError, match=message):
             run.train(DATASET__list_train="missing.odgt", DATASET__on_error=mode)
 
 
-@covers("DATASET.palette_labels")
-def _(run, baseline):
+def test_option_dataset_palette_labels(run, baseline):
     with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
         run.train(DATASET__list_train="palette")
     assert same(weights(run.train(DATASET__list_train="palette", DATASET__palette_labels=True)), weights(baseline))
 
 
-@covers("MODEL.fc_dim")
-def _(run, baseline):
+def test_option_model_fc_dim(run, baseline):
     with pytest.raises(UserError, match=r"MODEL\.fc_dim 512.* 320"):
         run.train(MODEL__fc_dim=512)
     assert same(weights(run.train(MODEL__fc_dim=320)), weights(baseline))
 
 
-@covers("MODEL.pretrained")
-def _(run, baseline):
+def test_option_model_pretrained(run, baseline):
     run.monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
     run.monkeypatch.setenv("MIT_SEMSEG_HOME", str(run.folder / "cache"))
     with pytest.raises(UserError, match=r"MODEL\.pretrained False"):
@@ -308,16 +286,14 @@ def _(run, baseline):
     run.train(DIR=baseline, MODEL__pretrained=True, TRAIN__resume="auto")  # a resumed run loads no initial weights
 
 
-@covers("MODEL.reset_classifier")
-def _(run, baseline):
+def test_option_model_reset_classifier(run, baseline):
     changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
     with pytest.raises(UserError, match=r"MODEL\.reset_classifier True"):
         run.train(**changes)
     assert "conv_last.weight" in log_of(run.train(**changes, MODEL__reset_classifier=True))
 
 
-@covers("TRAIN.start_epoch")
-def _(run, baseline):
+def test_option_train_start_epoch(run):
     folder = run.train(DIR=run.folder / "continued", TRAIN__num_epoch=1)
     run.train(DIR=folder, TRAIN__start_epoch=1)
     assert history_of(folder, 2)["train"]["epoch"] == [2 / 3, 1, 4 / 3, 2]
@@ -332,28 +308,24 @@ def loader_of(run, **changes):
     return loaders[0]
 
 
-@covers("TRAIN.workers")
-def _(run, baseline):
+def test_option_train_workers(run, baseline):
     counts = [loader_of(run, TRAIN__workers=n).num_workers for n in (0, 1, 10_000)]
     assert counts[:2] == [0, 1]
     assert 1 <= counts[2] < 10_000  # at most the number of cores
     assert same(weights(run.train(TRAIN__workers=1)), weights(baseline))
 
 
-@covers("RUNTIME.timeout")
-def _(run, baseline):
+def test_option_runtime_timeout(run):
     assert loader_of(run, TRAIN__workers=1, RUNTIME__timeout=7.5).timeout == 7.5
     with distributed.join([torch.device("cpu")], 7.5) as world:
         assert world.timeout == 7.5
 
 
-@covers("TRAIN.disp_iter")
-def _(run, baseline):
+def test_option_train_disp_iter(run):
     assert [log_of(run.train(TRAIN__disp_iter=n)).count(", acc ") for n in (1, 3)] == [6, 2]
 
 
-@covers("TRAIN.deterministic")
-def _(run, baseline):
+def test_option_train_deterministic(run, baseline):
     """On the CPU the weights are the same; an operation without a deterministic implementation is named."""
     enabled, loss = [], MaskedNLLLoss.of_logits
 
@@ -377,8 +349,7 @@ def _(run, baseline):
             run.train(TRAIN__deterministic=True)
 
 
-@covers("TRAIN.activation_checkpointing")
-def _(run, baseline):
+def test_option_train_activation_checkpointing(run, baseline):
     """The weights are the same; see test_activation_checkpoint.py for the memory."""
     assert same(weights(run.train(TRAIN__activation_checkpointing=True)), weights(baseline))
     with pytest.raises(UserError, match=r"TRAIN\.activation_checkpointing"):
@@ -387,8 +358,7 @@ def _(run, baseline):
         run.train(gpus="cpu,cpu", TRAIN__activation_checkpointing=True)
 
 
-@covers("TRAIN.compile")
-def _(run, baseline):
+def test_option_train_compile(run):
     """The encoder is compiled (without the real compiler, which takes half a minute) for few image sizes."""
     sizes = []
 
@@ -404,8 +374,7 @@ def _(run, baseline):
         run.train(gpus="cpu,cpu", TRAIN__compile=True)
 
 
-@covers("TRAIN.channels_last")
-def _(run, baseline):
+def test_option_train_channels_last(run):
     cfg = load_config(None, words(run.options({"TRAIN.channels_last": True})))
     module = build.build_module(cfg, torch.device("cpu"))
     assert not module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
@@ -417,8 +386,7 @@ def _(run, baseline):
     assert first == pytest.approx(second, rel=1e-3)  # sums in another order
 
 
-@covers("TRAIN.eval_epoch")
-def _(run, baseline):
+def test_option_train_eval_epoch(run, baseline):
     folder = run.train(TRAIN__eval_epoch=2)
     assert (folder / "decoder_best.pth").is_file()
     assert not (baseline / "decoder_best.pth").exists()
@@ -426,8 +394,7 @@ def _(run, baseline):
     assert same(weights(folder), weights(baseline))  # validation does not change the training
 
 
-@covers("TRAIN.checkpoint_iters")
-def _(run, baseline):
+def test_option_train_checkpoint_iters(run):
     for every, expected in ((0, 2), (1, 6)):
         paths, save = [], trainer.save_atomic
         with pytest.MonkeyPatch.context() as patch:
@@ -438,8 +405,7 @@ def _(run, baseline):
         assert paths.count("resume.pth") == expected
 
 
-@covers("TRAIN.resume")
-def _(run, baseline):
+def test_option_train_resume(run, baseline):
     with pytest.raises(UserError, match=r"TRAIN\.resume auto"):
         run.train(DIR=baseline)
     run.train(DIR=baseline, TRAIN__resume="auto")
@@ -451,8 +417,7 @@ def _(run, baseline):
     assert same(weights(copy), weights(baseline))
 
 
-@covers("TRAIN.tensorboard")
-def _(run, baseline):
+def test_option_train_tensorboard(run):
     folder = run.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
@@ -475,15 +440,13 @@ def with_batch_sizes(module, function):
     return results
 
 
-@covers("VAL.batch_size")
-def _(run, baseline):
+def test_option_val_batch_size(run, baseline):
     results = with_batch_sizes(evaluator, lambda size: run.evaluate(baseline, VAL__batch_size=size))
     one, two = ({key: value for key, value in result.items() if "second" not in key} for result in results)
     assert one == two
 
 
-@covers("VAL.visualize")
-def _(run, baseline):
+def test_option_val_visualize(run, baseline):
     panels = baseline / "result" / "val" / "images"
     run.evaluate(baseline)
     assert not panels.exists()
@@ -491,8 +454,7 @@ def _(run, baseline):
     assert sorted(p.name for p in panels.iterdir()) == ["00.png", "01.png"]
 
 
-@covers("VAL.checkpoint")
-def _(run, baseline):
+def test_option_val_checkpoint(run, baseline):
     first, last = (run.evaluate(baseline, VAL__checkpoint=f"epoch_{n}.pth") for n in (1, 2))
     assert first["iou_per_class"] != last["iou_per_class"] or first["pixel_accuracy"] != last["pixel_accuracy"]
     for name, message in (
@@ -504,32 +466,19 @@ def _(run, baseline):
             run.evaluate(baseline, VAL__checkpoint=name)
 
 
-@covers("TEST.checkpoint")
-def _(run, baseline):
+def test_option_test_checkpoint(run, baseline):
     with pytest.raises(UserError, match=r"epoch_9\.pth"):
         run.segment(baseline, TEST__checkpoint="epoch_9.pth")
 
 
-@covers("TEST.result")
-def _(run, baseline):
+def test_option_test_result(run, baseline):
     files = run.segment(baseline, TEST__result=run.folder / "there")
     assert list(files) == ["00.png", "00_index.png", "01.png", "01_index.png"]
 
 
-@covers("TEST.batch_size")
-def _(run, baseline):
+def test_option_test_batch_size(run, baseline):
     one, two = with_batch_sizes(segmenter, lambda size: run.segment(baseline, TEST__batch_size=size))
     assert one == two
-
-
-@pytest.mark.parametrize("key", TESTED)
-def test_option_has_its_effect(key, run, baseline):
-    TESTED[key](run, baseline)
-
-
-def test_every_option_is_tested():
-    assert set(CHANGES_WEIGHTS) | set(TESTED) == set(OPTIONS)
-    assert not set(CHANGES_WEIGHTS) & set(TESTED)
 
 
 def test_checkpoints_of_different_norms_are_not_mixed_up(run, baseline):
@@ -550,7 +499,7 @@ def test_results_contain_the_options_of_inference(run, baseline):
     assert options["list_val"] == "val"
 
 
-def test_option_that_the_device_lacks_is_refused_before_training(monkeypatch):
+def test_unsupported_option_is_refused_before_training(monkeypatch):
     with pytest.raises(UserError, match=r"MODEL\.norm inplace"):
         build.build_module(load_config(None, ["MODEL.norm", "inplace"]), torch.device("mps"))
     monkeypatch.setattr(build, "lacks_bfloat16", lambda device: True)

@@ -15,7 +15,6 @@ from scenes import options, tiny_module, write_data_set, write_pairs
 
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.records import load_records, write_odgt
-from mit_semseg.dataset.samplers import shards
 from mit_semseg.evaluation import Predictor, evaluate
 from mit_semseg.evaluation.evaluator import LoadOptions
 from mit_semseg.lib.utils import UserError
@@ -59,12 +58,6 @@ def test_number_of_workers_does_not_change_the_scores(trained, gpus):
     done = script("eval_multipro.py", "--gpus", gpus, *words(trained))
     assert done.returncode == 0, done.stderr
     assert scores() == expected
-
-
-def test_shards_cover_the_list_exactly_once():
-    for count in range(12):
-        for parts in range(1, 6):
-            assert [i for shard in shards(count, parts) for i in shard] == list(range(count))
 
 
 def test_failed_or_killed_worker_ends_the_evaluation(trained):
@@ -153,9 +146,10 @@ def test_folder_keeps_its_structure_and_no_result_is_overwritten(trained, photos
     assert "5 of 5 images segmented" in done.stdout
 
 
-def test_unreadable_image_is_skipped_and_reported(trained, photos, tmp_path):
+@pytest.mark.parametrize("gpus", ["cpu", "cpu,cpu"])
+def test_unreadable_image_is_skipped_and_reported(trained, photos, tmp_path, gpus):
     (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    done = segment(trained, tmp_path / "out", photos)
+    done = segment(trained, tmp_path / "out", photos, "--gpus", gpus, run=here if gpus == "cpu" else script)
     assert done.returncode == 1
     assert "5 of 6 images segmented" in done.stdout
     assert re.search(r"skipped: .*broken\.jpg", done.stdout)

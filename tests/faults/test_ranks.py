@@ -1,10 +1,8 @@
-"""Ranks that are killed, stopped, slow or out of memory, and a network that is cut."""
+"""Ranks that are killed, stopped, slow or out of memory."""
 
-import contextlib
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -225,70 +223,3 @@ def test_failed_rank_ends_with_its_own_exit_code(error, code, last_line):
         _, errors = job.communicate(timeout=60)
         assert job.returncode == code, errors
         assert errors.splitlines()[-1] == last_line.format(rank=rank)
-
-
-class Network:
-    """Two network namespaces connected by a cable."""
-
-    names = (f"semseg-a-{os.getpid()}", f"semseg-b-{os.getpid()}")
-    addresses = ("10.231.7.1", "10.231.7.2")
-
-    def __enter__(self):
-        a, b = self.names
-        commands = [
-            f"netns add {a}",
-            f"netns add {b}",
-            f"link add cable-a netns {a} type veth peer name cable-b netns {b}",
-        ]
-        for name, address, cable in zip(self.names, self.addresses, ("cable-a", "cable-b"), strict=True):
-            commands += [f"-n {name} address add {address}/24 dev {cable}", f"-n {name} link set {cable} up"]
-            commands += [f"-n {name} link set lo up"]
-        for command in commands:
-            if subprocess.run(["ip", *command.split()], capture_output=True).returncode:
-                self.__exit__()
-                pytest.skip("needs permission to create network namespaces")
-        return self
-
-    def set_cable(self, state: str) -> None:
-        subprocess.run(["ip", "-n", self.names[1], "link", "set", "cable-b", state], check=True)
-
-    def __exit__(self, *_):
-        for name in self.names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
-
-    def start(self, rank, arguments):
-        env = {**rank_environment(rank, 2, 29511), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        env |= {"MASTER_ADDR": self.addresses[0], "GLOO_SOCKET_IFNAME": f"cable-{'ab'[rank]}"}
-        command = ["ip", "netns", "exec", self.names[rank], sys.executable, str(ROOT / "train.py"), *arguments]
-        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.long
-def test_cut_network_ends_both_ranks_and_the_run_resumes(root, tmp_path, undisturbed):
-    if not shutil.which("ip"):
-        pytest.skip("needs iproute2")
-    arguments = ["--gpus", "cpu", *words(options_for(root, tmp_path, **{"RUNTIME.timeout": 6}))]
-    with Network() as network:
-        jobs = [network.start(rank, arguments) for rank in (0, 1)]
-        try:
-            for line in jobs[0].stdout:
-                if "epoch 1, step 5/8" in line:
-                    break
-            network.set_cable("down")
-            cut = time.perf_counter()
-            for rank, job in enumerate(jobs):
-                _, errors = job.communicate(timeout=60)
-                assert job.returncode == 2, errors
-                assert re.search(FAILED.format(rank=rank), errors), errors
-            assert time.perf_counter() - cut < 40
-            network.set_cable("up")
-            jobs = [network.start(rank, arguments) for rank in (0, 1)]
-            for job in jobs:
-                _, errors = job.communicate(timeout=100)
-                assert job.returncode == 0, errors
-        finally:
-            for job in jobs:
-                with contextlib.suppress(ProcessLookupError):
-                    job.kill()
-                job.wait()
-    assert same(weights(tmp_path), undisturbed)
