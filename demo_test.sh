@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Segment an image with the published ResNet50dilated + PPM_deepsup. If its server does not answer, or with --offline,
-# train a small model on generated scenes instead (a few minutes). DOWNLOAD_ONLY=1 ./demo_test.sh only downloads the
-# published model and its image.
+# Segment an image with the published model ResNet50dilated + PPM_deepsup. With --offline, or if the server does not
+# answer, train a small model on generated scenes instead (a few minutes). DOWNLOAD_ONLY=1 ./demo_test.sh only downloads
+# the published model and the image.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -11,7 +11,7 @@ published_model() {
     local name=ade20k-resnet50dilated-ppm_deepsup image=ADE_val_00001519.jpg
     local server=${MIT_SEMSEG_MIRROR:-http://sceneparsing.csail.mit.edu/model}
     mkdir -p "$result"
-    # The small file first: it shows quickly whether the server answers.
+    # Download the small file first, to find out quickly whether the server answers.
     curl -fsSL --connect-timeout 10 --max-time 60 -o "$result/$image.part" \
         "${server%/model}/data/ADEChallengeData2016/images/validation/$image" || return 1
     mv "$result/$image.part" "$result/$image"
@@ -46,7 +46,7 @@ case "${DOWNLOAD_ONLY:+download}${1:-}" in
     --offline) trained_model ;;
     "")
         if ! published_model; then
-            echo "The published model cannot be downloaded: training a small model instead."
+            echo "The published model cannot be downloaded; training a small model instead."
             trained_model
         fi
         ;;

@@ -21,4 +21,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main, "scores are written at the end only")
+    common.run(main, "metrics are written only at the end")

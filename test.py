@@ -16,7 +16,7 @@ EXAMPLES = """\
 
 def main() -> int:
     parser = common.make_parser(__doc__, EXAMPLES, common.TEST_KEYS)
-    text = "image, folder (searched recursively), glob, video, or number of a camera"
+    text = "image, folder (searched recursively), glob pattern, video, or number of a camera"
     parser.add_argument("--imgs", required=True, metavar="PATH", type=expand_path, help=text)
     segment.add_arguments(parser)
     args = parser.parse_intermixed_args()

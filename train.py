@@ -21,8 +21,8 @@ def main() -> int:
     folder = RunFolder(cfg.DIR)
     with distributed.join(devices.pick_devices(args.device), cfg.RUNTIME.timeout) as world, folder.locked(world):
         common.check_ranks(cfg, world)
-        cfg = common.resume_after_restart(cfg, folder, world)
-        # Fails if the folder contains another run, before anything is loaded or logged.
+        common.resume_after_restart(cfg, folder, world)
+        # Check before anything is loaded or logged that no other run in DIR would be overwritten.
         resumed = bool(folder.find_resume(cfg.TRAIN.resume, cfg.TRAIN.start_epoch) or cfg.TRAIN.start_epoch)
         dataset, val_dataset = build.build_data(cfg)
 
@@ -47,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main, "DIR has the last checkpoint; run the same command with TRAIN.resume auto to continue")
+    common.run(main, "the last checkpoint is in DIR; run the same command with TRAIN.resume auto to continue")

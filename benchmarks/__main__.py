@@ -1,9 +1,10 @@
-"""Run small versions of the benchmarks on the CPU and compare their ratios with those in results.json.
+"""Run small versions of the benchmarks on the CPU and compare their ratios with results.json.
 
     python -m benchmarks [NAME ...] [--write]
 
-Takes about eight minutes on two cores. Times differ between machines, ratios of interleaved runs much less. A ratio
-more than 25 % worse than in `results.json` is measured again; if it is still worse, the exit code is 1.
+This takes about eight minutes on two cores. Only ratios are compared, because they depend less on the machine than
+times. If a ratio is more than 25 % worse than in results.json, the benchmark runs again. If the ratio is still worse,
+the exit code is 1.
 """
 
 import argparse
@@ -24,7 +25,7 @@ SUITE = {
     "inference": ["--repeats", "3"],
     "pyramid": ["--repeats", "3", "--inference"],
     "training": ["--repeats", "3", "--size", "160", "224", "--pairs", "1", "2"],
-    "evaluation": ["--repeats", "3", "--pictures", "6", "--cases", "0"],
+    "evaluation": ["--repeats", "3", "--images", "6", "--cases", "0"],
     "inplace_abn": ["--repeats", "3", "--size", "129"],
     "sync_bn": ["--only", "replicas", "--repeats", "5", "--size", "128"],
 }
@@ -41,14 +42,17 @@ def measure(name: str) -> dict[str, float]:
 
 
 def ratios(name: str, row: dict) -> list[tuple[str, float]]:
-    """Return the columns of a row that end in 'times faster', and the inverse of those that end in 'ratio'."""
-    name_of_row = ", ".join(value for value in row.values() if isinstance(value, str) and value)
+    """Return (key, ratio) for every ratio in a row; larger is better.
+
+    Columns whose name ends with "ratio" (time or memory, smaller is better) are inverted.
+    """
+    row_name = ", ".join(value for value in row.values() if isinstance(value, str) and value)
     found = []
     for column, value in row.items():
         if column.endswith("times faster"):
-            found.append((f"{name}: {name_of_row}: {column}", value))
+            found.append((f"{name}: {row_name}: {column}", value))
         elif column.endswith("ratio"):
-            found.append((f"{name}: {name_of_row}: {column}", 1 / value))
+            found.append((f"{name}: {row_name}: {column}", 1 / value))
     return found
 
 
@@ -76,7 +80,7 @@ def main() -> int:
     for name in args.names or SUITE:
         ratios_now = measure(name)
         if not args.write and compare(ratios_now, committed):
-            again = measure(name)  # a single slow run is often due to other processes
+            again = measure(name)  # another process may have slowed down the first run
             ratios_now = {key: max(value, again[key]) for key, value in ratios_now.items()}
         measured |= ratios_now
         worse += compare(ratios_now, committed)

@@ -1,4 +1,4 @@
-"""Interleaved timing of alternatives, memory measurement and output of the benchmarks."""
+"""Functions that the benchmarks share: interleaved timing, memory measurement, and output."""
 
 import argparse
 import json
@@ -30,8 +30,8 @@ def parser_of(
     if device:
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if threads:
-        parser.add_argument("--threads", type=int, default=threads, help="of every process")
-    parser.add_argument("--repeats", type=int, default=repeats)
+        parser.add_argument("--threads", type=int, default=threads, help="threads per process (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="measurements per row (default: %(default)s)")
     parser.add_argument("--json", help="write the results to this file")
     return parser
 
@@ -75,41 +75,44 @@ def _spin() -> None:
         pass
 
 
-def interleaved(ways: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each function; calls alternate, after one call of each to warm up."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(repeats + 1):
-        for name, call in ways.items():
+def interleaved(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
+    """Return the median milliseconds of each function.
+
+    The first call of each function is a warm-up and is not measured. Then the functions are called in turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, call in functions.items():
             _wait(device)
             start = time.perf_counter()
             call()
             _wait(device)
-            if turn:
+            if repeat:
                 times[name].append((time.perf_counter() - start) * 1e3)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
 def grown(call: Callable[[], object], device: torch.device) -> float:
-    """Return the peak memory that a call adds to this process, or to the GPU, in MiB."""
+    """Return the increase of the peak memory of this process, or of the GPU, during a call, in MiB."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         call()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident size
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak of the resident set size
     before = _largest_resident()
     call()
     return _largest_resident() - before
 
 
 def _largest_resident() -> float:
-    """Return the peak of the resident size of this process in MiB (Linux)."""
+    """Return the peak resident set size of this process in MiB (Linux only)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
 
 
 def elsewhere(function: Callable, *arguments):
-    """Call a function in a new process and return its result, to measure memory from a clean start."""
+    """Call a function in a new process and return its result. Used to measure memory without earlier allocations."""
     context = get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_answer, args=(results, torch.get_num_threads(), function, arguments))

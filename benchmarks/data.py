@@ -1,11 +1,15 @@
-"""How many training pictures does a loader process read?
+"""Measure how many training images per second one process loads.
 
     python benchmarks/data.py [--json FILE]
 
-Photograph-like JPEGs of 683x512 pixels with ADE20K's labels, batches of two at the five short sides of ADE20K.
-Straightforward: Pillow decodes and resizes, numpy normalizes, float32 travels. Pixel-exact: the same numbers, but bytes
-travel and the device normalizes. Fast: PyTorch resizes bytes as well (DATASET.train_resize). First in one process with
-one thread, then through a loader with one worker; what the device does to the bytes is in neither.
+The images are synthetic JPEGs of 683x512 pixels. Batches have two images at the five short sides of ADE20K.
+
+- baseline: Pillow decodes and resizes, NumPy normalizes, the batch is float32.
+- pixel-exact: Pillow decodes and resizes, the batch is uint8 and is normalized on the device.
+- fast: as pixel-exact, but PyTorch resizes. This is the default of DATASET.train_resize.
+
+Each implementation runs in the main process with one thread, and then in a DataLoader with one worker. The
+normalization on the device is not measured.
 """
 
 from pathlib import Path
@@ -21,14 +25,14 @@ from torch.utils.data import DataLoader, Dataset
 from mit_semseg.dataset import TrainDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up
 
-WIDTH, HEIGHT, PICTURES, RATE = 683, 512, 16, 8
+WIDTH, HEIGHT, IMAGES, RATE = 683, 512, 16, 8
 CPU = torch.device("cpu")
 
 
-def write_pictures(folder: Path) -> None:
-    """Smooth pictures with some grain, and labels of large regions."""
+def write_images(folder: Path) -> None:
+    """Write smooth images with noise, and labels with large regions."""
     rng = np.random.default_rng(0)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         pixels = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC), np.float32)
         pixels = (pixels + rng.normal(0, 6, pixels.shape)).clip(0, 255).astype(np.uint8)
@@ -41,8 +45,8 @@ def write_pictures(folder: Path) -> None:
             image.save(folder / name / f"{number:02d}.{ending}")
 
 
-class Straightforward(Dataset):
-    """The plain way, with the order, sizes and flips of a training data set."""
+class Baseline(Dataset):
+    """Batches with the same images, sizes and flips as a training dataset, prepared with Pillow and NumPy."""
 
     def __init__(self, dataset: TrainDataset):
         self.dataset = dataset
@@ -66,36 +70,36 @@ class Straightforward(Dataset):
             x = (np.float32(image) / 255 - np.float32(MEAN)) / np.float32(STD)
             pairs.append((x.transpose(2, 0, 1), label.resize(size, Image.Resampling.NEAREST)))
         height, width = (round_up(max(x.shape[i] for x, _ in pairs), data.padding_constant) for i in (1, 2))
-        pictures = torch.zeros(len(pairs), 3, height, width)
+        images = torch.zeros(len(pairs), 3, height, width)
         labels = torch.full((len(pairs), height // RATE, width // RATE), -1, dtype=torch.long)
         for i, (x, label) in enumerate(pairs):
-            pictures[i, :, : x.shape[1], : x.shape[2]] = torch.from_numpy(x)
+            images[i, :, : x.shape[1], : x.shape[2]] = torch.from_numpy(x)
             padded = Image.new("L", (round_up(x.shape[2], RATE), round_up(x.shape[1], RATE)))
             padded.paste(label)
             small = padded.resize((padded.width // RATE, padded.height // RATE), Image.Resampling.NEAREST)
             labels[i, : small.height, : small.width] = torch.from_numpy(np.int64(small)) - 1
-        return {"img_data": pictures, "seg_label": labels}
+        return {"img_data": images, "seg_label": labels}
 
 
 def datasets(folder: Path) -> dict[str, Dataset]:
-    """The ways, by name."""
+    """Return the implementations by name."""
     values = {"imgSizes": (300, 375, 450, 525, 600), "imgMaxSize": 1000, "padding_constant": 8, "num_class": 150}
     made = {}
-    for how in ("pixel-exact", "fast"):
-        opt = SimpleNamespace(**values, segm_downsampling_rate=RATE, train_resize=how)
-        made[how] = TrainDataset(folder, ".", opt, batch_per_gpu=2)
-    return {"straightforward": Straightforward(made["pixel-exact"])} | {k: d.as_uint8() for k, d in made.items()}
+    for resize in ("pixel-exact", "fast"):
+        opt = SimpleNamespace(**values, segm_downsampling_rate=RATE, train_resize=resize)
+        made[resize] = TrainDataset(folder, ".", opt, batch_per_gpu=2)
+    return {"baseline": Baseline(made["pixel-exact"])} | {k: d.as_uint8() for k, d in made.items()}
 
 
 def main() -> None:
     parser = parser_of(__doc__, repeats=7, device=False, threads=None)
-    parser.add_argument("--batches", type=int, default=12, help="per turn")
+    parser.add_argument("--batches", type=int, default=12, help="batches per measurement (default: 12)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
     with TemporaryDirectory() as folder:
-        write_pictures(Path(folder))
-        ways = datasets(Path(folder))
+        write_images(Path(folder))
+        implementations = datasets(Path(folder))
 
         def read(dataset: Dataset) -> None:
             for number in range(args.batches):
@@ -105,14 +109,14 @@ def main() -> None:
             for _ in DataLoader(dataset, batch_size=None, sampler=range(args.batches * 4), num_workers=1):
                 pass
 
-        for where, work, count in (("in the process", read, 1), ("through a worker", load, 4)):
-            ms = interleaved({name: lambda d=d, f=work: f(d) for name, d in ways.items()}, CPU, args.repeats)
+        for where, work, count in (("in the main process", read, 1), ("in a worker", load, 4)):
+            ms = interleaved({name: lambda d=d, f=work: f(d) for name, d in implementations.items()}, CPU, args.repeats)
             for name, value in ms.items():
                 rows.append(
                     {
-                        "way": f"{name}, {where}",
-                        "pictures/s": 2e3 * args.batches * count / value,
-                        "times faster": ms["straightforward"] / value,
+                        "implementation": f"{name}, {where}",
+                        "images/s": 2e3 * args.batches * count / value,
+                        "times faster": ms["baseline"] / value,
                     }
                 )
     write(args.json, "data", CPU, rows)

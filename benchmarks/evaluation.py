@@ -1,11 +1,13 @@
-"""Time of an evaluation, from image files to scores and PNG files.
+"""Measure an evaluation, from image files to metrics and panels (PNG files).
 
     python benchmarks/evaluation.py [--json FILE]
 
-Synthetic images of 683x512 pixels, 150 classes, networks with random weights, a PNG file per image, one worker. The
-baseline prepares images with Pillow and NumPy, runs the network in float32 and channels first, resizes the logits of
-all classes to the image, averages softmax over the scales, takes the argmax and computes two histograms per image.
-Compared with `evaluate` as eval.py calls it, in float32 and bfloat16. Runs are interleaved.
+The images are synthetic and have 683x512 pixels. The networks have random weights and 150 classes. One worker loads the
+images.
+
+- baseline: Pillow and NumPy prepare the images. The network runs in float32 and channels first. The logits of all
+  classes are resized to the image, softmax is averaged over the scales, and histograms give the IoU.
+- ours: `evaluate` with the options of eval.py, in float32 or bfloat16.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from metrics_and_colors import CLASSES, color_by_class, histograms
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data import write_pictures
+from data import write_images
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
 from mit_semseg.evaluation import InferenceOptions, Predictor, evaluate
@@ -42,7 +44,7 @@ CASES = (
 CPU = torch.device("cpu")
 
 
-class Plain(Dataset):
+class BaselineDataset(Dataset):
     """Images and labels, prepared with Pillow and NumPy."""
 
     def __init__(self, dataset: ValDataset):
@@ -65,27 +67,27 @@ class Plain(Dataset):
         return {"img_ori": np.array(image), "img_data": scales, "seg_label": label}
 
 
-def straightforward(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
-    """Return intersections and unions."""
+def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
+    """Evaluate and write panels; return intersections and unions (2, CLASSES)."""
     totals = np.zeros((2, CLASSES))
-    loader = DataLoader(Plain(dataset), batch_size=None, num_workers=1)
+    loader = DataLoader(BaselineDataset(dataset), batch_size=None, num_workers=1)
     with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
         for number, item in enumerate(loader):
-            label, scores = np.asarray(item["seg_label"]), 0
+            label, probabilities = np.asarray(item["seg_label"]), 0
             for x in item["img_data"]:
                 logits = module.logits({"img_data": x})
                 resized = F.interpolate(logits, label.shape, mode="bilinear", align_corners=False)
-                scores = scores + resized.softmax(dim=1) / len(item["img_data"])
-            prediction = scores.argmax(dim=1)[0].numpy()
+                probabilities = probabilities + resized.softmax(dim=1) / len(item["img_data"])
+            prediction = probabilities.argmax(dim=1)[0].numpy()
             totals += histograms(prediction, label)
-            pictures = [np.asarray(item["img_ori"])]
-            pictures += [color_by_class(values, dataset.table.colors) for values in (label, prediction)]
-            Image.fromarray(np.concatenate(pictures, axis=1)).save(folder / f"{number}.png")
+            panel = [np.asarray(item["img_ori"])]
+            panel += [color_by_class(values, dataset.table.colors) for values in (label, prediction)]
+            Image.fromarray(np.concatenate(panel, axis=1)).save(folder / f"{number}.png")
     return totals
 
 
 def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
-    """`evaluate`, with a PNG file per image."""
+    """Call `evaluate` and write panels."""
     with ThreadPoolExecutor(2) as pool:
 
         def save(item, label_map):
@@ -97,36 +99,38 @@ def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
 
 def main() -> None:
     parser = parser_of(__doc__, device=False)
-    parser.add_argument("--pictures", type=int, default=4, help="per turn")
-    parser.add_argument("--cases", type=int, nargs="+", default=range(len(CASES)), help="which networks, by number")
+    parser.add_argument("--images", type=int, default=4, help="images per measurement (default: 4)")
+    parser.add_argument(
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="positions in `CASES` (default: all)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder)
+        write_images(folder)
         for encoder, decoder, sizes in (CASES[number] for number in args.cases):
             torch.manual_seed(0)
             enc = ModelBuilder.build_encoder(encoder, pretrained=False)
             dec = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=enc.out_channels)
             module = SegmentationModule(enc, dec, None).eval()
             opt = SimpleNamespace(imgSizes=sizes, imgMaxSize=1000, padding_constant=8, num_class=CLASSES)
-            dataset = ValDataset(folder, ".", opt, args.pictures)
+            dataset = ValDataset(folder, ".", opt, args.images)
             out = folder / "out"
             out.mkdir(exist_ok=True)
-            ways = {"straightforward": partial(straightforward, module, dataset, out)}
+            implementations = {"baseline": partial(baseline, module, dataset, out)}
             for precision in ("fp32", "bf16"):
                 predictor = Predictor(module, CPU, InferenceOptions(precision=precision))
-                ways[f"ours, {precision}"] = partial(ours, predictor, dataset, out)
-            ms = interleaved(ways, CPU, args.repeats)
+                implementations[f"ours, {precision}"] = partial(ours, predictor, dataset, out)
+            ms = interleaved(implementations, CPU, args.repeats)
             rows += [
                 {
                     "network": f"{encoder} + {decoder}, {len(sizes)} scale{'s' * (len(sizes) > 1)}",
-                    "way": way,
-                    "ms per picture": value / args.pictures,
-                    "times faster": ms["straightforward"] / value,
+                    "implementation": name,
+                    "ms per image": value / args.images,
+                    "times faster": ms["baseline"] / value,
                 }
-                for way, value in ms.items()
+                for name, value in ms.items()
             ]
     write(args.json, "evaluation", CPU, rows)
 

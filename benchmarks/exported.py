@@ -1,11 +1,13 @@
-"""How fast are exported networks, in float32 and in 8-bit integers, compared to PyTorch?
+"""Compare the speed of exported networks with PyTorch.
 
     python benchmarks/exported.py [--json FILE]
 
-Networks with random weights, one 512x688 image, logits resized to the image. PyTorch: the network as trained (eager,
-float32, channels first), and as prepared for inference in float32 and bfloat16. ONNX Runtime: the file of
-`python -m mit_semseg.export` and its int8 copy, calibrated with four synthetic images. All use the same number of
-threads and take turns.
+The networks have random weights. The input is one image of 512x688 pixels, the output are logits at the size of the
+image.
+
+- PyTorch, eager: the network in the form in which it is trained (float32, channels first).
+- PyTorch, prepared: the network as eval.py prepares it (fused batch norms, channels last), in float32 or bfloat16.
+- ONNX, ONNX int8: the files that `python -m mit_semseg.export --int8` writes, run with ONNX Runtime.
 """
 
 from pathlib import Path
@@ -16,7 +18,7 @@ import torch
 from common import interleaved, network_of, parser_of, write
 from roofline import INPUT
 
-from data import write_pictures
+from data import write_images
 from mit_semseg.cli.export import export
 from mit_semseg.cli.quantize import OnnxNetwork, quantize
 from mit_semseg.dataset import ValDataset
@@ -24,22 +26,22 @@ from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.models.layers import resize
 
 PAIRS = (("mobilenetv2dilated", "c1_deepsup"), ("resnet18dilated", "ppm_deepsup"), ("resnet50dilated", "ppm_deepsup"))
-CALIBRATION_IMAGES = 4  # their number does not change the time
+CALIBRATION_IMAGES = 4  # more images would not change the time of the network
 CPU = torch.device("cpu")
 
 
 def measure(encoder: str, decoder: str, folder: Path, dataset: ValDataset, repeats: int) -> dict:
-    """Return the time of the network in PyTorch, and how many times faster the other forms are."""
+    """Return one row of the table."""
     module, feed = network_of(encoder, decoder), {"img_data": torch.randn(1, 3, *INPUT)}
     path, int8_path = folder / f"{encoder}.onnx", folder / f"{encoder}.int8.onnx"
     export(module, path, kind="onnx", metadata={})
     quantize(path, int8_path, dataset)
     networks = {
-        "eager": module,
-        "inference": Predictor(module, CPU).network,
-        "bf16": Predictor(module, CPU, InferenceOptions(precision="bf16")).network,
-        "onnx": OnnxNetwork(path),
-        "onnx int8": OnnxNetwork(int8_path),
+        "PyTorch, eager": module,
+        "PyTorch, prepared": Predictor(module, CPU).network,
+        "PyTorch, prepared, bf16": Predictor(module, CPU, InferenceOptions(precision="bf16")).network,
+        "ONNX": OnnxNetwork(path),
+        "ONNX int8": OnnxNetwork(int8_path),
     }
 
     def call(network):
@@ -47,8 +49,9 @@ def measure(encoder: str, decoder: str, folder: Path, dataset: ValDataset, repea
 
     with torch.inference_mode():
         ms = interleaved({name: call(network) for name, network in networks.items()}, CPU, repeats)
-    ratios = {f"{name}, times faster": ms["eager"] / value for name, value in ms.items() if name != "eager"}
-    return {"network": f"{encoder} + {decoder}", "eager ms": ms["eager"], **ratios}
+    eager = ms.pop("PyTorch, eager")
+    ratios = {f"{name}, times faster": eager / value for name, value in ms.items()}
+    return {"network": f"{encoder} + {decoder}", "PyTorch, eager ms": eager, **ratios}
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder)
+        write_images(folder)
         options = SimpleNamespace(imgSizes=(512,), imgMaxSize=1000, padding_constant=8)
         dataset = ValDataset(name, name, options).subsample(CALIBRATION_IMAGES)
         rows = [measure(*pair, folder, dataset, args.repeats) for pair in PAIRS]

@@ -1,9 +1,9 @@
-"""How many files of the package does one call execute? A measure of how far a reader has to follow it.
+"""Count the files of the package that one call executes. A short call path is easier to follow.
 
     python benchmarks/files_crossed.py [-v]
 
-Builds the quick-start network with random weights and generated scenes, and records the files whose functions run in
-this process: in one training step, in `fit` with one step, in an evaluation, and in one call of a `Segmenter`.
+Uses the quick-start network with random weights and synthetic scenes. Records the files whose functions run in this
+process. The exit code is 1 if a call executes more files than allowed.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from mit_semseg.lib import opencv
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mit_semseg"
-LIMITS = {"train_step": 9, "fit, one step": 18, "evaluate": 12, "Segmenter(path)": 10}
+LIMITS = {"train_step": 9, "fit with one step": 18, "evaluate": 12, "Segmenter(path)": 10}  # allowed files
 
 
 def files_of(call: Callable[[], object]) -> list[str]:
@@ -44,7 +44,7 @@ def files_of(call: Callable[[], object]) -> list[str]:
 
 
 def measure(folder: Path) -> dict[str, list[str]]:
-    """Return the files of every call."""
+    """Return the executed files of every call."""
     write_dataset(folder / "data", train=8, val=2)
     changes = ["DATASET.root_dataset", folder / "data", "DATASET.classes", folder / "data/classes.csv", "DIR", folder]
     changes += ["TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1, "TRAIN.eval_epoch", 0]
@@ -58,11 +58,11 @@ def measure(folder: Path) -> dict[str, list[str]]:
     val_dataset, inference = build.build_val_dataset(cfg), build.inference_options(cfg)
     predictor = Predictor(module, device, inference)
     segmenter = Segmenter(module, val_dataset.table, cfg.DATASET, inference=inference)
-    opencv.getNumThreads()  # imports OpenCV
+    opencv.getNumThreads()  # import OpenCV before the measurement
     image = str(val_dataset.path(val_dataset.records[0], "fpath_img"))
     calls = {
         "train_step": lambda: trainer.train_step(moved, weights),
-        "fit, one step": lambda: trainers[1].fit(dataset),
+        "fit with one step": lambda: trainers[1].fit(dataset),
         "evaluate": lambda: evaluate(predictor, val_dataset),
         "Segmenter(path)": lambda: segmenter(image),
     }
@@ -70,20 +70,21 @@ def measure(folder: Path) -> dict[str, list[str]]:
 
 
 def build_run(cfg, module, dataset, folder: Path) -> tuple:
-    """Return optimizer, folder and options of a run."""
+    """Return optimizer, folder and options of a training run."""
     optimizer, options = build.build_training(cfg, module, dataset.num_sample, 1)
     return optimizer, RunFolder(folder), options
 
 
 def main() -> int:
-    """Print a table, with -v the names of the files; exit with 1 if a call crosses more files than allowed."""
+    """Print the table and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-v", "--verbose", action="store_true", help="print the names of the files")
     verbose = parser.parse_args().verbose
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder))
+    print("| call | files | allowed |\n| --- | --- | --- |")
     for name, files in result.items():
-        print(f"| {name} | {len(files)} | at most {LIMITS[name]} |")
+        print(f"| {name} | {len(files)} | {LIMITS[name]} |")
         if verbose:
             print("  " + "\n  ".join(files))
     return int(any(len(files) > LIMITS[name] for name, files in result.items()))

@@ -1,10 +1,10 @@
-"""How much memory do in-place norms save, and how much time do they cost?
+"""Measure memory and time of in-place batch norm.
 
     python benchmarks/inplace_abn.py [--device cuda] [--json FILE]
 
-A training step of ResNet-101 PSPNet with batch norm and ReLU, and with in-place activated batch norm. Memory is the
-size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers: those saved by
-the nodes of normalization and activation, and all.
+Compares a training step of ResNet-101 PSPNet with batch norm and ReLU, and with in-place activated batch norm. Memory
+is the size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers. The first
+column counts the normalization and activation layers only.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import NORMS
 
 VARIANTS = {"batch norm, ReLU": "batch", "in place": "inplace"}
-NODES = ("BatchNorm", "Relu", "InPlaceABN")  # parts of the names of normalization and activation nodes
+NODES = ("BatchNorm", "Relu", "InPlaceABN")  # substrings of the names of autograd nodes
 
 
 def build_network(norm: str, device: torch.device) -> SegmentationModule:
@@ -30,9 +30,9 @@ def build_network(norm: str, device: torch.device) -> SegmentationModule:
 
 
 def saved_bytes(module: nn.Module, batch: dict) -> dict[str, int]:
-    """Return the bytes that the graph of a training step saves."""
+    """Return the bytes that the autograd graph of a training step saves."""
     excluded = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
-    sizes: dict[str, dict[int, int]] = {"normalization and activation": {}, "everything": {}}
+    sizes: dict[str, dict[int, int]] = {"norm and activation": {}, "total": {}}
     stack, visited = [module(batch)[0].grad_fn], set()
     while stack:
         node = stack.pop()
@@ -43,9 +43,9 @@ def saved_bytes(module: nn.Module, batch: dict) -> dict[str, int]:
         for tensor in saved_tensors(node):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in excluded:
-                sizes["everything"][storage.data_ptr()] = storage.nbytes()
+                sizes["total"][storage.data_ptr()] = storage.nbytes()
                 if any(part in node.name() for part in NODES):
-                    sizes["normalization and activation"][storage.data_ptr()] = storage.nbytes()
+                    sizes["norm and activation"][storage.data_ptr()] = storage.nbytes()
     return {name: sum(storages.values()) for name, storages in sizes.items()}
 
 
@@ -71,8 +71,8 @@ def main() -> None:
     for name, norm in VARIANTS.items():
         module = build_network(norm, device)
         rows[name] = {
-            "what": name,
-            **{f"MiB, {what}": size / 2**20 for what, size in saved_bytes(module, batch).items()},
+            "case": name,
+            **{f"MiB, {part}": size / 2**20 for part, size in saved_bytes(module, batch).items()},
         }
 
         def step(module=module):
@@ -82,10 +82,10 @@ def main() -> None:
         steps[name] = step
     for name, ms in interleaved(steps, device, args.repeats).items():
         rows[name]["ms per step"] = ms
-    plain = next(iter(rows.values()))
+    baseline = dict(next(iter(rows.values())))
     for row in rows.values():
-        for kind, key in zip(("activations", "memory", "time"), [k for k in row if k != "what"], strict=True):
-            row[f"{kind} ratio"] = row[key] / plain[key]
+        for key in [key for key in baseline if key != "case"]:
+            row[f"{key}, ratio"] = row[key] / baseline[key]
     title = f"inplace_abn, ResNet-101 PSPNet, {args.batch}x3x{args.size}x{args.size}"
     write(args.json, title, device, list(rows.values()))
 

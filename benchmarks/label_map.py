@@ -1,10 +1,14 @@
-"""What does the way from logits to a label map cost, with and without the scores of all classes at the picture's size?
+"""Measure time and memory of computing a label map from logits.
 
     python benchmarks/label_map.py [--device cuda] [--json FILE]
 
-150 classes, a 512x683 picture, one scale (stride 8) and the five scales of ADE20K. Straightforward is: resize the
-logits of all classes to the picture, softmax, mean over the scales, arg-max. Both ways take turns; memory is the growth
-of the largest resident size in a fresh process (or, on a GPU, the largest allocation), with the result in it.
+There are 150 classes and an image of 512x683 pixels, with one scale or with the five scales of ADE20K. The logits have
+stride 8. They are random (noise), or as smooth and confident as those of a trained network (smooth).
+
+- baseline: resize the logits of all classes to the image, softmax, mean over the scales, argmax.
+- ours: `label_map_from_logits`, which does not store probabilities of all classes at the size of the image.
+
+Memory is the increase of the peak memory in a new process during one call, including the label map.
 """
 
 from functools import partial
@@ -20,24 +24,25 @@ from mit_semseg.evaluation.label_map import label_map_from_logits
 SHORT_SIDES, LONGEST, STRIDE = (300, 375, 450, 525, 600), 1000, 8
 
 
-def straightforward(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """The plain way."""
+def baseline(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return the label map (H, W) of logits (C, h, w), one per scale."""
     total = 0
     for x in logits:
         total = total + F.interpolate(x[None], size, mode="bilinear", align_corners=False).softmax(dim=1)
     return (total / len(logits)).argmax(dim=1)[0]
 
 
-WAYS = {"straightforward": straightforward, "ours": label_map_from_logits}
+IMPLEMENTATIONS = {"baseline": baseline, "ours": label_map_from_logits}
 
 
 def make_logits(
     kind: str, classes: int, size: tuple[int, int], scales: int, device: str, resized: bool = False
 ) -> list[Tensor]:
-    """Noise, or maps as smooth and as certain as a trained network's.
+    """Return logits (classes, h, w), one per scale.
 
     Args:
-        scales: the last so many of ADE20K's; one is the picture's own size, unless it is `resized`, too.
+        kind: "noise" or "smooth", see the module docstring.
+        scales: number of scales of ADE20K, largest ones. 1 is the size of the image, unless `resized` is set.
     """
     generator, logits = torch.Generator().manual_seed(0), []
     for short in SHORT_SIDES[-scales:] if scales > 1 or resized else (min(size),):
@@ -53,12 +58,12 @@ def make_logits(
     return logits
 
 
-def memory(way: str, arguments: tuple, size: tuple[int, int]) -> float:
-    """MiB that one call adds, in this process."""
+def memory(name: str, arguments: tuple, size: tuple[int, int]) -> float:
+    """Return the MiB that one call of an implementation adds to this process."""
     logits = make_logits(*arguments)
     small = [x[:2, :4, :4].contiguous() for x in logits]
-    WAYS[way](small, (8, 8))  # whatever is loaded at the first call
-    return grown(lambda: WAYS[way](logits, size), logits[0].device)
+    IMPLEMENTATIONS[name](small, (8, 8))  # libraries are loaded at the first call
+    return grown(lambda: IMPLEMENTATIONS[name](logits, size), logits[0].device)
 
 
 def main() -> None:
@@ -69,20 +74,20 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     size, device, rows = tuple(args.size), torch.device(args.device), []
     for scales in (1, len(SHORT_SIDES)):
-        for kind in ("noise", "trained"):
+        for kind in ("noise", "smooth"):
             arguments = kind, args.classes, size, scales, args.device
             logits = make_logits(*arguments)
-            ways = {name: partial(way, logits, size) for name, way in WAYS.items()}
-            ms = interleaved(ways, device, args.repeats)
-            mib = {name: elsewhere(memory, name, arguments, size) for name in WAYS}
-            differ = (ways["ours"]() != ways["straightforward"]()).sum().item()
+            calls = {name: partial(function, logits, size) for name, function in IMPLEMENTATIONS.items()}
+            ms = interleaved(calls, device, args.repeats)
+            mib = {name: elsewhere(memory, name, arguments, size) for name in IMPLEMENTATIONS}
+            different = (calls["ours"]() != calls["baseline"]()).sum().item()
             rows.append(
                 {
                     "logits": f"{kind}, {scales} scale{'s' * (scales > 1)}",
                     **{f"{name} ms": value for name, value in ms.items()},
-                    "times faster": ms["straightforward"] / ms["ours"],
+                    "times faster": ms["baseline"] / ms["ours"],
                     **{f"{name} MiB": value for name, value in mib.items()},
-                    "pixels that differ": differ,
+                    "different pixels": different,
                 }
             )
     write(args.json, f"label_map, {args.classes} classes, {size[0]}x{size[1]}", device, rows)

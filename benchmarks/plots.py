@@ -1,10 +1,9 @@
-"""How do time and memory from logits to a label map grow with image size, classes and scales?
+"""Plot time and memory of computing a label map from logits, by image size, classes and scales.
 
     python benchmarks/plots.py [--device cuda] [--out docs/images/label_map_costs.png] [--json FILE]
 
-Time (median, taking turns) and memory (one call in a new process) of the straightforward implementation and of ours,
-see label_map.py: images of 0.1 to 24 megapixels, 2 to 1,000 classes, 1 to 5 scales. Logits have stride 8 at the scales
-of ADE20K. The straightforward implementation is omitted where it would need more than `--max-memory` MiB.
+Compares the baseline and our implementation of label_map.py for images of 0.1 to 24 megapixels, 2 to 1,000 classes and
+1 to 5 scales. The baseline is omitted where it would need more than `--max-memory` MiB.
 """
 
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 from common import elsewhere, hardware, interleaved, parser_of, write
-from label_map import SHORT_SIDES, WAYS, make_logits, memory
+from label_map import IMPLEMENTATIONS, SHORT_SIDES, make_logits, memory
 from matplotlib.figure import Figure
 
 SIZE, CLASSES = (512, 683), 150
@@ -24,7 +23,7 @@ SWEEPS = {
     "classes": [(c, SIZE, c) for c in (2, 19, 60, 150, 400, 1000)],
     "scales": [(s, SIZE, CLASSES) for s in range(1, 1 + len(SHORT_SIDES))],
 }
-COLORS = {"straightforward": "tab:red", "ours": "tab:blue"}
+COLORS = {"baseline": "tab:red", "ours": "tab:blue"}
 
 
 def measure(sweep: str, max_memory: float, repeats: int, device: torch.device) -> list[dict]:
@@ -32,12 +31,12 @@ def measure(sweep: str, max_memory: float, repeats: int, device: torch.device) -
     rows = []
     for x, size, classes in SWEEPS[sweep]:
         for scales in (x,) if sweep == "scales" else (1, len(SHORT_SIDES)):
-            # Logits, their softmax and, with several scales, the sum.
+            # The baseline stores the resized logits, their softmax and, with several scales, the sum.
             large = 4 * size[0] * size[1] * classes * (2 + (scales > 1)) / 2**20 > max_memory
-            names = ["ours"] if large else list(WAYS)
-            arguments = "trained", classes, size, scales, device.type, True
+            names = ["ours"] if large else list(IMPLEMENTATIONS)
+            arguments = "smooth", classes, size, scales, device.type, True
             logits = make_logits(*arguments)
-            ms = interleaved({name: partial(WAYS[name], logits, size) for name in names}, device, repeats)
+            ms = interleaved({name: partial(IMPLEMENTATIONS[name], logits, size) for name in names}, device, repeats)
             for name in names:
                 mib = elsewhere(memory, name, arguments, size)
                 rows.append(
@@ -88,7 +87,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, repeats=3)
-    parser.add_argument("--max-memory", type=float, default=6000, help="of the straightforward implementation, in MiB")
+    parser.add_argument("--max-memory", type=float, default=6000, help="limit of the baseline in MiB (default: 6000)")
     parser.add_argument("--out", default="docs/images/label_map_costs.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,10 +1,10 @@
-"""Measure `pyramid.conv_over_pyramid` against resizing, concatenating and convolving.
+"""Compare `pyramid.conv_over_pyramid` with resizing, concatenating and convolving (baseline).
 
     python benchmarks/pyramid.py [--device cuda] [--contiguous] [--busy CORES] [--json FILE]
 
-Compares the convolutions of PPM (feature map and pooled maps) and of UPerNet (maps of a feature pyramid), and whole
-networks, in inference and in training. For convolutions the table shows the saving in multiplications for the largest
-of the smaller maps; networks resize a map if it saves less than `pyramid.MIN_SAVING`.
+Measures single convolutions, as in PPM and UPerNet, and whole networks, in inference and in training. For convolutions,
+the second column is the number of multiplications of the baseline divided by that of `conv_over_pyramid`, for the
+largest of the smaller maps. Inside a network, a map is resized if this number is below `pyramid.MIN_SAVING`.
 """
 
 from unittest import mock
@@ -17,17 +17,16 @@ from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 from mit_semseg.models.layers import POOL_SCALES
 
-WIDTH = 512
-FUNCTIONS = {"plain": pyramid.conv_over_resized, "ours": pyramid.conv_over_pyramid}
-# name, channels and size of the largest map, sizes of the smaller ones
+WIDTH = 512  # channels of the smaller maps and of the output
+FUNCTIONS = {"baseline": pyramid.conv_over_resized, "ours": pyramid.conv_over_pyramid}
 POOLED = [(bins, bins) for bins in POOL_SCALES]
-CONVOLUTIONS = [
+CONVOLUTIONS = [  # name, channels and size of the largest map, sizes of the smaller maps
     *((f"PPM, {c} channels", c, size, POOLED) for c, size in ((2048, (64, 86)), (320, (64, 86)), (320, (12, 12)))),
     ("PPM, 320 channels", 320, (6, 6), POOLED),
     ("UPerNet", WIDTH, (96, 128), [(48, 64), (24, 32), (12, 16)]),
-    ("UPerNet, second map only", WIDTH, (96, 128), [(48, 64)]),
-    ("a third of the side", WIDTH, (96, 128), [(32, 43)]),
-    ("two thirds of the side", WIDTH, (96, 128), [(64, 86)]),
+    ("one smaller map (1/2)", WIDTH, (96, 128), [(48, 64)]),
+    ("one smaller map (1/3)", WIDTH, (96, 128), [(32, 43)]),
+    ("one smaller map (2/3)", WIDTH, (96, 128), [(64, 86)]),
 ]
 NETWORKS = (
     ("mobilenetv2dilated", "ppm_deepsup"),
@@ -38,7 +37,7 @@ NETWORKS = (
 
 
 def convolution(function, channels: int, size: tuple, smaller: list, training: bool, device: torch.device, layout):
-    """Return the function to measure and the saving in multiplications."""
+    """Return the function to measure and the ratio of multiplications, see the module docstring."""
     torch.manual_seed(0)
     conv = nn.Conv2d(channels + len(smaller) * WIDTH, WIDTH, 3, padding=1, bias=False)
     conv = conv.to(device, memory_format=layout)
@@ -80,8 +79,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="do not measure training")
-    parser.add_argument("--contiguous", action="store_true", help="contiguous memory format (default: channels_last)")
-    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="number of cores kept busy meanwhile")
+    parser.add_argument("--contiguous", action="store_true", help="contiguous memory format (default: channels last)")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="cores to keep busy with other processes")
     args = parser.parse_args()
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)
@@ -91,7 +90,8 @@ def main() -> None:
         ms = interleaved(steps, device, args.repeats)
         times = {f"{key} ms": value for key, value in ms.items()}
         name = f"{name}, {'training' if training else 'inference'}"
-        rows.append({"name": name, "saving": saving, **times, "speedup": ms["plain"] / ms["ours"]})
+        row = {"case": name, "multiplications, baseline / ours": saving, **times}
+        rows.append({**row, "times faster": ms["baseline"] / ms["ours"]})
 
     with busy(args.busy):
         for training in (False,) if args.inference else (False, True):

@@ -1,9 +1,9 @@
-"""Operations per second of networks in inference, as a fraction of a matrix product's.
+"""Compare the operations per second of networks in inference with those of a matrix product.
 
     python benchmarks/roofline.py [--device cuda] [--json FILE]
 
-Operations (a multiplication and an addition are two) are counted by PyTorch for an image of 512x688. The limit is a
-matrix product of 2048x2048 in the same precision, measured in the same run.
+PyTorch counts the operations for an image of 512x688; a multiplication and an addition are two operations. The
+reference is the product of two 2048x2048 matrices in the same precision, measured in the same run.
 """
 
 import torch
@@ -25,22 +25,22 @@ INPUT, SIDE = (512, 688), 2048
 
 @torch.inference_mode()
 def row_of(module: SegmentationModule, precision: str, device: torch.device, repeats: int) -> dict:
-    """Return operations, time and fraction of the limit."""
+    """Return one row of the table."""
     network = Predictor(module, device, InferenceOptions(precision=precision)).network
     feed = {"img_data": torch.randn(1, 3, *INPUT, device=device)}
     matrix = torch.randn(SIDE, SIDE, device=device).to(PRECISIONS[precision])
     with FlopCounterMode(display=False) as counter:
         network.logits(feed)
     ms = interleaved({"network": lambda: network.logits(feed), "product": lambda: matrix @ matrix}, device, repeats)
-    count, limit = counter.get_total_flops(), 2 * SIDE**3
-    reached, possible = count / ms["network"] / 1e6, limit / ms["product"] / 1e6
+    count = counter.get_total_flops()
+    speed, reference = count / ms["network"] / 1e6, 2 * SIDE**3 / ms["product"] / 1e6
     return {
         "precision": precision,
-        "operations, 10^9": count / 1e9,
+        "10^9 operations": count / 1e9,
         "ms": ms["network"],
-        "10^9 per second": reached,
-        "of matrix products": possible,
-        "fraction": reached / possible,
+        "10^9 operations/s": speed,
+        "matrix product, 10^9 operations/s": reference,
+        "fraction": speed / reference,
     }
 
 

@@ -1,10 +1,10 @@
-"""How long does it take until something happens?
+"""Measure the start-up time of the package and of test.py.
 
     python benchmarks/startup.py [--json FILE]
 
-Fresh processes that take turns: one that imports torch, one that imports every part of the package with it, one that
-loads the weights of MobileNetV2 + C1 and runs the network once, and `test.py` on one picture (one scale). What the
-package adds is the second less the first; what the script adds is the last less the third.
+Every measurement starts a new Python process. The first row compares importing torch and all parts of the package with
+importing torch. The second row compares running test.py for one image with a minimal script that loads the same weights
+and runs the network once.
 """
 
 import subprocess
@@ -44,13 +44,13 @@ def main() -> None:
         torch.save(encoder.state_dict(), f"{folder}/encoder_epoch_20.pth")
         torch.save(decoder.state_dict(), f"{folder}/decoder_epoch_20.pth")
         pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(f"{folder}/picture.jpg")
+        Image.fromarray(pixels).save(f"{folder}/image.jpg")
         options = ["DIR", folder, "TEST.result", f"{folder}/out", "DATASET.imgSizes", "300"]
         commands = {
-            "torch": ["-c", "import torch"],
-            "torch and the package": ["-c", EVERYTHING],
-            "weights and network": ["-c", NETWORK, folder],
-            "test.py": ["test.py", "--imgs", f"{folder}/picture.jpg", "--cfg", CONFIG, "--gpu", "cpu", *options],
+            "import torch": ["-c", "import torch"],
+            "import torch and the package": ["-c", EVERYTHING],
+            "minimal script": ["-c", NETWORK, folder],
+            "test.py": ["test.py", "--imgs", f"{folder}/image.jpg", "--cfg", CONFIG, "--gpu", "cpu", *options],
         }
 
         def call(command: list[str]) -> None:
@@ -59,11 +59,14 @@ def main() -> None:
         cpu = torch.device("cpu")
         ms = interleaved({name: lambda c=c: call(c) for name, c in commands.items()}, cpu, args.repeats)
     rows = [
-        {"what": what, "ms": ms[whole], "beyond it, ms": ms[whole] - ms[part], "ratio": ms[whole] / ms[part]}
-        for what, whole, part in (
-            ("importing the package, beside torch", "torch and the package", "torch"),
-            ("test.py, beside weights and network", "test.py", "weights and network"),
-        )
+        {
+            "case": case,
+            "reference": reference,
+            "ms": ms[case],
+            "difference, ms": ms[case] - ms[reference],
+            "ratio": ms[case] / ms[reference],
+        }
+        for case, reference in (("import torch and the package", "import torch"), ("test.py", "minimal script"))
     ]
     write(args.json, "startup", cpu, rows)
 

@@ -1,12 +1,15 @@
-"""How much slower is synchronized batch norm than plain batch norm?
+"""Compare synchronized batch norm with batch norm that uses local statistics (baseline).
 
     python benchmarks/sync_bn.py [--device cuda] [--json FILE]
 
-Two ranks (gloo on the CPU, NCCL with one GPU per rank) run forward and backward passes on half of the batch each: one
-layer at several map sizes, and a training step of ResNet-50. The baseline is plain batch norm with local statistics on
-the same ranks; the ratio is synchronized / plain. For the training step, "collectives only" is plain batch norm plus
-collectives of the same number and size whose results are not used, which is the cost of communication. Then the same
-step on two replicas of one process (on the CPU, or on two GPUs).
+Two ranks run the forward and backward pass of one layer at several map sizes, and a training step of ResNet-50. They
+use gloo on the CPU, or NCCL with one GPU per rank.
+
+- ratio: time of synchronized batch norm / time of the baseline.
+- ratio, collectives only: time of the baseline with as many collectives of the same size, whose results are not used /
+  time of the baseline. This is the cost of the communication.
+
+Then the training step is measured with two replicas in one process (on the CPU, or on two GPUs).
 """
 
 import argparse
@@ -34,7 +37,7 @@ def _make_layer_step(kind: type[nn.Module], shape: tuple[int, ...], device: torc
 
 
 class _UnusedCollectives(torch.autograd.Function):
-    """Identity with one all-reduce in the forward and one in the backward pass."""
+    """Identity that performs one all-reduce in the forward pass and one in the backward pass."""
 
     @staticmethod
     def forward(ctx, x, count):
@@ -85,13 +88,13 @@ def run_rank(rank: int, count: int, args: argparse.Namespace) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=count)
     cases = {
-        f"layer {'x'.join(map(str, shape))}": {
-            "plain": _make_layer_step(nn.BatchNorm2d, shape, device),
+        f"one layer, {'x'.join(map(str, shape))}": {
+            "baseline": _make_layer_step(nn.BatchNorm2d, shape, device),
             "synchronized": _make_layer_step(SynchronizedBatchNorm2d, shape, device),
         }
         for shape in SHAPES
     }
-    kinds = "plain", "collectives only", "synchronized"
+    kinds = "baseline", "collectives only", "synchronized"
     cases[f"ResNet-50 step, 2x3x{args.size}x{args.size}"] = {
         kind: _make_network_step(kind, args.size, [device]) for kind in kinds
     }
@@ -103,13 +106,13 @@ def run_rank(rank: int, count: int, args: argparse.Namespace) -> None:
 
 def _measure(name: str, steps: dict, device: torch.device, repeats: int) -> dict:
     ms = interleaved(steps, device, repeats)
-    ratio = ms["synchronized"] / ms["plain"]
+    baseline, synchronized = ms.pop("baseline"), ms.pop("synchronized")
     return {
-        "what": name,
-        "plain ms": ms["plain"],
-        "synchronized ms": ms["synchronized"],
-        "ratio": ratio,
-        "collectives only": ms["collectives only"] / ms["plain"] if "collectives only" in ms else "",
+        "case": name,
+        "baseline ms": baseline,
+        "synchronized ms": synchronized,
+        "ratio": synchronized / baseline,
+        "ratio, collectives only": ms["collectives only"] / baseline if ms else "",
     }
 
 
@@ -117,8 +120,9 @@ def run_replicas(args: argparse.Namespace) -> None:
     """Run the training step on two replicas of this process."""
     torch.set_num_threads(args.threads)
     devices = [torch.device("cuda", i) if args.device == "cuda" else torch.device("cpu") for i in range(2)]
-    steps = {kind: _make_network_step(kind, args.size, devices) for kind in ("plain", "synchronized")}
+    steps = {kind: _make_network_step(kind, args.size, devices) for kind in ("baseline", "synchronized")}
     row = _measure(f"ResNet-50 step, 2 x 2x3x{args.size}x{args.size}", steps, devices[0], args.repeats)
+    del row["ratio, collectives only"]
     path = args.json if args.only else args.json and f"{args.json}.replicas"
     write(path, "sync_bn, 2 replicas of one process", devices[0], [row])
 

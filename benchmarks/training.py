@@ -1,12 +1,16 @@
-"""What does a training step cost, in time and memory?
+"""Measure time and memory of a training step.
 
     python benchmarks/training.py [--device cuda] [--json FILE]
 
-Networks of random weights, two pictures per step. Straightforward: float32, channels first, the pyramid resized and
-concatenated, log-softmax and NLL loss, the optimizer parameter by parameter. Ours: channels last, the pyramid folded,
-cross entropy from the logits, the fused optimizer; in float32 and with bfloat16 (TRAIN.amp); and with the encoder's
-blocks under activation checkpointing. The ways take turns; memory is the growth of the largest resident size in a fresh
-process (or, on a GPU, the largest allocation) with network, optimizer and two steps.
+The networks have random weights, and a step has two images.
+
+- baseline: float32, channels first, pyramid maps resized and concatenated, log-softmax and NLL loss, and an optimizer
+  that updates the parameters one by one.
+- float32, bfloat16: our implementation, in float32 or with TRAIN.amp bf16: channels last, `conv_over_pyramid`, cross
+  entropy from logits, and a fused optimizer.
+- bfloat16, activation checkpointing: with TRAIN.activation_checkpointing in addition.
+
+Memory is the increase of the peak memory in a new process, with network, optimizer and two steps.
 """
 
 from contextlib import nullcontext
@@ -27,45 +31,45 @@ PAIRS = (
     ("resnet50dilated", "ppm_deepsup"),
     ("hrnetv2", "c1"),
 )
-RATE = 8  # of the label
+RATE = 8  # downsampling rate of the label
 
 
 @dataclass(frozen=True)
-class Way:
-    """How a step is computed."""
+class Implementation:
+    """How a step is computed; the defaults are our implementation in float32."""
 
     ours: bool = True
     amp: bool = False
-    recomputed: bool = False
+    checkpointing: bool = False
 
 
-WAYS = {
-    "straightforward": Way(ours=False),
-    "float32": Way(),
-    "bfloat16": Way(amp=True),
-    "bfloat16, recomputed": Way(amp=True, recomputed=True),
+IMPLEMENTATIONS = {
+    "baseline": Implementation(ours=False),
+    "float32": Implementation(),
+    "bfloat16": Implementation(amp=True),
+    "bfloat16, activation checkpointing": Implementation(amp=True, checkpointing=True),
 }
 
 
 class LogSoftmaxLoss(nn.NLLLoss):
-    """The plain loss, over log-probabilities."""
+    """Baseline loss: over log-probabilities, without `of_logits`."""
 
 
 class Step:
-    """A network, its optimizer and a batch; a call is a training step."""
+    """Network, optimizer and batch. A call performs one training step."""
 
-    def __init__(self, encoder: str, decoder: str, way: Way, size: tuple[int, int], device: torch.device):
+    def __init__(self, encoder: str, decoder: str, how: Implementation, size: tuple[int, int], device: torch.device):
         torch.manual_seed(0)
         enc = ModelBuilder.build_encoder(encoder, pretrained=False)
         dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
-        crit = build_loss() if way.ours else LogSoftmaxLoss(ignore_index=-1)
-        self.module, self.way, self.device = SegmentationModule(enc, dec, crit, 0.4).to(device).train(), way, device
+        crit = build_loss() if how.ours else LogSoftmaxLoss(ignore_index=-1)
+        self.module, self.how, self.device = SegmentationModule(enc, dec, crit, 0.4).to(device).train(), how, device
         height, width = size
         self.feed = {
             "img_data": torch.randn(2, 3, height, width, device=device),
             "seg_label": torch.randint(-1, 150, (2, height // RATE, width // RATE), device=device),
         }
-        if way.ours:
+        if how.ours:
             self.module.to(memory_format=torch.channels_last)
             self.feed["img_data"] = self.feed["img_data"].contiguous(memory_format=torch.channels_last)
             self.optimizer = build_optimizer(self.module.encoder, self.module.decoder)
@@ -73,21 +77,21 @@ class Step:
             self.optimizer = torch.optim.SGD(
                 self.module.parameters(), 0.02, momentum=0.9, weight_decay=1e-4, foreach=False
             )
-        if way.recomputed:
+        if how.checkpointing:
             enable_activation_checkpointing(self.module.encoder)
 
     def __call__(self) -> None:
-        plain = mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized)
+        baseline = mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized)
         self.optimizer.zero_grad(set_to_none=True)
-        with nullcontext() if self.way.ours else plain:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.way.amp):
+        with nullcontext() if self.how.ours else baseline:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.how.amp):
                 loss, _ = self.module(self.feed)
             loss.backward()
         self.optimizer.step()
 
 
 def memory(*arguments) -> float:
-    """MiB that a network, its optimizer and two steps take, in this process."""
+    """Return the MiB that network, optimizer and two steps add to this process."""
 
     def train() -> None:
         step = Step(*arguments)
@@ -100,25 +104,27 @@ def memory(*arguments) -> float:
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(448, 600), metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument("--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="which networks, by number")
+    parser.add_argument(
+        "--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="positions in `PAIRS` (default: all)"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device, size, rows = torch.device(args.device), tuple(args.size), []
     for pair in (PAIRS[number] for number in args.pairs):
-        steps = {name: Step(*pair, way, size, device) for name, way in WAYS.items()}
+        steps = {name: Step(*pair, how, size, device) for name, how in IMPLEMENTATIONS.items()}
         ms = interleaved(steps, device, args.repeats)
         del steps
-        mib = {name: elsewhere(memory, *pair, way, size, device) for name, way in WAYS.items()}
+        mib = {name: elsewhere(memory, *pair, how, size, device) for name, how in IMPLEMENTATIONS.items()}
         rows += [
             {
                 "network": " + ".join(pair),
-                "way": name,
+                "implementation": name,
                 "ms": ms[name],
                 "MiB": mib[name],
-                "times faster": ms["straightforward"] / ms[name],
-                "memory ratio": mib[name] / mib["straightforward"],
+                "times faster": ms["baseline"] / ms[name],
+                "memory ratio": mib[name] / mib["baseline"],
             }
-            for name in WAYS
+            for name in IMPLEMENTATIONS
         ]
     write(args.json, f"training, 2x3x{size[0]}x{size[1]}", device, rows)
 

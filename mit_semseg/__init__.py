@@ -5,7 +5,7 @@ __all__ = ["Segmenter", "__version__"]
 
 
 def __getattr__(name: str):
-    # Imported when it is asked for: `import mit_semseg` alone loads nothing.
+    # Imported on first access, so that `import mit_semseg` is fast.
     if name == "Segmenter":
         from .predict.segmenter import Segmenter
 

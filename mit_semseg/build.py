@@ -5,6 +5,7 @@ Nothing below this module reads the configuration.
 
 import logging
 import math
+from contextlib import suppress
 from dataclasses import fields
 
 import torch
@@ -27,10 +28,10 @@ from .models.weight_files import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-# Options stored in checkpoints, except those that only say how a run starts.
+# Sections and options stored in checkpoints. START_KEYS are not stored: they only say how a run starts.
 RUN_SECTIONS = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
 START_KEYS = ("TRAIN.resume", "TRAIN.start_epoch")
-COMPILE_MULTIPLE = 64  # of the sides of batches, so that the network is compiled for few sizes
+COMPILE_MULTIPLE = 64  # TRAIN.compile pads batches to multiples of this, so that few sizes are compiled
 
 
 def build_module(
@@ -39,21 +40,20 @@ def build_module(
     """Build the network on a device.
 
     Args:
-        cfg: configuration.
-        device: for the network.
-        checkpoint: suffix of trained weights in DIR, e.g. `epoch_20.pth`, or a file; the weights of a published model
-            are downloaded if they do not exist. None for training: the MODEL options choose the initial weights.
-        resumed: the weights will be restored from a checkpoint, so do not load initial ones.
+        checkpoint: suffix of trained weights in DIR, e.g. `epoch_20.pth`, or a file. Missing weights of a published
+            model are downloaded. None for training: MODEL options select the initial weights.
+        resumed: load no initial weights, because a checkpoint will be restored.
 
     Raises:
-        UserError: weights do not exist or do not fit, or an option does not suit the device.
+        UserError: weights do not exist or do not fit, or the device does not support an option.
     """
     if not checkpoint:
-        _check_training_device(cfg, device)
-        if resumed:
-            return _assemble(cfg, pretrained=False).to(device)
-        files = cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder
-        return _assemble(cfg, files, pretrained=cfg.MODEL.pretrained).to(device)
+        if cfg.MODEL.norm == "inplace" and device.type == "mps":
+            raise UserError("MODEL.norm inplace needs float64, which mps does not support; set MODEL.norm sync")
+        if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
+            raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
+        files = ("", "") if resumed else (cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder)
+        return _assemble(cfg, files, pretrained=cfg.MODEL.pretrained and not resumed).to(device)
     folder = RunFolder(cfg.DIR)
     if name := _missing_published(cfg, folder, checkpoint):
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
@@ -61,12 +61,12 @@ def build_module(
     files = tuple(map(str, folder.weight_files(checkpoint)))
     with folder.naming_checkpoints():
         if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(files[0])):
-            raise UserError(f"{files[0]} was not trained with MODEL.norm inplace: set MODEL.norm sync")
+            raise UserError(f"{files[0]} was not trained with MODEL.norm inplace; set MODEL.norm sync")
         return _assemble(cfg, files, pretrained=False).to(device)
 
 
 def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
-    """Name of the published model that the configuration describes if its weights are not in DIR, else ''."""
+    """Return the name of the configured published model if DIR does not have its weights, else ''."""
     name, exists = folder.folder.name, [folder.path(part, checkpoint).is_file() for part in ("encoder", "decoder")]
     if any(exists) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
         return ""
@@ -75,15 +75,8 @@ def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
     return name if all(cfg.option(key) == published.option(key) for key in keys) else ""
 
 
-def _check_training_device(cfg: Config, device: torch.device) -> None:
-    if cfg.MODEL.norm == "inplace" and device.type == "mps":
-        raise UserError("MODEL.norm inplace computes in float64, which mps does not support: set MODEL.norm sync")
-    if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
-        raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
-
-
-def _assemble(cfg: Config, files: tuple[str, str] = ("", ""), *, pretrained: bool) -> SegmentationModule:
-    """Build encoder, decoder and loss; load weights from the files of encoder and decoder."""
+def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> SegmentationModule:
+    """Build encoder, decoder and loss. `files` are the weight files of encoder and decoder, '' for no file."""
     model, train, norm = cfg.MODEL, cfg.TRAIN, NORMS[cfg.MODEL.norm]
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
@@ -94,8 +87,8 @@ def _assemble(cfg: Config, files: tuple[str, str] = ("", ""), *, pretrained: boo
     )
     if model.fc_dim not in (OPTIONS["MODEL.fc_dim"].default, encoder.out_channels[-1]):
         raise UserError(
-            f"MODEL.fc_dim {model.fc_dim}: {model.arch_encoder} has {encoder.out_channels[-1]} channels; set this "
-            f"number, or remove the option"
+            f"MODEL.fc_dim {model.fc_dim} does not match {model.arch_encoder}, which has {encoder.out_channels[-1]} "
+            f"output channels; set MODEL.fc_dim {encoder.out_channels[-1]} or remove the option"
         )
     decoder = ModelBuilder.build_decoder(
         model.arch_decoder,
@@ -111,31 +104,25 @@ def _assemble(cfg: Config, files: tuple[str, str] = ("", ""), *, pretrained: boo
         class_weights=train.class_weights,
         label_smoothing=train.label_smoothing,
         ohem_threshold=train.ohem_threshold,
-        ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # pixels of the label
+        ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # at label resolution
     )
     return SegmentationModule(encoder, decoder, loss, train.deep_sup_scale)
 
 
 def inference_options(cfg: Config) -> InferenceOptions:
-    """Return the options of inference."""
-    inference = cfg.INFERENCE
-    size = (inference.window_size,) * 2 if isinstance(inference.window_size, int) else tuple(inference.window_size)
-    return InferenceOptions(
-        flip=inference.flip,
-        window_size=size if all(size) else None,
-        window_overlap=inference.window_overlap,
-        precision=inference.precision,
-        compile=inference.compile,
-    )
+    """Return the INFERENCE options."""
+    size = cfg.INFERENCE.window_size
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    return InferenceOptions(**{**cfg.INFERENCE, "window_size": size if all(size) else None})
 
 
 def load_options(cfg: Config, batch_size: int, local_size: int) -> LoadOptions:
-    """Return the options of loading images for inference."""
+    """Return the options for loading images; `local_size` processes on this machine load at the same time."""
     return LoadOptions(batch_size, cfg.TRAIN.workers, cfg.RUNTIME.timeout, local_size)
 
 
 def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
-    """Return the validation set, its first `max_images` images if not 0."""
+    """Return the validation set, or its first `max_images` images."""
     return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET, max_images or -1)
 
 
@@ -150,11 +137,11 @@ def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
 def build_training(
     cfg: Config, module: SegmentationModule, images: int, batches: int
 ) -> tuple[torch.optim.Optimizer, TrainingOptions]:
-    """Return optimizer and options of a training run; freeze, compile and lay out the network as configured.
+    """Set memory format, frozen layers and compilation of a network; return the optimizer and the training options.
 
     Args:
-        images: in the training set; TRAIN.epoch_iters 0 is one pass over them.
-        batches: per step, over all devices and ranks.
+        images: number of training images; with TRAIN.epoch_iters 0, an epoch is one pass over them.
+        batches: number of batches per step, on all devices and ranks together.
     """
     train = cfg.TRAIN
     if train.channels_last:
@@ -185,23 +172,17 @@ def build_training(
 
 
 def auto_device(name: str | torch.device = "auto") -> torch.device:
-    """Return a device of this machine.
+    """Return a device of this machine; raise a `UserError` if the name is unknown or the device does not exist.
 
-    Args:
-        name: `auto` (the first GPU, or the CPU if there is none), or a name or device that `torch.device` accepts.
-
-    Raises:
-        UserError: unknown name, or this machine does not have the device.
+    `name` is `auto` (the first GPU, or the CPU if there is none), or a name or device that `torch.device` accepts.
     """
-    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    available += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"device {name!r}: choose one of auto, {', '.join(available)}") from None
-    device = as_device(device) if torch.cuda.is_available() else device
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    available += ["mps"] if torch.backends.mps.is_available() else []
+    device = None
+    with suppress(RuntimeError):
+        device = as_device(name) if torch.cuda.is_available() else torch.device(name)
     if str(device) not in available:
-        raise UserError(f"device {name!r}: this machine has {', '.join(available)}")
+        raise UserError(f"device {name!r} is not available; this machine has {', '.join(available)}")
     return device

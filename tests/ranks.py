@@ -2,7 +2,6 @@
 
 import os
 import socket
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from runs import ROOT, SMALL, Job, forked
+from runs import ROOT, Job, forked, small
 from scenes import write_pairs
 
 # One thread per rank: rounding does not depend on the distribution of work.
@@ -56,11 +55,8 @@ def write_images(folder):
 
 
 def changes_for(root, folder, **changes):
-    """Options of a run on several ranks."""
-    return {
-        **SMALL,
-        "DATASET.root_dataset": root,
-        "DIR": folder,
+    """Return the arguments of a run on several ranks."""
+    fixed = {
         "DATASET.imgSizes": 40,
         "DATASET.random_flip": False,
         "TRAIN.batch_size_per_gpu": 2,
@@ -69,14 +65,8 @@ def changes_for(root, folder, **changes):
         "TRAIN.workers": 1,
         "TRAIN.eval_epoch": 1,
         "RUNTIME.timeout": 60,
-        **changes,
     }
-
-
-def torchrun(name, *arguments, flags=()):
-    """Run a script on two ranks of torchrun."""
-    command = [*TORCHRUN, *flags, str(ROOT / name), "--gpus", "cpu", *map(str, arguments)]
-    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=200)
+    return small(root, folder, **{**fixed, **changes})
 
 
 def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
@@ -85,20 +75,12 @@ def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
     return {**ENV, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
-def start_ranks(name: str, arguments: Sequence[str], *, count: int = 2, own: Sequence[Sequence[str]] = ()) -> list[Job]:
-    """Start a script on several ranks without torchrun, which takes seconds.
-
-    Args:
-        own: additional arguments per rank.
-    """
+def start_ranks(name: str, *arguments, count: int = 2, own: Sequence[dict] = ({}, {})) -> list[Job]:
+    """Start a script on several ranks, without torchrun, which takes seconds; `own` are further arguments per rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    own = [*own, *[()] * (count - len(own))]
-    return [
-        Job(name, "--gpus", "cpu", *arguments, *own[rank], env=rank_environment(rank, count, port))
-        for rank in range(count)
-    ]
+    return [Job(name, *arguments, own[rank], env=rank_environment(rank, count, port)) for rank in range(count)]
 
 
 def children(pid: int) -> list[int]:

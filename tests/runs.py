@@ -20,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import offline
+import pytest
 import torch
 
 from mit_semseg.cli import common
@@ -79,10 +80,10 @@ class Job:
 
     Args:
         name: script of the top folder, or module.
-        arguments: of the command line.
+        arguments: command line arguments, see `words`.
         cwd: working folder.
         env: changes to the environment.
-        start_method: of multiprocessing in the script; None for that of this process.
+        start_method: start method of multiprocessing in the script; by default that of this process.
     """
 
     def __init__(
@@ -93,8 +94,9 @@ class Job:
         for path in self._files:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
-        env = {**os.environ, "OMP_NUM_THREADS": "2", **(env or {})}
-        args = name, [str(word) for word in arguments], str(cwd), env, start_method or get_start_method()
+        # The number of threads changes the rounding.
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
+        args = name, words(*arguments), str(cwd), env, start_method or get_start_method()
         self._process = forked.Process(target=_run_as_main, args=(*args, *map(str, self._files)))
         self._process.start()
         self.pid = self._process.pid
@@ -134,13 +136,13 @@ class Job:
         """Send a signal to the process."""
         os.kill(self.pid, number)
 
-    def end(self, timeout: float = 120) -> subprocess.CompletedProcess:
-        """Wait for its end, kill it after the timeout in seconds, and return its exit code and output."""
+    def end(self, timeout: float = 120, code: int | None = 0) -> subprocess.CompletedProcess:
+        """Wait for its end, kill it after the timeout in seconds, check its exit code, and return its output."""
         self._process.join(timeout)
         self.kill()
         self._process.join()
-        code, (output, errors) = self.returncode, (path.read_text(encoding="utf-8") for path in self._files)
-        return subprocess.CompletedProcess([], code, output, errors)
+        output, errors = (path.read_text(encoding="utf-8") for path in self._files)
+        return checked(subprocess.CompletedProcess([], self.returncode, output, errors), code)
 
     def kill(self) -> None:
         """Kill the process and its children."""
@@ -148,14 +150,21 @@ class Job:
             os.killpg(self.pid, signal.SIGKILL)
 
 
-def words(options: dict) -> list[str]:
-    """Return options as command line arguments."""
-    return [str(part) for pair in options.items() for part in pair]
+def words(*arguments) -> list[str]:
+    """Return command line arguments; a dict stands for its keys and values."""
+    groups = (sum(each.items(), ()) if isinstance(each, dict) else (each,) for each in arguments)
+    return [str(word) for group in groups for word in group]
 
 
-def script(name: str, *arguments, **options) -> subprocess.CompletedProcess:
-    """Run a script or module in a new process; see `Job`."""
-    return Job(name, *arguments, **options).end(300)
+def small(root, folder, **changes) -> dict:
+    """Return the arguments of a short run on the CPU; changes are given as `TRAIN__seed=1`."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    return {"--gpu": "cpu", **SMALL, "DATASET.root_dataset": root, "DIR": folder, **changes}
+
+
+def script(name: str, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """Run a script or module in a new process and check its exit code; see `Job`."""
+    return Job(name, *arguments, **options).end(300, code)
 
 
 def load_script(name: str):
@@ -168,21 +177,33 @@ def load_script(name: str):
     return module
 
 
-def in_process(name: str, monkeypatch, *arguments) -> int:
-    """Run the main function of a script in this process and return its exit code; errors propagate."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return load_script(f"{name}.py").main() or 0
+def in_process(name: str, *arguments) -> int:
+    """Run the main function of a script or module in this process and return its exit code; errors propagate.
+
+    To save time, curves are not plotted, and worker processes are forked from the server of this module.
+    """
+    patches = (
+        mock.patch.object(sys, "argv", [name, *words(*arguments)]),
+        mock.patch("multiprocessing.get_context", lambda method: forked),
+        mock.patch("mit_semseg.cli.run_logger.save_curves"),
+    )
+    with patches[0], patches[1], patches[2]:
+        return load_script(name).main() or 0
 
 
-def here(name: str, *arguments) -> subprocess.CompletedProcess:
-    """Run a script or module in this process, with errors handled as in a new one."""
-    module, out, err, code = load_script(name), io.StringIO(), io.StringIO(), 0
-    with mock.patch.object(sys, "argv", [name, *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
-        try:
-            common.run(module.main)
-        except SystemExit as end:
-            code = end.code or 0
-    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
+def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
+    """Run a script or module in this process like `script`, with errors handled as in a new process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
+        common.run(lambda: in_process(name, *arguments))
+    return checked(subprocess.CompletedProcess([], end.value.code or 0, out.getvalue(), err.getvalue()), code)
+
+
+def checked(done: subprocess.CompletedProcess, code: int | None) -> subprocess.CompletedProcess:
+    """Check the exit code of a script, if given, and that exit codes of handled errors come without a traceback."""
+    assert code in (done.returncode, None), f"{done.returncode}: {done.stdout[-2000:]}{done.stderr}"
+    assert code not in (2, 130, 143) or "Traceback" not in done.stderr
+    return done
 
 
 def weights(folder, suffix="epoch_2.pth") -> dict[str, torch.Tensor]:

@@ -143,7 +143,7 @@ def test_values_are_converted_to_the_type_of_the_option(tmp_path):
     ids=lambda text: text[:24],
 )
 def test_invalid_yaml_is_a_config_error_and_creates_no_objects(tmp_path, text):
-    with pytest.raises(ConfigError, match=r"c\.yaml|a.b: not a valid YAML file"):
+    with pytest.raises(ConfigError, match=r"c\.yaml|a.b: cannot be read as YAML"):
         load_config(write(tmp_path / "c.yaml", text))
     assert not Path("/tmp/mit_semseg_must_not_exist").exists()
 

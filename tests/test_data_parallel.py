@@ -128,8 +128,8 @@ def test_patched_data_parallel_synchronizes_and_stops_on_errors():
         parallel.device_ids, parallel.output_device, parallel.dim = ["cpu", "cpu"], "cpu", 0
         torch.testing.assert_close(parallel(x), nn.BatchNorm2d(3)(x))
         replicas = parallel.replicate(norm, parallel.device_ids)
-        with pytest.raises(ValueError, match="3 channels"):
-            parallel.parallel_apply(replicas, [(x[:1],), (x[1:, :2],)], [{}, {}])
+        with pytest.raises(ValueError, match="expected 4D"):
+            parallel.parallel_apply(replicas, [(x[:1],), (x[1],)], [{}, {}])
 
 
 @pytest.mark.gpu

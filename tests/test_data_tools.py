@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, here, script, words
+from runs import ROOT, here
 from scenes import write_pairs
 
 from mit_semseg.dataset import class_table
@@ -23,9 +23,7 @@ from mit_semseg.models import ModelBuilder
 def test_wrong_arguments_of_synthetic_write_nothing(tmp_path, monkeypatch, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    done = here("mit_semseg.dataset.synthetic", *words)
-    assert done.returncode == 2
-    assert "error: " in done.stderr
+    assert "error: " in here("mit_semseg.dataset.synthetic", *words, code=2).stderr
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -33,8 +31,7 @@ def test_doctor_report_and_exit_codes(tmp_path):
     folder = write_pairs(tmp_path / "train", [(40, 30)] * 5 + [(30, 40)], values=(1, 2))
     (folder / "images" / "00.png").write_bytes(b"not an image")
     changes = {"DATASET.root_dataset": tmp_path, "DATASET.list_train": "train", "DATASET.list_val": "train"}
-    done = script("mit_semseg.dataset.doctor", *words({**changes, "DATASET.num_class": 3}))
-    assert done.returncode == 1, done.stderr
+    done = here("mit_semseg.dataset.doctor", {**changes, "DATASET.num_class": 3}, code=1)
     for part in (
         "train: 6 images, 1 problems",
         "width 30..40, height 30..40",
@@ -46,8 +43,7 @@ def test_doctor_report_and_exit_codes(tmp_path):
     clean = write_pairs(tmp_path / "clean", [(40, 30)], values=(1, 2, 3))
     changes |= {"DATASET.list_train": clean, "DATASET.list_val": clean}
     for list_val, code in ((clean, 0), ("none", 2)):
-        done = here("mit_semseg.dataset.doctor", *words({**changes, "DATASET.list_val": list_val}))
-        assert done.returncode == code, done.stderr
+        here("mit_semseg.dataset.doctor", {**changes, "DATASET.list_val": list_val}, code=code)
 
 
 def test_doctor_groups_problems_by_cause():

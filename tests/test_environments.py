@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, load_script, script, words
+from runs import load_script, script, small, words
 from scenes import options, tiny_module, write_data_set
 from training import run
 
@@ -34,17 +34,9 @@ def root(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp("data"))
 
 
-def run_program(code: str, *, cwd, **environment) -> subprocess.CompletedProcess:
-    """Run a short program in a new interpreter."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True)
-
-
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "no such backend"])
 def test_training_ignores_the_plot_backend_of_a_notebook(root, tmp_path, backend):
-    changes = words({**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1})
-    done = script("train.py", "--gpu", "cpu", *changes, env={"MPLBACKEND": backend})
-    assert done.returncode == 0, done.stderr
+    done = script("train.py", small(root, tmp_path / "run", TRAIN__num_epoch=1), env={"MPLBACKEND": backend})
     assert (tmp_path / "run" / "curves.png").is_file()
     assert "WARNING" not in done.stdout
 
@@ -64,11 +56,14 @@ class WriteOnly:
 
 @pytest.mark.parametrize("make_stream", [lambda: None, WriteOnly])
 def test_scripts_run_without_a_terminal(root, tmp_path, make_stream):
-    changes = words({**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path, "TRAIN.num_epoch": 1})
+    arguments = words(small(root, tmp_path, TRAIN__num_epoch=1))
     out, errors = make_stream(), make_stream()
     for name, code in (("train.py", 0), ("train.py", 2), ("test.py", 2)):
-        module, argv = load_script(name), [name, "--gpu", "cpu", *changes]
-        with mock.patch.multiple(sys, argv=argv, stdout=out, stderr=errors), pytest.raises(SystemExit) as end:
+        module = load_script(name)
+        with (
+            mock.patch.multiple(sys, argv=[name, *arguments], stdout=out, stderr=errors),
+            pytest.raises(SystemExit) as end,
+        ):
             common.run(module.main)
         assert (end.value.code or 0) == code
     if errors:
@@ -77,18 +72,15 @@ def test_scripts_run_without_a_terminal(root, tmp_path, make_stream):
 
 
 def test_tools_escape_characters_that_the_terminal_lacks(tmp_path):
-    """In class names and file names."""
+    """Class names and file names contain such characters."""
     data = tmp_path / "дата"
-    doctor = words({
-        "DATASET.root_dataset": data, "DATASET.list_train": "training", "DATASET.list_val": "validation",
-        "DATASET.num_class": 7, "DATASET.classes": "[sky, grass, 道路, house, tree, car, sun]",
-        "DATASET.ignore_values": "[7]",
-    })  # fmt: skip
+    options = {"DATASET.root_dataset": data, "DATASET.list_train": "training", "DATASET.list_val": "validation"}
+    options |= {"DATASET.classes": "[sky, grass, 道路, house, tree, car, sun]", "DATASET.ignore_values": "[7]"}
     for tool, encoding, arguments in (
         ("synthetic", "ascii", [data, "--train", 2, "--val", 2, "--size", "48x32"]),
-        ("doctor", "cp1252", doctor),
+        ("doctor", "cp1252", ["DATASET.num_class", 7, options]),
     ):
-        command = [sys.executable, "-m", f"mit_semseg.dataset.{tool}", *map(str, arguments)]
+        command = words(sys.executable, "-m", f"mit_semseg.dataset.{tool}", *arguments)
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
         done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True)
         assert done.returncode == 0, done
@@ -118,7 +110,8 @@ from mit_semseg.cli import common
 from mit_semseg.evaluation.label_map import label_map_from_logits
 common.run(lambda: label_map_from_logits([torch.zeros(2, 4, 4)], (8, 8)))
 """
-    done = run_program(code, cwd=tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert "opencv-python-headless" in done.stderr
     assert "libGL.so.1" in done.stderr
@@ -198,15 +191,3 @@ def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
     commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
     started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]
     assert [(p.communicate(timeout=180)[1], p.returncode) for p in started] == [(b"", 0)] * 5
-
-
-def test_error_of_a_replica_ends_the_program(tmp_path):
-    code = """
-import torch
-from mit_semseg.lib.nn import UserScatteredDataParallel
-module = UserScatteredDataParallel(torch.nn.Linear(4, 2), device_ids=["cpu", "cpu"])
-module([torch.randn(3, 4), torch.randn(5, 3)])
-"""
-    done = run_program(code, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "shapes cannot be multiplied" in done.stderr

@@ -71,37 +71,18 @@ def netpbm(values, maximum, *, plain=False):
     return b"P%d %d %d%s\n" % (kind, values.shape[1], values.shape[0], b" %d" % maximum if maximum else b"") + body
 
 
-GRAY = {
-    **{f"png{bits}": png(random_values(2**bits - 1), bits) for bits in (1, 2, 4, 8, 16)},
-    **{
-        f"tiff{bits}{'-white-is-zero' * white}{'-deflate' * deflate}": tiff(
-            random_values(2**bits - 1), bits, white_is_zero=white, deflate=deflate
-        )
-        for bits in (1, 2, 4, 8, 16)
-        for white in (False, True)
-        for deflate in (False, True)
-    },
-    **{
-        f"{'pgm' if maximum else 'pbm'}{maximum}{'-plain' * plain}": netpbm(
-            random_values(maximum or 1), maximum, plain=plain
-        )
-        for maximum in (0, 1, 11, 150, 254, 255, 256, 1000, 65534, 65535)
-        for plain in (False, True)
-    },
-}
+BOTH = (False, True)
+GRAY = [(png, bits, {}) for bits in (1, 2, 4, 8, 16)]
+GRAY += [(tiff, b, {"white_is_zero": w, "deflate": d}) for b in (1, 2, 4, 8, 16) for w in BOTH for d in BOTH]
+GRAY += [(netpbm, m, {"plain": p}) for m in (0, 1, 11, 150, 254, 255, 256, 1000, 65534, 65535) for p in BOTH]
 
 
-def maximum_of(name):
-    """Return the largest value that a file of `GRAY` can store."""
-    digits = int("".join(filter(str.isdigit, name)))
-    return (digits or 1) if name.startswith("p") and not name.startswith("png") else 2**digits - 1
-
-
-@pytest.mark.parametrize("name", GRAY)
-def test_stored_values_are_read(tmp_path, name):
-    path = tmp_path / "label"
-    path.write_bytes(GRAY[name])
-    assert np.array_equal(np.asarray(read_label(path)), random_values(maximum_of(name)))
+@pytest.mark.parametrize(("encode", "number", "arguments"), GRAY)
+def test_stored_values_are_read(tmp_path, encode, number, arguments):
+    """For `number` bits of PNG and TIFF files, and for `number` as the maximum of Netpbm files."""
+    values = random_values((number or 1) if encode is netpbm else 2**number - 1)
+    (tmp_path / "label").write_bytes(encode(values, number, **arguments))
+    assert np.array_equal(np.asarray(read_label(tmp_path / "label")), values)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from runs import here, words
+from runs import here
 from scenes import options
 from shared_data import shared
 
@@ -66,7 +66,7 @@ def test_cityscapes_folders_pair_up(cityscapes):
 def test_cityscapes_files_without_partner_or_suffix_are_named(cityscapes):
     (cityscapes / f"gtFine/train/bonn/{NAMES[2]}_gtFine_labelIds.png").unlink()
     Image.new("RGB", (96, 48)).save(cityscapes / "leftImg8bit/train/bonn/extra.png")
-    with pytest.raises(ListError, match=r"2 files .*extra\.png .*_leftImg8bit.*bonn_000000_000019_gtFine_labelIds\.\*"):
+    with pytest.raises(ListError, match=r"2 .*extra\.png .*_leftImg8bit.*bonn_000000_000019_gtFine_labelIds\.\*"):
         load_records("leftImg8bit/train", cityscapes)
 
 
@@ -110,7 +110,7 @@ def test_pascal_voc_labels(tmp_path):
 def test_missing_files_of_a_voc_list_are_named(tmp_path):
     missing = write_voc(tmp_path) / "JPEGImages/2007_000063.jpg"
     missing.unlink()
-    with pytest.raises(ListError, match=r"train\.txt: 1 of 4 files .*JPEGImages/2007_000063\.jpg"):
+    with pytest.raises(ListError, match=r"train\.txt .*JPEGImages/2007_000063\.jpg"):
         load_records("ImageSets/Segmentation/train.txt", tmp_path)
     problems = []
     assert len(load_records("ImageSets/Segmentation/train.txt", tmp_path, problems)) == 1
@@ -146,20 +146,14 @@ SMALL_RUN = {
 @pytest.mark.long
 @pytest.mark.parametrize("config", ["cityscapes-resnet101-pspnet", "cityscapes-resnet101-deeplabv3"])
 def test_cityscapes_config_trains_evaluates_and_writes_label_ids(config, cityscapes, tmp_path):
-    arguments = ["--cfg", f"config/{config}.yaml", "--gpu", "cpu"]
-    opts = {**SMALL_RUN, "DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run"}
-    trained = here("train.py", *arguments, *words(opts))
-    assert trained.returncode == 0, trained.stderr
-    evaluated = here("eval.py", *arguments, *words(opts))
-    assert evaluated.returncode == 0, evaluated.stderr
+    options = {"--cfg": f"config/{config}.yaml", "--gpu": "cpu", **SMALL_RUN}
+    options |= {"DATASET.root_dataset": cityscapes, "DIR": tmp_path / "run", "TEST.result": tmp_path / "result"}
+    here("train.py", options)
+    here("eval.py", options)
     result = json.loads((tmp_path / "run/result/results.json").read_text())
     assert result["images"] == 2
     assert [entry["class"] for entry in result["iou_per_class"]][:2] == ["road", "sidewalk"]
-
-    opts["TEST.result"] = tmp_path / "result"
-    flags = ["--imgs", cityscapes / "leftImg8bit/val", "--labels", "--no-panel"]
-    segmented = here("test.py", *flags, *arguments, *words(opts))
-    assert segmented.returncode == 0, segmented.stderr
+    here("test.py", "--imgs", cityscapes / "leftImg8bit/val", "--labels", "--no-panel", options)
     files = sorted((tmp_path / "result").rglob("*.png"))
     assert [f.name for f in files] == [f"ulm_00000{i}_000019_leftImg8bit_label.png" for i in (0, 1)]
     label = Image.open(files[0])

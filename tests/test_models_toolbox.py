@@ -34,7 +34,7 @@ def load(name, path, norms):
 
 @pytest.mark.parametrize("norms", [PLAIN, INPLACE], ids=["plain", "inplace"])
 def test_outputs_from_inplace_norms(network, norms):
-    """Ordinary norms are loaded with |weight| + eps and give the same outputs as in-place norms."""
+    """Batch norms are loaded with |weight| + eps and give the same outputs as in-place norms."""
     name, path = network
     encoder, decoder = load(name, path, norms)
     assert sum(p.numel() for part in (encoder, decoder) for p in part.parameters()) == GOLD[name]["params"]
@@ -50,21 +50,21 @@ def test_outputs_from_inplace_norms(network, norms):
             assert [list(x.shape) for x in maps] == [expected[f"layer{i}"] for i in (1, 2, 3, 4)]
             gold = GOLD[name]["outputs"][f"soft_{height}x{width}_iabn"]
             for output, key in zip(outputs, ("out", "dsn"), strict=True):
-                # |weight| + eps is rounded to float32 when it is loaded into ordinary norms.
+                # |weight| + eps is rounded to float32 when it is loaded into batch norms.
                 assert_golden(output, gold[key], max(tolerance, 5e-7 if norms is PLAIN else 0))
             upsampled = resize(outputs[0], (height, width), align_corners=decoder.align_corners)
             histogram = torch.bincount(upsampled.argmax(1).flatten(), minlength=19)
             assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # near ties
 
 
-def test_outputs_from_ordinary_norms(network):
-    """A file with `num_batches_tracked` was trained with ordinary norms; its scales are not changed."""
+def test_outputs_from_batch_norms(network):
+    """A file with `num_batches_tracked` was trained with batch norms; its scales are not changed."""
     name, path = network
     state = torch.load(path, weights_only=True)
     means = [key for key in state if "running_mean" in key]
     state |= {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means}
-    torch.save(state, path.with_name("ordinary.pth"))
-    encoder, decoder = load(name, path.with_name("ordinary.pth"), PLAIN)
+    torch.save(state, path.with_name("batch_norms.pth"))
+    encoder, decoder = load(name, path.with_name("batch_norms.pth"), PLAIN)
     with torch.no_grad():
         outputs = decoder.double().logits(encoder.double()(golden_input(97, 129).double(), return_feature_maps=True))
     for output, key in zip(outputs, ("out", "dsn"), strict=True):

@@ -23,11 +23,7 @@ def test_notebook_runs(tmp_path):
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert NAME in code
     write_weights(tmp_path / "cache" / SMALL, "resnet18dilated", "c1_deepsup", "epoch_20.pth", 150)
-    environment = {
-        "MIT_SEMSEG_HOME": str(tmp_path / "cache"),
-        "MPLBACKEND": "agg",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = {"MIT_SEMSEG_HOME": str(tmp_path / "cache"), "MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code.replace(NAME, SMALL)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr

@@ -1,15 +1,13 @@
 """Names of version 2 that programs import, used as they use them."""
 
 import importlib
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT
+from runs import ROOT, script
 from torch import nn
 
 from mit_semseg.dataset import BaseDataset, img_transform, round2nearest_multiple
@@ -189,9 +187,7 @@ def test_third_party_script(tmp_path):
     for name, size in (("a.jpg", (50, 40)), ("b.JPG", (40, 60))):
         Image.new("RGB", size, "green").save(tmp_path / "photos" / name, format="JPEG")
     (tmp_path / "script.py").write_text(THIRD_PARTY)
-    command = [sys.executable, "script.py", str(ROOT), "photos"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
+    done = script(str(tmp_path / "script.py"), ROOT, "photos", cwd=tmp_path)
     assert done.stdout.splitlines() == ["a.jpg (40, 50, 3) True 4 150", "b.JPG (60, 40, 3) True 4 150"]
 
 

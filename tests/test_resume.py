@@ -9,15 +9,14 @@ import time
 
 import pytest
 import torch
-from runs import SMALL, Job, here, same, script, weights, words
+from runs import Job, here, same, script, small, weights
 from scenes import options, tiny_module, write_data_set
 from training import make_trainer, run
 
 from mit_semseg.dataset import TrainDataset, ValDataset
-from mit_semseg.engine import CheckpointError, MaskedNLLLoss, RunFolder, TrainingStopped, build_optimizer, checkpoint
-from mit_semseg.engine.checkpoint import read_resume, save_atomic
+from mit_semseg.engine import CheckpointError, MaskedNLLLoss, RunFolder, build_optimizer, checkpoint
+from mit_semseg.engine.checkpoint import read_resume
 from mit_semseg.engine.signals import StopSignals
-from mit_semseg.engine.train_step import deterministic_algorithms
 from mit_semseg.lib.utils import HOST, UserError, WriteError
 
 
@@ -107,14 +106,12 @@ def test_resume_with_another_memory_format_keeps_the_optimizer_state(root, tmp_p
 
 
 def test_options_changed_since_the_checkpoint_are_logged(root, tmp_path):
-    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1}
-    changes |= {"DATASET.classes": "['sea','land','sky']", "DATASET.ignore_values": "[0]"}
-    assert here("train.py", "--gpu", "cpu", *words(changes)).returncode == 0
-    changes["TRAIN.resume"] = "auto"
-    assert "options changed" not in here("train.py", "--gpu", "cpu", *words(changes)).stdout
-    changes |= {"TRAIN.num_epoch": 2, "INFERENCE.flip": True, "DATASET.classes": "['sea','sky','land']"}
-    done = here("train.py", "--gpu", "cpu", *words(changes))
-    assert done.returncode == 0, done.stderr
+    options = small(root, tmp_path / "run", TRAIN__num_epoch=1, DATASET__ignore_values="[0]", TRAIN__resume="auto")
+    options["DATASET.classes"] = "['sea','land','sky']"
+    for _ in range(2):
+        assert "options changed" not in here("train.py", options).stdout
+    options |= {"TRAIN.num_epoch": 2, "INFERENCE.flip": True, "DATASET.classes": "['sea','sky','land']"}
+    done = here("train.py", options)
     line = next(line for line in done.stdout.splitlines() if "options changed" in line)
     assert "TRAIN.num_epoch 2 (was 1)" in line
     assert "INFERENCE.flip True (was False)" in line
@@ -148,21 +145,18 @@ def test_temporary_files_of_ended_processes_are_removed(root, tmp_path):
 
 def test_second_run_in_a_folder_is_refused(root, tmp_path):
     """Also if both start at the same time; after a kill the folder is free again."""
-    changes = {**SMALL, "DATASET.root_dataset": root, "DIR": tmp_path / "run", "TRAIN.num_epoch": 1000}
-    arguments = "train.py", "--gpu", "cpu", *words({**changes, "TRAIN.workers": 1, "TRAIN.resume": "auto"})
-    jobs = [Job(*arguments) for _ in range(2)]
+    options = small(root, tmp_path / "run", TRAIN__num_epoch=1000, TRAIN__workers=1, TRAIN__resume="auto")
+    jobs = [Job("train.py", options) for _ in range(2)]
     deadline = time.monotonic() + 120
     while sum(job.returncode is None for job in jobs) > 1 or not (tmp_path / "run" / "encoder_epoch_1.pth").is_file():
         assert time.monotonic() < deadline
         time.sleep(0.1)
     (running,) = [job for job in jobs if job.returncode is None]
-    refused = next(job for job in jobs if job is not running).end(10)
-    assert refused.returncode == 2
+    refused = next(job for job in jobs if job is not running).end(10, code=2)
     assert f"process {running.pid} on {HOST}" in refused.stderr
     assert str(tmp_path / "run") in refused.stderr
-    assert "Traceback" not in refused.stderr
     running.kill()
-    later = Job(*arguments)
+    later = Job("train.py", options)
     assert any("resuming" in line for line in later.lines()), later.errors()
     later.kill()
 
@@ -238,82 +232,65 @@ def test_run_stopped_while_saving_an_epoch_saves_it_when_resumed(root, tmp_path,
     assert history == again.history == whole.history
 
 
-def signal_options(root):
-    changes = {**SMALL, "DATASET.root_dataset": root, "TRAIN.epoch_iters": 14, "TRAIN.num_epoch": 1}
-    return changes | {"TRAIN.disp_iter": 1, "TRAIN.workers": 1}
+SIGNAL_OPTIONS = {"TRAIN.epoch_iters": 14, "TRAIN.num_epoch": 1, "TRAIN.disp_iter": 1, "TRAIN.workers": 1}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
-    assert here("train.py", "--gpu", "cpu", *words({**signal_options(root), "DIR": folder})).returncode == 0
+    here("train.py", small(root, folder, **SIGNAL_OPTIONS))
     return weights(folder, "epoch_1.pth")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
 def test_signal_saves_the_last_step_and_resume_is_bit_identical(root, tmp_path, undisturbed, number, code):
-    changes = {**signal_options(root), "DIR": tmp_path / "run"}
-    job = Job("train.py", *words(changes))
+    options = small(root, tmp_path / "run", **SIGNAL_OPTIONS)
+    job = Job("train.py", options)
     job.until("epoch 1, step 3/14")
     os.killpg(job.pid, number)  # as a terminal does; the DataLoader worker must not react
-    done = job.end(60)
-    assert done.returncode == code, done.stderr
+    done = job.end(60, code)
     assert done.stdout.count(f"{signal.Signals(number).name}: stopping") == 1
     assert "TRAIN.resume auto" in done.stderr
-    assert "Traceback" not in done.stderr
     last = done.stdout.count(", acc ")
     assert 3 <= last < 14
     assert read_resume(tmp_path / "run" / "resume.pth")["step"] == last
 
-    done = script("train.py", *words({**changes, "TRAIN.resume": "auto"}))
+    done = script("train.py", {**options, "TRAIN.resume": "auto"})
     assert f"at step {last} of 14" in done.stdout
     assert same(weights(tmp_path / "run", "epoch_1.pth"), undisturbed)
 
 
-def test_ignored_signal_stays_ignored():
-    """As in a process that a shell has started in the background."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with StopSignals() as signals:
+@pytest.fixture
+def handle_sigint():
+    """Return a function that sets the handler of SIGINT for a test."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ignored_signal_stays_ignored(handle_sigint):
+    """A shell starts background processes with SIGINT ignored."""
+    handle_sigint(signal.SIG_IGN)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not signals.received
+
+
+def test_second_signal_stops_immediately(handle_sigint):
+    handle_sigint(signal.default_int_handler)
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received
+        with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-            assert not signals.received
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_second_signal_stops_immediately():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert signals.received
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def test_deterministic_mode_passes_other_errors_on():
-    with pytest.raises(TrainingStopped, match=r"^ckpt/deterministic"), deterministic_algorithms(True):
-        raise TrainingStopped("ckpt/deterministic: something else")
-
-
-def test_failed_save_keeps_the_old_file(tmp_path):
-    path = tmp_path / "a.pth"
-    save_atomic({"x": 1}, path)
-    with pytest.raises(Exception, match=r"pickle|local"):
-        save_atomic({"x": lambda: None}, path)
-    assert torch.load(path, weights_only=True) == {"x": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_file_that_is_not_a_resume_checkpoint_is_named(root, tmp_path):
     torch.save({"x": 1}, tmp_path / "resume.pth")
     with pytest.raises(CheckpointError, match=r"resume\.pth"):
-        run(root, tmp_path, resume="auto")
-    (tmp_path / "resume.pth").write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match=r"resume\.pth.* damaged"):
         run(root, tmp_path, resume="auto")
     with pytest.raises(CheckpointError, match="nowhere"):
         run(root, tmp_path, resume="nowhere")

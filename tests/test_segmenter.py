@@ -98,9 +98,13 @@ def test_unsupported_input_is_an_error(segmenter, source, message):
 
 
 def test_segmenter_and_test_py_give_the_same_result(segmenter, folder):
-    done = here("test.py", "--imgs", folder / "image.png", "--cfg", folder / "own.yaml", "--index", "--json",
-                "--gpu", "cpu", "TEST.result", folder / "out")  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options = {
+        "--imgs": folder / "image.png",
+        "--cfg": folder / "own.yaml",
+        "--gpu": "cpu",
+        "TEST.result": folder / "out",
+    }
+    here("test.py", "--index", "--json", options)
     result = segmenter(folder / "image.png")
     assert np.array_equal(np.asarray(Image.open(folder / "out" / "image_index.png")), result.label_map)
     assert json.loads((folder / "out" / "image.json").read_text()) == result.as_dict()

@@ -52,8 +52,7 @@ def read_clip(path):
 
 def test_video_has_the_frames_size_and_rate_of_its_source(clip, folder, segmenter):  # noqa: F811
     out = folder / "video"
-    done = here("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", out)
-    assert done.returncode == 0, done.stderr
+    here("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", out)
     assert [p.name for p in out.iterdir()] == ["clip_segmented.mp4"]
     (source, _), (frames, rate) = read_clip(clip), read_clip(out / "clip_segmented.mp4")
     assert len(frames) == FRAMES
@@ -68,17 +67,16 @@ def test_video_has_the_frames_size_and_rate_of_its_source(clip, folder, segmente
 )
 def test_signal_keeps_the_frames_so_far(folder, tmp_path, number, code):  # noqa: F811
     rng = np.random.default_rng(0)
-    noise = (rng.integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8) for _ in range(600))
+    noise = (rng.integers(0, 256, (240, 320, 3), dtype=np.uint8) for _ in range(200))
     clip, out = write_clip(tmp_path / "long.mp4", noise), tmp_path / "out"
     job = Job("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", out)
-    while sum(path.stat().st_size for path in out.glob("*")) < 30_000:  # some frames
+    while sum(path.stat().st_size for path in out.glob("*")) < 30_000:  # after 10 frames, which fill the file buffer
         assert job.returncode is None, job.errors()
         time.sleep(0.01)
     job.send(number)
-    done = job.end(60)
-    assert done.returncode == code, done.stderr
+    job.end(60, code)
     assert [path.name for path in out.iterdir()] == ["long_segmented.mp4"]
-    assert 1 < len(read_clip(out / "long_segmented.mp4")[0]) < 600
+    assert 1 < len(read_clip(out / "long_segmented.mp4")[0]) < 200
 
 
 class PatchedCapture:
@@ -142,7 +140,6 @@ def test_videos_among_images_are_skipped_and_reported(folder, clip, tmp_path):  
         (tmp_path / f"b.{suffix}").write_bytes(clip.read_bytes())
     out = tmp_path / "out"
     done = here("test.py", "--imgs", tmp_path / "*", "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", out)
-    assert done.returncode == 0, done.stderr
     assert [path.name for path in out.iterdir()] == ["a.png"]
     assert f"--imgs {tmp_path / 'b.MTS'}" in done.stdout + done.stderr
 
@@ -174,11 +171,9 @@ def test_smoothing_reduces_changes_between_frames(segmenter, clip):
 def test_unusable_input_is_an_error(folder, tmp_path, monkeypatch, words, message):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     (tmp_path / "invalid.mp4").write_bytes(b"not a video")
-    done = here("test.py", *words, "--cfg", folder / "own.yaml", "TEST.result", tmp_path / "out")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "VIDEOIO" not in done.stderr
+    errors = here("test.py", *words, "--cfg", folder / "own.yaml", "TEST.result", tmp_path / "out", code=2).stderr
+    assert message in errors
+    assert "VIDEOIO" not in errors
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -1,1 +1,1 @@
-"""What people run: command lines, pictures, the predictor."""
+"""Command line programs and the web page."""

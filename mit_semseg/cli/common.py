@@ -1,4 +1,4 @@
-"""Command line parser, comparison of ranks and exit codes of the scripts."""
+"""Command line parser, checks of the ranks, and exit codes of the scripts."""
 
 import argparse
 import logging
@@ -22,13 +22,13 @@ from .logs import colored, takes_colors
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 EXIT_CODES = "exit codes: 0 success, 1 images were skipped, 2 error (see the last line), 130 Ctrl-C, 143 SIGTERM"
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")  # the last is oneDNN's
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")  # PyTorch, C++, oneDNN
 MEMORY_HINT = (
-    "in training reduce TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
-    "TRAIN.workers; in inference set INFERENCE.window_size"
+    "for training reduce TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
+    "TRAIN.workers; for inference set INFERENCE.window_size"
 )
 
-# Options that --help of the scripts lists.
+# Configuration options that --help of the scripts lists.
 TRAIN_KEYS = (
     "DIR", "DATASET.root_dataset", "TRAIN.batch_size_per_gpu", "TRAIN.num_epoch", "TRAIN.lr_encoder",
     "TRAIN.lr_decoder", "TRAIN.amp", "TRAIN.resume", "TRAIN.eval_epoch",
@@ -44,10 +44,7 @@ LOCAL_KEYS = ("DATASET.root_dataset", "DATASET.list_train", "DATASET.list_val") 
 def make_parser(description: str, examples: str, keys: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return a parser with `--cfg`, `--gpus`, `-v`, `-q` and trailing `KEY VALUE` options.
 
-    Args:
-        description: first part of the help.
-        examples: last part of the help, one per line.
-        keys: options of the configuration that the help lists.
+    Its help lists the configuration options `keys` and the example commands (one per line).
     """
     lines = [f"  {key}  ({OPTIONS[key].default!r}) {OPTIONS[key].help}" for key in keys]
     lines = [textwrap.fill(line, 118, subsequent_indent=" " * 6) for line in lines]
@@ -58,15 +55,11 @@ def make_parser(description: str, examples: str, keys: Sequence[str] = ()) -> ar
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_verbosity(parser)
-    parser.add_argument(
-        "--gpus",
-        "--gpu",
-        "--device",
-        dest="device",
-        metavar="DEVICES",
-        help="GPUs such as 0, 0-3 or 0,2; cpu, or cpu,cpu for two processes; cuda:1; mps. Default (also auto): the "
-        "first GPU, or the CPU if there is none; with torchrun one GPU per process",
+    text = (
+        "GPU numbers such as 0, 0-3 or 0,2; cpu, or cpu,cpu to run two copies of the network; cuda:1; or mps. Default, "
+        "or auto: the first GPU, or the CPU if there is none; with torchrun, one GPU per process"
     )
+    parser.add_argument("--gpus", "--gpu", "--device", dest="device", metavar="DEVICES", help=text)
     add_config_arguments(parser, DEFAULT_CONFIG)
     return parser
 
@@ -74,71 +67,58 @@ def make_parser(description: str, examples: str, keys: Sequence[str] = ()) -> ar
 def add_verbosity(parser: argparse.ArgumentParser) -> None:
     """Add `-v` and `-q`, which set `args.level` for `setup_logger`."""
     group = parser.add_mutually_exclusive_group()
-    for flags, level, text in (
-        (("-v", "--verbose"), logging.DEBUG, "also log versions, and print the traceback of errors"),
-        (("-q", "--quiet"), logging.WARNING, "print results and warnings only, no progress"),
-    ):
-        group.add_argument(*flags, dest="level", action="store_const", const=level, default=logging.INFO, help=text)
+    store = {"dest": "level", "action": "store_const", "default": logging.INFO}
+    group.add_argument("-v", "--verbose", **store, const=logging.DEBUG, help="also print versions and error tracebacks")
+    group.add_argument("-q", "--quiet", **store, const=logging.WARNING, help="print only results and warnings")
 
 
 def check_ranks(cfg: Config, world: World) -> None:
-    """Check that all ranks were started with the same options and PyTorch version.
-
-    Raises:
-        UserError: names the options that differ.
-    """
+    """Raise a `UserError` if ranks were started with different options or PyTorch versions."""
     options = {key: cfg.option(key) for key in OPTIONS if key not in LOCAL_KEYS}
     world.check_equal({"the PyTorch version": torch.__version__, **options})
 
 
-def resume_after_restart(cfg: Config, folder: RunFolder, world: World) -> Config:
-    """Set TRAIN.resume auto if torchrun has restarted the job (--max-restarts) and it has saved a checkpoint.
+def resume_after_restart(cfg: Config, folder: RunFolder, world: World) -> None:
+    """Set TRAIN.resume auto in `cfg` if torchrun has restarted the job (--max-restarts) after a checkpoint was saved.
 
-    A checkpoint of another job in the folder is handled as TRAIN.resume says.
+    A checkpoint of another job in the folder does not change TRAIN.resume.
     """
     saved = world.is_main and world.restarts and folder.resume.is_file()
     own = bool(saved and read_resume(folder.resume).get("job") == world.job)
-    if not world.gather(own, "looking for a checkpoint")[0]:
-        return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.TRAIN.resume, cfg.TRAIN.start_epoch = "auto", 0
-    cfg.freeze()
-    return cfg
+    if world.gather(own, "looking for a checkpoint")[0]:
+        cfg.defrost()
+        cfg.TRAIN.resume, cfg.TRAIN.start_epoch = "auto", 0
+        cfg.freeze()
 
 
 def refuse_torchrun(message: str) -> None:
-    """Raise a `UserError` with the message if torchrun has started this process."""
+    """Raise a `UserError` with the message if torchrun has started several processes."""
     if World.from_environment().size > 1:
         raise UserError(message)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether Python, PyTorch or a library of PyTorch has run out of memory."""
+    """Return whether an error means that Python, PyTorch or one of its libraries has run out of memory."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def run(main: Callable[[], int | None], hint: str = "") -> NoReturn:
-    """Call the main function of a script and exit, see `EXIT_CODES`.
+    """Call the main function of a script and exit with the code that it returns (None: 0), see `EXIT_CODES`.
 
-    A `UserError` is printed without a traceback, unless -v is given.
-
-    Args:
-        main: returns the exit code, None for 0.
-        hint: printed after Ctrl-C or SIGTERM: what was saved and how to continue.
+    A `UserError` is printed without a traceback, unless -v is given. `hint` is printed after Ctrl-C or SIGTERM; it says
+    what was saved and how to continue.
     """
     prepare_streams()
+    os.environ.pop("MPLBACKEND", None)  # matplotlib cannot be imported if the backend is not installed
     try:
         code = _exit_code(main, hint)
     except Exception:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise
         traceback.print_exc()
         code = 1
     if dist.is_available() and dist.is_initialized():
-        # This rank has failed. Threads of its process groups may still wait for other ranks and would abort the
-        # interpreter during its shutdown: SIGABRT instead of the exit code.
+        # An error has ended this rank. Threads of its process groups may still wait for other ranks. They would abort
+        # the interpreter at a normal exit, and the exit code would be that of SIGABRT.
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # a closed pipe
@@ -153,7 +133,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Context in which SIGTERM raises `Terminated`, except under torchrun, which then kills the ranks itself."""
+    """Raise `Terminated` on SIGTERM within the context, but not with torchrun, which stops all ranks by SIGTERM."""
     if World.from_environment().size > 1:
         yield
         return
@@ -169,24 +149,23 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _exit_code(main: Callable[[], int | None], hint: str) -> int | None:
-    """Call `main` and print errors; return the exit code."""
+    """Call `main`, print expected errors, and return the exit code."""
     try:
         with _sigterm_raises():
             return main()
     except UserError as error:
-        # Errors of a DataLoader worker contain its traceback before the message.
+        # An error that a DataLoader worker has raised contains the traceback of the worker before the message.
         return _print_error(str(error).split(f"{type(error).__name__}: ")[-1].strip())
     except OSError as error:
         if error.filename is None:
             raise
         return _print_error(f"{error.filename}: {error.strerror}")
-    except torch.OutOfMemoryError as error:
-        return _print_error(f"the GPU is out of memory ({str(error).splitlines()[0]}); {MEMORY_HINT}")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reason = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2]
-        return _print_error(f"this machine is out of memory ({reason or 'MemoryError'}); {MEMORY_HINT}")
+        device = "the GPU" if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        reason = str(error).partition("\n")[0].rpartition("DefaultCPUAllocator: ")[2] or "MemoryError"
+        return _print_error(f"{device} is out of memory ({reason}); {MEMORY_HINT}")
     except KeyboardInterrupt as error:
         text, code = ("terminated by SIGTERM", 143) if isinstance(error, Terminated) else ("interrupted", 130)
         print(f"{text}{f': {hint}' if hint else ''}", file=sys.stderr)
@@ -194,8 +173,8 @@ def _exit_code(main: Callable[[], int | None], hint: str) -> int | None:
 
 
 def _print_error(text: str) -> int:
-    """Print an error message; return exit code 2."""
-    if {"-v", "--verbose"} & set(sys.argv):  # errors may occur before the logger is set up
+    """Print an error message and return exit code 2."""
+    if {"-v", "--verbose"} & set(sys.argv):  # the error may have occurred before the logger was set up
         traceback.print_exc()
     world = World.from_environment()
     text = f"error: {f'[rank {world.rank}] ' if world.size > 1 else ''}{text}"

@@ -10,8 +10,6 @@ from ..build import auto_device
 from ..engine import World
 from ..lib.utils import UserError
 
-MAX_DEVICES = 1024
-
 
 class NotSupportedCliException(UserError, ValueError):
     """A device name of unknown form."""
@@ -21,7 +19,7 @@ def parse_devices(input_devices: str) -> list[str]:
     """Return the device names of a list such as `0-3`, `0,2`, `gpu0-gpu3` or `cpu`.
 
     Returns:
-        `["gpu0", "gpu1", ...]`, each once; `cpu` stays `cpu`.
+        `["gpu0", "gpu1", ...]` or `["cpu"]`, without repetitions.
 
     Raises:
         NotSupportedCliException: an entry has another form.
@@ -47,8 +45,6 @@ def parse_devices(input_devices: str) -> list[str]:
 def process_range(xpu: str, inp: Sequence[str | int]) -> list[str]:
     """Return the device names of a range, e.g. gpu0, gpu1, gpu2 for `process_range("gpu", ("0", "2"))`."""
     low, high = sorted(map(int, inp))
-    if high - low >= MAX_DEVICES:
-        raise NotSupportedCliException(f"{low}-{high}: at most {MAX_DEVICES} devices are possible")
     return [f"{xpu}{number}" for number in range(low, high + 1)]
 
 
@@ -56,9 +52,9 @@ def pick_devices(text: str | None) -> list[torch.device]:
     """Return the devices of this process.
 
     Args:
-        text: see `parse_devices`; `cpu` may be repeated for several replicas or processes; or one PyTorch name such as
-            `cuda:1` or `mps`. None and `auto` choose the first GPU, or the CPU if there is none. In a job of torchrun
-            every rank gets one device, by its local rank.
+        text: value of --gpus: a list as in `parse_devices`, in which `cpu` may be repeated for several replicas or
+            processes; one PyTorch name such as `cuda:1` or `mps`; or None or `auto` for the first GPU, or the CPU if
+            there is none. In a job of torchrun, the local rank selects one device of the list, by default of all GPUs.
 
     Raises:
         UserError: a GPU does not exist, or there are fewer GPUs than ranks.
@@ -72,7 +68,7 @@ def pick_devices(text: str | None) -> list[torch.device]:
     if set(names) == {"cpu"}:
         return [torch.device("cpu")] * len(names)
     if "cpu" in names:
-        raise UserError(f"--gpus {text}: give either GPUs, or cpu once or several times")
+        raise UserError(f"--gpus {text}: GPUs and cpu cannot be combined; give only GPUs, or only cpu")
     return [_device(name) for name in parse_devices(text)]
 
 
@@ -88,7 +84,7 @@ def _device_of_rank(text: str | None, world: World) -> torch.device:
     if len(names) < world.local_size or "cpu" in names:
         raise UserError(
             f"torchrun has started {world.local_size} processes on this machine, one per GPU, but the devices are "
-            f"{', '.join(names)}; start fewer (--nproc_per_node), or give --gpus cpu"
+            f"{', '.join(names)}; start fewer processes (--nproc_per_node), or give --gpus cpu"
         )
     return _device(names[world.local_rank])
 
@@ -97,16 +93,12 @@ def _device(name: str) -> torch.device:
     index, count = int(name.removeprefix("gpu")), torch.cuda.device_count()
     if index >= count:
         available = f"GPUs 0 to {count - 1}" if count else "no GPU that PyTorch can use"
-        raise UserError(f"--gpus {name}: this machine has {available}; omit the option, or give cpu")
+        raise UserError(f"--gpus {name} is not available; this machine has {available}; omit the option, or give cpu")
     return torch.device("cuda", index)
 
 
 def describe_all(world: World) -> str:
     """Describe the devices for the log, with GPU names or the number of CPU threads."""
-    names = (
-        f"{device} ({torch.cuda.get_device_name(device)})"
-        if device.type == "cuda"
-        else f"{device} ({torch.get_num_threads()} threads)"
-        for device in world.devices
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    names = [f"{d} ({torch.cuda.get_device_name(d) if d.type == 'cuda' else threads})" for d in world.devices]
     return ", ".join(names) + (f" on each of {world.size} ranks" if world.size > 1 else "")

@@ -2,8 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 from ..build import build_module, build_val_dataset, inference_options, load_options
@@ -17,50 +16,43 @@ from ..predict.results import save_png, unique_stems
 from ..predict.visualize import result_panel
 from .devices import describe_all
 from .report import write_report
-from .workers import BackgroundWriter, Shard, run_sharded
+from .workers import Shard, background_writer, run_sharded
 
 logger = logging.getLogger(__name__)
 
 
 def run(cfg: Config, world: World, config_path: str | None) -> int:
-    """Evaluate VAL.checkpoint on the validation set, print the scores and write the report to DIR/result.
+    """Evaluate VAL.checkpoint, print the metrics, write the report to DIR/result, and return the exit code.
 
-    Every image is scored or skipped exactly once and counts are added up, so that scores do not depend on the number
-    of devices.
-
-    Returns:
-        Exit code: 1 if images were skipped, else 0.
-
-    Raises:
-        UserError: weights or images cannot be used, or a worker ended.
+    Pixel counts are added over all devices, so that the metrics do not depend on the number of devices.
     """
     logger.info("devices: %s", describe_all(world))
     dataset = build_val_dataset(cfg)
+    stems = unique_stems([record["fpath_img"] for record in dataset.records] if cfg.VAL.visualize else [])
     own = len(dataset.shard(world.rank, world.size))
     with progress_bar(total=own, desc="evaluating", unit="img", shown=world.is_main) as bar:
-        shards = run_sharded(evaluate_shard, world, len(dataset), (cfg, dataset), lambda name: bar.update())
+        shards = run_sharded(evaluate_shard, world, len(dataset), (cfg, dataset, stems), lambda name: bar.update())
     evaluation = Evaluation.merge(shards)
     if world.is_main:
-        report(cfg, config_path, evaluation, dataset)
+        report(cfg, config_path, evaluation, stems)
     return 1 if evaluation.skipped else 0
 
 
-def evaluate_shard(shard: Shard, report_image: Callable[[str], None], cfg: Config, dataset: ValDataset) -> Evaluation:
-    """Evaluate a shard of the validation set; with VAL.visualize write a panel per image."""
-    stems = _panel_stems(dataset)
+def evaluate_shard(
+    shard: Shard, report_image: Callable[[str], None], cfg: Config, dataset: ValDataset, stems: dict[str, Path]
+) -> Evaluation:
+    """Evaluate a shard of the validation set, and write the panels of the images in `stems` (see `report`)."""
 
     def write_panel(item, prediction):
         save_png(result_panel(item, prediction, dataset.table), Path(cfg.DIR, "result", f"{stems[item['info']]}.png"))
-        report_image(item["info"])
 
     def on_result(item, prediction):
-        if cfg.VAL.visualize and prediction is not None:
-            writer.submit(partial(write_panel, item, prediction))
-        else:
-            report_image(item["info"])
+        if stems and prediction is not None:
+            submit(write_panel, item, prediction)
+        report_image(item["info"])
 
     module = build_module(cfg, shard.device, checkpoint=cfg.VAL.checkpoint)
-    with BackgroundWriter() as writer:
+    with background_writer() as submit:
         return evaluate(
             Predictor(module, shard.device, inference_options(cfg)),
             dataset.shard(shard.index, shard.count),
@@ -70,13 +62,11 @@ def evaluate_shard(shard: Shard, report_image: Callable[[str], None], cfg: Confi
         )
 
 
-def _panel_stems(dataset: ValDataset) -> dict[str, Path]:
-    """Path of every image's panel, without extension, relative to DIR/result."""
-    return unique_stems([record["fpath_img"] for record in dataset.records])
+def report(cfg: Config, config_path: str | None, evaluation: Evaluation, stems: dict[str, Path]) -> None:
+    """Print the metrics and write results.json, report.html and confusion.png to DIR/result.
 
-
-def report(cfg: Config, config_path: str | None, evaluation: Evaluation, dataset: ValDataset) -> None:
-    """Print the scores and write results.json, report.html and confusion.png."""
+    `stems` is a dict from image path to the path of its panel, without suffix, relative to DIR/result.
+    """
     print(evaluation.report())
     folder = Path(cfg.DIR, "result")
     with atomic_write(folder / "results.json") as partial_path:
@@ -84,9 +74,6 @@ def report(cfg: Config, config_path: str | None, evaluation: Evaluation, dataset
         options = {key: cfg.DATASET[key] for key in keys} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": options, **evaluation.as_dict()}
         partial_path.write_text(json.dumps(content, indent=1, ensure_ascii=False), **UTF8)
-    panels: dict[str, str] = {}
-    if cfg.VAL.visualize:
-        panels = {name: f"{stem.as_posix()}.png" for name, stem in _panel_stems(dataset).items()}
+    panels = {name: f"{stem.as_posix()}.png" for name, stem in stems.items()}
     write_report(evaluation, folder, f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DIR}", panels)
-    files: Sequence[str] = ("results.json", "report.html", "confusion.png", *(["a panel per image"] if panels else []))
-    print(f"Written to {folder}: {', '.join(files)}")
+    print(f"Written to {folder}: results.json, report.html, confusion.png{', a panel per image' if panels else ''}")

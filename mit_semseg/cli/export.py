@@ -2,8 +2,8 @@
 
     python -m mit_semseg.export --cfg config/NAME.yaml --format onnx [--out FILE] [KEY VALUE ...]
 
-The input is a batch of normalized images (N, 3, H, W) of any size from 32x32; the output are logits (N, C, H, W) or,
-with `--output labels`, class indices (N, H, W). Class names and the normalization are stored in the file.
+The input is a batch of normalized images (N, 3, H, W) of any size from 32x32. The output is logits (N, C, H, W) or,
+with `--output labels`, class indices (N, H, W). The file also contains the class names and the normalization.
 """
 
 import argparse
@@ -28,18 +28,18 @@ from .quantize import OnnxNetwork, evaluate_files, quantize
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 OUTPUTS = ("logits", "labels")
-OPSET = 18  # the first with antialiased resize
+OPSET = 18  # the first ONNX opset with antialiased resizing
 EXAMPLE_SHAPE = (2, 3, 72, 104)  # for tracing; batch, height and width are dynamic
 TEST_SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))
-TOLERANCE = 1e-4  # relative to the largest logit
+TOLERANCE = 1e-4  # maximum difference of the outputs, see `compare`
 
 
 class ExportError(UserError, RuntimeError):
-    """A network cannot be exported. No file is written."""
+    """A network cannot be exported; no file was written."""
 
 
 class ExportedNetwork(nn.Module):
-    """A `SegmentationModule` in the form that is exported; `output` is one of `OUTPUTS`."""
+    """Copy of a `SegmentationModule` for export; `output` is one of `OUTPUTS`."""
 
     def __init__(self, module: nn.Module, output: str):
         super().__init__()
@@ -54,17 +54,10 @@ class ExportedNetwork(nn.Module):
 
 
 def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", metadata: dict[str, str]) -> float:
-    """Export a network, compare the outputs of the file with those of the network, and return the largest difference.
+    """Export a `SegmentationModule` to a file and return the result of `compare`.
 
-    Args:
-        module: a `SegmentationModule`.
-        path: output file.
-        kind: one of `FORMATS`.
-        output: one of `OUTPUTS`.
-        metadata: stored in the file, see `make_metadata`.
-
-    Raises:
-        ExportError: a package is missing, or the outputs differ.
+    `kind` is a key of `FORMATS`, `output` is one of `OUTPUTS`, and `metadata` is stored in the file. Raise an
+    `ExportError` if a package is missing or the outputs of the file differ.
     """
     network = ExportedNetwork(module, output).eval()
     with atomic_write(path) as partial:
@@ -77,7 +70,10 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
 
 @torch.inference_mode()
 def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
-    """Return the largest difference over `TEST_SHAPES`: relative to the largest logit, or the fraction of labels."""
+    """Return the largest difference between the outputs for random inputs of `TEST_SHAPES`.
+
+    It is relative to the largest logit; for class indices it is the fraction of pixels that differ.
+    """
     differences = []
     for seed, shape in enumerate(TEST_SHAPES):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -92,14 +88,14 @@ def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
 
 
 def _trace_arguments() -> dict:
-    """Return example input and dynamic dimensions for tracing."""
+    """Return the example input and its dynamic dimensions, as keyword arguments of the export functions."""
     auto = torch.export.Dim.AUTO
     example = torch.randn(EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
     return {"args": (example,), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
 
 
 def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    """Write the file and load it."""
+    """Write a file and return the program loaded from it."""
     program = torch.export.export(network, **_trace_arguments())
     with open(path, "w+b") as file:
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
@@ -110,7 +106,7 @@ def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> 
 def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (used after the export; check it before)
+        import onnxruntime  # noqa: F401  (check before the export that it is installed)
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run pip install -e ".[export]"') from None
@@ -125,7 +121,7 @@ def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Cal
 
 
 def make_metadata(cfg: Config, output: str) -> dict[str, str]:
-    """Return the metadata of an exported file as JSON values: input, normalization, output and classes."""
+    """Return the metadata of an exported file, plain text or JSON: input, normalization, output and classes."""
     caffe, table = cfg.DATASET.normalization == "caffe", class_table_from_options(cfg.DATASET)
     metadata = {
         "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
@@ -146,16 +142,14 @@ def main() -> None:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m mit_semseg.export", description=__doc__, formatter_class=formatter)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default: onnx)")
-    parser.add_argument("--output", choices=OUTPUTS, default="logits", help="output of the network (default: logits)")
-    parser.add_argument(
-        "--out", metavar="FILE", type=expand_path, help="output file (default: network.onnx or network.pt2 in DIR)"
-    )
-    parser.add_argument("--int8", action="store_true", help="also write an ONNX file quantized to 8-bit integers")
-    for name, default, text in (
-        ("calibration", 32, "training images to calibrate the quantization with"),
-        ("scored", 100, "validation images to compare the mean IoU on"),
-    ):
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--output", choices=OUTPUTS, default="logits", help="network output (default: logits)")
+    text = "output file (default: network.onnx or network.pt2 in DIR)"
+    parser.add_argument("--out", metavar="FILE", type=expand_path, help=text)
+    text = "also write an ONNX file quantized to 8-bit integers, and compare the mean IoU of both files"
+    parser.add_argument("--int8", action="store_true", help=text)
+    for name, default, kind in (("calibration", 32, "training"), ("scored", 100, "validation")):
+        text = f"with --int8: number of {kind} images that are used (default: {default})"
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
     add_verbosity(parser)
     add_config_arguments(parser, DEFAULT_CONFIG)
     args = parser.parse_intermixed_args()
@@ -164,8 +158,8 @@ def main() -> None:
     path = Path(args.out or Path(cfg.DIR, f"network{FORMATS[args.format]}"))
     module = build_module(cfg, torch.device("cpu"), checkpoint=cfg.TEST.checkpoint)
     datasets = _int8_datasets(cfg, args) if args.int8 else None
-    metadata = make_metadata(cfg, args.output)
-    difference = export(module, path, kind=args.format, output=args.output, metadata=metadata)
+    options = {"kind": args.format, "output": args.output, "metadata": make_metadata(cfg, args.output)}
+    difference = export(module, path, **options)
     shapes = ", ".join("x".join(map(str, shape)) for shape in TEST_SHAPES)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): outputs differ by at most {difference:.1e} at {shapes}")
     if datasets:
@@ -183,11 +177,11 @@ def main() -> None:
 
 
 def _int8_datasets(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:
-    """Return the images for calibration and for scores; check options and lists before anything is written."""
+    """Return the images for calibration and evaluation. Wrong options are reported before a file is written."""
     if args.format != "onnx" or args.output != "logits":
         raise ExportError("--int8 requires --format onnx and --output logits")
     for name in ("calibration", "scored"):
         if getattr(args, name) < 1:
-            raise ExportError(f"--{name} {getattr(args, name)}: must be at least 1")
+            raise ExportError(f"--{name} {getattr(args, name)} is too small; use at least 1 image")
     training = ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_train, cfg.DATASET)
     return training.subsample(args.calibration), build_val_dataset(cfg).subsample(args.scored)

@@ -16,7 +16,7 @@ COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # ANSI yellow and red
 
 
 class _LogFile(logging.FileHandler):
-    """A log file; if the disk is full, prints one warning instead of a traceback per line."""
+    """A log file. If it cannot be written (full disk), prints one warning instead of a traceback per line."""
 
     _failed = False
 
@@ -32,7 +32,7 @@ class _ColorFormatter(logging.Formatter):
 
 
 def colored(text: str, level: int) -> str:
-    """Return text in the terminal color of a log level."""
+    """Add the terminal color of a log level to a text."""
     return f"\033[{COLORS[level]}m{text}\033[0m" if level in COLORS else text
 
 
@@ -44,12 +44,12 @@ def takes_colors(stream) -> bool:
 def setup_logger(
     distributed_rank: int = 0, filename: str | None = "log.txt", level: int = logging.INFO
 ) -> logging.Logger:
-    """Log to the terminal and, if a name is given, append to a file.
+    """Log to the terminal and append to a log file.
 
     Args:
-        distributed_rank: of this process; ranks above 0 log warnings only, with their rank.
-        filename: of the log file, or None.
-        level: of the terminal; the file gets at least INFO.
+        distributed_rank: rank of this process. Ranks above 0 log only warnings and errors, with their rank.
+        filename: path of the log file, None for no file.
+        level: log level of the terminal. The file has INFO messages in any case.
 
     Returns:
         The logger of the package.

@@ -16,11 +16,11 @@ from ..lib.utils import atomic_write, progress_bar
 
 logger = logging.getLogger(__name__)
 
-OPERATORS = ("Conv", "Relu", "Clip", "Add", "MaxPool", "Concat")
+OPERATORS = ["Conv", "Relu", "Clip", "Add", "MaxPool", "Concat"]  # ONNX operators that are quantized
 
 
 class OnnxNetwork:
-    """An ONNX file with the interface of a `SegmentationModule` for inference."""
+    """An ONNX file with the methods of a `SegmentationModule` that inference uses."""
 
     def __init__(self, path: Path, *, align_corners: bool = False):
         import onnxruntime
@@ -36,9 +36,9 @@ class OnnxNetwork:
 
 
 def quantize(source: Path, path: Path, dataset: ValDataset) -> None:
-    """Write an int8 copy of an ONNX file: static QDQ, unsigned activations, signed weights per output channel.
+    """Write an int8 copy of an ONNX file: QDQ format, unsigned activations, signed weights per output channel.
 
-    The last convolution (classifier) stays in float32. The images of `dataset` calibrate the activation ranges.
+    The images of `dataset` calibrate the activation ranges. The last convolution (classifier) stays in float32.
     """
     import onnx
     from onnxruntime import quantization
@@ -58,7 +58,7 @@ def quantize(source: Path, path: Path, dataset: ValDataset) -> None:
             partial,
             Reader(),
             quant_format=quantization.QuantFormat.QDQ,
-            op_types_to_quantize=list(OPERATORS),
+            op_types_to_quantize=OPERATORS,
             per_channel=True,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -82,7 +82,7 @@ def _calibration_inputs(dataset: ValDataset) -> Iterator[dict[str, np.ndarray]]:
 def evaluate_files(
     paths: Sequence[Path], dataset: ValDataset, align_corners: bool, inference: InferenceOptions
 ) -> list[Evaluation]:
-    """Evaluate ONNX files as eval.py evaluates networks."""
+    """Evaluate ONNX files on a validation set, as eval.py evaluates networks."""
     evaluations = []
     for path in paths:
         predictor = Predictor(OnnxNetwork(path, align_corners=align_corners), "cpu", inference)

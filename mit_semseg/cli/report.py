@@ -13,8 +13,8 @@ from ..evaluation.evaluator import Evaluation, ImageScore
 from ..lib.utils import UTF8, atomic_write
 from .plots import log_plot_errors, save_confusion
 
-MAX_PAIRS = 20  # most confused pairs in the report
-MAX_IMAGES = 12  # worst and best images in the report
+MAX_PAIRS = 20  # number of confused pairs in the report
+MAX_IMAGES = 12  # number of worst images and of best images in the report
 
 HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 STYLE = """
@@ -35,7 +35,7 @@ figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #5
 .columns span { text-align: center; color: #555; } h1 { overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   body { font-size: 13px; padding: 0; margin: 1em .5em; } td, th { padding: .2em .3em; } .bar { display: none; }
-  td { white-space: normal; overflow-wrap: anywhere; } th { position: static; }
+  td:first-child, td.text { white-space: normal; overflow-wrap: anywhere; } th { position: static; }
 }
 """
 SCRIPT = """
@@ -52,14 +52,20 @@ for (const header of document.querySelectorAll("table.sortable th")) header.oncl
 
 
 def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[tuple[int, int]]:
-    """Return (label, prediction) with the most wrong pixels; `confusion` (C, C) counts pixels by both."""
+    """Return at most `limit` (label, prediction) pairs with the most wrong pixels, most frequent first.
+
+    `confusion` (C, C) counts pixels, with labels in rows and predictions in columns.
+    """
     wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
     order = np.argsort(wrong, axis=None)[::-1][:limit]
     return [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[a, b]]
 
 
 def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str]) -> None:
-    """Write `report.html` and `confusion.png`; `panels` has the panel, relative to `folder`, by image name."""
+    """Write `report.html` and `confusion.png` to a folder.
+
+    `panels` is a dict from image name to the path of its panel, relative to `folder`.
+    """
     with log_plot_errors("confusion.png"):
         save_confusion(evaluation, folder / "confusion.png")
     ranked = sorted((score for score in evaluation.scores if score.labelled), key=lambda s: (s.mean_iou, s.accuracy))
@@ -97,7 +103,7 @@ def _metrics(evaluation: Evaluation) -> str:
 
 
 def _sortable(columns: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
-    """Return a table that is sorted by a click on a column; cells are (value to sort by, HTML)."""
+    """Return an HTML table that a click on a column header sorts. A cell is (value for sorting, HTML)."""
     classes = [' class="text"' if isinstance(value, str) else "" for value, _ in rows[0]]
     head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(columns, classes, strict=True))
     body = ""
@@ -125,8 +131,8 @@ def _classes(evaluation: Evaluation) -> str:
         recall = _percent(float(confusion[index, index] / max(pixels, 1)))
         rows.append([(name, label), (iou, bar), recall, _percent(float(pixels / total))])
     note = (
-        "Click a column header to sort. Accuracy (recall): fraction of the class's pixels that were predicted "
-        "correctly. Gray: classes without labelled pixels."
+        "Click a column header to sort. Accuracy (recall) is the fraction of the class's pixels that were predicted "
+        "correctly. Classes without labelled pixels are gray."
     )
     return f"<h2>Classes</h2><p>{note}</p>" + _sortable(("class", "IoU", "accuracy", "fraction of all pixels"), rows)
 

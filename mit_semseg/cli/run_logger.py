@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from .plots import log_plot_errors, save_curves
 
 logger = logging.getLogger(__name__)
 
-TENSORBOARD_IMAGES = 4  # validation panels per validation
+TENSORBOARD_IMAGES = 4  # number of panels per validation
 
 
 class RunLogger:
@@ -26,27 +27,27 @@ class RunLogger:
         folder: DIR of the run.
         table: class names and colors.
         tensorboard: write events to `folder`/tensorboard.
-        images: paths of the validation images to write panels of, to `folder`/vis/epoch_N.
-        main: whether this is rank 0; other ranks write panels only.
+        images: paths of all validation images, to write their panels to `folder`/vis/epoch_N; empty for no panels.
+        main: whether this is rank 0. Other ranks write only panels.
     """
 
     def __init__(self, folder: str, table: ClassTable, *, tensorboard: bool, images: Sequence[str], main: bool):
         self.folder, self.table, self.main = Path(folder), table, main
         self._stems = unique_stems(images)
-        self._tensorboard, self._writer, self._panels = tensorboard and main, None, []
+        self._tensorboard, self._panels = tensorboard and main, []
         if self._tensorboard:
             try:
                 import torch.utils.tensorboard  # noqa: F401
             except ImportError:
-                raise UserError("TRAIN.tensorboard True needs TensorBoard: pip install tensorboard") from None
+                raise UserError("TRAIN.tensorboard True needs TensorBoard; run pip install tensorboard") from None
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         with self._stop_on_write_error():
             for name, value in values.items() if self._tensorboard else ():
-                self._open_writer().add_scalar(f"train/{name}", value, step)
+                self._writer.add_scalar(f"train/{name}", value, step)
 
     def log_image(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
-        """Write the panel of a validation item, and keep the first few for `log_epoch`; see `result_panel`."""
+        """Write the panel of a validation item and keep the first panels for TensorBoard; see `result_panel`."""
         keep = self._tensorboard and len(self._panels) < TENSORBOARD_IMAGES
         panel = result_panel(item, prediction, self.table) if keep or self._stems else None
         if keep:
@@ -55,46 +56,44 @@ class RunLogger:
             save_png(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._stems[item['info']]}.png")
 
     def log_epoch(self, epoch: int, history: dict, evaluation: Evaluation | None) -> None:
-        """Write `curves.png`; log the metrics and panels of a validation."""
+        """Write `curves.png`, and send the metrics and panels of a validation to TensorBoard."""
         if not self.main:
             return
         with log_plot_errors("curves.png"):
             save_curves(history, self.folder / "curves.png")
         if self._tensorboard:
             with self._stop_on_write_error():
-                writer = self._open_writer()
                 if evaluation is not None:
                     summary = evaluation.summary
-                    writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
-                    writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
+                    self._writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
+                    self._writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
                     for i in np.flatnonzero(summary.present):
-                        writer.add_scalar(f"val_iou/{self.table.names[i]}", summary.iou[i], epoch)
+                        self._writer.add_scalar(f"val_iou/{self.table.names[i]}", summary.iou[i], epoch)
                     for i, panel in enumerate(self._panels):
-                        writer.add_image(f"val/{i}", np.asarray(panel), epoch, dataformats="HWC")
-                writer.flush()
+                        self._writer.add_image(f"val/{i}", np.asarray(panel), epoch, dataformats="HWC")
+                self._writer.flush()
         self._panels = []
 
-    def _open_writer(self):
-        """Return the `SummaryWriter`. It is opened late because a new run first deletes the previous run's events."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+    @cached_property
+    def _writer(self):
+        """`SummaryWriter`, created on first use because a new run first deletes the events of the previous run."""
+        from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        return self._writer
+        return SummaryWriter(str(self.folder / "tensorboard"))
 
     @contextmanager
     def _stop_on_write_error(self) -> Iterator[None]:
-        """Turn TensorBoard off if its events cannot be written, e.g. on a full disk."""
+        """Context that disables TensorBoard if its events cannot be written, e.g. because the disk is full."""
         try:
             yield
         except OSError as error:
             logger.warning("TensorBoard events cannot be written, training continues without them: %s", error)
-            self._tensorboard, self._writer = False, None
+            self._tensorboard = False
 
     def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, *_) -> None:
-        if self._writer:
+        if self._tensorboard and "_writer" in vars(self):
             with self._stop_on_write_error():
                 self._writer.close()

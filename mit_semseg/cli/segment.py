@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..build import load_options
@@ -15,79 +14,61 @@ from ..dataset.samplers import shards
 from ..engine import World
 from ..lib.utils import UserError, progress_bar
 from ..predict.images import find_inputs
-from ..predict.results import Result
+from ..predict.results import SUFFIXES, Result
 from ..predict.segmenter import Segmenter
 from ..predict.video import is_video, output_path, segment_video
 from .common import refuse_torchrun
 from .devices import describe_all
-from .workers import BackgroundWriter, Shard, run_sharded
+from .workers import Shard, background_writer, run_sharded
 
 logger = logging.getLogger(__name__)
 
 MIN_FRACTION = 0.001  # classes with a smaller fraction of the pixels are not printed
-SUFFIXES = {
-    "no_panel": ".png",
-    "overlay": "_overlay.png",
-    "index": "_index.png",
-    "labels": "_label.png",
-    "json": ".json",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options for the files to write and for videos."""
+    """Add the options that select the output files, and those for videos."""
     for name, text in {
         "overlay": "also write the image blended with the class colors, with a legend",
         "index": "also write class indices as a grayscale PNG",
         "labels": "also write the label values of the dataset as a grayscale PNG, e.g. Cityscapes labelIds",
-        "json": "also write the classes and their fractions of the pixels as JSON",
-        "no-panel": "do not write the panel [image | prediction]",
+        "json": "also write the classes in the image and their fractions of the pixels as JSON",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_argument(
-        "--smoothing", type=float, default=0, help="of videos: weight of the previous frames, 0 to below 1 (default 0)"
-    )
+    text = "do not write the panel [image | prediction]"
+    parser.add_argument("--no-panel", dest="panel", action="store_false", help=text)
+    text = "for videos: weight of the previous frames, 0 to below 1 (default: 0)"
+    parser.add_argument("--smoothing", type=float, metavar="WEIGHT", default=0, help=text)
 
 
 def suffixes_of(args: argparse.Namespace) -> list[str]:
-    """Return the suffixes of the files to write, see `Result.save_as`.
-
-    Raises:
-        UserError: there are none, or the options do not apply to a video.
-    """
-    given = [name for name in SUFFIXES if getattr(args, name)]
+    """Return the suffixes of the output files (see `Result.save_as`); check the options for images and videos."""
+    suffixes = [suffix for suffix, name in SUFFIXES.items() if getattr(args, name)]
     if is_video(args.imgs):
-        if given:
-            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise UserError(f"{options}: not for videos; the result of {args.imgs} is a video with class colors")
-        return []
-    if args.smoothing:
-        raise UserError(f"--smoothing {args.smoothing:g}: only for videos, {args.imgs} is not one")
-    suffixes = [suffix for name, suffix in SUFFIXES.items() if getattr(args, name) != (name == "no_panel")]
+        if suffixes != [".png"]:
+            raise UserError(f"{args.imgs} is a video; omit --overlay, --index, --labels, --json and --no-panel")
+        if not 0 <= args.smoothing < 1:
+            raise UserError(f"--smoothing {args.smoothing:g} is out of range; use a value from 0 to below 1")
+    elif args.smoothing:
+        raise UserError(f"--smoothing {args.smoothing:g} applies only to videos, and {args.imgs} is not a video")
     if not suffixes:
         raise UserError("--no-panel leaves no file to write; add --overlay, --index, --labels or --json")
     return suffixes
 
 
 def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
-    """Segment images with TEST.checkpoint and write the results to TEST.result.
+    """Segment images with TEST.checkpoint, write the output files to TEST.result, and return the exit code.
 
-    Args:
-        inputs: image, folder or glob.
-        suffixes: of the files to write.
-
-    Returns:
-        Exit code: 1 if images were skipped, else 0.
+    `inputs` is an image, a folder or a glob pattern; `suffixes` are those of the output files.
     """
     logger.info("devices: %s", describe_all(world))
     found = find_inputs(inputs, Path(cfg.TEST.result), suffixes) if world.is_main else None
     stems = world.gather(found, "looking for images")[0]  # one list for all ranks
     with progress_bar(total=len(stems), desc="segmenting", unit="img", shown=world.is_main) as bar:
-        verbose = logger.isEnabledFor(logging.INFO)
 
         def on_report(text: str) -> None:
             bar.update()
-            if verbose:
+            if logger.isEnabledFor(logging.INFO):
                 bar.write(text)
 
         reasons = run_sharded(segment_shard, world, len(stems), (cfg, stems, suffixes), on_report)
@@ -102,13 +83,9 @@ def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
 def segment_shard(
     shard: Shard, report: Callable[[str], None], cfg: Config, stems: dict[str, Path], suffixes: Sequence[str]
 ) -> list[str]:
-    """Segment a shard of the images and write the results.
+    """Segment a shard of the images, write the output files, and return a message for every unreadable image.
 
-    Args:
-        stems: path of the results, without suffix, of every image.
-
-    Returns:
-        The reason for every image that cannot be read.
+    `stems` is a dict from image path to output path without suffix.
     """
     own = shards(len(stems), shard.count)[shard.index]
     segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, shard.device)
@@ -124,10 +101,10 @@ def segment_shard(
         report(f"{result.path} -> {path}{''.join(classes)}")
 
     loading = load_options(cfg, cfg.TEST.batch_size, shard.local_size)
-    with worker_errors(), BackgroundWriter() as writer:
+    with worker_errors(), background_writer() as submit:
         for result in segmenter.segment_files(list(stems)[own.start : own.stop], loading):
             if isinstance(result, Result):
-                writer.submit(write, result)
+                submit(write, result)
             else:
                 path, reason = result
                 skipped.append(reason)
@@ -135,22 +112,16 @@ def segment_shard(
     return skipped
 
 
-def run_video(cfg: Config, given: str, device: torch.device, smoothing: float) -> int:
-    """Segment a video or camera with TEST.checkpoint and write a video to TEST.result.
+def run_video(cfg: Config, source: str, device: torch.device, smoothing: float) -> int:
+    """Segment a video or camera with TEST.checkpoint, write a video to TEST.result, and return the exit code.
 
-    Raises:
-        KeyboardInterrupt: the run was interrupted; the video has the frames up to then.
-        UserError: the video, the weights or an option cannot be used.
+    Ctrl-C and SIGTERM raise after the frames segmented until then have been saved.
     """
-    refuse_torchrun(f"a video is segmented by one process; run python test.py --imgs {given} without torchrun")
-    if not 0 <= smoothing < 1:
-        raise UserError(f"--smoothing {smoothing:g}: must be at least 0 and below 1")
-    if smoothing and any(np.atleast_1d(cfg.INFERENCE.window_size)):
-        raise UserError("--smoothing does not work with a sliding window; set INFERENCE.window_size 0")
+    refuse_torchrun(f"torchrun cannot segment a video; run python test.py --imgs {source} without torchrun")
     logger.info("device: %s", device)
     segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device)
-    path = output_path(given, Path(cfg.TEST.result))
-    count, interruption = segment_video(segmenter, given, path, smoothing=smoothing)
+    path = output_path(source, Path(cfg.TEST.result))
+    count, interruption = segment_video(segmenter, source, path, smoothing=smoothing)
     print(f"{path}: {count} frames{', interrupted' if interruption else ''}")
     if interruption:
         raise interruption

@@ -1,12 +1,13 @@
-"""Distribute work on a list of images: over the ranks of a job, or over one worker process per device."""
+"""Distribute a list of images over the ranks of a job or over worker processes, and write files in a thread."""
 
 import logging
 import multiprocessing
 import signal
+import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,47 +21,38 @@ from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING_WRITES = 4  # each holds an image in memory
+MAX_PENDING_WRITES = 4  # few, because each keeps an image in memory
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One part of a list that is processed in parallel.
-
-    Attributes:
-        device: that processes the shard.
-        index, count: of this shard and of all.
-        local_size: number of shards processed on this machine at the same time.
-    """
+    """A shard of a list, for one of several ranks or worker processes."""
 
     device: torch.device
     index: int = 0
-    count: int = 1
-    local_size: int = 1
+    count: int = 1  # number of shards
+    local_size: int = 1  # number of shards that this machine processes at the same time
 
 
 class WorkerError(UserError, RuntimeError):
-    """A worker process that ended unexpectedly; names its device and images."""
+    """A worker process was killed. The message names its device and images."""
 
 
-Work = Callable[..., Any]  # work(shard, report, *arguments) -> result; report(text) is called after every image
+Work = Callable[..., Any]  # work(shard, report, *arguments) -> result; it calls report(text) after every image
 
 
 def run_sharded(work: Work, world: World, length: int, arguments: Sequence, on_report: Callable[[str], None]) -> list:
-    """Run a function on every shard of a list and return the results in order.
+    """Run a function on every shard of a list and return the results in the order of the shards.
 
-    A job of several ranks has one shard per rank; otherwise there is one worker process per device, or none for a
-    single device.
+    In a job of several ranks, every rank runs the function on one shard. Without ranks, every device has a worker
+    process and a shard; a single device needs no worker process. If a worker process fails, the others are killed.
 
     Args:
-        work: a function of a module; called as `work(shard, report, *arguments)`.
+        work: function that can be pickled, called as `work(shard, report, *arguments)`.
         world: ranks and devices.
-        length: of the list.
-        arguments: of the function; can be pickled.
-        on_report: called in this process with every text that its workers report.
-
-    Raises:
-        WorkerError: a worker process was killed. The others are stopped.
+        length: length of the list.
+        arguments: further arguments of `work`, which can be pickled.
+        on_report: called in this process with every text that `work` passes to `report`.
     """
     if world.size > 1:
         shard = Shard(world.devices[0], world.rank, world.size, world.local_size)
@@ -74,95 +66,76 @@ def run_sharded(work: Work, world: World, length: int, arguments: Sequence, on_r
 def _run_in_workers(
     work: Work, devices: Sequence[torch.device], length: int, arguments: Sequence, on_report: Callable[[str], None]
 ) -> list:
-    """One process per device, so that a broken pool names the device; each reports through its own pipe."""
+    """Start one process per device; each sends its reports and its result through its own pipe."""
     context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
-    before, level = multiprocessing.active_children(), logger.getEffectiveLevel()
-    threads = max(1, available_cores() // len(devices))
-    pools, futures, pipes = [], [], {}
+    count, level = len(devices), logger.getEffectiveLevel()
+    threads = max(1, available_cores() // count)
+    processes, pipes, results, done = [], {}, [None] * count, [0] * count
     try:
-        for index, device in enumerate(devices):
-            receiver, sender = context.Pipe(duplex=False)
-            pool = ProcessPoolExecutor(
-                1, context, initializer=_initialize_worker, initargs=(sender, index, level, threads)
-            )
-            pools.append(pool)
-            shard = Shard(device, index, len(devices), len(devices))
-            futures.append(pool.submit(_work_in_worker, work, shard, arguments))
-            sender.close()  # the pipe ends with the worker
-            pipes[receiver] = index
-        done = [0] * len(devices)
+        for index in range(count):
+            pipe, worker_pipe = context.Pipe()
+            pipes[pipe] = index
+            processes.append(context.Process(target=_run_worker, args=(worker_pipe, index, level, threads)))
+            processes[-1].start()
+            worker_pipe.close()  # now the pipe is closed when the worker ends
+        for pipe, index in pipes.items():
+            with suppress(BrokenPipeError):  # a killed worker; `recv` reports it
+                pipe.send((work, Shard(devices[index], index, count, count), arguments))
         while pipes:
-            for receiver in wait(list(pipes)):
+            for pipe in wait(list(pipes)):
+                index = pipes[pipe]
                 try:
-                    text = receiver.recv()
-                except EOFError:
-                    index = pipes.pop(receiver)
-                    _check(futures[index], shards(length, len(devices))[index], devices[index], done[index])
-                    continue
-                if text is None:  # the worker has finished its shard
-                    del pipes[receiver]
-                    continue
-                done[pipes[receiver]] += 1
-                on_report(text)
-        return [future.result() for future in futures]
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionError):
+                    images = shards(length, count)[index]
+                    raise WorkerError(
+                        f"the worker process on {devices[index]} for images {images.start + 1} to {images.stop} was "
+                        f"killed after {done[index]} images (out of memory?)"
+                    ) from None
+                if kind == "report":
+                    done[index] += 1
+                    on_report(value)
+                elif kind == "error":
+                    raise value[0] from RuntimeError(f"in a worker process:\n{value[1]}")
+                else:
+                    results[index] = value
+                    del pipes[pipe]
+        return results
     finally:
-        for process in multiprocessing.active_children():
-            if process not in before and not all(future.done() for future in futures):
+        for process in processes:
+            if pipes:  # after an error
                 process.kill()
-        for pool in pools:
-            pool.shutdown(cancel_futures=True)
+            process.join()
 
 
-def _check(future: Future, images: range, device: torch.device, done: int) -> None:
-    """Raise what a worker has raised."""
-    try:
-        future.result()
-    except BrokenProcessPool:
-        raise WorkerError(
-            f"the worker process on {device} for images {images.start + 1} to {images.stop} was killed after {done} "
-            f"images (out of memory?)"
-        ) from None
-
-
-_pipe: Connection | None = None  # of a worker process
-
-
-def _initialize_worker(pipe: Connection, index: int, level: int, threads: int) -> None:
-    global _pipe
-    _pipe = pipe
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
+def _run_worker(pipe: Connection, index: int, level: int, threads: int) -> None:
+    """Send ("report", text) for every image, then ("result", value) or ("error", (exception, its traceback))."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     setup_logger(index, None, level)
     torch.set_num_threads(threads)
-
-
-def _work_in_worker(work: Work, shard: Shard, arguments: Sequence):
+    work, shard, arguments = pipe.recv()
     try:
-        return work(shard, _pipe.send, *arguments)
-    finally:
-        _pipe.send(None)
+        answer = "result", work(shard, lambda text: pipe.send(("report", text)), *arguments)
+    except Exception as error:
+        answer = "error", (error, traceback.format_exc())
+    pipe.send(answer)
 
 
-class BackgroundWriter:
-    """Context that runs functions one after another in a thread, to write results while the network works.
+@contextmanager
+def background_writer() -> Iterator[Callable[..., None]]:
+    """Yield `submit(function, *arguments)`, which runs functions in order in a thread, to write files meanwhile.
 
-    An exception of a function is raised by the next call or at the end.
+    `submit` blocks while too many calls are pending. An exception of a function is raised by a later `submit` or at the
+    end of the context.
     """
+    pending: deque[Future] = deque()
 
-    def __init__(self):
-        self._pool, self._pending = ThreadPoolExecutor(1), deque()
+    def submit(function: Callable[..., object], *arguments) -> None:
+        while len(pending) >= MAX_PENDING_WRITES or (pending and pending[0].done()):
+            pending.popleft().result()
+        pending.append(pool.submit(function, *arguments))
 
-    def __enter__(self) -> "BackgroundWriter":
-        return self
-
-    def submit(self, function: Callable[..., object], *arguments) -> None:
-        """Schedule a function; blocks while too many are pending."""
-        while len(self._pending) >= MAX_PENDING_WRITES or (self._pending and self._pending[0].done()):
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(function, *arguments))
-
-    def __exit__(self, kind, *_) -> None:
-        try:
-            while self._pending and kind is None:
-                self._pending.popleft().result()
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(1) as pool:
+        yield submit
+        for future in pending:
+            future.result()

@@ -6,16 +6,16 @@ from math import inf
 
 @dataclass(frozen=True)
 class Option:
-    """One option."""
+    """Default, help text and allowed values of an option."""
 
     default: object
     help: str
     low: float = -inf  # inclusive bounds of a number, or of every number in a list
     high: float = inf
     choices: tuple = ()
-    kinds: tuple[type, ...] = ()  # allowed types in the order they are tried; () is the type of the default
-    fractions: bool = False  # the numbers in a list may be fractions
-    path: bool = False  # `~` and environment variables are expanded
+    kinds: tuple[type, ...] = ()  # allowed types, tried in this order; (): the type of the default
+    fractions: bool = False  # whether the numbers in a list may be fractions
+    path: bool = False  # whether `~` and environment variables are expanded
 
     @property
     def types(self) -> tuple[type, ...]:
@@ -23,7 +23,7 @@ class Option:
 
 
 OPTIONS: dict[str, Option] = {
-    "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "Folder of checkpoints, log and results.", path=True),
+    "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "Folder for checkpoints, log and results.", path=True),
     "DATASET.root_dataset": Option("./data/", "Folder that the paths in the lists are relative to.", path=True),
     "DATASET.list_train": Option(
         "./data/training.odgt",
@@ -35,18 +35,18 @@ OPTIONS: dict[str, Option] = {
     "DATASET.num_class": Option(150, "Number of classes.", low=1, high=32767),
     "DATASET.classes": Option(
         "",
-        "Class table: ade20k, cityscapes, pascal_voc, a CSV file (raw,name,color), or a list of names. '' is ADE20K "
-        "for 150 classes, otherwise numbered classes where raw value 0 is ignored.",
+        "Class table: ade20k, cityscapes, pascal_voc, a CSV file (raw,name,color), or a list of names. '' with 150 "
+        "classes: ADE20K. '' with another number: label value 0 is ignored, and values 1 to num_class are the classes.",
         kinds=(tuple, str),
         path=True,
     ),
     "DATASET.ignore_values": Option(
-        (), "Raw label values to ignore. With a list of names, the other values are numbered from 0.", low=0, high=65535
+        (), "Ignored label values. The names in classes get the other values, in ascending order.", low=0, high=65535
     ),
-    "DATASET.palette_labels": Option(False, "Read palette images (PASCAL VOC) by their indices."),
+    "DATASET.palette_labels": Option(False, "Use the indices of palette images (PASCAL VOC) as label values."),
     "DATASET.imgSizes": Option(
         (300, 375, 450, 525, 600),
-        "Short sides of resized images. Training draws one per batch, evaluation averages all.",
+        "Short sides of resized images. Training draws one per batch; evaluation averages over all.",
         low=1,
         kinds=(tuple, int),
     ),
@@ -55,77 +55,64 @@ OPTIONS: dict[str, Option] = {
     "DATASET.segm_downsampling_rate": Option(8, "Downsampling rate of the training labels.", low=1),
     "DATASET.random_flip": Option(True, "Flip half of the training images left to right."),
     "DATASET.random_scale": Option(
-        (),
-        "Range of the random factor that scales training images, e.g. (0.5, 2.0). () resizes to imgSizes instead.",
-        low=0.01,
-        fractions=True,
+        (), "Range of random scales for training, e.g. (0.5, 2.0). () scales to imgSizes.", low=0.01, fractions=True
     ),
     "DATASET.crop_size": Option(
         0,
-        "Side, or (height, width), of random training crops. Smaller images are padded. 0 does not crop.",
+        "Size of random crops for training: one side, or (height, width). Smaller images are padded. 0 does not crop.",
         low=0,
         kinds=(int, tuple),
     ),
-    "DATASET.cat_max_ratio": Option(1.0, "Maximum fraction of one class in a crop. 1 accepts all.", low=0.01, high=1),
+    "DATASET.cat_max_ratio": Option(
+        1.0, "Maximum fraction of one class in a crop. Other crops are drawn again. 1 accepts all.", low=0.01, high=1
+    ),
     "DATASET.color_jitter": Option(
-        0.0,
-        "Maximum relative change of brightness, contrast and saturation in training. The hue changes a fifth as much.",
-        low=0,
-        high=1,
+        0.0, "Maximum change of brightness, contrast and saturation; for the hue, a fifth of this value.", low=0, high=1
     ),
     "DATASET.blur": Option(
-        0.0, "Maximum standard deviation (pixels) of the blur of half of the training images.", low=0
+        0.0, "Maximum standard deviation of Gaussian blur, in pixels; applied to half of the training images.", low=0
     ),
     "DATASET.normalization": Option(
-        "imagenet",
-        "imagenet: (RGB / 255 - mean) / std. caffe: BGR - mean, as in the Cityscapes toolbox.",
-        choices=("imagenet", "caffe"),
+        "imagenet", "imagenet: (RGB / 255 - mean) / std. caffe: BGR - mean.", choices=("imagenet", "caffe")
     ),
     "DATASET.train_resize": Option(
         "fast",
-        "Resize in training. pixel-exact is Pillow, as for the published weights. fast differs by at most one level.",
+        "Resizing of training images. pixel-exact: with Pillow, as in the training of the published weights. fast: "
+        "pixel values differ by at most one level.",
         choices=("fast", "pixel-exact"),
     ),
     "DATASET.eval_resize": Option(
-        "pixel-exact", "Resize in evaluation and inference, see train_resize.", choices=("fast", "pixel-exact")
+        "pixel-exact", "Resizing in evaluation and inference, see train_resize.", choices=("fast", "pixel-exact")
     ),
     "DATASET.on_error": Option(
-        "stop",
-        "Unusable images, labels and list lines: stop with an error, or skip and report them (exit code 1).",
-        choices=("stop", "skip"),
+        "stop", "Unusable files and list lines: stop with an error, or skip and report them.", choices=("stop", "skip")
     ),
     "MODEL.arch_encoder": Option("resnet50dilated", "Encoder, see docs/models.md."),
     "MODEL.arch_decoder": Option("ppm_deepsup", "Decoder, see docs/models.md."),
     "MODEL.weights_encoder": Option("", "File with initial encoder weights. '' uses MODEL.pretrained.", path=True),
     "MODEL.weights_decoder": Option("", "File with initial decoder weights. '' is random.", path=True),
     "MODEL.fc_dim": Option(
-        2048,
-        "Channels of the last feature map. Read from the encoder; a value other than the default is only compared.",
-        low=1,
+        2048, "Channels of the last feature map. Taken from the encoder; another value must match the encoder.", low=1
     ),
     "MODEL.output_stride": Option(
-        0,
-        "Output stride of the encoder: 8, 16 or 32; 4 for hrnetv2. 0 is the default of the encoder.",
-        choices=(0, 4, 8, 16, 32),
+        0, "Output stride of the encoder; 4 only for hrnetv2. 0: default of the encoder.", choices=(0, 4, 8, 16, 32)
     ),
     "MODEL.norm": Option(
         "sync",
-        "Batch norm. batch: statistics per device. sync: over all devices. inplace: sync, computed in place together "
-        "with leaky ReLU; needs half the memory in ResNets, no mixed precision.",
+        "Batch norm. batch: statistics per device. sync: synchronized over all devices. inplace: synchronized, in "
+        "place, with leaky ReLU; halves the memory of ResNets; does not support mixed precision.",
         choices=("batch", "sync", "inplace"),
     ),
     "MODEL.pretrained": Option(True, "Initialize the encoder with ImageNet weights if weights_encoder is ''."),
     "MODEL.reset_classifier": Option(
         False, "Initialize the classifier randomly if weights_decoder has another number of classes."
     ),
-    "TRAIN.batch_size_per_gpu": Option(2, "Images per device and step.", low=1),
+    "TRAIN.batch_size_per_gpu": Option(2, "Images per device and batch.", low=1),
     "TRAIN.num_epoch": Option(20, "Number of epochs.", low=1),
-    "TRAIN.start_epoch": Option(0, "Load weights and history of this epoch in DIR and train the next ones.", low=0),
+    "TRAIN.start_epoch": Option(0, "Load this epoch (weights and history) from DIR and continue. 0: off.", low=0),
     "TRAIN.epoch_iters": Option(5000, "Steps per epoch. 0 is one pass over the training images.", low=0),
     "TRAIN.optim": Option("SGD", "Optimizer: SGD or AdamW."),
-    "TRAIN.lr_encoder": Option(
-        0.02, "Initial learning rate of the encoder. 0 freezes the encoder and its batch norm statistics.", low=0
-    ),
+    "TRAIN.lr_encoder": Option(0.02, "Initial learning rate of the encoder. 0 freezes the encoder.", low=0),
     "TRAIN.lr_decoder": Option(0.02, "Initial learning rate of the decoder.", low=0),
     "TRAIN.lr_pow": Option(0.9, "Power of the polynomial learning rate schedule.", low=0),
     "TRAIN.warmup_iters": Option(0, "Steps of linear learning rate warmup.", low=0),
@@ -133,74 +120,70 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.weight_decay": Option(1e-4, "Weight decay of convolution and linear weights.", low=0),
     "TRAIN.deep_sup_scale": Option(0.4, "Weight of the deep supervision loss.", low=0),
     "TRAIN.loss": Option(
-        "ce", "ce (cross entropy), ohem (hard pixels only), dice, lovasz, ce+dice or ce+lovasz; all but ce per device."
+        "ce", "ce: cross entropy. ohem: cross entropy of hard pixels. All losses except ce are computed per device."
     ),
     "TRAIN.class_weights": Option(
-        (), "Weight of every class in cross entropy: num_class numbers. () weights all equally.", low=0, fractions=True
+        (), "Class weights in cross entropy: num_class numbers. () gives all classes weight 1.", low=0, fractions=True
     ),
     "TRAIN.label_smoothing": Option(0.0, "Label smoothing of cross entropy.", low=0, high=0.999),
     "TRAIN.ohem_threshold": Option(
-        0.7, "ohem: pixels whose true class has at most this probability are hard.", low=0, high=1
+        0.7, "ohem: a pixel is hard if the probability of its class is at most this value.", low=0, high=1
     ),
     "TRAIN.ohem_min_kept": Option(
-        100000, "ohem: minimum number of hard pixels per device, in the resolution of the images.", low=1
+        100000, "ohem: minimum number of hard pixels per device, counted at the image resolution.", low=1
     ),
     "TRAIN.fix_bn": Option(False, "Freeze statistics and parameters of all batch norms."),
     "TRAIN.workers": Option(16, "DataLoader workers, at most one per core. 0 loads in the main process.", low=0),
     "TRAIN.disp_iter": Option(20, "Steps between log lines.", low=1),
-    "TRAIN.seed": Option(304, "Seed of weights, order, scales, augmentation and dropout.", low=0, high=2**63 - 1),
+    "TRAIN.seed": Option(304, "Seed of weights, image order, augmentation and dropout.", low=0, high=2**63 - 1),
     "TRAIN.deterministic": Option(
         False,
-        "Bit-identical weights in every run on the same hardware, also on GPUs; other operations raise an error. CPU "
-        "runs are deterministic without it, except for dropout in several replicas of one process.",
+        "Bit-identical weights in every run on the same hardware, also on GPUs. Operations without a deterministic "
+        "implementation raise an error.",
     ),
-    "TRAIN.accumulate": Option(1, "Batches per step (gradient accumulation).", low=1),
+    "TRAIN.accumulate": Option(1, "Batches per device and step (gradient accumulation).", low=1),
     "TRAIN.clip_grad": Option(0.0, "Maximum gradient norm. 0 does not clip.", low=0),
     "TRAIN.amp": Option("off", "Mixed precision.", choices=("off", "bf16", "fp16")),
     "TRAIN.channels_last": Option(True, "Use the channels last memory format, which is faster."),
     "TRAIN.activation_checkpointing": Option(
         False,
-        "Recompute activations of the encoder blocks in the backward pass: half the memory, a third more time. Not for "
-        "several devices in one process, nor for VGG.",
+        "Recompute the activations of encoder blocks in the backward pass: about half the memory, up to a third more "
+        "time. Not for several devices in one process, nor for VGG.",
     ),
     "TRAIN.compile": Option(
         False,
-        "Compile the encoder with torch.compile: half a minute or more per batch size. Sides are rounded up to "
-        "multiples of 64. Not for several devices in one process, nor with activation_checkpointing.",
+        "Compile the encoder with torch.compile, which takes at least 30 s per image size. Height and width are "
+        "rounded up to multiples of 64. Not for several devices in one process, nor with activation_checkpointing.",
     ),
     "TRAIN.eval_epoch": Option(0, "Epochs between validations. 0 does not validate.", low=0),
     "TRAIN.visualize": Option(False, "Write panels of every validation to DIR/vis."),
-    "TRAIN.checkpoint_iters": Option(1000, "Steps between checkpoints. 0 saves at the end of every epoch only.", low=0),
+    "TRAIN.checkpoint_iters": Option(1000, "Steps between checkpoints. 0 saves only at the end of every epoch.", low=0),
     "TRAIN.resume": Option(
         "off",
-        "If DIR contains a run: off stops with an error, auto resumes it, restart overwrites it. Or a resume.pth file.",
+        "If DIR contains a run: off stops with an error, auto resumes it, restart overwrites it. A path to a "
+        "resume.pth file resumes from that file.",
         path=True,
     ),
     "TRAIN.tensorboard": Option(False, "Write scalars and images for TensorBoard to DIR/tensorboard."),
-    "RUNTIME.timeout": Option(
-        1800.0,
-        "Seconds that ranks, replicas and data loading wait for each other before the run stops with an error.",
-        low=0.1,
-        high=1e6,  # queues allow at most 2**31 milliseconds
-    ),
+    "RUNTIME.timeout": Option(1800.0, "Timeout in seconds for ranks, replicas and data loading.", low=0.1, high=1e6),
     "VAL.batch_size": Option(1, "Images loaded together. Does not change the metrics.", low=1),
     "VAL.num_val": Option(0, "Validation images during training, from the start of the list. 0 is all.", low=0),
     "VAL.visualize": Option(False, "Write panels [image | label | prediction] to DIR/result."),
     "VAL.checkpoint": Option("epoch_20.pth", "Checkpoint in DIR to evaluate.", path=True),
     "INFERENCE.flip": Option(False, "Average the predictions for the image and the flipped image."),
     "INFERENCE.window_size": Option(
-        0, "Side, or (height, width), of the sliding window. 0 uses the whole image.", low=0, kinds=(int, tuple)
+        0, "Side, or (height, width), of sliding windows. 0 uses the whole image.", low=0, kinds=(int, tuple)
     ),
     "INFERENCE.window_overlap": Option(
         1 / 3, "Minimum overlap of neighboring windows, as a fraction of the window size.", low=0, high=0.95
     ),
     "INFERENCE.precision": Option(
         "auto",
-        "Precision of the network. auto is float32. fp32 is float32 without TF32. bf16 and fp16 are faster and change "
-        "the class of about 1 % of the pixels.",
+        "auto: float32, TF32 allowed. fp32: float32, TF32 disabled. bf16 and fp16 are faster and change the class of "
+        "about 1 % of the pixels.",
         choices=("auto", "fp32", "bf16", "fp16"),
     ),
-    "INFERENCE.compile": Option(False, "Compile the network with torch.compile: up to a minute per image size."),
+    "INFERENCE.compile": Option(False, "Compile the encoder with torch.compile: up to a minute per image size."),
     "TEST.batch_size": Option(
         1, "Images loaded together. On a GPU, images of the same size go through the network together.", low=1
     ),

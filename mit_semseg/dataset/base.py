@@ -1,4 +1,4 @@
-"""Base class for custom datasets, with the attributes and methods of version 2."""
+"""Base class for custom datasets with the interface of version 2."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,8 @@ class BaseDataset(Dataset):
     """Base class for datasets over a list of images. Subclasses implement `__getitem__` and `__len__`.
 
     Args:
-        odgt: path of a list, or records such as `[{"fpath_img": path}]`.
-        opt: object with imgSizes, imgMaxSize, padding_constant; they become attributes.
-        kwargs: arguments of `parse_input_list`.
+        odgt, kwargs: arguments for `parse_input_list`; `odgt` is a path, or records such as `[{"fpath_img": path}]`.
+        opt: object with imgSizes, imgMaxSize, padding_constant, which become attributes of the dataset.
     """
 
     img_transform = staticmethod(img_transform)
@@ -37,12 +36,12 @@ class BaseDataset(Dataset):
     def parse_input_list(
         self, odgt: str | Sequence[dict], max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
     ) -> None:
-        """Set `list_sample` and `num_sample` to the first `max_sample` records (-1: all), then to a slice (-1: all)."""
+        """Set `list_sample` to the first `max_sample` records, or to a slice of them; -1 sets no limit."""
         records = load_records(odgt)
         records = records[:max_sample] if max_sample > 0 else records
         self.list_sample = records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records
         self.num_sample = len(self.list_sample)
 
     def segm_transform(self, segm: Image.Image | np.ndarray) -> Tensor:
-        """Convert an ADE20K label (H, W) to class indices int64, -1 where unlabelled."""
+        """Convert an ADE20K label (H, W) to class indices (H, W) int64; unlabelled pixels become -1."""
         return torch.from_numpy(np.array(segm)).long() - 1

@@ -1,10 +1,11 @@
-"""Datasets: training batches, and images at every scale of evaluation."""
+"""Datasets: training batches, and images resized to the scales of evaluation."""
 
 import copy
 import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ..lib.utils import progress_bar, shorten_list
 from .augment import Augmentation
-from .classes import UNKNOWN, class_table_from_options
+from .classes import UNKNOWN, ClassTable, class_table_from_options
 from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
 from .layouts import ListError
 from .records import load_records
@@ -23,12 +24,11 @@ from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up,
 
 logger = logging.getLogger(__name__)
 
-TRAIN_LENGTH = int(1e10)  # length of the endless training set
-MAX_REPLACEMENTS = 100  # unusable images in a row, with DATASET.on_error skip
+MAX_REPLACEMENTS = 100  # tried for an unusable image, per orientation, with DATASET.on_error skip
 
 
 class ImageListDataset(Dataset):
-    """Base class: a list of images and the options to read them. Subclasses implement `load(record)`.
+    """Base class for datasets over a list of images. Subclasses implement `load(record)` or override `__getitem__`.
 
     Args:
         root_dataset: folder that the paths in the list are relative to.
@@ -36,7 +36,9 @@ class ImageListDataset(Dataset):
         opt: object with imgSizes, imgMaxSize, padding_constant, and optionally the other DATASET options.
         max_sample, start_idx, end_idx: use the first `max_sample` records, then this slice; -1 sets no limit.
 
-    `records` has the entries of the list, and `skipped` a sentence for every line that DATASET.on_error skip ignored.
+    Attributes:
+        records: the entries of the list, see `Record`.
+        skipped: a message for every line or file of the list that was skipped (DATASET.on_error skip).
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ImageListDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        """Return `load(record)` and `info`, the path. With `skip`, an unusable record has `info` and `error` only."""
+        """Return the dict of `load` and the image path `info`; for a skipped image, a dict of `info` and `error`."""
         record = self.records[index]
         try:
             return {**self.load(record), "info": record["fpath_img"]}
@@ -77,35 +79,35 @@ class ImageListDataset(Dataset):
         return dataset
 
     def as_uint8(self):
-        """Return a copy whose `img_data` is uint8, a quarter of the bytes; `images_to_device` normalizes it."""
+        """Return a copy with uint8 `img_data`, for fast copies to a device; `images_to_device` normalizes it there."""
         return self._copy(uint8=True)
 
     def with_skipping(self):
-        """Return a copy that skips unusable images, as with DATASET.on_error skip."""
+        """Return a copy that skips unusable images (DATASET.on_error skip)."""
         return self._copy(skip=True)
 
     def shard(self, index: int, count: int):
-        """Return a copy with shard `index` of `count` contiguous shards of the records."""
+        """Split the records into `count` contiguous shards. Return a copy with shard `index`."""
         positions = shards(len(self.records), count)[index]
         records = self.records[positions.start : positions.stop]
         return self._copy(records=records, skipped=self.skipped if index == 0 else [])
 
     def subsample(self, count: int):
-        """Return a copy with at most `count` records, evenly spaced because neighbors are often similar."""
+        """Return a copy with at most `count` records. They are evenly spaced, because neighbors are often similar."""
         count = min(count, len(self.records))
         return self._copy(records=[self.records[i * len(self.records) // count] for i in range(count)])
 
     def path(self, record: dict, key: str) -> Path:
-        """Return the path of `fpath_img` or `fpath_segm` of a record."""
+        """Return the path of an image (key `fpath_img`) or label (`fpath_segm`)."""
         if key not in record:
             raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
         return Path(self.root_dataset, record[key])
 
     def multi_scale(self, image: Image.Image) -> dict:
-        """Resize an RGB image to every scale of evaluation, with sides rounded up to a multiple of padding_constant.
+        """Resize an RGB image to all scales of evaluation, with sides rounded up to a multiple of padding_constant.
 
-        Return `img_ori` (H, W, 3) uint8 and `img_data`, a list of (1, 3, h, w) float32. With `as_uint8`, both are uint8
-        tensors, and `normalization` is for `images_to_device`.
+        Return a dict: `img_ori` is the image as array (H, W, 3) uint8, `img_data` a list of normalized tensors
+        (1, 3, h, w). After `as_uint8`, all are uint8 tensors, and `normalization` is added for `images_to_device`.
         """
         scales = []
         for short_side in self.img_sizes:
@@ -125,84 +127,76 @@ class ImageListDataset(Dataset):
 
 
 class LabelledDataset(ImageListDataset):
-    """Base class: a list of images with labels, for arguments see `ImageListDataset`."""
+    """Base class for datasets over a list of images with labels. Takes the arguments of `ImageListDataset`."""
 
     def __init__(self, root_dataset: str | os.PathLike, odgt, opt, *args, **kwargs):
         super().__init__(root_dataset, odgt, opt, *args, **kwargs)
         self.table = class_table_from_options(opt)
         self.palette = getattr(opt, "palette_labels", False)
-        # In shared memory, so that only one of all workers logs a warning.
+        # In shared memory, so that only one worker logs the warning.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
 
-    def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image]:
-        """Load an image (RGB) and its raw label (mode L or I;16) of the same size, EXIF orientations applied.
+    def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image, ClassTable]:
+        """Load an image (RGB), its raw label (mode L or I;16) and the class table of the label.
 
-        Raise ImageFileError if a file cannot be used, the sizes differ, or the label has values outside the class
-        table; ListError if the record has no label. Different orientations of the two are logged once per dataset.
+        EXIF orientations are applied; if they differ, a warning is logged, once per dataset. Raise ImageFileError if a
+        file cannot be used, the sizes differ, or label values are not in the class table, and ListError if the record
+        has no label.
         """
         label_path = self.path(record, "fpath_segm")
         image = read_image(self.path(record, "fpath_img"))
         label = read_label(label_path, palette=self.palette)
         if image.size != label.size:
-            sizes = f"{label.width}x{label.height}, but its image {image.width}x{image.height}"
-            raise ImageFileError(f"{label_path}: the label has size {sizes}; they must be equal")
+            sizes = f"{label.width}x{label.height}, but its image has {image.width}x{image.height}"
+            raise ImageFileError(f"{label_path}: the label has size {sizes}; the sizes must be equal")
         table = self.table.for_file(label_path)
         present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
         if len(unknown := present[table.index[present] == UNKNOWN]):
             values, known = shorten_list([str(value) for value in unknown], 8), table.describe_raw_values()
             raise ImageFileError(
-                f"{label_path}: label values {values} are not in the class table ({known}); correct the label or add "
-                f"the values to DATASET.classes, without a name to ignore them (in a list: DATASET.ignore_values)"
+                f"{label_path}: label values {values} are not in the class table ({known}); correct the label, or add "
+                f"the values to DATASET.classes (to ignore them: a CSV row without a name, or DATASET.ignore_values)"
             )
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)
-            message = "%s: %s; further images are not logged, list them with python -m mit_semseg.dataset.doctor"
+            message = "%s: %s; this is logged once, python -m mit_semseg.dataset.doctor lists all such images"
             logger.warning(message, record["fpath_img"], mismatch)
-        return image, label
-
-    def encode_label(self, raw: np.ndarray, record: dict) -> np.ndarray:
-        """Convert raw label values (H, W) of a record to class indices int64, -1 where ignored."""
-        return self.table.for_file(record["fpath_segm"]).encode(raw)
+        return image, label, table
 
 
 class TrainDataset(LabelledDataset):
-    """Training batches. One element is the batch of one device; element `i` depends on `seed` and `i` alone.
+    """Endless sequence of training batches. Item `i` is the batch of one device and depends on `seed` and `i` alone.
 
     Args:
         root_dataset, odgt, opt: see `ImageListDataset`; `opt` also needs segm_downsampling_rate, which must divide
             padding_constant.
-        side_step: height and width of a batch are rounded up to a multiple of this and of padding_constant.
+        batch_per_gpu: number of images per batch.
+        side_step: height and width of a batch are rounded up to a multiple of this number and of padding_constant.
     """
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
         self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.segm_downsampling_rate = opt.segm_downsampling_rate
-        pad, rate = self.padding_constant, self.segm_downsampling_rate
-        if pad % rate:
-            raise ValueError(f"padding_constant {pad} must be a multiple of segm_downsampling_rate {rate}")
         self.side_multiple = math.lcm(self.padding_constant, side_step)
-        self.random_flip = getattr(opt, "random_flip", True)
+        self.random_flip, self.random_scale = getattr(opt, "random_flip", True), getattr(opt, "random_scale", ())
         self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
         bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
         self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
 
     def _is_upright(self, record: dict) -> bool:
-        if self.augmentation.crop:  # crops have one size, so orientations can be mixed
+        if self.augmentation.crop:  # all crops have the same size, so orientations can be mixed
             return False
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
-        try:
+        with suppress(ImageFileError) if self.skip else nullcontext():
             width, height = image_size(self.path(record, "fpath_img"))
-        except ImageFileError:
-            if not self.skip:
-                raise
-            return False  # skipped later, when the image is loaded
-        return height > width
+            return height > width
+        return False  # the image is skipped when it is loaded
 
     def __len__(self) -> int:
-        return TRAIN_LENGTH
+        return int(1e10)  # the training set is endless
 
     def __getitem__(self, index: int) -> dict:
         """Return batch `index`, see `load_batch`."""
@@ -214,27 +208,24 @@ class TrainDataset(LabelledDataset):
     def load_batch(
         self, records: Sequence[dict], short_side: int, flips: Sequence[bool], rng: np.random.Generator | None = None
     ) -> dict:
-        """Load N records with the given short side (not used with `random_scale`) and flips.
+        """Load N records, resized to the given short side (without DATASET.random_scale) and flipped if `flips`.
 
-        Returns:
-            `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, `info` with the N paths. If
-            `as_uint8`, `img_data` is uint8, and `sizes`, the N (height, width), and `normalization` are added. With
-            `skip`, `skipped` has a sentence for every unusable record; other records replace them.
+        Return a dict of `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, and `info`, the N
+        paths. After `as_uint8`, `img_data` is uint8, and `sizes`, the N (height, width), and `normalization` are added.
+        With DATASET.on_error skip, unusable records are replaced, and `skipped` has a message for each.
         """
         rng = rng or np.random.default_rng(self.seed)
         images, labels, paths, skipped = [], [], [], []
         for wanted, flip in zip(records, flips, strict=True):
-            record, image, label = self._load_usable_pair(wanted, rng, skipped)
-            if self.augmentation.scale:
-                scale = rng.uniform(*self.augmentation.scale)
-            else:
-                scale = scale_for(*image.size, short_side, self.img_max_size)
+            record, image, label, table = self._load_usable_pair(wanted, rng, skipped)
+            scale = scale_for(*image.size, short_side, self.img_max_size)
+            if self.random_scale:
+                scale = rng.uniform(*self.random_scale)
             if flip:
                 image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
             size = tuple(max(1, int(side * scale)) for side in image.size)
             image, label = self._resize(image, size), imresize(label, size, "nearest")
-            encode = self.table.for_file(record["fpath_segm"]).encode
-            image, classes = self.augmentation(image, np.asarray(label), encode, rng)
+            image, classes = self.augmentation(image, np.asarray(label), table.encode, rng)
             images.append(self._to_tensor(image))
             labels.append(classes)
             paths.append(record["fpath_img"])
@@ -247,7 +238,7 @@ class TrainDataset(LabelledDataset):
         return batch
 
     def _load_usable_pair(self, wanted: dict, rng: np.random.Generator, skipped: list[str]) -> tuple:
-        """Load a record, or with `skip` its first usable replacement. Return record, image and raw label."""
+        """Load a record, or with `skip` the first usable replacement. Return the record, then `load_pair` of it."""
         for record in self._candidates(wanted, rng):
             try:
                 return record, *self.load_pair(record)
@@ -255,13 +246,13 @@ class TrainDataset(LabelledDataset):
                 if not self.skip:
                     raise
                 skipped.append(str(error))
-        raise ImageFileError(f"DATASET.on_error skip: {len(skipped)} unusable images in a row; the last: {skipped[-1]}")
+        raise ImageFileError(f"DATASET.on_error skip: {len(skipped)} unusable images in a row, the last: {skipped[-1]}")
 
     def _candidates(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
-        """Yield a record, then random replacements: first records of its orientation, then all others."""
+        """Yield a record, then random replacements: first records with the same orientation, then the others."""
         yield wanted
         same = self.order.upright == self._is_upright(wanted)
-        child = rng.spawn(1)[0]  # leaves the other random numbers unchanged
+        child = rng.spawn(1)[0]  # does not change the numbers that `rng` draws later
         for mask in (same, ~same):
             for index in child.permutation(np.flatnonzero(mask))[:MAX_REPLACEMENTS]:
                 if self.records[index] is not wanted:
@@ -269,17 +260,17 @@ class TrainDataset(LabelledDataset):
 
 
 class ValDataset(LabelledDataset):
-    """Labelled images at every scale of evaluation, for arguments see `ImageListDataset`."""
+    """Labelled images at all scales of evaluation. Takes the arguments of `ImageListDataset`."""
 
     def load(self, record: dict) -> dict:
-        """Load an item: `multi_scale` of the image, and `seg_label` (1, H, W) int64 with -1 ignored."""
-        image, label = self.load_pair(record)
-        classes = torch.from_numpy(self.encode_label(np.asarray(label), record))
+        """Return the dict of `multi_scale`, and `seg_label` (1, H, W) int64 with -1 ignored."""
+        image, label, table = self.load_pair(record)
+        classes = torch.from_numpy(table.encode(np.asarray(label)))
         return {**self.multi_scale(image), "seg_label": classes.unsqueeze(0)}
 
 
 class TestDataset(ImageListDataset):
-    """Images without labels at every scale of evaluation, for arguments see `ImageListDataset`."""
+    """Images without labels at all scales of evaluation. Takes the arguments of `ImageListDataset`."""
 
     __test__ = False  # not a pytest class
 
@@ -287,5 +278,5 @@ class TestDataset(ImageListDataset):
         super().__init__("", odgt, opt, max_sample, start_idx, end_idx)
 
     def load(self, record: dict) -> dict:
-        """Load an item: `multi_scale` of the image."""
+        """Return the dict of `multi_scale`."""
         return self.multi_scale(read_image(record["fpath_img"]))

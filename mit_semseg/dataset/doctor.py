@@ -2,8 +2,8 @@
 
     python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
 
-Prints image sizes, orientations, the fraction of every class, every unusable file and line, and unusual properties of
-the other files. Exit code 0: all files can be used, 1: some cannot, 2: a list cannot be read.
+Prints image sizes, orientations, the fraction of every class, every file and line that cannot be used, and unusual
+properties of usable files. Exit codes: 0 if all files can be used, 1 if some cannot, 2 if a list cannot be read.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from .datasets import ValDataset
 from .image_io import orientation_mismatch, unusual_properties
 from .records import load_records
 
-MAX_EXAMPLES = 3  # problems printed per cause
+MAX_EXAMPLES = 3  # problems printed per group
 _FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no partner .*|[0-9]+x?")
 
 
@@ -36,12 +36,12 @@ class DatasetReport:
     source: str  # name of the list
     table: ClassTable
     images: int
-    sizes: Counter = field(default_factory=Counter)  # usable images per (width, height)
-    problems: list[str] = field(default_factory=list)  # a sentence for every unusable file or line
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # images per unusual property
+    sizes: Counter = field(default_factory=Counter)  # number of usable images of each (width, height)
+    problems: list[str] = field(default_factory=list)  # messages about unusable files and lines
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # unusual property: image paths
 
     def __post_init__(self):
-        self.pixels = np.zeros(len(self.table) + 1, np.int64)  # per class, ignored pixels last
+        self.pixels = np.zeros(len(self.table) + 1, np.int64)  # pixels of each class, ignored pixels last
         self.images_per_class = np.zeros(len(self.table) + 1, np.int64)
 
     def format(self) -> str:
@@ -72,7 +72,7 @@ class DatasetReport:
 
 
 def group_by_cause(problems: Sequence[str]) -> list[str]:
-    """Return `MAX_EXAMPLES` problems per cause and the number of others; causes ignore file names and numbers."""
+    """Group problems that differ only in file names and numbers; keep the first `MAX_EXAMPLES` of each group."""
     causes: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         causes[_FILES_AND_NUMBERS.sub("", problem)].append(problem)
@@ -85,26 +85,25 @@ def group_by_cause(problems: Sequence[str]) -> list[str]:
 
 
 def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]] | UserError:
-    """Return image size, pixels per class (ignored last) and notes; or the error if the record cannot be used."""
+    """Return image size, number of pixels of each class (ignored pixels last) and notes, or the error."""
     try:
-        image, label = dataset.load_pair(record)
+        image, label, table = dataset.load_pair(record)
     except UserError as error:
         return error
-    width, height = record.get("width", image.width), record.get("height", image.height)
-    if (width, height) != image.size:
-        file_size = f"{image.width}x{image.height}"
-        return UserError(f"{record['fpath_img']}: the list has size {width}x{height}, the file {file_size}")
+    size = record.get("width", image.width), record.get("height", image.height)
+    if size != image.size:
+        return UserError(f"{record['fpath_img']}: the list has size {size}, but the file has {image.size}")
     notes = unusual_properties(dataset.path(record, "fpath_img"))
     if mismatch := orientation_mismatch(image, label):
         notes.append(mismatch)
     if any(Path(record[key]).is_absolute() or ".." in Path(record[key]).parts for key in ("fpath_img", "fpath_segm")):
         notes.append("path outside DATASET.root_dataset")
-    classes, count = dataset.encode_label(np.asarray(label), record), len(dataset.table)
+    classes, count = table.encode(np.asarray(label)), len(table)
     return image.size, np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1), notes
 
 
 def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
-    """Open every image and label of a dataset; `source` is the name of its list."""
+    """Load every image and label of a dataset. `source` is the name of the list in the report."""
     report, records = DatasetReport(source, dataset.table, len(dataset.records)), dataset.records
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(_inspect_record, dataset), records)
@@ -123,7 +122,7 @@ def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
 
 
 def main() -> int:
-    """Check the lists of a configuration and return the exit code."""
+    """Check the training and validation lists of a configuration and return the exit code."""
     prepare_streams()
     parser = argparse.ArgumentParser("python -m mit_semseg.dataset.doctor", description="Check all images and labels.")
     add_config_arguments(parser)

@@ -1,4 +1,4 @@
-"""Decode image files to RGB, and label files to the values stored in them."""
+"""Decode image files to RGB, and label files to their stored values."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..lib.utils import UserError
 
-# EXIF orientation tag, its value for an upright image, and the values that swap width and height.
+# EXIF orientation: tag, value of an upright image, values that swap width and height.
 ORIENTATION_TAG, UPRIGHT, TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
-TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tags
+TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tag numbers
 MAX_8_BIT, MAX_16_BIT = 255, 65535
-SMALL_SIDE = 16  # pixels; the doctor reports smaller images
+SMALL_SIDE = 16  # pixels; the doctor reports images with a smaller side
 Source = str | os.PathLike | BinaryIO
 
 
@@ -26,23 +26,23 @@ class ImageFileError(UserError, ValueError):
 def _open(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     name = name or source
     try:
-        # Open the file here: Pillow memory-maps uncompressed files that it opens by path, with the wrong row length for
-        # TIFF orientations that swap the sides.
+        # Not `Image.open(path)`, which memory-maps uncompressed files, with the wrong row length if a TIFF orientation
+        # swaps the sides.
         opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source)  # noqa: SIM115
     except FileNotFoundError:
-        windows = "; the list has Windows paths, replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""
-        raise ImageFileError(f"{name}: file not found{windows}") from None
+        hint = "; the list has Windows paths, replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""
+        raise ImageFileError(f"{name}: file not found{hint}") from None
     except (OSError, ValueError) as error:
         raise ImageFileError(f"{name}: cannot be opened ({_reason(error)})") from None
     with opened as file:
         try:
             image = Image.open(file, formats=formats)
         except UnidentifiedImageError:
-            raise ImageFileError(f"{name}: not an image, or an unknown image format") from None
+            raise ImageFileError(f"{name}: not an image, or not in a format that Pillow reads") from None
         except Image.DecompressionBombError:
             limit = 2 * Image.MAX_IMAGE_PIXELS
             raise ImageFileError(f"{name}: the image has more than {limit} pixels; split it into tiles") from None
-        except Exception as error:  # decoders raise exceptions of any type for damaged files
+        except Exception as error:  # for damaged files, Pillow raises exceptions of many types
             raise ImageFileError(f"{name}: cannot be read as an image ({_reason(error)})") from None
         with image:
             yield image
@@ -53,13 +53,13 @@ def _reason(error: Exception) -> str:
 
 
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
-    """Read (width, height) from the header, EXIF or TIFF orientation applied. `formats`: allowed names of Pillow."""
+    """Read (width, height) from the header, with the orientation applied. `formats`: names of allowed formats."""
     with _open(path, formats=formats) as image:
         width, height = image.size
         if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
-            return width, height  # `getexif` would decode the pixels to find an EXIF chunk after them
+            return width, height  # `getexif` would decode the pixels to find an EXIF chunk at the end of the file
         try:
-            if image.format == "TIFF":  # some versions of Pillow already transpose `size`
+            if image.format == "TIFF":  # in some versions of Pillow, `size` is already transposed
                 width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
             transposed = _orientation(image) in TRANSPOSED
         except Exception as error:
@@ -72,22 +72,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_image(path: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Image.Image:
-    """Decode an image to 8-bit RGB. Apply the EXIF orientation, put transparency on white, scale 16-bit gray.
+    """Decode an image to 8-bit RGB: apply the EXIF orientation, replace transparency by white, scale 16-bit gray.
 
-    Args:
-        path: image file, or an open binary file.
-        name: name for error messages; None is the path.
-        formats: see `image_size`.
-
-    `info["orientation"]` of the result is the EXIF orientation that was applied (1 is upright). Raise ImageFileError if
-    the file cannot be read, or has floating point pixels.
+    `info["orientation"]` of the returned image is the applied EXIF orientation (1: upright). `name` is the name for
+    error messages, by default the path. Raise ImageFileError if the file cannot be read, or has floating point pixels.
     """
     with _open(path, name, formats) as image:
         return as_rgb(image, name or str(path))
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert an opened image as `read_image` does; `name` is for error messages."""
+    """Convert an open image to RGB, see `read_image`."""
     try:
         orientation = _orientation(image)
         rgb = _convert_to_rgb(ImageOps.exif_transpose(image))
@@ -106,10 +101,10 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray; `convert` would clip it at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > MAX_16_BIT:
-            raise ImageFileError(f"gray values {values.min()}..{values.max()} exceed 16 bits; save it as 8-bit")
+            raise ImageFileError(f"gray values {values.min()}..{values.max()} exceed 16 bits; save an 8-bit image")
         return Image.fromarray((values * MAX_8_BIT / MAX_16_BIT).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ImageFileError("floating point pixels are not supported; save it as an 8-bit image")
+        raise ImageFileError("floating point pixels are not supported; save an 8-bit image")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -117,13 +112,13 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def orientation_mismatch(image: Image.Image, label: Image.Image) -> str:
-    """Describe a difference between the EXIF orientations of an image and its label; '' if they are equal."""
+    """Return a message if the EXIF orientations of an image and its label differ, else ''."""
     first, second = image.info["orientation"], label.info["orientation"]
     return f"EXIF orientation {first} of the image, {second} of its label" if first != second else ""
 
 
 def unusual_properties(path: str | os.PathLike) -> list[str]:
-    """Describe the unusual properties of a readable image and how `read_image` handles them."""
+    """Return messages about unusual properties of a readable image and how `read_image` handles them."""
     found = []
     try:
         with _open(path) as image:
@@ -136,30 +131,29 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
             if _orientation(image) != UPRIGHT:
                 found.append("EXIF orientation, applied")
             if image.mode.startswith("I") and image.getextrema()[1] <= MAX_16_BIT // 2:
-                found.append(f"16-bit gray with all values below {MAX_16_BIT // 2 + 1}: the image will be dark")
+                found.append(f"16-bit gray with all values below {MAX_16_BIT // 2 + 1}, therefore dark")
         with _open(path) as image:
-            image.verify()  # also checks checksums that decoders ignore
+            image.verify()  # compares checksums, which decoding does not
     except Exception as error:
-        found.append(f"readable, but violates its format ({_reason(error)})")
+        found.append(f"readable, but its format is invalid ({_reason(error)})")
     return found
 
 
-# Lossless formats with one value per pixel (PPM includes PGM and PBM).
-LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")
-LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # compressions
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")  # lossless; PPM includes PGM and PBM
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # names of compression methods
 _NOT_GRAY = {
     "P": "a palette (mode P); set DATASET.palette_labels True if the palette indices are the label values",
-    "LA": "alpha channel (mode LA); save the gray channel alone: Image.open(f).getchannel('L').save('label.png')",
-    "F": "floating point pixels (mode F); if all are integers below 65536, save them with: "
+    "LA": "an alpha channel (mode LA); save the gray channel: Image.open(f).getchannel('L').save('label.png')",
+    "F": "floating point pixels (mode F); convert them to integers: "
     "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save('label.png')",
 }
 
 
 def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image:
-    """Read the values stored in a label file, for any bit depth; `palette` reads palette images by their indices.
+    """Read the stored values of a label file: gray values of at most 16 bits, or palette indices if `palette`.
 
-    Return an image of mode L if all values are below 256, else I;16. `info["orientation"]` is the EXIF orientation that
-    was applied. Raise ImageFileError if the file is damaged, lossy, or not one channel of at most 16 bits.
+    Return an image of mode L, or of mode I;16 if there are values above 255. `info["orientation"]` is the applied EXIF
+    orientation. Raise ImageFileError if the file is damaged, has a lossy format, or has other pixels.
     """
     with _open(path) as image:
         compression = image.info.get("compression", "")
@@ -180,7 +174,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
         if low < 0 or high > MAX_16_BIT:
             raise ImageFileError(f"{path}: label values {low}..{high} are not in 0..{MAX_16_BIT}")
         label = Image.fromarray(values.astype(np.uint8 if high <= MAX_8_BIT else np.uint16, copy=False))
-        if image.format != "TIFF" and orientation != UPRIGHT:  # Pillow transposes TIFF files when it loads them
+        if image.format != "TIFF" and orientation != UPRIGHT:  # Pillow transposes a TIFF image when it decodes it
             label.getexif()[ORIENTATION_TAG] = orientation
             label = ImageOps.exif_transpose(label)
     label.info["orientation"] = orientation
@@ -188,7 +182,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:
-    """Undo the scaling and inversion of Pillow; `codec` and `arguments` are those of the tile before loading."""
+    """Undo Pillow's scaling and inversion of gray values; `codec` and `arguments` describe the encoded pixels."""
     values = np.asarray(image)
     if codec in ("ppm", "ppm_plain") and image.mode != "1":
         maximum = MAX_8_BIT if image.mode == "L" else MAX_16_BIT

@@ -1,4 +1,4 @@
-"""DataLoader workers: start and stop them, report their failures, move batches to a device."""
+"""Data loading: start and stop DataLoader workers, report their failures, copy batches to a device."""
 
 import errno
 import multiprocessing
@@ -21,23 +21,20 @@ except ImportError:  # not available on Windows
     resource = None
 
 MAX_OPEN_FILES = 65536
-SHARED_MEMORY_FULL = (
-    "shared memory (/dev/shm) is too small for the workers; enlarge it (docker run --shm-size 8g) or use fewer workers "
-    "(TRAIN.workers; 0 loads in the main process)"
-)
+LESS_MEMORY = "use fewer workers (TRAIN.workers) or more shared memory (docker run --shm-size 8g)"
 
 
 class LoaderError(UserError, RuntimeError):
-    """A DataLoader worker was killed or timed out, or shared memory or open files ran out."""
+    """A DataLoader worker was killed or timed out, or shared memory or file descriptors ran out."""
 
 
 def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_size: int = 1, **options) -> DataLoader:
-    """Build a DataLoader with at most one worker per CPU core of this machine, which has `local_size` ranks.
+    """Build a DataLoader with at most one worker per CPU core; the `local_size` ranks of this machine share its cores.
 
-    Items must depend on their index alone, because workers are not seeded. `timeout` is in seconds; 0 waits forever.
+    Workers are not seeded, so the dataset must not use global random numbers. `timeout` is in seconds; 0 waits forever.
     """
     workers = min(workers, max(1, available_cores() // local_size))
-    if workers and resource:  # every tensor that a worker sends is an open file
+    if workers and resource:  # every tensor that a worker sends needs a file descriptor
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft < min(hard, MAX_OPEN_FILES):
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, MAX_OPEN_FILES), hard))
@@ -52,7 +49,7 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_siz
 
 
 def _ignore_interrupts(worker_id: int) -> None:
-    """Leave signals to the main process, which stops its workers."""
+    """Ignore Ctrl+C in a worker; the main process stops its workers."""
     if hasattr(os, "setpgrp"):  # not available on Windows
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -67,16 +64,11 @@ def iterate(loader: DataLoader) -> Iterator:
         workers = set(multiprocessing.active_children()) - others
         yield from iterator
     except (RuntimeError, OSError, EOFError) as error:
-        reason = _worker_failure(error)
-        if "shared memory" in str(error) or os.strerror(errno.ENOSPC) in str(error):
-            reason = SHARED_MEMORY_FULL
-        if os.strerror(errno.EMFILE) in str(error):
-            reason = "too many open files; raise the limit (ulimit -n 4096) or use fewer workers (TRAIN.workers)"
-        if not reason:
-            raise
-        raise LoaderError(f"loading data: {reason}") from error
+        if reason := _resource_failure(error) or _worker_failure(error):
+            raise LoaderError(f"loading data: {reason}") from error
+        raise
     finally:
-        for worker in workers:  # SIGTERM, which PyTorch sends, does not end a stopped process
+        for worker in workers:  # PyTorch sends SIGTERM, which does not end a stopped process
             with suppress(RuntimeError):  # raised by PyTorch's SIGCHLD handler
                 if worker.is_alive():
                     worker.kill()
@@ -85,34 +77,40 @@ def iterate(loader: DataLoader) -> Iterator:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Convert PyTorch's errors about workers, which a signal handler raises at any time, to `LoaderError`."""
+    """Context for a loop over `iterate` that converts errors about workers to `LoaderError`.
+
+    PyTorch's signal handler can raise these errors anywhere in the loop.
+    """
     try:
         yield
     except RuntimeError as error:
-        reason = "" if isinstance(error, LoaderError) else _worker_failure(error)
-        if not reason:
-            raise
-        raise LoaderError(f"loading data: {reason}") from error
+        if reason := _worker_failure(error):
+            raise LoaderError(f"loading data: {reason}") from error
+        raise
+
+
+def _resource_failure(error: Exception) -> str:
+    if os.strerror(errno.EMFILE) in str(error):
+        return "too many open files; raise the limit (ulimit -n 4096) or use fewer workers (TRAIN.workers)"
+    if "shared memory" in str(error) or os.strerror(errno.ENOSPC) in str(error):
+        return f"shared memory (/dev/shm) is full; {LESS_MEMORY}"
+    return ""
 
 
 def _worker_failure(error: Exception) -> str:
     message = str(error) or type(error).__name__
-    if "DataLoader timed out" in message:
+    if "DataLoader timed out" in message and not isinstance(error, LoaderError):
         return f"a worker hangs ({message}); check the disk, or raise RUNTIME.timeout"
-    # A worker that dies while it sends a batch closes the connection. Errors of the dataset start with "Caught".
+    # A worker that is killed while it sends a batch closes the connection. Errors of the dataset start with "Caught".
     lost_connection = isinstance(error, (ConnectionError, EOFError)) and not message.startswith("Caught")
-    if not lost_connection and not message.startswith("DataLoader worker (pid"):
-        return ""
-    if signal.strsignal(signal.SIGBUS) in message:
-        return SHARED_MEMORY_FULL
-    return (
-        f"a worker was killed ({message.partition('. ')[0].strip()}), probably out of memory or shared memory; use "
-        f"fewer workers (TRAIN.workers) or more shared memory (docker run --shm-size 8g)"
-    )
+    if lost_connection or message.startswith("DataLoader worker (pid"):
+        cause = message.partition(". ")[0].strip()
+        return f"a worker was killed ({cause}), probably out of memory or shared memory; {LESS_MEMORY}"
+    return ""
 
 
 def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
-    """Copy `img_data` of a batch (N, 3, H, W) or an item (one tensor per scale) to a device; normalize uint8 there."""
+    """Copy `img_data` to a device: a batch (N, 3, H, W), or a list with one tensor per scale. Normalize uint8 there."""
     images, device = batch["img_data"], torch.device(device)
     if device.type != "cpu":
         images = copy_to_device(images, device)

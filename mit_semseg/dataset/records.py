@@ -1,4 +1,4 @@
-"""Lists of images: load records from any source, write odgt files."""
+"""Lists of images: load records from lists and folders, write odgt files."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..lib.utils import UTF8, atomic_write, progress_bar
+from ..lib.utils import UTF8, atomic_write, progress_bar, shorten_list
 from .image_io import ImageFileError, image_size
 from .layouts import VOC_LISTS, ListError, Record, read_lines, read_voc_split, scan_folders
 
@@ -21,44 +21,57 @@ def load_records(
         source: one of
             - an odgt file: per line one JSON object, or the paths of an image and its label;
             - a PASCAL VOC split list (`ImageSets/.../NAME.txt`);
-            - a folder with `images/` and `annotations/`, or an image folder whose path has a part `images` that can be
-              replaced by `annotations`; the same with `leftImg8bit` and `gtFine` (Cityscapes);
+            - a folder that contains `images/` and `annotations/`, or a folder below `images/` with the same path below
+              `annotations/`; also `leftImg8bit/` and `gtFine/` (Cityscapes);
             - records.
         root: folder that the paths in records are relative to.
-        problems: gets a sentence for every file without a partner and every invalid line. None raises ListError.
+        problems: list to which a message is added for every invalid line and every missing or unpaired file. If None,
+            or if there is no valid record, ListError is raised instead.
     """
     if not isinstance(source, (str, os.PathLike)):
         records = [dict(record) for record in source]
         for i, record in enumerate(records):
             _check_record(record, f"record {i}")
         return records
-    path = Path(source)
+    records, found = _read_source(Path(source), root)
+    if found and (problems is None or not records):
+        raise ListError(f"list {source} has {len(found)} invalid lines or files: {shorten_list(found, 3)}")
+    if not records:
+        raise ListError(f"list {source} is empty")
+    if problems is not None:
+        problems += found
+    return records
+
+
+def _read_source(path: Path, root: str | os.PathLike) -> tuple[list[Record], list[str]]:
+    in_root = Path(root, path)
     # Folders and split lists are searched in `root` first, odgt files in the working directory first.
-    for candidate in (Path(root) / path, path):
+    for candidate in (in_root, path):
         if candidate.is_dir():
-            return scan_folders(candidate, root, problems)
+            return scan_folders(candidate, root)
         if candidate.is_file() and VOC_LISTS in candidate.absolute().parts:
-            return read_voc_split(candidate, root, problems)
-    for candidate in (path, Path(root) / path):
+            return read_voc_split(candidate, root)
+    for candidate in (path, in_root):
         if candidate.is_file():
-            return _read_odgt(candidate, problems)
-    if root and not Path(root).is_dir():
-        raise ListError(f"DATASET.root_dataset: folder {Path(root).absolute()} not found; it should contain {path}")
+            return _read_odgt(candidate)
+    folder = Path(root).absolute()
+    if not folder.is_dir():
+        raise ListError(f"DATASET.root_dataset: folder {folder} not found; it should contain {path}")
     raise ListError(
-        f"list or folder {path} not found in {Path(root).absolute()} and {Path.cwd()}; set DATASET.list_train and "
-        f"DATASET.list_val as described in docs/own-data.md; for ADE20K run ./download_ade20k.sh"
+        f"list or folder {path} not found in {folder} and {Path.cwd()}; set DATASET.list_train and DATASET.list_val as "
+        f"described in docs/own-data.md; for ADE20K run ./download_ade20k.sh"
     )
 
 
 def _check_record(record: Mapping, where: str) -> None:
     if not record.get("fpath_img"):
-        raise ListError(f"{where}: fpath_img is missing")
+        raise ListError(f"{where}: fpath_img (path of the image) is missing")
     for key in ("fpath_img", "fpath_segm"):
         if not isinstance(record.get(key, ""), str) or "\0" in record.get(key, ""):
             raise ListError(f"{where}: {key} {record[key]!r} is not a path")
     for key in ("width", "height"):
         if not isinstance(record.get(key, 1), (int, float)) or not 0 <= record.get(key, 1) < math.inf:
-            raise ListError(f"{where}: {key} {record[key]!r} is not a number of pixels")
+            raise ListError(f"{where}: {key} {record[key]!r} must be a number of pixels, or be removed")
 
 
 def _parse_line(line: str, where: str) -> Record:
@@ -69,39 +82,33 @@ def _parse_line(line: str, where: str) -> Record:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
-        expected = f"the paths of an image and its label (PASCAL VOC lists must be in a folder {VOC_LISTS})"
-        raise ListError(f"{where}: expected one JSON object per line ({reason}), or {expected}") from None
+        expected = "a JSON object or the paths of an image and its label"
+        hint = f"PASCAL VOC lists must be in a folder {VOC_LISTS}"
+        raise ListError(f"{where}: expected {expected} (JSON: {reason}); {hint}") from None
     if not isinstance(record, dict):
-        raise ListError(f"{where}: expected one JSON object per line, got {type(record).__name__}")
+        raise ListError(f"{where}: expected a JSON object, got {type(record).__name__}")
     _check_record(record, where)
     return record
 
 
-def _read_odgt(path: Path, problems: list[str] | None) -> list[Record]:
-    records, found = [], []
+def _read_odgt(path: Path) -> tuple[list[Record], list[str]]:
+    records, problems = [], []
     for number, line in enumerate(read_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(_parse_line(line, f"{path}, line {number}"))
-        except ListError as error:
-            if problems is None:
-                raise
-            found.append(str(error))
-    if not records:
-        raise ListError(f"list {path} has no valid line; {found[0]}" if found else f"list {path} is empty")
-    if problems is not None:
-        problems += found
-    return records
+        if line.strip():
+            try:
+                records.append(_parse_line(line, f"{path}, line {number}"))
+            except ListError as error:
+                problems.append(str(error))
+    return records, problems
 
 
 def add_sizes(records: Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
-    """Return copies of the records with `width` and `height` from the image headers; unreadable images get none."""
-    result = [dict(record) for record in records]
-    for record in progress_bar(result, desc="reading image sizes", unit="img", leave=False):
+    """Return copies of the records with `width` and `height` from the image headers, unless an image is unreadable."""
+    records = [dict(record) for record in records]
+    for record in progress_bar(records, desc="reading image sizes", unit="img", leave=False):
         with suppress(ImageFileError):  # reported when the image is decoded
             record["width"], record["height"] = image_size(Path(root, record["fpath_img"]))
-    return result
+    return records
 
 
 def write_odgt(records: Iterable[Mapping], path: str | os.PathLike) -> None:

@@ -1,6 +1,6 @@
-"""Which images form which batch, as a function of the seed and the batch index."""
+"""Assignment of images to batches and to shards."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -9,10 +9,12 @@ import numpy as np
 class OrientationBatches:
     """Endless sequence of batches of record indices. All images of a batch have the same orientation.
 
-    In every pass the records are shuffled with the seed (seed, pass) and put into two buckets, portrait and landscape.
-    A full bucket is a batch. Records left in a bucket start the next pass, so every pass uses every record once. Batch
-    `i` does not depend on the order of access: any number of workers and a resumed run see the same batches.
-    `upright` tells for every record whether the image is higher than wide.
+    In every pass over the dataset, the records are shuffled and put into two buckets, portrait and landscape. A full
+    bucket is a batch. The records left in the buckets go into the first batches of the next pass. Batch `i` depends on
+    the arguments and `i` alone, so any number of workers and a resumed run see the same batches.
+
+    Args:
+        upright: for every record, whether the image is higher than wide.
     """
 
     def __init__(self, upright: Sequence[bool], batch_size: int, seed: int = 0):
@@ -44,23 +46,6 @@ class OrientationBatches:
         while index >= self._first + len(self._batches):
             self._next_pass()
         return self._batches[index - self._first]
-
-
-class BatchNumbers:
-    """Sampler of batch indices for the rounds `start` to `stop`: in every round, each of `total` devices takes one.
-
-    This rank has `count` devices, and its first device has the index `first`.
-    """
-
-    def __init__(self, start: int, stop: int, first: int = 0, count: int = 1, total: int = 1):
-        self.start, self.stop, self.first, self.count, self.total = start, stop, first, count, total
-
-    def __iter__(self) -> Iterator[int]:
-        devices = range(self.first, self.first + self.count)
-        return (step * self.total + device for step in range(self.start, self.stop) for device in devices)
-
-    def __len__(self) -> int:
-        return max(0, self.stop - self.start) * self.count
 
 
 def shards(length: int, count: int) -> list[range]:

@@ -2,8 +2,8 @@
 
     python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 320x240] [--seed 0]
 
-Writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every image shows sky, grass and a
-road, a few houses, trees and cars, often a sun, under varying light and noise.
+Writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every image shows sky, grass, a road,
+houses, trees and cars, and often a sun, with random light and noise.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..lib.utils import UserError, atomic_write, expand_path, prepare_streams
 
-# The raw label value is the position + 1. 0 is unlabelled: a thin border between classes, as in PASCAL VOC.
+# Raw label values are 1 to 7. 0 marks a thin unlabelled border between classes, as in PASCAL VOC.
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
 COLORS = ("#78b4e6", "#6eaa50", "#828282", "#be6450", "#1e6e3c", "#2850c8", "#fadc28")
 SKY, GRASS, ROAD, HOUSE, TREE, CAR, SUN = range(1, 8)
-SUPERSAMPLE = 2  # images are drawn larger and downsampled to antialias edges
+SUPERSAMPLE = 2  # factor by which scenes are drawn larger and then downsampled, to antialias edges
 
 
 class _Scene:
-    """An image and its label. Every method draws one kind of object into both."""
+    """An image and its label. Every method draws one kind of object in both."""
 
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         self.rng, self.width, self.height = rng, width * SUPERSAMPLE, height * SUPERSAMPLE
@@ -37,7 +37,7 @@ class _Scene:
         return tuple(int(v) for v in np.clip(np.array(mean) + self.rng.integers(-spread, spread + 1, 3), 0, 255))
 
     def shape(self, kind: str, box, color, value: int) -> None:
-        """Draw a rectangle, ellipse or polygon with a color in the image and a raw value in the label."""
+        """Draw a shape (rectangle, ellipse or polygon): `color` in the image, `value` in the label."""
         getattr(self.image_draw, kind)(box, fill=self.color(color))
         getattr(self.label_draw, kind)(box, fill=value)
 
@@ -99,7 +99,7 @@ class _Scene:
             self.shape("ellipse", (cx - r, y - r, cx + r, y + r), (30, 30, 30), CAR)
 
     def finish(self, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-        """Add light and noise to the image and unlabelled borders to the label; return both at `size`."""
+        """Resize both to `size`, add light and noise to the image, and unlabelled borders to the label."""
         image = self.image.resize(size, Image.Resampling.BILINEAR)
         label = self.label.resize(size, Image.Resampling.NEAREST)
         width, height = size
@@ -130,7 +130,7 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
 def write_dataset(
     folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
-    """Write a dataset of scenes of `size` (width, height); every third image has the sides swapped."""
+    """Write a dataset of scenes of `size` (width, height); in every third image, width and height are swapped."""
     folder = Path(folder)
     for number, (split, count) in enumerate((("training", train), ("validation", val))):
         for i in range(count):

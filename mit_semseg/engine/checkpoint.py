@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 
-from ..lib.utils import HOST, UTF8, UserError, atomic_write, is_process_alive, is_stale_partial, shorten_list
+from ..lib.utils import HOST, UTF8, UserError, atomic_write, shorten_list
 from ..models.weight_files import WeightsError, read_checkpoint
 from ..models.weights import is_whole_network, load_weights
 from .distributed import World
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-UNLOCK_SECONDS = 20.0  # workers of a killed run hold its lock until they end, some seconds later
+LOCK_TIMEOUT = 15.0  # seconds; DataLoader workers of a killed run hold its lock for some seconds
 STATE = ("step", "best_iou", "history", "metrics", "encoder", "decoder", "optimizer", "optimizer_name", "scaler")
 PARTS = ("encoder", "decoder", "history")
 
@@ -33,7 +33,7 @@ class CheckpointError(UserError, RuntimeError):
 
 
 def new_history() -> dict:
-    """Return empty curves over (fractional) epochs."""
+    """Return empty training and validation curves; `epoch` is the number of epochs done, possibly fractional."""
     return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
 
 
@@ -51,13 +51,10 @@ def _save(obj, path: Path) -> None:
 
 
 class RunFolder:
-    """Folder of a training run.
+    """Folder of a training run, the option DIR.
 
-    `encoder_<suffix>` and `decoder_<suffix>` with the suffix `epoch_N.pth` or `best.pth` are state dicts,
-    `history_epoch_N.pth` are curves, `resume.pth` is the checkpoint to resume from.
-
-    Args:
-        folder: DIR of the configuration.
+    It contains state dicts `encoder_<suffix>` and `decoder_<suffix>`, where the suffix is `epoch_N.pth` or `best.pth`,
+    curves `history_epoch_N.pth`, and `resume.pth`, the checkpoint to resume from.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -65,29 +62,29 @@ class RunFolder:
         self.resume = self.folder / "resume.pth"
 
     def path(self, part: str, suffix: str) -> Path:
-        """Path of `encoder`, `decoder` or `history` with a suffix such as `epoch_20.pth`."""
+        """Return the path of `encoder`, `decoder` or `history` with a suffix such as `epoch_20.pth`."""
         return self.folder / f"{part}_{suffix}"
 
     def epochs(self) -> list[int]:
-        """Epochs whose weights are in the folder, ascending."""
+        """Return the epochs whose weights are in the folder, ascending."""
         names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
         return sorted(int(match[1]) for match in names if match)
 
     def weight_files(self, suffix: str) -> tuple[Path, Path]:
-        """Paths of encoder and decoder.
+        """Return the paths of encoder and decoder.
 
         Args:
-            suffix: such as `epoch_20.pth`; or the path of a file that holds both, which is then returned twice.
+            suffix: for example `epoch_20.pth`; or the path of a file with both, which is then returned twice.
 
         Raises:
-            CheckpointError: a file does not exist; lists those that do.
+            CheckpointError: a file does not exist; the message lists the existing checkpoints.
         """
         paths, whole = (self.path("encoder", suffix), self.path("decoder", suffix)), Path(suffix)
         if not any(path.is_file() for path in paths) and whole.is_file():
             if not is_whole_network(whole):
                 raise CheckpointError(
-                    f"{whole} does not hold encoder and decoder, as files of the Cityscapes toolbox do; give the "
-                    f"suffix of a checkpoint in {self.folder}, e.g. epoch_20.pth"
+                    f"{whole} does not contain both encoder and decoder; use the suffix of a checkpoint in "
+                    f"{self.folder}, e.g. epoch_20.pth"
                 )
             return whole, whole
         if len(whole.parts) > 1:
@@ -100,13 +97,13 @@ class RunFolder:
         return paths
 
     def describe_saved(self) -> str:
-        """Name the saved checkpoints, for error messages."""
+        """Return a list of the saved checkpoints as text, for error messages."""
         names = [*(f"epoch_{epoch}.pth" for epoch in self.epochs()), *(["resume.pth"] if self.resume.is_file() else [])]
         return f"{self.folder} contains {shorten_list(names[::-1])}" if names else "nothing was saved yet"
 
     @contextmanager
     def naming_checkpoints(self) -> Iterator[None]:
-        """Context in which the error about a damaged checkpoint also names the other checkpoints of the folder."""
+        """Context in which errors about damaged checkpoints also name the other checkpoints in the folder."""
         try:
             yield
         except WeightsError as error:
@@ -116,18 +113,18 @@ class RunFolder:
         """Return the checkpoint to resume from, or None to start from scratch or after `start_epoch`.
 
         Args:
-            mode: 'auto', 'off', 'restart', or a file.
-            start_epoch: epoch after which training continues, 0 for none.
+            mode: 'auto', 'off', 'restart', or the path of a checkpoint.
+            start_epoch: epoch after which training continues, 0 to start from scratch.
 
         Raises:
-            CheckpointError: files of a run in the folder would be overwritten, or the file does not exist.
+            CheckpointError: the run would overwrite files of another run, or the checkpoint does not exist.
         """
         epochs, exists = self.epochs(), self.resume.is_file()
         if start_epoch:
             if epochs and epochs[-1] > start_epoch:
                 raise CheckpointError(
                     f"TRAIN.start_epoch {start_epoch} would overwrite epochs up to {epochs[-1]} in {self.folder}; move "
-                    f"them away, or set TRAIN.start_epoch {epochs[-1]}"
+                    f"their files to another folder, or set TRAIN.start_epoch {epochs[-1]}"
                 )
             return None
         if mode == "restart":
@@ -135,8 +132,9 @@ class RunFolder:
         if mode == "auto":
             if epochs and not exists:
                 raise CheckpointError(
-                    f"{self.folder} has weights up to epoch {epochs[-1]} but no resume.pth; set TRAIN.resume off "
-                    f"TRAIN.start_epoch {epochs[-1]}, or TRAIN.resume restart to overwrite them"
+                    f"{self.folder} has weights up to epoch {epochs[-1]} but no resume.pth; to continue from these "
+                    f"weights, set TRAIN.resume off and TRAIN.start_epoch {epochs[-1]}; to overwrite them, set "
+                    f"TRAIN.resume restart"
                 )
             return self.resume if exists else None
         if mode != "off" and not Path(mode).is_file():
@@ -149,17 +147,17 @@ class RunFolder:
         return None if mode == "off" else Path(mode)
 
     def check_epoch_length(self, step: int, epoch_iters: int) -> None:
-        """Raise `CheckpointError` if training from a step on would overwrite later epochs, which had fewer steps."""
+        """Raise `CheckpointError` if `epoch_iters` has become larger, so that saved epochs would be overwritten."""
         epochs, epoch = self.epochs(), step // epoch_iters
         if epochs and epochs[-1] > epoch:
             raise CheckpointError(
                 f"{self.folder} has weights up to epoch {epochs[-1]}, but step {step} with TRAIN.epoch_iters "
-                f"{epoch_iters} is in epoch {epoch + 1}; set TRAIN.epoch_iters of the saved run, or move those files "
-                f"away"
+                f"{epoch_iters} is in epoch {epoch + 1}; use TRAIN.epoch_iters of the saved run, or move those files "
+                f"to another folder"
             )
 
     def save_weights(self, module, suffix: str) -> None:
-        """Save encoder and decoder of a `SegmentationModule`; both are on disk before the first replaces a file."""
+        """Save encoder and decoder of a `SegmentationModule`. Both are written before either replaces a file."""
         with (
             atomic_write(self.path("encoder", suffix)) as encoder,
             atomic_write(self.path("decoder", suffix)) as decoder,
@@ -168,7 +166,7 @@ class RunFolder:
             _save(module.decoder.state_dict(), decoder)
 
     def load_epoch(self, module, epoch: int) -> dict:
-        """Load the weights of an epoch and return its history, an empty one if it has no file."""
+        """Load the weights of an epoch and return its history, which is empty if there is no history file."""
         suffix = f"epoch_{epoch}.pth"
         with self.naming_checkpoints():
             for part, path in zip(("encoder", "decoder"), self.weight_files(suffix), strict=True):
@@ -181,40 +179,38 @@ class RunFolder:
         }
 
     def remove_run(self) -> None:
-        """Remove what the run in the folder has written, except its log."""
+        """Remove all files of the run in the folder, except its log."""
         weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best"))
         for pattern in (*weights, self.resume.name, "curves.png", "vis/epoch_*/**/*.png", "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
     def remove_partial(self) -> None:
-        """Remove temporary files of processes that have ended."""
-        for path in filter(is_stale_partial, self.folder.rglob("*.partial")):
-            logger.info("removing %s of an interrupted run", path)
-            path.unlink(missing_ok=True)
+        """Remove temporary files of an interrupted run; the folder must be locked."""
+        for pattern in ("*.pth.*.partial", "curves.png.*.partial", "vis/epoch_*/**/*.partial"):
+            for path in self.folder.glob(pattern):
+                logger.info("removing %s of an interrupted run", path)
+                path.unlink()
 
     @contextmanager
     def locked(self, world: World) -> Iterator[None]:
-        """Lock the folder for one training run; called on every rank.
+        """Context in which the folder is locked for one training run; used on every rank.
 
         Raises:
-            CheckpointError: another run holds the lock; names its process and host.
+            CheckpointError: another run holds the lock; the message names its process and host.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
         if world.is_main:
-            text = holder.read_text(**UTF8) if holder.is_file() else ""
-            process, _, host = text.partition(" ")
-            ended = process.isdecimal() and host == HOST and not is_process_alive(int(process))
             try:
-                lock.acquire(timeout=UNLOCK_SECONDS if ended else 0)
-                holder.write_text(f"{os.getpid()} {HOST}", **UTF8)
+                lock.acquire(timeout=LOCK_TIMEOUT)
+                holder.write_text(f"{os.getpid()} on {HOST}", **UTF8)
             except Timeout:
-                other = " on ".join(holder.read_text(**UTF8).split(" ", 1)) if holder.is_file() else "unknown"
+                other = holder.read_text(**UTF8) if holder.is_file() else "unknown"
         if other := world.gather(other, "locking DIR")[0]:
             raise CheckpointError(
-                f"another training run (process {other}) uses {self.folder}; wait for its end, stop it, or set another "
-                f"DIR. Start several ranks of one run with torchrun"
+                f"another training run (process {other}) uses {self.folder}; wait for it, stop it, or set another DIR. "
+                f"To start several ranks of one run, use torchrun"
             )
         try:
             yield
@@ -225,16 +221,16 @@ class RunFolder:
 
 
 def read_resume(path: Path) -> dict:
-    """Read a checkpoint to resume from; raise `CheckpointError` if it is damaged or another kind of file."""
+    """Read a checkpoint to resume from; raise `CheckpointError` if it is damaged or not such a checkpoint."""
     with RunFolder(path.parent).naming_checkpoints():
         state = read_checkpoint(path)
     if not isinstance(state, dict) or not set(STATE) <= set(state):
-        raise CheckpointError(f"{path} is not a checkpoint to resume from (resume.pth) but another file")
+        raise CheckpointError(f"{path} is not a checkpoint to resume from; give a resume.pth file of a training run")
     return state
 
 
 def trainer_state(trainer: "Trainer") -> dict:
-    """Return what a bit-identical resume needs; random numbers are functions of seed and step and need no state."""
+    """Return all state for a bit-identical resume; random numbers depend on seed and step only and have no state."""
     return {
         "step": trainer.step,
         "best_iou": trainer.best_iou,
@@ -255,10 +251,10 @@ def trainer_state(trainer: "Trainer") -> dict:
 
 
 def restore_trainer(trainer: "Trainer", state: dict) -> None:
-    """Restore a `trainer_state`; learning rates, momentum and weight decay are those of the new options.
+    """Restore a `trainer_state`. Learning rates, momentum and weight decay are taken from the new options instead.
 
     Raises:
-        CheckpointError: the state belongs to another model or optimizer.
+        CheckpointError: the state is from another model or optimizer.
     """
     saved, options = state.get("options", {}), trainer.options.run_options
     norms = [values.get("MODEL.norm", "sync") for values in (saved, options)]
@@ -269,8 +265,8 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
         trainer.module.decoder.load_state_dict(state["decoder"])
     except RuntimeError:
         raise CheckpointError(
-            f"the checkpoint is of another model (saved: {_describe_model(saved)}; now: {_describe_model(options)}); "
-            f"use its MODEL and DATASET.num_class options, or TRAIN.resume restart"
+            f"the checkpoint is from another model (saved: {_describe_model(saved)}; now: {_describe_model(options)}); "
+            f"set the MODEL and DATASET.num_class options of the checkpoint, or TRAIN.resume restart"
         ) from None
     _restore_optimizer(trainer.optimizer, state)
     if state["scaler"] and state.get("amp") == trainer.options.amp:
@@ -297,11 +293,12 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
     if sizes[0] != sizes[1] or state["optimizer_name"] != name:
         raise CheckpointError(
-            f"the checkpoint is of another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
-            f"now: {name} of {sum(sizes[0])}); use its TRAIN.optim and TRAIN.fix_bn, or TRAIN.resume restart"
+            f"the checkpoint is from another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
+            f"now: {name} of {sum(sizes[0])}); set TRAIN.optim and TRAIN.fix_bn of the checkpoint, or TRAIN.resume "
+            f"restart"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
-    # Fused kernels need the memory format of the parameter; the saved one is that of its run (TRAIN.channels_last).
+    # Fused kernels need the memory format of the parameter, which may have changed (TRAIN.channels_last).
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:

@@ -16,7 +16,7 @@ BLOCK = {"cpu": 2**19, "other": 2**26}
 
 
 class _NLLSum(torch.autograd.Function):
-    """`apply(logits (N, C, H, W), label (N, H, W), weight (C,) or None, ignore_index)`: a scalar."""
+    """See `nll_sum`."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, label: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -36,8 +36,8 @@ class _NLLSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, true, importance = ctx.saved_tensors
-        # Factors are multiplied in float32 and rounded once: class weights and loss scales span many orders of
-        # magnitude, and rounding a common factor to 16 bits would scale the whole gradient.
+        # Multiply the factors in float32 and round once: class weights and loss scales span many orders of magnitude,
+        # and an error in a factor of all pixels would scale the whole gradient.
         factor = importance * upstream
         gradient = torch.empty_like(logits)
         for images, rows in _blocks(logits):

@@ -22,20 +22,20 @@ from ..lib.nn.batchnorm import SynchronizedBatchNorm
 from ..lib.nn.sync_stats import is_communication_error
 from ..lib.utils import UserError, first_sentence
 
-DEFAULT_TIMEOUT = 1800.0  # seconds, the default of gloo
-PROBE_SECONDS = 5.0  # time that ranks have to answer after a collective failed
+DEFAULT_TIMEOUT = 1800.0  # seconds, as in gloo
+PROBE_SECONDS = 5.0  # timeout of the barrier that finds unresponsive ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job as seen from one of them; the defaults describe a process that torchrun has not started.
+    """The ranks of a job, and the devices of this rank; by default a single rank on the CPU.
 
     Attributes:
-        rank, size: of this rank and of the job.
-        local_rank, local_size: on this machine.
+        rank, size: rank and world size.
+        local_rank, local_size: rank and number of ranks on this machine.
         restarts: number of times that torchrun has restarted the job.
-        devices: of this rank, one batch of each step goes to each; the CPU may be listed several times.
-        timeout: seconds that a rank waits for the others in a collective.
+        devices: devices of this rank; each gets one batch per step. The CPU may be listed several times.
+        timeout: timeout of collectives in seconds.
     """
 
     rank: int = 0
@@ -48,7 +48,7 @@ class World:
 
     @classmethod
     def from_environment(cls, **attributes) -> "World":
-        """Read torchrun's environment variables; `attributes` are `devices` and `timeout`."""
+        """Read torchrun's environment variables; set `devices` and `timeout` as `attributes`."""
         env = os.environ
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
             return cls(**attributes)
@@ -68,17 +68,17 @@ class World:
 
     @property
     def job(self) -> str:
-        """Identifier of the job that restarts keep: torchrun's --rdzv_id, or the process ID of torchrun."""
+        """Identifier that is the same after a restart of the job: torchrun's --rdzv_id, or its process ID."""
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         return f"{socket.gethostname()}:{os.getppid()}" if run_id in ("", "none") else run_id
 
     @cached_property
     def _groups(self) -> list[dist.ProcessGroup]:
-        """gloo groups for plain values (gradients may use NCCL) and for `probe`."""
+        """Two gloo groups: for plain values (gradients may use NCCL), and for `probe`."""
         return [dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)) for _ in range(2)]
 
     def sum(self, values: Sequence[float], doing: str) -> list[float]:
-        """Sum values over all ranks; `doing` is a description for errors.
+        """Return the sum of each value over all ranks; `doing` describes the operation in errors.
 
         Raises:
             ProcessGroupError: a rank ended or timed out.
@@ -91,7 +91,7 @@ class World:
         return total.tolist()
 
     def gather(self, value, doing: str) -> list:
-        """Return the values (any that can be pickled) of all ranks, ordered by rank; see `sum`."""
+        """Return the values of all ranks, ordered by rank. A value can be any picklable object; see `sum`."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -112,11 +112,11 @@ class World:
                 f"{name} ({', '.join(f'rank {rank}: {values.get(name)}' for rank, values in enumerate(gathered))})"
                 for name in different
             )
-            raise UserError(f"the ranks were started with different values of {'; '.join(lists)}")
+            raise UserError(f"all ranks need the same command line, but these values differ: {'; '.join(lists)}")
 
     @contextmanager
     def communicating(self, doing: str) -> Iterator[None]:
-        """Context that turns errors of collectives into `ProcessGroupError`."""
+        """Context that converts errors of collectives to `ProcessGroupError`."""
         try:
             yield
         except RuntimeError as error:
@@ -126,7 +126,7 @@ class World:
             raise ProcessGroupError(f"{doing}: {error if known else first_sentence(error)}") from error
 
     def probe(self) -> str:
-        """Describe which ranks do not respond, or return ''; called on every rank after a collective failed."""
+        """Return a description of the ranks that do not respond, or ''; for use after a collective has failed."""
         try:
             dist.monitored_barrier(self._groups[1], timedelta(seconds=PROBE_SECONDS), wait_all_ranks=True)
         except RuntimeError as error:
@@ -136,7 +136,7 @@ class World:
 
 @contextmanager
 def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> Iterator[World]:
-    """Join the job that torchrun has started (NCCL for GPUs, gloo for CPUs), or yield a world of one rank.
+    """Context with the process group of torchrun (NCCL for GPUs, gloo for CPUs); without torchrun, of one rank.
 
     Raises:
         ProcessGroupError: another rank ended or timed out.
@@ -150,7 +150,8 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
     try:
         backend, limit = "nccl" if devices[0].type == "cuda" else "gloo", timedelta(seconds=timeout)
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun's store survives a restart; without a prefix, ranks would find addresses of killed ranks in it.
+        # torchrun keeps its store when it restarts the job. Without a prefix, ranks would read addresses of killed
+        # ranks from it.
         store = dist.PrefixStore(f"restart{world.restarts}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         _ = world._groups
@@ -165,14 +166,14 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
     except ProcessGroupError as error:
         raise ProcessGroupError(
             f"rank {world.rank} of {world.size} stopped because another rank ended or timed out{world.probe()}: "
-            f"{error}. The log of that rank has the cause"
+            f"{error}. See the log of that rank for the cause"
         ) from error
     dist.destroy_process_group()
 
 
 @contextmanager
 def first_on_machine(world: World) -> Iterator[None]:
-    """Run the block on the first rank of every machine, then on the others: for downloads."""
+    """Context that runs its block on the first rank of every machine, then on the other ranks (for downloads)."""
     if world.local_rank:
         world.gather(None, "waiting for the first rank of the machine")
     yield
@@ -181,19 +182,20 @@ def first_on_machine(world: World) -> Iterator[None]:
 
 
 def parallelize(module: nn.Module, world: World) -> nn.Module:
-    """Wrap a module for data parallel training; with several ranks, the parameters of rank 0 are used.
+    """Wrap a module for data parallel training.
 
     Returns:
-        The module itself for one device; `UserScatteredDataParallel`, called with a list of one batch per device, for
-        several devices of one rank; `DistributedDataParallel` for several ranks.
+        One device: the module itself. Several devices in one process: `UserScatteredDataParallel`, which takes a list
+        of one batch per device and sums gradients over its replicas. Several ranks: `DistributedDataParallel`, which
+        copies the parameters of rank 0 and averages gradients over the ranks in the backward pass.
 
     Raises:
-        UserError: several devices of one rank together with activation checkpointing or compilation.
-        ValueError: several devices together with several ranks.
+        UserError: activation checkpointing or compilation with several devices in one process.
+        ValueError: several ranks with several devices each.
     """
     if len(world.devices) > 1:
         if world.size > 1:
-            raise ValueError(f"a job of {world.size} ranks takes one device per rank, got {len(world.devices)}")
+            raise ValueError(f"expected one device per rank for {world.size} ranks, got {len(world.devices)}")
         for option, attribute in (("activation_checkpointing",) * 2, ("compile", "compiled")):
             if any(getattr(part, attribute, False) for part in module.modules()):
                 raise UserError(
@@ -206,8 +208,8 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     for name, part in module.named_modules():
         if isinstance(part, SynchronizedBatchNorm):
             part.layer_name = name  # for error messages
-    # PyTorch has renamed the option. Buffers are not broadcast in every step: synchronized statistics are equal on all
-    # ranks, others are broadcast before a validation.
+    # Buffers are not broadcast in every step: synchronized statistics are equal on all ranks, local statistics are
+    # broadcast before validation. PyTorch has renamed the option.
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     with world.communicating("comparing the networks"):
@@ -215,7 +217,7 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:
-    """Copy the buffers of rank 0 to all ranks: statistics of norms that are not synchronized differ between ranks."""
+    """Copy the buffers of rank 0 to all ranks. Running statistics of local batch norms differ between ranks."""
     if world.size > 1:
         with world.communicating("broadcasting running statistics"):
             for buffer in module.buffers():

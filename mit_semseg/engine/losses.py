@@ -70,8 +70,8 @@ class OhemLoss(nn.Module):
     """Negative log-likelihood, averaged over the hard pixels (online hard example mining, Shrivastava et al., 2016).
 
     Args:
-        threshold: a pixel is hard if the probability of its class is at most this.
-        min_kept: minimum number of pixels per batch; the hardest are added if fewer are hard.
+        threshold: a pixel is hard if the probability of its class is at most `threshold`.
+        min_kept: minimum number of pixels per batch; if fewer are hard, the hardest `min_kept` pixels are used.
         ignore_index, weight, label_smoothing: see `MaskedNLLLoss`.
     """
 
@@ -95,7 +95,8 @@ class OhemLoss(nn.Module):
 class DiceLoss(nn.Module):
     """One minus the soft Dice coefficient 2 sum(p y) / (sum(p) + sum(y)), averaged over the classes in the label.
 
-    Milletari et al., "V-Net", 2016, with plain sums in the denominator, over all labelled pixels of the batch.
+    Milletari et al., "V-Net", 2016, with sums instead of sums of squares in the denominator. Sums are over all labelled
+    pixels of the batch.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -115,7 +116,7 @@ class DiceLoss(nn.Module):
 class LovaszLoss(nn.Module):
     """Lovász-Softmax, a surrogate of one minus the mean IoU of the classes in the label.
 
-    Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018, over all labelled pixels of the batch.
+    Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018, computed over all labelled pixels of the batch.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -128,7 +129,7 @@ class LovaszLoss(nn.Module):
         losses, present = [], []
         for number in range(log_probs.size(1)):  # sorting all classes at once would need C times the memory
             truth = ((label.flatten() == number) & labelled).to(log_probs)
-            # Ignored pixels have error 0, sort last and have weight 0 there.
+            # Ignored pixels have error 0, so they are last after sorting and do not contribute.
             errors = (truth - log_probs[:, number].flatten().exp()).abs() * labelled
             errors, order = errors.sort(descending=True)
             losses.append((errors * _jaccard_gradient(truth[order])).sum())
@@ -137,7 +138,7 @@ class LovaszLoss(nn.Module):
 
 
 def _jaccard_gradient(truth: Tensor) -> Tensor:
-    """Increase of the Jaccard loss (one minus IoU) with each error, largest first: algorithm 1 of the paper."""
+    """Return the increase of the Jaccard loss (1 - IoU) per pixel, sorted by error (algorithm 1 of the paper)."""
     # Integers: `cumsum` of floats has no deterministic CUDA implementation.
     total, hits = truth.sum(), truth.long().cumsum(0).to(truth)
     position = torch.arange(1, len(truth) + 1, device=truth.device, dtype=truth.dtype)
@@ -181,7 +182,7 @@ def build_loss(
 
     Args:
         name: a key of `LOSSES`.
-        class_weights, label_smoothing: of cross entropy (`ce`, `ohem`); () for equal weights.
+        class_weights, label_smoothing: options of cross entropy, see `MaskedNLLLoss`; () for equal weights.
         ohem_threshold, ohem_min_kept: see `OhemLoss`.
 
     Raises:
@@ -192,13 +193,13 @@ def build_loss(
 
 
 def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
-    """Return the weight of a batch's loss in the mean over devices and ranks: a scalar.
+    """Return the scalar weight of a batch's loss in the mean over devices and ranks.
 
-    With the `normalizer` of a loss, the mean does not depend on how a batch is distributed. Losses without one (hard
-    pixels, Dice, Lovász) are computed per device and weighted by labelled pixels.
+    The weight is `loss.normalizer(label)`, with which the mean does not depend on the distribution of the images over
+    devices. For losses without this method (OHEM, Dice, Lovász) it is the number of labelled pixels.
 
     Args:
-        loss: any loss over (log-probabilities, labels).
+        loss: loss of (log-probabilities, labels).
         label: (N, H, W) int64, negative where ignored.
     """
     normalizer = getattr(loss, "normalizer", None)

@@ -28,7 +28,7 @@ def build_optimizer(
         name: a key of `OPTIMIZERS`.
         rates: initial learning rates of encoder and decoder.
         beta1: momentum of SGD, first beta of AdamW.
-        weight_decay: of parameters with two or more dimensions (weights of convolutions and linear layers).
+        weight_decay: weight decay of convolution and linear weights; norms and biases have none.
 
     Raises:
         ValueError: unknown name, or all parameters are frozen.
@@ -41,33 +41,33 @@ def build_optimizer(
             if group:
                 groups.append({"params": group, "lr": lr, "initial_lr": lr, "weight_decay": decay, "part": part})
     if not groups:
-        raise ValueError("no parameter to train: all are frozen")
+        raise ValueError("all parameters of encoder and decoder are frozen; set requires_grad for some of them")
     return lookup(OPTIMIZERS, name, "optimizer")(groups, beta1)
 
 
 def lr_factor(step: int, options: TrainingOptions) -> float:
-    """Return the factor of the initial learning rates at a step.
+    """Return (learning rate at `step`) / (initial learning rate).
 
-    Linear warm-up over `warmup_iters` steps times the poly schedule (1 - step / total) ** lr_pow of Chen et al.,
-    "DeepLab", 2016.
+    Linear warm-up over `warmup_iters` steps, multiplied by the poly schedule (1 - step / total) ** lr_pow of Chen et
+    al., "DeepLab", 2016.
     """
     warmup = min(1.0, (step + 1) / options.warmup_iters) if options.warmup_iters else 1.0
     return warmup * max(0.0, 1 - step / options.total_steps) ** options.lr_pow
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of every group to `factor` times its initial one."""
+    """Set the learning rate of every group to `factor` times its initial learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the current learning rates of `encoder` and `decoder`, without those that are frozen."""
+    """Return the current learning rates by part, `encoder` and `decoder`; a frozen part is omitted."""
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze statistics and parameters of all batch norms, also through later calls of `train()`."""
+    """Freeze running statistics and parameters of all batch norms; they stay frozen after `module.train()`."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()

@@ -10,9 +10,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context that records the first signal and passes on the second.
+    """Context that records the first signal and passes the second to the original handler.
 
-    Outside the main thread, and for signals that are ignored, it changes nothing.
+    It does not handle signals that are ignored, and does nothing outside the main thread.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class StopSignals:
         logger.warning("%s: stopping after this step (repeat to stop immediately)", signal.Signals(number).name)
 
     def raise_received(self) -> None:
-        """Call the original handler of the recorded signal, which usually raises `KeyboardInterrupt`."""
+        """Call the original handler of the recorded signal, if any; it usually raises `KeyboardInterrupt`."""
         if self._received is not None:
             self._call_handler(self._received, None)
 

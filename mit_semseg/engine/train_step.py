@@ -15,7 +15,7 @@ from .distributed import World
 from .losses import batch_weight
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Texts by which PyTorch refuses an operation in deterministic mode.
+# Texts in errors of operations without a deterministic implementation.
 NONDETERMINISTIC = ("does not have a deterministic implementation", "Deterministic behavior was enabled")
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
@@ -29,7 +29,7 @@ class TrainingOptions:
     """Options of a training run, named as in the TRAIN section of the configuration.
 
     Attributes:
-        run_options: plain values stored in checkpoints; a resumed run logs those that have changed.
+        run_options: all options, stored in checkpoints; a resumed run logs the changed ones.
     """
 
     num_epoch: int = 20
@@ -51,17 +51,19 @@ class TrainingOptions:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the whole run."""
+        """Number of steps of the run."""
         return self.num_epoch * self.epoch_iters
 
 
 class LossWeights:
-    """Weights of every batch's loss and accuracy in the mean over all labelled pixels of all devices and ranks.
+    """Weights of this rank's losses and accuracies in the mean over all labelled pixels of all devices and ranks.
+
+    The constructor is a collective: it exchanges pixel counts, and signals to stop, between the ranks.
 
     Attributes:
-        loss, accuracy: [micro-batch][device], sums over the world are 1.
-        labelled: pixels of all ranks.
-        stop: whether a rank has received a signal to stop.
+        loss, accuracy: weights [micro-batch][device]; the sum over all ranks is 1.
+        labelled: number of labelled pixels of all ranks.
+        stop: whether any rank has received a signal to stop.
     """
 
     def __init__(self, micro_batches: Sequence[Sequence[dict]], criterion: nn.Module | None, world: World, stop: bool):
@@ -81,10 +83,11 @@ class LossWeights:
 
 
 class RunningMetrics:
-    """Loss and pixel accuracy since the last log line, accumulated on the device; only reading synchronizes with it.
+    """Loss and pixel accuracy since the last log line, accumulated on the device. Only `read` and `nonfinite`
+    synchronize with the device.
 
     Attributes:
-        totals: (3,) sums of loss and accuracy, and the number of steps.
+        totals: (3,) sum of losses, sum of accuracies, number of steps.
     """
 
     def __init__(self, device: torch.device):
@@ -93,7 +96,7 @@ class RunningMetrics:
         self._nonfinite_losses: Tensor | None = None
 
     def add(self, step: int, losses: Tensor, means: Tensor) -> None:
-        """Add the losses (B,) of this rank's batches and the mean loss and accuracy (2,) of all ranks."""
+        """Add a step: the losses (B,) of this rank's batches, and mean loss and accuracy (2,) over all ranks."""
         self.totals[:2] += means
         self.totals[2] += 1
         first = (self._nonfinite_step < 0) & ~means[0].isfinite()
@@ -108,32 +111,28 @@ class RunningMetrics:
         return loss / max(steps, 1), accuracy / max(steps, 1), round(steps)
 
     def nonfinite(self) -> tuple[int, list[float]]:
-        """Return the first step whose loss is not finite, -1 if there is none, and its losses on this rank."""
+        """Return the first step whose loss is not finite (-1: none) and the losses of this rank in that step."""
         step = int(self._nonfinite_step)
         return step, self._nonfinite_losses.tolist() if step >= 0 else []
 
 
 class StepTimer:
-    """Mean duration of the steps since the last `reset`, and of loading their data."""
+    """Durations since the last log line, without saving and validation, which come before `start`."""
 
     def __init__(self):
-        self.start()
         self.reset()
+        self.start()
 
     def reset(self) -> None:
-        """Start the next log line."""
         self._steps, self._step_seconds, self._data_seconds = 0, 0.0, 0.0
 
     def start(self) -> None:
-        """Start a step; saving and validation before it do not count."""
         self._started = time.perf_counter()
 
     def data_loaded(self) -> None:
-        """Record that the data of the step is loaded."""
         self._data_seconds += time.perf_counter() - self._started
 
     def step_done(self) -> None:
-        """Record the end of the step."""
         self._step_seconds += time.perf_counter() - self._started
         self._steps += 1
 
@@ -143,14 +142,14 @@ class StepTimer:
 
 
 def weighted_sum(weights: Sequence[float], values: torch.Tensor) -> torch.Tensor:
-    """Sum of one value per device, without copying the weights to a device."""
+    """Return the weighted sum of the values of all devices, without copying the weights to a device."""
     return sum(weight * value for weight, value in zip(weights, values.reshape(-1), strict=True))
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
-    """Seed the random numbers of a step (dropout), so that a resumed run draws the same ones.
+    """Seed the random numbers of a step (dropout), so that a resumed run draws the same numbers.
 
-    Every GPU has its own seed. CPU replicas of one rank draw from one generator, in the order in which they run.
+    Every GPU has its own seed. CPU replicas of one rank share a generator, so their numbers depend on thread timing.
     """
     first = len(world.devices) * world.rank
     for position, device in enumerate(world.devices, first):
@@ -164,7 +163,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which operations give the same bits on the same hardware, or raise.
+    """Context in which operations have bit-identical results on the same hardware.
 
     Raises:
         NondeterministicError: an operation has no deterministic implementation on its device.
@@ -182,8 +181,8 @@ def deterministic_algorithms(enabled: bool) -> Iterator[None]:
         if isinstance(error, UserError) or not any(text in str(error) for text in NONDETERMINISTIC):
             raise
         raise NondeterministicError(
-            f"TRAIN.deterministic: {str(error).split(', but you set')[0].splitlines()[0]}; set it to False, or train "
-            f"with --gpus cpu"
+            f"TRAIN.deterministic: {str(error).split(', but you set')[0].splitlines()[0]}; set TRAIN.deterministic "
+            f"False, or train with --gpus cpu"
         ) from None
     finally:
         torch.use_deterministic_algorithms(before[0])

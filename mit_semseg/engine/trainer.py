@@ -1,4 +1,4 @@
-"""The trainer: owns model, optimizer and counters of a training run, and contains the training loop."""
+"""The trainer: owns the model, the optimizer and the counters of a training run, and contains the training loop."""
 
 import faulthandler
 import logging
@@ -16,7 +16,6 @@ from torch.nn.utils import clip_grad_norm_
 from ..dataset import TrainDataset, ValDataset
 from ..dataset.classes import ONE_CLASS_WARNING
 from ..dataset.loader import images_to_device, iterate, make_loader, worker_errors
-from ..dataset.samplers import BatchNumbers
 from ..evaluation import InferenceOptions, Predictor, evaluate
 from ..evaluation.evaluator import Evaluation, LoadOptions
 from ..lib.utils import UserError
@@ -45,29 +44,28 @@ from .train_step import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERFLOWS = 25  # fp16 steps skipped in a row; by then the loss scale has been halved as many times
-DIVERGENCE_HINT = "Try a smaller learning rate, TRAIN.warmup_iters or TRAIN.clip_grad"
+MAX_OVERFLOWS = 25  # fp16 steps skipped in a row; each one halves the loss scale
 
 
 class TrainingStopped(UserError, RuntimeError):
-    """A run that cannot continue; the message names the step, the images and the last checkpoint."""
+    """Training cannot continue; the message names the step, the images and the last checkpoint."""
 
 
 class Trainer:
-    """Trains a network, validates it and saves checkpoints; every rank of a job creates one, rank 0 writes the files.
+    """Trains a network, validates it and saves checkpoints. Every rank has a trainer; rank 0 writes the files.
 
     Args:
-        module: a `SegmentationModule` on the first of the world's devices.
-        optimizer: over its parameters, see `build_optimizer`.
-        folder: for checkpoints.
-        options: of the run.
-        world: ranks and devices, see `distributed.join`; None is this process on the CPU.
+        module: `SegmentationModule` on the first device of `world`.
+        optimizer: optimizer of the module's parameters, see `build_optimizer`.
+        folder: folder of the checkpoints.
+        options: training options.
+        world: ranks and devices, see `distributed.join`. By default this process trains on the CPU.
 
     Attributes:
         step: number of training steps done.
         history: training and validation curves, see `checkpoint.new_history`.
         best_iou: best validation mean IoU so far, -1 before the first validation.
-        skipped: messages about images that could not be used (DATASET.on_error skip), as ordered set.
+        skipped: messages about unusable images (DATASET.on_error skip), the keys of a dict.
     """
 
     def __init__(
@@ -82,7 +80,7 @@ class Trainer:
         self.world = world or World()
         self.device = self.world.devices[0]
         self.model = module  # the module wrapped for data parallel training, see `parallelize`
-        # Also without fp16, at scale 1: it skips the update, without synchronizing, if a gradient is not finite.
+        # Also used without fp16, with scale 1: it skips the update if a gradient is not finite, without synchronizing.
         fp16 = options.amp == "fp16"
         constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
@@ -90,7 +88,7 @@ class Trainer:
         self.metrics, self.timer = RunningMetrics(self.device), StepTimer()
         self.overflows, self.overflows_in_a_row = 0, 0
         self.labelled_pixels, self.classes_seen = 0.0, set()
-        self.image_names: dict[int, list[Sequence[str]]] = {}  # of the batches of each step since the last log line
+        self.image_names: dict[int, list[Sequence[str]]] = {}  # step -> names per batch, since the last log line
         self.skipped: dict[str, None] = {}
         self.signals = StopSignals()
         self.resumed_in_place = False
@@ -111,32 +109,32 @@ class Trainer:
         inference: InferenceOptions | None = None,
         run_logger=None,
     ) -> None:
-        """Train to the end and save a checkpoint after every epoch.
+        """Train until the last epoch and save a checkpoint after every epoch.
 
-        SIGINT or SIGTERM on any rank stops all ranks after the same step, which is saved. All other failures raise a
-        `UserError` that names the image, checkpoint, step, worker or rank.
+        SIGINT or SIGTERM on any rank stops all ranks after the same step and saves a checkpoint. All other failures
+        raise a `UserError` that names the image, checkpoint, step, worker or rank.
 
         Args:
             dataset: training batches; element i is one batch of one device.
-            val_dataset: validated every `eval_epoch` epochs, sharded over the ranks.
-            resume: 'auto', 'off', 'restart' or a file, see `RunFolder.find_resume`.
-            inference: of validation.
+            val_dataset: validation set, evaluated every `eval_epoch` epochs and sharded over the ranks.
+            resume: 'auto', 'off', 'restart' or the path of a checkpoint, see `RunFolder.find_resume`.
+            inference: inference options for validation.
             run_logger: object with the methods of `cli.run_logger.RunLogger`, or None.
         """
         options, self.val_dataset, self.run_logger = self.options, val_dataset, run_logger
         self.inference = inference or self.inference
         self.start(resume)
         self.report_skipped(getattr(dataset, "skipped", ()))
-        batches = iterate(self.make_loader(dataset))
+        loader = iterate(self.make_loader(dataset))
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
-            if self.resumed_in_place and self.step % options.epoch_iters == 0:  # maybe stopped while it saved
-                self.end_epoch()
+            if self.resumed_in_place and self.step % options.epoch_iters == 0:
+                self.end_epoch()  # the run may have been stopped before the epoch was saved and validated
             if self.step < options.total_steps:
                 self.model = parallelize(self.module, self.world)
             self.module.train()
             while self.step < options.total_steps:
                 self.watch()
-                micro_batches = [list(islice(batches, len(self.world.devices))) for _ in range(options.accumulate)]
+                micro_batches = [list(islice(loader, len(self.world.devices))) for _ in range(options.accumulate)]
                 self.timer.data_loaded()
                 set_learning_rates(self.optimizer, lr_factor(self.step, options))
                 weights = LossWeights(micro_batches, self.module.crit, self.world, self.signals.received)
@@ -165,9 +163,9 @@ class Trainer:
         If the loss or a gradient is not finite, the update is skipped on the device; `log` and `save` report it.
 
         Args:
-            micro_batches: per micro-batch (gradient accumulation) one batch dict per device: `img_data` (N, 3, H, W)
-                and `seg_label` (N, h, w), on that device.
-            weights: of the batches.
+            micro_batches: a list per micro-batch (gradient accumulation) with one batch dict per device: `img_data`
+                (N, 3, H, W) and `seg_label` (N, h, w) on that device.
+            weights: loss and accuracy weights of the batches.
         """
         options, size = self.options, self.world.size
         fp16 = options.amp == "fp16"
@@ -183,7 +181,7 @@ class Trainer:
                 loss = weighted_sum(weights.loss[i], loss.float())
                 # NaN for a loss that is not finite: all gradients become NaN, and the scaler skips the update.
                 finite = 1 + 0 * loss.detach()
-                # Gradients are averaged over the ranks, but the weighted losses are to be summed.
+                # DistributedDataParallel averages gradients over the ranks; the weighted losses need their sum.
                 self.scaler.scale(loss * finite * size).backward()
             means += torch.stack([loss.detach(), weighted_sum(weights.accuracy[i], accuracy)])
         if options.clip_grad:
@@ -197,10 +195,10 @@ class Trainer:
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
     def _undo_overflow(self, scale: float, buffers: Sequence[torch.Tensor]) -> bool:
-        """In fp16, restore the running statistics if the scaler has skipped the update; return whether it has.
+        """With fp16, restore the running statistics if the scaler has skipped the update; return whether it has.
 
         Raises:
-            TrainingStopped: too many skipped steps in a row.
+            TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
         """
         if self.options.amp != "fp16" or self.scaler.get_scale() >= scale:
             self.overflows_in_a_row = 0
@@ -213,21 +211,21 @@ class Trainer:
         if self.overflows_in_a_row >= MAX_OVERFLOWS:
             raise TrainingStopped(
                 f"step {self.step + 1}: {self.overflows_in_a_row} steps in a row overflowed in fp16 and were skipped; "
-                f"{self.folder.describe_saved()}. Set TRAIN.amp bf16 or off, or try a smaller learning rate"
+                f"{self.folder.describe_saved()}. Set TRAIN.amp bf16 or off, or a smaller learning rate"
             )
         return True
 
     def make_loader(self, dataset: TrainDataset) -> torch.utils.data.DataLoader:
-        """Return a loader of the batches of this rank's devices, from the current step on."""
+        """Return a loader for the batches of this rank's devices, starting at the current step."""
         options, world, count = self.options, self.world, len(self.world.devices)
-        start, stop = self.step * options.accumulate, options.total_steps * options.accumulate
+        rounds = range(self.step * options.accumulate, options.total_steps * options.accumulate)
         loader = make_loader(
             dataset,
             workers=options.workers,
             timeout=world.timeout,
             local_size=world.local_size,
             batch_size=None,
-            sampler=BatchNumbers(start, stop, count * world.rank, count, world.num_devices),
+            sampler=[i * world.num_devices + count * world.rank + device for i in rounds for device in range(count)],
             pin_memory=self.device.type == "cuda",
         )
         logger.info("%d data loading workers", loader.num_workers)
@@ -243,7 +241,7 @@ class Trainer:
         return moved
 
     def note_batches(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
-        """Record what the next log line needs of the batches of a step."""
+        """Record the batch statistics of a step for the next log line."""
         batches = list(chain.from_iterable(micro_batches))
         self.image_names[self.step + 1] = [batch.get("info", ()) for batch in batches]
         self.report_skipped(chain.from_iterable(batch.get("skipped", ()) for batch in batches))
@@ -254,19 +252,19 @@ class Trainer:
                 self.classes_seen |= {int(labelled.min()), int(labelled.max())}
 
     def watch(self) -> None:
-        """With several ranks, print the stack if this rank makes no progress until shortly before the timeout."""
+        """With several ranks, print the stack if the next call does not come before 90 % of the timeout."""
         if self.world.size > 1:
             faulthandler.dump_traceback_later(0.9 * self.world.timeout, file=sys.__stderr__)
 
     def report_skipped(self, messages: Iterable[str]) -> None:
-        """Log each message about an image that cannot be used once, and keep it for the end of the run."""
+        """Log each message about an unusable image once, and keep it for the end of the run."""
         for message in messages:
             if message not in self.skipped:
                 logger.warning("skipped: %s", message)
                 self.skipped[message] = None
 
     def start(self, resume: str) -> None:
-        """Prepare the folder and restore the run in it if requested, see `fit`."""
+        """Prepare the folder and, depending on `resume`, restore the run in it; see `fit`."""
         options, folder = self.options, self.folder
         path = folder.find_resume(resume, options.start_epoch)
         if self.world.is_main:
@@ -290,15 +288,11 @@ class Trainer:
         if len({step for _, step in starts}) > 1:
             found = "; ".join(f"rank {rank}: step {step} in {path}" for rank, (path, step) in enumerate(starts))
             raise CheckpointError(
-                f"DIR must be the same folder on all ranks, but they start at different steps: {found}"
+                f"DIR must be the same folder on all ranks, but the ranks start at different steps: {found}"
             )
 
     def check_loss(self) -> None:
-        """Synchronize with the device and stop if the loss of a step since the last check was not finite.
-
-        Raises:
-            TrainingStopped: on all ranks, with the images of the first such step.
-        """
+        """Raise `TrainingStopped` on all ranks if a loss since the last check was not finite; synchronizes."""
         step, losses = self.metrics.nonfinite()
         names = self.image_names.get(step, ())
         own = [(loss, batch) for loss, batch in zip(losses, names, strict=False) if not abs(loss) < float("inf")]
@@ -306,12 +300,13 @@ class Trainer:
         if step < 0:
             return
         found = list(chain.from_iterable(self.world.gather(own, "naming the batch")))
-        loss = found[0][0] if found else float("inf")  # every loss is finite, their sum is not
+        loss = found[0][0] if found else float("inf")  # only the sum of the losses is infinite
         images = ", ".join(name for _, batch in found for name in batch) or "(unknown)"
         epoch, iteration = divmod(step - 1, self.options.epoch_iters)
         raise TrainingStopped(
             f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): the loss is {loss} for the batch {images}; "
-            f"{self.folder.describe_saved()}. Nothing was saved since. {DIVERGENCE_HINT}"
+            f"{self.folder.describe_saved()}. Nothing was saved after this step. Try a smaller learning rate, "
+            f"TRAIN.warmup_iters or TRAIN.clip_grad"
         )
 
     def log(self) -> None:
@@ -322,7 +317,7 @@ class Trainer:
             logger.info("step %d: all steps since the last log line overflowed in fp16 and were skipped", self.step)
             return
         if not self.labelled_pixels:
-            logger.warning("step %d: no labelled pixel since the last log line: nothing is learned", self.step)
+            logger.warning("step %d: no pixel is labelled since the last log line, so nothing is learned", self.step)
         if len(self.classes_seen) == 1 and not self.history["train"]["epoch"]:
             logger.warning(ONE_CLASS_WARNING.format(f"number {min(self.classes_seen)} so far"))
         epoch, iters = (self.step - 1) // self.options.epoch_iters, self.options.epoch_iters
@@ -350,15 +345,15 @@ class Trainer:
             self.run_logger.log_step(self.step, {"loss": loss, "accuracy": accuracy, **rates})
 
     def save(self) -> None:
-        """Save the checkpoint to resume from, unless the loss of a step was not finite (see `check_loss`)."""
+        """Save the checkpoint to resume from, after `check_loss`."""
         self.check_loss()
         if self.world.is_main:
             save_atomic(trainer_state(self), self.folder.resume)
 
     def end_epoch(self) -> None:
-        """Save checkpoint, weights and history of an epoch, then validate if it is due.
+        """Save checkpoint, weights and history of an epoch, and validate every `eval_epoch` epochs.
 
-        A run that is killed in between does this again when it is resumed.
+        If the run is killed during this function, the resumed run calls it again.
         """
         self.save()
         self._save_weights(f"epoch_{self.epoch}.pth")
@@ -372,8 +367,7 @@ class Trainer:
             self.run_logger.log_epoch(self.epoch, self.history, evaluation)
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation set, sharded over the ranks; add the scores to the history, keep the best
-        weights."""
+        """Evaluate on the validation set, sharded over the ranks; extend the history and save the best weights."""
         broadcast_buffers(self.module, self.world)
 
         def on_result(item, prediction):
@@ -415,14 +409,14 @@ class Trainer:
 
     def stop(self) -> None:
         """Raise `KeyboardInterrupt` on all ranks because one has received a signal."""
-        self.world.gather(None, "waiting for the last files")
+        self.world.gather(None, "waiting for rank 0 to save")
         self.signals.raise_received()
         raise KeyboardInterrupt  # the signal was sent to another rank
 
     def finish(self) -> None:
-        """Wait for the files of rank 0 and log the images that were skipped."""
+        """Wait until rank 0 has saved its files, and log the images that were skipped."""
         faulthandler.cancel_dump_traceback_later()
-        for messages in self.world.gather(list(self.skipped), "waiting for the last files"):
+        for messages in self.world.gather(list(self.skipped), "waiting for rank 0 to save"):
             self.skipped |= dict.fromkeys(messages)
         if self.skipped:
-            logger.warning("%d skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))
+            logger.warning("%d images skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))

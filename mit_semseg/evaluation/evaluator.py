@@ -21,13 +21,13 @@ from .metrics import SegmentationMetric, Summary
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How images are loaded.
+    """Image loading options.
 
     Attributes:
-        batch_size: images per step.
-        workers: processes, at most one per core and image; 0 loads in this process.
+        batch_size: images that a worker loads at a time.
+        workers: number of worker processes, limited to one per core and image; 0 loads in this process.
         timeout: seconds to wait for a worker, 0 for no limit.
-        local_size: ranks or processes of this machine that load at the same time and share its cores.
+        local_size: number of ranks or processes on this machine, which share its cores.
     """
 
     batch_size: int = 1
@@ -38,13 +38,13 @@ class LoadOptions:
 
 @dataclass(frozen=True)
 class ImageScore:
-    """Scores of one image.
+    """Metrics of one image.
 
     Attributes:
-        name: of the image.
-        mean_iou: over the classes in its label, 0..1.
+        name: path of the image in the list.
+        mean_iou: mean IoU over the classes in the label, 0..1.
         accuracy: pixel accuracy, 0..1.
-        labelled: False if no pixel is labelled; the scores are then 0.
+        labelled: False if no pixel is labelled; the metrics are then 0.
     """
 
     name: str
@@ -55,15 +55,15 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation, or of one shard of it.
+    """Result of an evaluation of a validation set or of one shard of it.
 
     Attributes:
         metric: pixel counts.
-        images: number of images scored.
+        images: number of evaluated images.
         seconds: duration.
         table: class names.
-        scores: per image.
-        skipped: messages about images that could not be used (DATASET.on_error skip).
+        scores: metrics per image.
+        skipped: messages about unusable images (DATASET.on_error skip).
     """
 
     metric: SegmentationMetric
@@ -75,22 +75,22 @@ class Evaluation:
 
     @cached_property
     def summary(self) -> Summary:
-        """Scores over all images."""
+        """Metrics over all images."""
         return self.metric.summary()
 
     @classmethod
     def merge(cls, shards: Sequence["Evaluation"]) -> "Evaluation":
-        """Add up the counts of shards that were evaluated at the same time.
+        """Merge shards that were evaluated at the same time.
 
         Raises:
-            ImageFileError: no image could be used.
+            ImageFileError: every image is unusable.
         """
         total, images = SegmentationMetric(shards[0].metric.num_class), sum(s.images for s in shards)
         for shard in shards:
             total.merge(shard.metric)
         skipped = [message for s in shards for message in s.skipped]
         if skipped and not images:
-            raise ImageFileError(f"none of the {len(skipped)} images can be used; the first: {skipped[0]}")
+            raise ImageFileError(f"none of the {len(skipped)} images can be used; the first error is: {skipped[0]}")
         seconds, scores = max(s.seconds for s in shards), [score for s in shards for score in s.scores]
         return cls(total, images, seconds, shards[0].table, scores, skipped)
 
@@ -102,11 +102,11 @@ class Evaluation:
 
     @property
     def images_per_second(self) -> float:
-        """Speed of loading, network and metrics together."""
+        """Images per second, including loading and metrics."""
         return self.images / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict:
-        """Return plain values for a JSON file; scores in 0..1."""
+        """Return plain values for a JSON file; metrics are in 0..1."""
         s = self.summary
         return {
             "mean_iou": s.mean_iou,
@@ -126,7 +126,7 @@ class Evaluation:
         }
 
     def report(self) -> str:
-        """Return the scores as text, IoU per class first."""
+        """Return the metrics as text, IoU per class first."""
         s, names = self.summary, self.table.labels
         width = max(map(len, names))
         lines = [
@@ -144,25 +144,24 @@ class Evaluation:
             f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
         ]
         if not s.pixels:
-            lines.append("Warning: no pixel is labelled, the scores are meaningless.")
+            lines.append("Warning: no pixel is labelled, so the metrics are meaningless.")
         if self.only_class:
             lines.append(f"Warning: {ONE_CLASS_WARNING.format(self.only_class)}")
         if self.skipped:
-            lines += [f"{len(self.skipped)} images skipped, not included in the scores:"]
+            lines += [f"{len(self.skipped)} images skipped, not included in the metrics:"]
             lines += [f"  {message}" for message in self.skipped]
         return "\n".join(lines)
 
 
 def read_items(dataset, device: torch.device | str, loading: LoadOptions | None = None) -> Iterator[dict]:
-    """Yield the items of a dataset in order; workers read ahead.
+    """Yield the items of a dataset in order, loaded ahead by workers.
+
+    Use it in `loader.worker_errors`, which converts errors of workers.
 
     Args:
-        dataset: of images; with a method `as_uint8`, images are normalized on the device.
-        device: for the images.
-        loading: options.
-
-    Raises:
-        LoaderError: a worker cannot be started. Wrap the loop over the items in `loader.worker_errors`.
+        dataset: `ValDataset` or `TestDataset`, whose images are normalized on the device; or another dataset of items.
+        device: device of the images.
+        loading: image loading options.
     """
     loading = loading or LoadOptions()
     loader = make_loader(
@@ -188,20 +187,19 @@ def evaluate(
     progress: bool = True,
     on_result: Callable[[dict, np.ndarray | None], None] | None = None,
 ) -> Evaluation:
-    """Score a network on a validation set.
+    """Evaluate a network on a validation set.
 
-    Images pass through the network one by one, so that scores do not depend on the batch size: a batched convolution
-    rounds differently.
+    The network gets one image at a time, because the batch size affects the rounding of results.
 
     Args:
         predictor: the network.
         dataset: images and labels.
-        loading: options.
+        loading: image loading options.
         progress: show a progress bar on a terminal.
-        on_result: called with every item and its label map (H, W), None for an image that was skipped.
+        on_result: called with every item and its label map (H, W), or None for a skipped image.
 
     Raises:
-        ImageFileError, ListError: an image or label cannot be used and the dataset does not skip it.
+        ImageFileError, ListError: an image or label is unusable and the dataset does not skip it.
     """
     metric, scores = SegmentationMetric(len(dataset.table)), []
     skipped = list(getattr(dataset, "skipped", ()))

@@ -3,7 +3,7 @@
 import copy
 import logging
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,21 +20,20 @@ from .sliding_window import sliding_window_strips
 
 logger = logging.getLogger(__name__)
 
-Model = Callable[..., Tensor]  # model({"img_data": (1, 3, h, w)}, segSize=(H, W)) -> probabilities (1, C, H, W)
 PRECISIONS = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and 64-bit Arm processors in /proc/cpuinfo
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """Options of inference.
+    """Inference options.
 
     Attributes:
         flip: average with the horizontally flipped image.
         window_size: (height, width) of the sliding window; None for the whole image.
         window_overlap: minimum overlap of neighboring windows as a fraction of the window, 0 to below 1.
-        precision: of the network, a key of `PRECISIONS`. `fp32` disables TF32, which `auto` allows in convolutions on
-            NVIDIA GPUs as PyTorch does.
+        precision: a key of `PRECISIONS`. `fp32` disables TF32, which `auto` leaves enabled in convolutions on NVIDIA
+            GPUs, as PyTorch does.
         compile: compile the encoder with `torch.compile`, once per image size.
     """
 
@@ -49,47 +48,45 @@ class Predictor:
     """A network prepared for inference on a device.
 
     Args:
-        model: a `SegmentationModule`, of which a copy is prepared (see `prepare`); or a callable of the form of
-            `Model`, used as it is.
-        device: of the model.
-        options: of inference.
+        model: a `SegmentationModule` on the device, of which a copy is prepared (see `prepare`); or another object with
+            its method `logits` and attribute `align_corners`, which is used unchanged.
+        device: device of the model.
+        options: inference options.
     """
 
-    def __init__(
-        self, model: nn.Module | Model, device: torch.device | str = "cpu", options: InferenceOptions | None = None
-    ):
+    def __init__(self, model, device: torch.device | str = "cpu", options: InferenceOptions | None = None):
         self.device, self.options = torch.device(device), options or InferenceOptions()
         self.network = prepare(model, self.device, self.options) if isinstance(model, nn.Module) else model
-        self._has_logits = hasattr(self.network, "logits")
 
     def label_map(self, item: dict) -> np.ndarray:
         """Return the class with the largest probability at every pixel.
 
         Args:
-            item: of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3), and `img_data`, a list of normalized images
-                (1, 3, h, w), one per scale.
+            item: element of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3), and `img_data`, a list of normalized
+                images (1, 3, h, w), one per scale.
 
         Returns:
             (H, W) int64 class indices.
         """
         size = tuple(item["img_ori"].shape[:2])
-        if self.options.window_size is None and self._has_logits:
-            logits = [x[0] for x in self._logits(item["img_data"])]
-            return label_map_from_logits(logits, size, align_corners=self.network.align_corners).cpu().numpy()
+        if self.options.window_size is None:
+            return self._label_map([x[0] for x in self._logits(item["img_data"])], size)
         return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in self._strips(item["img_data"], size)])
 
     def label_maps(self, items: Sequence[dict]) -> Iterator[np.ndarray]:
-        """Yield the label map of every item; on a GPU, consecutive images of one size form a batch, which may round
-        differently."""
-        if self.device.type != "cuda" or self.options.window_size is not None or not self._has_logits:
+        """Yield the label map of every item. On a GPU, consecutive images of equal size form a batch; a batch may be
+        rounded differently than single images."""
+        if self.device.type != "cuda" or self.options.window_size is not None:
             yield from map(self.label_map, items)
             return
         for _, group in groupby(items, key=lambda item: [x.shape for x in item["img_data"]]):
             batch = list(group)
             logits = self._logits([torch.cat(same) for same in zip(*(x["img_data"] for x in batch), strict=True)])
             for i, item in enumerate(batch):
-                own, size = [x[i] for x in logits], tuple(item["img_ori"].shape[:2])
-                yield label_map_from_logits(own, size, align_corners=self.network.align_corners).cpu().numpy()
+                yield self._label_map([x[i] for x in logits], tuple(item["img_ori"].shape[:2]))
+
+    def _label_map(self, logits: Sequence[Tensor], size: tuple[int, int]) -> np.ndarray:
+        return label_map_from_logits(logits, size, align_corners=self.network.align_corners).cpu().numpy()
 
     @torch.inference_mode()
     def top_classes(self, item: dict, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,16 +115,16 @@ class Predictor:
 
         Args:
             scales: normalized images (1, 3, h, w), one per scale.
-            size: (height, width) of the result.
+            size: (height, width) of the image.
 
         Returns:
-            (C, height, width) on the device, sum 1 over C.
+            (C, height, width) on the device; the sum over C is 1.
         """
         return torch.cat(list(self._strips(scales, size)), dim=1)
 
     @torch.inference_mode()
     def _logits(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Logits (N, C, h, w), float32 or float64, one per scale and flip."""
+        """Return logits (N, C, h, w), float32 or float64, one per scale and flip."""
         logits = []
         with self._arithmetic():
             for x in (scale.to(self.device, non_blocking=True) for scale in scales):
@@ -138,32 +135,19 @@ class Predictor:
 
     @torch.inference_mode()
     def _strips(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        """Probabilities (C, n, width) from top to bottom."""
-        if self.options.window_size is not None:
-            window = self.options.window_size, self.options.window_overlap
-            yield from sliding_window_strips(self._score_region, scales, size, *window)
-        elif self._has_logits:
-            logits = [x[0] for x in self._logits(scales)]
-            yield from probability_strips(logits, size, align_corners=self.network.align_corners)
-        else:
-            with self._arithmetic():
-                entries = [score for x in scales for score in self._probabilities(x, size)]
-            yield torch.stack(entries).mean(0)
-
-    def _score_region(self, region: Tensor) -> tuple[list[Tensor], bool | None]:
-        """Scores of a region (1, 3, h, w) for `sliding_window_strips`."""
-        if self._has_logits:
-            return [x[0] for x in self._logits([region])], self.network.align_corners
-        with self._arithmetic():
-            return self._probabilities(region, tuple(region.shape[-2:])), None
-
-    def _probabilities(self, x: Tensor, size: tuple[int, int]) -> list[Tensor]:
-        """Probabilities (C, *size) of an image (1, 3, h, w) and, with `flip`, of the flipped image."""
-        x = x.to(self.device, non_blocking=True)
-        scores = [self.network({"img_data": x}, segSize=size)[0]]
-        if self.options.flip:
-            scores.append(self.network({"img_data": x.flip(-1)}, segSize=size)[0].flip(-1))
-        return scores
+        """Yield class probabilities (C, n, width) from top to bottom."""
+        align_corners = self.network.align_corners
+        if self.options.window_size is None:
+            yield from probability_strips([x[0] for x in self._logits(scales)], size, align_corners=align_corners)
+            return
+        yield from sliding_window_strips(
+            lambda region: [x[0] for x in self._logits([region])],
+            scales,
+            size,
+            self.options.window_size,
+            self.options.window_overlap,
+            align_corners,
+        )
 
     def _arithmetic(self) -> AbstractContextManager:
         strict = self.options.precision == "fp32" and self.device.type == "cuda"
@@ -171,7 +155,7 @@ class Predictor:
 
 
 def prepare(module: nn.Module, device: torch.device | str, options: InferenceOptions) -> nn.Module:
-    """Return a copy of a network for inference: batch norms fused, converted to the precision, compiled.
+    """Return a copy of a network for inference: batch norms fused, then converted to the precision and compiled.
 
     Args:
         module: a `SegmentationModule` on the device.
@@ -181,17 +165,21 @@ def prepare(module: nn.Module, device: torch.device | str, options: InferenceOpt
     """
     kind, precision = torch.device(device).type, options.precision
     if precision == "fp16" and kind == "cpu":
-        raise UserError("INFERENCE.precision fp16 needs a GPU; on the CPU set bf16 or auto")
+        raise UserError("INFERENCE.precision fp16 works only on GPUs; on the CPU set INFERENCE.precision bf16 or auto")
     if precision == "bf16" and lacks_bfloat16(device):
-        raise UserError(f"INFERENCE.precision bf16: {device} does not support bfloat16; set fp16 or auto")
+        raise UserError(
+            f"INFERENCE.precision bf16: {device} does not support bfloat16; set INFERENCE.precision fp16 or auto"
+        )
     if precision == "bf16" and kind == "cpu" and not cpu_has_bfloat16():
-        logger.warning("INFERENCE.precision bf16: this processor has no bfloat16 instructions, auto is faster")
+        logger.warning(
+            "INFERENCE.precision bf16: this processor has no bfloat16 instructions; INFERENCE.precision auto is faster"
+        )
     network = fuse_batchnorm(module)
     if PRECISIONS[precision] != torch.float32:
-        logger.info("inference in %s: the class of some pixels may differ from float32", precision)
+        logger.info("inference in %s; the classes of some pixels may differ from those in float32", precision)
         _convert_to_16_bit(network, PRECISIONS[precision])
     if options.compile:
-        network.encoder.compile()  # the decoder takes little time, and caches matrices per image size
+        network.encoder.compile()  # not the decoder: it takes little time and caches matrices per image size
     return network
 
 
@@ -209,8 +197,8 @@ class _Float32Layer(nn.Module):
 def _convert_to_16_bit(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert a network to a 16-bit type, except the first convolution and the classifier.
 
-    The first convolution would round the colors of the image, the classifier would return equal scores for classes
-    that are close.
+    In 16 bits, the first convolution would round the colors of the image, and the classifier would return equal logits
+    for classes with similar logits.
     """
 
     def convolutions(module: nn.Module) -> list[str]:

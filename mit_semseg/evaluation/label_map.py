@@ -1,8 +1,8 @@
-"""Label maps from logits, without the scores of all classes at image resolution.
+"""Label maps from logits, without storing all class probabilities at image resolution.
 
-The direct way resizes the logits of every class to the image, applies softmax, averages over scales and takes the
-arg-max: 600 bytes per pixel and scale with 150 classes. Here only a few rows are at image resolution at a time. The
-label maps are equal except for ties within rounding.
+A direct implementation resizes all logits to the image, applies softmax, averages over scales and takes the argmax.
+With 150 classes this needs 600 bytes per pixel for each scale. Here only a few rows are at image resolution at a time.
+The label maps are equal, except where two classes have equal probabilities up to rounding.
 """
 
 import logging
@@ -24,8 +24,8 @@ from ..lib.utils import first_sentence
 logger = logging.getLogger(__name__)
 _opencv_lock = threading.Lock()
 
-STRIP_ELEMENTS = 2**21  # scores per strip on a CPU, see `probability_strips`
-SAFE_RANGE = 100.0  # of logits, see `_ResizedLogits`
+STRIP_ELEMENTS = 2**21  # probabilities per strip on a CPU, see `probability_strips`
+SAFE_RANGE = 100.0  # largest range of logits without underflow, see `_ResizedLogits`
 
 
 def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
@@ -34,15 +34,15 @@ def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, al
     Args:
         logits: (C, h, w) floating point, one per scale and flip, on one device; h and w may differ.
         size: (height, width) of the image.
-        align_corners: of the bilinear resize.
+        align_corners: of `F.interpolate`, for resizing the logits.
 
     Returns:
-        (height, width) int64 on the device of the logits; the first class for equal probabilities.
+        (height, width) int64 on the device of the logits; the smallest class index for equal probabilities.
     """
     logits = [x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
     device = logits[0].device
     if device.type == "cpu":
-        with _single_opencv_thread():  # per thread of the pool
+        with _single_opencv_thread():  # every thread of the pool calls OpenCV
             return torch.from_numpy(_label_map_cpu([x.float().numpy() for x in logits], size, align_corners))
     if device.type == "cuda" and (kernel := _triton_kernel(device)):
         neighbors = [
@@ -62,16 +62,16 @@ def _triton_kernel(device: torch.device) -> Callable | None:
         label_map_triton([torch.zeros(2, 1, 1, device=device)], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of Triton, the compiler or the driver
+    except Exception as error:  # Triton, the C compiler and the driver raise many types
         reason = f"{type(error).__name__}: {first_sentence(error)}"
-        logger.warning("label maps are computed without Triton, which is slower (%s)", reason)
+        logger.warning("Triton cannot be used; label maps are computed with PyTorch, which is slower (%s)", reason)
         return None
     return label_map_triton
 
 
 @contextmanager
 def _single_opencv_thread() -> Iterator[None]:
-    """Context in which OpenCV uses one thread. The setting is global, so only one caller enters at a time."""
+    """Context in which OpenCV uses one thread. The setting is global, so a lock admits one caller at a time."""
     with _opencv_lock:
         before = cv2.getNumThreads()
         cv2.setNumThreads(1)
@@ -82,7 +82,7 @@ def _single_opencv_thread() -> Iterator[None]:
 
 
 def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
-    """Label map (H, W) int64; every thread computes a band of rows."""
+    """Return the label map (H, W) int64; every thread computes a band of rows."""
     views, labels = [_ResizedLogits(x, size, align_corners) for x in logits], np.empty(size, np.int64)
     threads = min(torch.get_num_threads(), size[0])
     bands = pairwise(size[0] * i // threads for i in range(threads + 1))
@@ -92,15 +92,15 @@ def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_co
 
 
 def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels: np.ndarray) -> None:
-    """Compute rows start to stop one by one: the scores of a row stay in the caches.
+    """Compute the rows from `start` to `stop` one at a time, so that the data of a row stay in the CPU caches.
 
-    OpenCV's functions are several times faster than NumPy's here; its exponential has an error of 1.2e-7.
+    OpenCV's functions are several times faster than NumPy's here; its exponential has a relative error of 1.2e-7.
     """
     shape = views[0].classes, labels.shape[1]
     total, scores = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rows: list[dict[int, np.ndarray]] = [{} for _ in views]
     last = shape[0] - 1
-    # The first class with the largest score has the largest number counted from the end; `argmax` is much slower.
+    # The first class with the largest value has the largest index counted from the end. `argmax` is much slower.
     from_end = np.arange(last, -1, -1, dtype=np.min_scalar_type(last))[:, None]
     for number in range(start, stop):
         for i, (view, cached) in enumerate(zip(views, rows, strict=True)):
@@ -117,21 +117,16 @@ def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels
 
 
 class _ResizedLogits:
-    """Logits minus their maximum per position, resized to the image row by row.
-
-    Args:
-        logits: (C, h, w) float32.
-        size: (H, W) of the image.
-        align_corners: of the resize.
+    """Logits (C, h, w) minus their maximum over the classes, resized to the image (H, W) row by row.
 
     Attributes:
-        safe: the exponentials of a pixel cannot all underflow. The best class of a position is 0; between four
-            positions, one of which has weight 1/4 or more, it is above -3/4 of the range, and exp(-75) is a normal
-            float32.
+        safe: whether at least one exponential per pixel does not underflow. The maximum at every source position is 0,
+            and a pixel is the weighted mean of four positions, one of which has a weight of at least 1/4. If no logit
+            is below -100, the maximum of a pixel is therefore at least -75, and exp(-75) is a normal float32.
     """
 
     def __init__(self, logits: np.ndarray, size: tuple[int, int], align_corners: bool):
-        self.logits = logits - logits.max(axis=0)  # the resize is linear, so this does not change the order of classes
+        self.logits = logits - logits.max(axis=0)  # resizing is linear, so the order of the classes does not change
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
         self.classes, self.height, width = logits.shape
         low, weight = bilinear_neighbors(self.height, size[0], align_corners)
@@ -141,17 +136,13 @@ class _ResizedLogits:
         self.right_weight = weight.float().numpy()
 
     def write_row(self, number: int, out: np.ndarray, cached: dict[int, np.ndarray]) -> None:
-        """Write row `number` of the resized logits to `out` (C, W).
-
-        Args:
-            cached: source rows at image width, kept by a caller that goes from top to bottom.
-        """
+        """Write row `number` of the resized logits to `out` (C, W); `cached` keeps source rows for the next call."""
         low, weight = self.low[number], self.weight[number]
         above, below = (self._source_row(min(n, self.height - 1), cached) for n in (low, low + 1))
         cv2.addWeighted(above, 1 - weight, below, weight, 0, dst=out)
 
     def _source_row(self, number: int, cached: dict[int, np.ndarray]) -> np.ndarray:
-        """Row `number` of the logits at image width, (C, W)."""
+        """Return row `number` of the logits, resized to the width of the image: (C, W)."""
         if number not in cached:
             for old in [n for n in cached if n < number - 1]:
                 del cached[old]
@@ -171,7 +162,7 @@ def probability_strips(
 
     Args:
         logits, size, align_corners: see `label_map_from_logits`.
-        exact: False omits the softmax of a single entry, which does not change the order of the classes.
+        exact: False omits the softmax for a single scale without flip; the order of the classes is the same.
 
     Yields:
         (C, n, width), together (C, height, width).
@@ -190,7 +181,7 @@ def probability_strips(
 
 
 def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
-    """Return rows top to bottom of (C, h, w) resized to (C, *size), bilinear."""
+    """Return the rows from `top` to `bottom` of `x` (C, h, w) after bilinear resizing to (C, *size)."""
     low, weight = bilinear_neighbors(x.size(1), size[0], align_corners)
     low, weight = low[top:bottom].to(x.device), weight[top:bottom].to(x).view(-1, 1)
     rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], weight)
@@ -200,13 +191,13 @@ def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_c
 
 
 def bilinear_neighbors(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-    """Return, for every position of a bilinear resize, the lower neighbor and the weight of the upper one.
+    """Return the lower neighbor and the weight of the upper neighbor for every position of a bilinear resize.
 
     Args:
-        source, target: lengths before and after.
+        source, target: lengths before and after resizing.
 
     Returns:
-        (target,) int64 and (target,) float64.
+        Lower neighbors (target,) int64 and weights (target,) float64.
     """
     position = torch.arange(target, dtype=torch.float64)
     if align_corners:

@@ -1,7 +1,7 @@
-"""Label map from logits in one Triton kernel: resize, softmax, mean over the views and arg-max, without storing them.
+"""Label map from logits in one Triton kernel: resize, softmax, mean over the views, argmax.
 
-A view is one scale, flipped or not. Every program computes some pixels of a row. It loops over blocks of classes, twice
-if there are several views: first for the softmax denominators, then for the mean probabilities.
+A view is one scale, flipped or not. Every program computes some pixels of a row and loops over blocks of classes. With
+several views it loops twice: first for the softmax denominators, then for the mean probabilities.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CLASSES, PIXELS = 16, 64  # per block of a program; they fit into registers
+CLASSES, PIXELS = 16, 64  # block size of a Triton program; a block of this size fits into registers
 
 
 @triton.jit
 def _neighbors(sides, lows, weights, view, positions, count):
-    """Lower and upper neighbors of output positions in a view, and the weight of the upper ones."""
+    """Return lower neighbors, upper neighbors and weights of the upper neighbors for output positions in a view."""
     low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
     weight = tl.load(weights + view * count + positions, mask=positions < count, other=0.0)
     return low, tl.minimum(low + 1, tl.load(sides + view) - 1), weight
@@ -28,7 +28,7 @@ def _neighbors(sides, lows, weights, view, positions, count):
 def _resized(
     logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
 ):  # fmt: skip
-    """Resized logits (classes, pixels) of a block; -inf beyond the last class."""
+    """Return the resized logits (classes, pixels) of a block; -inf after the last class."""
     above, below, weight_y = _neighbors(heights, lows_y, weights_y, view, y, H)
     left, right, weight_x = _neighbors(widths, lows_x, weights_x, view, xs, W)
     width, inside = tl.load(widths + view), (classes < C)[:, None]

@@ -1,10 +1,10 @@
-"""Segmentation metrics from pixel counts that add up over images and ranks."""
+"""Segmentation metrics from pixel counts, which can be summed over images and ranks."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-EPS = 1e-10  # as in the original definition of IoU and accuracy
+EPS = 1e-10  # added to denominators, as in version 2
 
 
 class SegmentationMetric:
@@ -34,7 +34,7 @@ class SegmentationMetric:
             name = "prediction" if lowest < 0 or prediction.max() >= classes else "label"
             value = lowest if lowest < 0 else highest
             raise ValueError(f"{name} contains class {value}, but the classes are 0 to {classes - 1}")
-        # One count over pairs (label + 1, prediction); the first row counts ignored pixels.
+        # Count pairs (label + 1, prediction); the first row counts ignored pixels.
         pairs = np.maximum(label, -1, dtype=np.int64)
         pairs += 1
         pairs *= classes
@@ -49,7 +49,7 @@ class SegmentationMetric:
         self.confusion += other.confusion
 
     def summary(self) -> "Summary":
-        """Return the scores of all pixels counted so far."""
+        """Return the metrics of all pixels counted so far."""
         hits = np.diag(self.confusion)
         labelled, predicted = self.confusion.sum(1), self.confusion.sum(0)
         union = labelled + predicted - hits
@@ -68,15 +68,15 @@ class SegmentationMetric:
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores in 0..1.
+    """Metrics in 0..1.
 
     Attributes:
-        iou: (num_class,) intersection over union per class, 0 for a class without labelled or predicted pixels.
+        iou: (num_class,) intersection over union per class, 0 for a class without labelled and predicted pixels.
         present: (num_class,) whether the labels contain the class.
-        mean_iou: mean over all classes, as in the original definition: an absent class counts as 0.
-        mean_iou_present: mean over the classes in the labels.
-        pixel_accuracy: fraction of the labelled pixels that are correct.
-        mean_accuracy: mean over the classes in the labels of the fraction of their pixels that are correct.
+        mean_iou: mean IoU over all classes; a class that is not in the labels counts, usually as 0.
+        mean_iou_present: mean IoU over the classes in the labels.
+        pixel_accuracy: fraction of the labelled pixels that are predicted correctly.
+        mean_accuracy: accuracy (recall) per class, averaged over the classes in the labels.
         pixels: number of labelled pixels.
     """
 
@@ -90,7 +90,7 @@ class Summary:
 
     @property
     def overall(self) -> float:
-        """Mean of mean IoU and pixel accuracy, as in the table of published results."""
+        """(mean IoU over all classes + pixel accuracy) / 2, as in the table of published results."""
         return (self.mean_iou + self.pixel_accuracy) / 2
 
 

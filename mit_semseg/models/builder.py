@@ -1,12 +1,11 @@
-"""Names of encoders and decoders, and functions that build them."""
+"""Encoders and decoders by name, with their weights."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from torch import nn
 
-from ..lib.utils import UserError
+from ..lib.utils import UserError, closest
 from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet, UPerNetLite
 from .decoders.base import NORM_BIAS
 from .encoders.hrnet import HRNetV2
@@ -30,7 +29,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet101dilated": partial(resnet101, output_stride=8),
     "resnext101": resnext101,
     "hrnetv2": HRNetV2,
-    # Version 1.0; its files of `resnet34` and `resnet50` are recognized by their weights.
+    # Version 1.0
     "vgg16_dilated8": vgg16,
     "vgg19_dilated8": vgg19,
     "resnet34_v1": partial(resnet34, stem=64),
@@ -50,7 +49,7 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
     "upernet_lite": UPerNetLite,
-    # DeepLabV3 and PSPNet of the Cityscapes toolbox
+    # Cityscapes toolbox: DeepLabV3 and PSPNet
     "aspp": ASPP,
     "aspp_deepsup": partial(ASPP, deepsup=True),
     "psp": PSP,
@@ -63,16 +62,14 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
 
 
 class UnknownNameError(UserError, ValueError):
-    """A name that is not in a table; the message lists the valid names."""
+    """A name is not in a table."""
 
 
 def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:
-    """Return `table[name]`, or raise an `UnknownNameError` for a `kind` of entry, e.g. 'encoder'."""
-    if name in table:
-        return table[name]
-    close = difflib.get_close_matches(str(name), table, n=1)
-    hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise UnknownNameError(f"unknown {kind} {name!r}{hint}; choose one of {', '.join(table)}")
+    """Return `table[name]`, or raise an UnknownNameError with the valid names; `kind` is e.g. 'encoder'."""
+    if name not in table:
+        raise UnknownNameError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}{closest(name, table)}")
+    return table[name]
 
 
 class ModelBuilder:
@@ -80,7 +77,7 @@ class ModelBuilder:
 
     @staticmethod
     def weights_init(m: nn.Module) -> None:
-        """Initialize one layer like those of a decoder; to be passed to `module.apply`."""
+        """Initialize a decoder layer; used as `module.apply(ModelBuilder.weights_init)`."""
         init_layer(m, mode="fan_in", norm_bias=NORM_BIAS)
 
     @staticmethod
@@ -90,17 +87,14 @@ class ModelBuilder:
         """Build an encoder.
 
         Args:
-            arch: name in `ENCODERS`, in upper or lower case. With `weights` of version 1.0, `resnet34` and `resnet50`
-                stand for its models.
+            arch: name in `ENCODERS`, in upper or lower case. `resnet34` and `resnet50` with version 1.0 weights become
+                `resnet34_v1` and `resnet50_v1`.
             fc_dim: ignored, accepted for compatibility.
-            weights: file with a state dict of the encoder; '' means ImageNet weights, downloaded if needed.
-            pretrained: False starts from random weights if `weights` is ''.
-            kwargs: passed to the encoder: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8);
-                None means the default of `arch`.
+            weights: file with a state dict of the encoder; '' loads ImageNet weights, downloaded if needed.
+            pretrained: if False and `weights` is '', start from random weights.
+            kwargs: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default.
 
-        Raises:
-            ValueError: unknown name or unsupported output stride.
-            WeightsError: the weights cannot be downloaded or read, or do not fit.
+        Raises a ValueError for an unknown name or output stride, and a WeightsError if the weights cannot be loaded.
         """
         arch = arch.lower()
         state = read_state_dict(weights) if weights else None
@@ -133,18 +127,16 @@ class ModelBuilder:
             fc_dim: channels of the last feature map; ignored if `in_channels` is given.
             weights: file with a state dict of the decoder; '' starts from random weights.
             use_softmax: return probabilities instead of log-probabilities if the decoder is called without `segSize`.
-            in_channels: channels of every feature map, the encoder's `out_channels`. Required for UPerNet with
-                encoders other than ResNet-50, ResNet-101 and ResNeXt-101.
+            in_channels: channels of every feature map, the encoder's `out_channels`. Required for UPerNet unless the
+                encoder is ResNet-50, ResNet-101 or ResNeXt-101.
             reset_classifier: start from a random classifier if `weights` has a different number of classes.
-            kwargs: passed to the decoder, e.g. the encoder's `output_stride` and `norm_layer`.
+            kwargs: options of `Decoder`, e.g. the encoder's `output_stride` and `norm_layer`.
 
-        Raises:
-            ValueError: unknown name.
-            WeightsError: the weights cannot be read or do not fit.
+        Raises a ValueError for an unknown name, and a WeightsError if the weights cannot be loaded.
         """
         arch = arch.lower()
         if in_channels is None:
-            # Feature maps of a ResNet-50; for deep supervision the second to last has half the channels of the last.
+            # As in ResNets: the second to last map, used by deep supervision, has half the channels of the last one.
             in_channels = (256, 512, 1024 if "upernet" in arch else fc_dim // 2, fc_dim)
         decoder = lookup(DECODERS, arch, "decoder")(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
@@ -153,7 +145,7 @@ class ModelBuilder:
 
 
 def constructor(arch: str) -> Callable[..., nn.Module]:
-    """Return the constructor of version 2 of an encoder."""
+    """Return a constructor with the version 2 signature for an encoder."""
 
     def construct(pretrained: bool = False, **kwargs) -> nn.Module:
         return ModelBuilder.build_encoder(arch, pretrained=pretrained, **kwargs)

@@ -24,7 +24,7 @@ def fuse_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (parent, name of a convolution, name of the norm after it)."""
+    """Yield (parent, name of a convolution, name of the norm that follows)."""
     for parent in module.modules():
         children = dict(parent.named_children())
         if isinstance(parent, nn.Sequential):

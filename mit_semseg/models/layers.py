@@ -18,13 +18,14 @@ NORMS: dict[str, NormLayer] = {
     "sync": DEFAULT_NORM,
     "inplace": partial(InPlaceABNSync, slope=LEAKY_SLOPE),
 }
+ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": partial(nn.LeakyReLU, LEAKY_SLOPE)}
 POOL_SCALES = (1, 2, 3, 6)  # bins per side in pyramid pooling (Zhao et al., "Pyramid Scene Parsing Network", 2017)
 
 
 def conv2d(
     in_channels: int, out_channels: int, kernel_size: int, *, stride=1, dilation=1, groups=1, bias=False
 ) -> nn.Conv2d:
-    """Return a convolution that keeps the size at stride 1; without bias by default."""
+    """Return a convolution with "same" padding (for stride 1), without bias by default."""
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
@@ -47,19 +48,17 @@ def conv_bn(
 
 
 def norm_act(norm_layer: NormLayer, channels: int, activation: str = "relu") -> tuple[nn.Module, nn.Module]:
-    """Return a normalization layer and the activation that follows it: 'relu', 'leaky_relu' or 'relu6'.
+    """Return a normalization layer and the activation that follows it; `activation` is a name in `ACTIVATIONS`.
 
-    An activated in-place norm replaces ReLU and leaky ReLU by its own activation; the second is then the identity.
+    An in-place norm with an activation replaces ReLU and leaky ReLU; the second module is then `nn.Identity`.
     """
     norm = norm_layer(channels)
     if is_activated(norm) and activation == "relu6":
         norm = norm.without_activation()
     if is_activated(norm):
         return norm, nn.Identity()
-    inplace = not isinstance(norm, InPlaceABN)  # its output is needed in the backward pass and must not be overwritten
-    if activation == "leaky_relu":
-        return norm, nn.LeakyReLU(LEAKY_SLOPE, inplace=inplace)
-    return norm, (nn.ReLU6 if activation == "relu6" else nn.ReLU)(inplace=inplace)
+    inplace = not isinstance(norm, InPlaceABN)  # the backward pass of InPlaceABN needs its output
+    return norm, ACTIVATIONS[activation](inplace=inplace)
 
 
 def is_activated(norm: nn.Module) -> bool:
@@ -68,7 +67,7 @@ def is_activated(norm: nn.Module) -> bool:
 
 
 def norm_add_relu(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    """Return relu(norm(x) + shortcut), with the activation of `norm` in place of ReLU if it has one."""
+    """Return relu(norm(x) + shortcut); an in-place norm replaces ReLU by its activation."""
     return norm(x, shortcut) if is_activated(norm) else F.relu(norm(x) + shortcut, inplace=True)
 
 
@@ -79,7 +78,7 @@ def pooling_branches(channels: int, width: int, norm_layer: NormLayer, activatio
 
 
 class AveragePooling(nn.Module):
-    """Module of `average_pool`: (N, C, H, W) -> (N, C, bins, bins)."""
+    """`average_pool` as a module: (N, C, H, W) -> (N, C, bins, bins)."""
 
     def __init__(self, bins: int):
         super().__init__()
@@ -92,7 +91,7 @@ class AveragePooling(nn.Module):
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Compute `F.adaptive_avg_pool2d(x, bins)` for (N, C, H, W) as two matrix products.
 
-    Unlike the PyTorch operator it has a deterministic backward pass on GPUs and can be exported with dynamic sizes.
+    Unlike in PyTorch, the backward pass is deterministic on GPUs, and export with dynamic sizes is supported.
     """
     n, c, height, width = x.shape
     symbolic = is_symbolic(height, width)
@@ -106,7 +105,7 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
 
 
 def _pooling_matrix(side: int, bins: int, device: torch.device) -> Tensor:
-    """Return the weight of each position in the mean of each bin: (bins, side) float64."""
+    """Return the weight of each input position in each bin, (bins, side) float64."""
     index, position = torch.arange(bins, device=device), torch.arange(side, device=device)
     start, stop = (index * side // bins)[:, None], (((index + 1) * side + bins - 1) // bins)[:, None]
     return ((position >= start) & (position < stop)).double() / (stop - start)
@@ -124,15 +123,14 @@ def to_device(matrix: Tensor, device: torch.device) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert 16-bit scores to float32: resizing, softmax and sums need the precision."""
+    """Convert 16-bit logits to float32, for precise resizing, softmax and sums."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:
     """Return `output_stride`, or raise a ValueError if it is not allowed."""
     if output_stride not in allowed:
-        choices = ", ".join(map(str, allowed))
-        raise ValueError(f"output stride {output_stride} is not supported by this encoder: choose one of {choices}")
+        raise ValueError(f"output stride {output_stride} is not supported by this encoder; choose one of {allowed}")
     return output_stride
 
 
@@ -160,10 +158,10 @@ def dilation_of_stage(stride: int, input_stride: int, output_stride: int) -> tup
 
 
 def init_layer(layer: nn.Module, *, mode: str = "fan_out", norm_bias: float = 0.0) -> None:
-    """Initialize a convolution kaiming-normal (He et al., 2015) and its bias to 0, a norm to weight 1 and `norm_bias`.
+    """Initialize a convolution (Kaiming normal, bias 0) or a normalization layer (weight 1, bias `norm_bias`).
 
-    `mode` is 'fan_out' for encoders, as in the ResNet paper, and 'fan_in' for decoders: with 'fan_out' the scale of the
-    classifier's weights would depend on the number of classes.
+    `mode` is 'fan_out' for encoders (He et al., 2015) and 'fan_in' for decoders, because with 'fan_out' the scale of
+    the classifier weights would depend on the number of classes.
     """
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")

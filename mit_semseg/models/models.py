@@ -1,6 +1,7 @@
-"""Old names of version 2: encoders and decoders with their constructors."""
+"""Deprecated names from version 2: encoders and decoders with the version 2 signature."""
 
 from collections.abc import Sequence
+from functools import partialmethod
 
 from torch import nn
 
@@ -8,15 +9,15 @@ from . import decoders
 from .builder import ModelBuilder as ModelBuilder
 from .encoders.mobilenet import TAPS, MobileNetV2
 from .encoders.resnet import ResNet
-from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
+from .layers import check_output_stride, dilation_of_stage
 from .segmentation import SegmentationModule as SegmentationModule
 from .segmentation import SegmentationModuleBase as SegmentationModuleBase
 
-CHANNELS = (256, 512, 1024, 2048)  # of the feature maps of a ResNet-50
+CHANNELS = (256, 512, 1024, 2048)  # channels of the feature maps in ResNet-50
 
 
 def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int) -> None:
-    """Replace the strides of the last two stages, with output strides 16 and 32, by dilation."""
+    """Replace the strides of the last two stages by dilation."""
     encoder.output_stride = check_output_stride(output_stride, (8, 16))
     for stage, input_stride in zip(stages, (8, 16), strict=True):
         stride, first, others = dilation_of_stage(2, input_stride, output_stride)
@@ -55,47 +56,34 @@ class MobileNetV2Dilated(MobileNetV2):
 
 
 class C1(decoders.C1):
-    """Decoder built from the channels of the last feature map."""
+    """`decoders.C1` with the version 2 signature: `fc_dim` is the number of channels of the last feature map."""
 
-    _deepsup = False
-
-    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False):
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=self._deepsup)
+    def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False, *, deepsup: bool = False):
+        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=deepsup)
 
 
 class C1DeepSup(C1):
     """`C1` with deep supervision."""
 
-    _deepsup = True
+    __init__ = partialmethod(C1.__init__, deepsup=True)
 
 
 class PPM(decoders.PPM):
-    """Decoder built from the channels of the last feature map."""
+    """`decoders.PPM` with the version 2 signature: `fc_dim` is the number of channels of the last feature map."""
 
-    _deepsup = False
-
-    def __init__(self, num_class: int = 150, fc_dim: int = 4096, use_softmax: bool = False, pool_scales=POOL_SCALES):
-        _check(pool_scales)
-        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=self._deepsup)
+    def __init__(self, num_class: int = 150, fc_dim: int = 4096, use_softmax: bool = False, *, deepsup: bool = False):
+        super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=deepsup)
 
 
 class PPMDeepsup(PPM):
     """`PPM` with deep supervision."""
 
-    _deepsup = True
+    __init__ = partialmethod(PPM.__init__, deepsup=True)
 
 
 class UPerNet(decoders.UPerNet):
-    """Decoder built from the channels of all feature maps."""
+    """`decoders.UPerNet` with the version 2 signature: the feature maps have (*fpn_inplanes[:-1], fc_dim) channels."""
 
-    def __init__(
-        self, num_class=150, fc_dim=2048, use_softmax=False, pool_scales=POOL_SCALES, fpn_inplanes=CHANNELS, fpn_dim=256
-    ):
-        _check(pool_scales)
+    def __init__(self, num_class=150, fc_dim=2048, use_softmax=False, *, fpn_inplanes=CHANNELS, fpn_dim=256):
         self.fpn_dim = fpn_dim  # read by `make_layers`
         super().__init__((*fpn_inplanes[:-1], fc_dim), num_class, use_softmax=use_softmax)
-
-
-def _check(pool_scales: Sequence[int]) -> None:
-    if tuple(pool_scales) != POOL_SCALES:
-        raise ValueError(f"pool_scales {tuple(pool_scales)} are not supported: use {POOL_SCALES}")

@@ -1,4 +1,4 @@
-"""Published and ImageNet weights: where they are stored, download and conversion."""
+"""Download and conversion of published and ImageNet weights."""
 
 import logging
 import os
@@ -20,7 +20,7 @@ SERVER = "http://sceneparsing.csail.mit.edu/model"
 TORCHVISION = "https://download.pytorch.org/models"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
 TIMEOUT = 15  # seconds to connect, and between two packets
-LOCK = threading.Lock()  # the temporary file is one per process
+LOCK = threading.Lock()  # threads use the same temporary file
 
 IMAGENET_FILES = {
     "resnet18": "resnet18-imagenet.pth",
@@ -45,7 +45,7 @@ PUBLISHED = {
     "ade20k-hrnetv2-c1": 30,
 }
 
-# SHA-256 of the published encoder and decoder, or the known first digits
+# SHA-256 of the encoder and decoder file, or its first digits
 SHA256 = {
     "ade20k-resnet18dilated-ppm_deepsup": (
         "adcdcbf7530eaf358f2bdeee13186c0d09e7a039bff842715b84395c841738b9",
@@ -67,11 +67,8 @@ def cache_dir() -> Path:
 def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Path:
     """Download a file unless it exists; `path` is created only after a complete and verified download.
 
-    An http URL without port is tried as https first. `sha256` is a hexadecimal digest or its first digits; `advice` is
-    added to the error message.
-
-    Raises:
-        WeightsError: the download failed; names the URL, the reason and what to do.
+    For an http URL without port, https is tried first. `sha256` is a hexadecimal digest or its first digits. If the
+    download fails, raises a WeightsError with `advice` in its message.
     """
     if path.is_file():
         return path
@@ -90,8 +87,8 @@ def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Pat
             reason = " ".join(str(error).split())[:300]
     else:
         raise WeightsError(
-            f"cannot download {url} ({reason}): {advice}put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} "
-            f"to the URL of a mirror"
+            f"cannot download {url} ({reason}); {advice}put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} "
+            "to the URL of a mirror"
         )
     if attempt.startswith("http:") and not sha256:
         logger.warning("%s was downloaded over unencrypted http and has no known SHA-256", url)
@@ -108,10 +105,9 @@ def has_imagenet_weights(arch: str) -> bool:
 
 
 def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
-    """Load ImageNet weights into an encoder, from the cache or the server; their classifier is ignored.
+    """Load ImageNet weights, without their classifier, from the cache or the server into an encoder.
 
-    Raises:
-        WeightsError: no weights are published for `arch`, or the download failed.
+    Raises a WeightsError if no weights are published for `arch` or the download fails.
     """
     file, vgg = _imagenet_file(arch), arch.startswith("vgg")
     advice = (
@@ -121,17 +117,16 @@ def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
     if file is None:
         raise WeightsError(f"no ImageNet weights are published for {arch}: {advice}")
     folder = TORCHVISION if vgg and not os.environ.get(MIRROR_VARIABLE) else f"{_server()}/pretrained_resnet"
-    digest = Path(file).stem.rpartition("-")[2] if vgg else ""  # torchvision's file names end in it
+    digest = Path(file).stem.rpartition("-")[2] if vgg else ""  # torchvision's file names end with the digest
     path = download(f"{folder}/{file}", cache_dir() / file, sha256=digest, advice=f"{advice}, ")
     state, own = read_state_dict(path), encoder.state_dict()
     state = convert_torchvision_vgg(state, own) if vgg else {key: state[key] for key in state if key in own}
-    load_weights(encoder, path, state=state, name=f"ImageNet weights of {arch}")
+    load_weights(encoder, path, state=state, name=f"encoder {arch}")
 
 
 def convert_torchvision_vgg(state: dict[str, Tensor], own_keys: Iterable[str]) -> dict[str, Tensor]:
-    """Convert a state dict of torchvision's VGG: convolutions in the order of `own_keys`, linear layers reshaped."""
-    theirs = (key for key in state if key.startswith("features."))
-    ours = (key for key in own_keys if key.startswith("features."))
+    """Convert a state dict of torchvision's VGG; its convolutions get their names from `own_keys`, in this order."""
+    theirs, ours = ([key for key in keys if key.startswith("features.")] for keys in (state, own_keys))
     converted = {own: state[key] for own, key in zip(ours, theirs, strict=True)}
     for layer, name, shape in (("classifier.0", "conv6", (512, 7, 7)), ("classifier.3", "conv7", (4096, 1, 1))):
         converted[f"{name}.weight"] = state[f"{layer}.weight"].view(-1, *shape)
@@ -152,8 +147,7 @@ def published_options(name: str) -> list[str]:
 def download_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
     """Return the encoder and decoder files of a published model, downloaded to `folder` or the cache if missing.
 
-    Raises:
-        WeightsError: unknown name, or the download failed.
+    Raises a WeightsError if the name is unknown or the download fails.
     """
     if name not in PUBLISHED:
         raise WeightsError(f"unknown published model {name!r}; choose one of {', '.join(PUBLISHED)}")

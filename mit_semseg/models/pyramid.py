@@ -1,8 +1,8 @@
 """Convolution over the concatenation of a feature map and smaller maps, without resizing the smaller maps.
 
-Bilinear resizing and convolution are both linear and can be exchanged: the taps of the convolution are applied to the
-small map at its own resolution. Two small matrices, one for rows and one for columns, then resize and shift the result
-of every tap. The pooled maps of PPM have 1, 4, 9 and 36 positions, so this saves most of the multiplications.
+Bilinear resizing and convolution are linear, so their order can be changed. First, each tap of the kernel is applied to
+the small map. Then two small matrices, one for rows and one for columns, resize and shift the outputs. The pooled maps
+of PPM have only 1, 4, 9 and 36 positions, so this saves most of the multiplications.
 """
 
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from .layers import is_symbolic, resize, to_device
 
-MIN_SAVING = 2.0  # a map is resized unless this saves a factor of at least 2 in multiplications
+MIN_SAVING = 2.0  # maps for which `_saving` is smaller are resized before the convolution
 
 
 def pyramid_sequential(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tensor], **options) -> Tensor:
-    """Compute `layers(cat([x, *resized smaller maps]))`; the first layer is a convolution, see `conv_over_pyramid`."""
+    """Compute `layers(cat([x, *resized smaller maps]))`; the first layer must be a convolution."""
     conv, *rest = layers
     x = conv_over_pyramid(conv, x, smaller, **options)
     for layer in rest:
@@ -29,13 +29,9 @@ def pyramid_sequential(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tenso
 def conv_over_pyramid(
     conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:
-    """Compute `conv(cat([x, *resized smaller maps]))`, up to rounding.
+    """Compute `conv(cat([x, *resized smaller maps]))`, up to rounding; `smaller_first` puts `x` last.
 
-    Args:
-        conv: convolution with stride 1, no dilation and zero "same" padding.
-        x: (N, C, h, w).
-        smaller: maps (N, c, a, b); a map for which it saves little is resized, see `MIN_SAVING`.
-        smaller_first: the smaller maps come before `x` in the concatenation.
+    `conv` has stride 1, no dilation and zero "same" padding; `x` is (N, C, h, w), and smaller maps are (N, c, a, b).
     """
     if is_symbolic(*x.shape[-2:]):
         return conv_over_resized(conv, x, smaller, align_corners=align_corners, smaller_first=smaller_first)
@@ -53,12 +49,12 @@ def conv_over_pyramid(
             rows.append(_apply_rows(t, weight, size[0], align_corners))
             matrix = _resize_matrix(t.size(-1), size[1], weight.size(3), align_corners, x.device)
             columns.append(matrix.to(rows[-1].dtype))
-    if len(direct) > 1:  # otherwise without copies
+    if len(direct) > 1:
         x, x_weight = torch.cat(direct, dim=1), torch.cat(weights, dim=1)
     y = F.conv2d(x, x_weight, conv.bias, padding=conv.padding)
     if not rows:
         return y
-    # One product per row: per channel and image there would be many more thread barriers, slow if a core is busy.
+    # One matrix product per row: one per channel would need many more thread barriers, which are slow on busy cores.
     return y + (torch.cat(columns, dim=1) @ torch.cat(rows, dim=2)).permute(0, 3, 1, 2)
 
 
@@ -71,7 +67,7 @@ def conv_over_resized(
 
 
 def _saving(t: Tensor, size: tuple[int, int], kernel: tuple[int, int]) -> float:
-    """Return multiplications per output channel with resizing, divided by those without."""
+    """Return multiplications per output channel if `t` is resized first / if it is convolved first."""
     (c, a, b), (height, width), (k, m) = t.shape[1:], size, kernel
     return k * m * c * height * width / (k * m * c * a * b + height * k * a * m * b + height * width * m * b)
 
@@ -87,7 +83,7 @@ def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> 
 
 @lru_cache(maxsize=64)  # at most about 100 KB each
 def _resize_matrix(source: int, target: int, taps: int, align_corners: bool, device: torch.device) -> Tensor:
-    """Return the weight of each (tap, source position) in each target position: (target, taps * source) float64."""
+    """Return the weight of each (tap, source position) in each target position, (target, taps * source) float64."""
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be used in training
         unit = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)
         resized = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)

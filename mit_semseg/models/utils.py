@@ -1,4 +1,4 @@
-"""Old name of version 2: download of a state dict."""
+"""Deprecated function from version 2."""
 
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,6 +9,6 @@ from .pretrained import download
 
 
 def load_url(url: str, model_dir: str = "./pretrained", map_location=None) -> dict:
-    """Load the state dict at a URL, downloaded to `model_dir` if it is not there."""
+    """Load the state dict at a URL, downloaded to `model_dir` unless the file exists there."""
     path = download(url, Path(model_dir, Path(urlsplit(url).path).name))
     return torch.load(path, map_location=map_location, weights_only=True)

@@ -14,12 +14,11 @@ from .weight_files import WeightsError, read_state_dict
 
 logger = logging.getLogger(__name__)
 
-# Batch-norm buffers of the published files that our models do not have
+# Batch-norm buffers that the published checkpoints have and our models do not
 LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
-# The Cityscapes toolbox saves encoder and decoder in one file: its prefixes of decoder keys and ours. All other keys
-# belong to the encoder.
+# Checkpoints of the Cityscapes toolbox hold encoder and decoder: prefixes of their decoder keys -> our prefixes
 TOOLBOX_KEY = "head.1.weight"
 TOOLBOX_DECODER = {
     "head.0.": "",
@@ -35,18 +34,15 @@ def load_weights(
 ) -> dict[str, list[str]]:
     """Load a state dict strictly.
 
-    Only the legacy batch-norm buffers of the published files may be unexpected and only `num_batches_tracked` missing.
+    Only buffers with `LEGACY_SUFFIXES` may be unexpected, and only `num_batches_tracked` may be missing.
 
     Args:
         state: content of the file if it was already read.
-        part: 'encoder' or 'decoder': which part to load if the file holds both (Cityscapes toolbox).
-        reset_classifier: skip the classifier if it has a different number of classes.
+        part: 'encoder' or 'decoder', the part to load from a file that holds both (Cityscapes toolbox).
+        reset_classifier: skip the classifier if the file has a different number of classes.
 
-    Returns:
-        Names of the entries that are 'loaded', 'legacy' (ignored), 'missing' or 'skipped' (classifier); also logged.
-
-    Raises:
-        WeightsError: the file cannot be read or does not fit; `module` is then unchanged.
+    Returns a dict with the names of 'loaded', 'legacy' (ignored), 'missing' and 'skipped' (classifier) entries.
+    Raises a WeightsError if the file cannot be read or does not fit; `module` is then unchanged.
     """
     own, matching, legacy, skipped, unexpected, mismatched = module.state_dict(), {}, [], [], [], []
     state = _adapt_to_norms(module, read_state_dict(path) if state is None else state, path, name, part)
@@ -66,52 +62,50 @@ def load_weights(
         text = "; ".join(f"{problem}: {shorten_list(names)}" for problem, names in problems.items() if names)
         if not missing and not unexpected and all(line.startswith("conv_last") for line in mismatched):
             text += (
-                "; the number of classes differs: set the number of the file, or train a new classifier with "
-                "MODEL.reset_classifier True (reset_classifier=True)"
+                "; the number of classes differs: set DATASET.num_class to that of the file, or train a new classifier "
+                "with MODEL.reset_classifier True (reset_classifier=True)"
             )
         raise WeightsError(f"{path} does not fit {name}: {text}")
     module.load_state_dict(matching, strict=False)
     report = {"loaded": list(matching), "legacy": legacy, "missing": counters, "skipped": skipped}
     counts = ", ".join(f"{len(keys)} {kind} ({shorten_list(keys)})" for kind, keys in report.items() if keys)
-    logger.info("%s: entries of %s: %s", name, path, counts)
+    logger.info("%s: entries in %s: %s", name, path, counts)
     return report
 
 
 def is_version_1(state: Mapping[str, Tensor]) -> bool:
-    """Return whether a state dict is that of a ResNet of version 1.0, whose stem has 64 channels (later: 128)."""
+    """Return whether a state dict belongs to a version 1.0 ResNet, whose stem has 64 instead of 128 output channels."""
     return state.get("conv3.weight", torch.empty(0)).shape[:1] == (64,)
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:
-    """Return whether a file holds both encoder and decoder, like those of the Cityscapes toolbox."""
+    """Return whether a file holds encoder and decoder, like checkpoints of the Cityscapes toolbox."""
     return TOOLBOX_KEY in read_state_dict(path)
 
 
 def _adapt_to_norms(
     module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike, name: str, part: str
 ) -> Mapping[str, Tensor]:
-    """Select `part` of a toolbox file and convert its in-place norms for a module with ordinary norms."""
+    """Return the entries of `part`; convert in-place norms of the Cityscapes toolbox if the module has batch norms."""
     norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
     if has_inplace_norms(state):
         if norms:
             return state
         raise WeightsError(
-            f"{path} was trained with in-place norms, which {name} does not have: set MODEL.norm inplace "
-            f"(norm_layer=InPlaceABNSync)"
+            f"{path} was trained with in-place norms, but {name} has batch norms; set MODEL.norm inplace "
+            "(norm_layer=InPlaceABNSync)"
         )
     toolbox = TOOLBOX_KEY in state
-    inplace = toolbox and not any(key.endswith(OPTIONAL_SUFFIX) for key in state)  # its in-place norms do not count
+    inplace = toolbox and not any(key.endswith(OPTIONAL_SUFFIX) for key in state)  # only batch norms have this buffer
     if toolbox and part:
         state = _toolbox_part(state, part)
     if not norms:
         return _absolute_scales(state, module) if inplace else state
-    # The toolbox's decoders have leaky ReLU as well.
-    leaky = any(norm.activation != "none" for norm in norms) and (part == "encoder" or not toolbox)
-    weights = [value for key, value in state.items() if value.dim() == 1 and key.endswith("weight")]
-    if leaky or (not inplace and any((weight < 0).any() for weight in weights)):
+    # In the toolbox, in-place norms of the decoder have an activation, those of the encoder have none.
+    if not inplace or (part == "encoder" and any(norm.activation != "none" for norm in norms)):
         logger.warning(
-            "%s was trained without in-place norms; %s computes different outputs (leaky ReLU, absolute scales) until "
-            "it is fine-tuned. MODEL.norm sync computes the same outputs.",
+            "%s was trained without in-place norms, so the outputs of %s will differ (leaky ReLU, absolute scales) "
+            "until it is fine-tuned; with MODEL.norm sync the outputs are the same",
             path,
             name,
         )
@@ -119,7 +113,7 @@ def _adapt_to_norms(
 
 
 def _toolbox_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Return the encoder or decoder of a toolbox file, with our keys."""
+    """Return the entries of the encoder or decoder in a checkpoint of the Cityscapes toolbox, with our keys."""
     selected = {}
     for key, value in state.items():
         prefix = next((prefix for prefix in TOOLBOX_DECODER if key.startswith(prefix)), "")
@@ -129,7 +123,7 @@ def _toolbox_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _absolute_scales(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Replace the weight of each norm by |weight| + eps, by which in-place norms multiply."""
+    """Replace the weight of each norm by |weight| + eps, the scale of in-place norms."""
     modules, converted = dict(module.named_modules()), dict(state)
     for key in state:
         name, _, leaf = key.rpartition(".")

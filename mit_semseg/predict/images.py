@@ -1,4 +1,4 @@
-"""Convert supported inputs to RGB images, and find the images that `--imgs` names."""
+"""Convert supported inputs to RGB images, and find the images for `--imgs`."""
 
 import io
 import logging
@@ -14,17 +14,17 @@ from PIL import Image
 from ..dataset.image_io import as_rgb, read_image
 from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
 from ..lib.utils import UserError, shorten_list
-from .results import check_overwriting, is_result, unique_stems
+from .results import check_overwriting, is_output_file, unique_stems
 
 logger = logging.getLogger(__name__)
 
 
 class UnsupportedImageError(UserError, TypeError):
-    """Unsupported image input."""
+    """An image has an unsupported type, shape, dtype or value range."""
 
 
 def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
-    """Return the path of a source, or `name` if it has none, and its RGB image.
+    """Return the path of an image, or `name` if it has no path, and the image in RGB.
 
     `source` is a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
     (3, H, W), uint8 or floating point in 0..1.
@@ -64,14 +64,17 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
 
 
 def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return {image path: output path without suffix} for `--imgs`; no two images share an output file.
+    """Return a dict from image path to output path without suffix; no two images have an output file in common.
 
-    Results of earlier runs are skipped; so are videos, with a warning.
+    Videos and output files of earlier runs are skipped.
 
     Args:
-        pattern: an image, a folder (searched recursively for all formats that Pillow reads), or a glob pattern.
-        folder: output folder; subfolders below `pattern` are kept.
-        suffixes: of the files to be written, see `Result.save_as`. It is an error if one exists and is not a result.
+        pattern: value of `--imgs`: an image, a folder (searched recursively), or a glob pattern.
+        folder: output folder. It gets the subfolders of `pattern`.
+        suffixes: suffixes of the output files, see `Result.save_as`.
+
+    Raises:
+        UserError: there are no images, or an output file exists that was not written by this program.
     """
     path = Path(pattern)
     if path.is_file():
@@ -82,9 +85,9 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
         base = Path(*takewhile(lambda part: not has_magic(part), path.parts))
         images = _keep_images([p for p in map(Path, sorted(glob(pattern, recursive=True))) if p.is_file()])
     else:
-        raise UserError(f"--imgs {pattern}: no such file or folder")
+        raise UserError(f"--imgs {pattern} does not exist; give an image, a folder or a glob pattern")
     if not images:
-        raise UserError(f"--imgs {pattern}: no images found")
+        raise UserError(f"no images found for --imgs {pattern}")
     stems = unique_stems([str(p.relative_to(base)) for p in images])
     outputs = {str(p): folder / stems[str(p.relative_to(base))] for p in images}
     for image, stem in outputs.items():
@@ -93,12 +96,12 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
 
 
 def _keep_images(files: Sequence[Path]) -> list[Path]:
-    """Skip videos and the results of earlier runs, and log them."""
+    """Return the files without videos and output files of earlier runs, and log what was skipped."""
     videos = [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
-    images = [path for path in files if path.suffix.lower() not in VIDEO_ENDINGS and not is_result(path)]
+    images = [path for path in files if path.suffix.lower() not in VIDEO_ENDINGS and not is_output_file(path)]
     if results := len(files) - len(videos) - len(images):
-        logger.info("skipped %d results of earlier runs", results)
+        logger.info("skipped %d output files of earlier runs", results)
     if videos:
         names = shorten_list([str(path) for path in videos], 3)
-        logger.warning("skipped %d videos; pass them one by one (--imgs %s): %s", len(videos), videos[0], names)
+        logger.warning("skipped %d videos (%s); segment them one by one: --imgs %s", len(videos), names, videos[0])
     return images

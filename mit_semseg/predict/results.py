@@ -15,21 +15,22 @@ from ..dataset import ClassTable
 from ..lib.utils import UTF8, UserError, atomic_write
 from .visualize import OPACITY, class_fractions, colorEncode, overlay, panel
 
-SUFFIXES = (".png", "_overlay.png", "_index.png", "_label.png", ".json")  # see `Result.save_as`
-SOFTWARE = "mit_semseg"  # PNG tag that identifies results
-PNG_LEVEL = 1  # half the time of Pillow's default 6, files a tenth larger
+# Suffixes of the output files, see `Result.save_as`, and the options of test.py that select them.
+SUFFIXES = {".png": "panel", "_overlay.png": "overlay", "_index.png": "index", "_label.png": "labels", ".json": "json"}
+SOFTWARE = "mit_semseg"  # PNG tag that identifies files of this program
+PNG_LEVEL = 1  # takes half the time of Pillow's default 6; files are 10 % larger
 
 
 @dataclass(frozen=True)
 class Result:
     """A segmented image."""
 
-    path: str  # path or name of the image
+    path: str  # path of the image, or a name if there is no path
     image: np.ndarray  # (H, W, 3) uint8 RGB
     label_map: np.ndarray  # (H, W) int64 class indices
     table: ClassTable  # class names and colors
     _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
-    stem: Path | None = field(default=None, repr=False)  # path without suffix for `save`; None: the name of the image
+    stem: Path | None = field(default=None, repr=False)  # output path without suffix, for `save`; or the image name
 
     @property
     def classes(self) -> list[dict]:
@@ -37,7 +38,7 @@ class Result:
         return class_fractions(self.label_map, self.table)
 
     def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
-        """Blend the image with the class colors, weighted by `alpha` in 0..1; `legend` adds a legend on the right."""
+        """Blend the image with the class colors (weight `alpha`, 0..1), and add a legend on the right."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha}")
         return overlay(self.image, self.label_map, self.table, alpha, legend=legend)
@@ -47,7 +48,7 @@ class Result:
         return panel([self.image, colorEncode(self.label_map, self.table.colors)])
 
     def probabilities(self, top: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `top` most probable classes of every pixel; runs the network again.
+        """Return the `top` most probable classes of every pixel. This runs the network again.
 
         Returns:
             Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
@@ -57,18 +58,21 @@ class Result:
         return self._top_classes(self.image, top)
 
     def save(self, folder: str | Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
-        """Save files named after the image to a folder; see `save_as`."""
+        """Save files to a folder under the name of the image; see `save_as`."""
         stem = self.stem or unique_stems([Path(self.path).name or "image"]).popitem()[1]
         return self.save_as(Path(folder, stem), suffixes)
 
     def save_as(self, stem: Path, suffixes: Sequence[str]) -> list[Path]:
-        """Save `<stem><suffix>` for every suffix and return the paths; only results of earlier runs are overwritten.
+        """Save `<stem><suffix>` for every suffix and return the paths.
 
         Args:
             stem: path without suffix.
             suffixes: `.png` (panel), `_overlay.png` (overlay with legend), `_index.png` (class indices as 8-bit gray,
-                16-bit above 256 classes), `_label.png` (the raw label values of the dataset, as evaluation servers
-                expect) or `.json` (see `as_dict`).
+                or 16-bit for more than 256 classes), `_label.png` (raw label values of the dataset, as evaluation
+                servers expect) or `.json` (see `as_dict`).
+
+        Raises:
+            UserError: a file exists that was not written by this program.
         """
         paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
         check_overwriting(self.path, paths)
@@ -91,13 +95,13 @@ class Result:
         return self.panel()
 
     def as_dict(self) -> dict:
-        """Return `image` (path), `width`, `height` and `classes` for a JSON file."""
+        """Return the content of the JSON file: `image` (path), `width`, `height` and `classes`."""
         height, width = self.label_map.shape
         return {"image": self.path, "width": width, "height": height, "classes": self.classes}
 
 
 def with_unique_stems(results: Sequence[Result]) -> list[Result]:
-    """Set the stems of results so that `save` writes no file twice; equal file names keep their folders."""
+    """Return the results with unique stems for `save`. If file names are equal, the stems contain the folders."""
     names = [Path(result.path).name for result in results]
     if len(set(names)) < len({result.path for result in results}):
         names = [result.path for result in results]
@@ -106,11 +110,10 @@ def with_unique_stems(results: Sequence[Result]) -> list[Result]:
 
 
 def unique_stems(names: Sequence[str]) -> dict[str, Path]:
-    """Return a path without suffix for every image so that no two results share a file name.
+    """Return a dict from image name to output path without suffix; no two images have an output file in common.
 
-    The extension is dropped if it is not needed: `a.jpg` gives `a`, but `b.jpg` and `b.png` give `b.jpg` and `b.png`.
-    Folders are kept, `..` is replaced by `_parent`. File names that differ only in case count as equal, as on Windows
-    and macOS.
+    The stem of `a.jpg` is `a`. If there are `b.jpg` and `b.png`, their stems are `b.jpg` and `b.png`. Folders are kept,
+    and `..` is replaced by `_parent`. File names that differ only in case count as equal, as on Windows and macOS.
     """
     paths = {}
     for name in names:
@@ -131,7 +134,7 @@ def unique_stems(names: Sequence[str]) -> dict[str, Path]:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Save a PNG atomically, tagged as a result (see `is_result`)."""
+    """Save a PNG atomically, with a tag for `is_output_file`."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
     with atomic_write(path) as partial:
@@ -139,14 +142,17 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def check_overwriting(image: str, paths: Sequence[Path]) -> None:
-    """Raise a `UserError` if an output path of an image exists and is not a result."""
+    """Raise a `UserError` if an output file of an image exists and was not written by this program."""
     for path in paths:
-        if path.exists() and not is_result(path):
-            raise UserError(f"the result of {image} would overwrite {path}, which is not a result; use another folder")
+        if path.exists() and not is_output_file(path):
+            raise UserError(
+                f"the output for {image} would overwrite {path}, which was not written by this program; use another "
+                f"output folder"
+            )
 
 
-def is_result(path: Path) -> bool:
-    """Return whether a file was written by `save_png` or is a JSON file of `Result.save_as`."""
+def is_output_file(path: Path) -> bool:
+    """Return whether this program has written a file: a PNG of `save_png` or a JSON file of `Result.save_as`."""
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -14,11 +14,12 @@ from ..build import auto_device, build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
 from ..dataset.classes import class_table_from_options
-from ..dataset.transforms import normalize_batch
+from ..dataset.loader import images_to_device
 from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, read_items
 from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
+from ..lib.utils import UserError
 from ..models.pretrained import PUBLISHED, download_published, published_options
 from .images import to_image
 from .results import Result, with_unique_stems
@@ -32,8 +33,11 @@ class Segmenter:
         result.overlay().show()
 
     Args:
-        module: a `SegmentationModule`; inference uses a copy of it.
+        module: a `SegmentationModule`, which is moved to the device and copied for inference.
+        table: class names and colors.
         options: object with imgSizes, imgMaxSize, padding_constant, and optionally normalization and eval_resize.
+        device: device for inference.
+        inference: inference options.
     """
 
     def __init__(
@@ -51,16 +55,17 @@ class Segmenter:
         """Load the network of a training run.
 
         Args:
-            checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or a file; None uses TEST.checkpoint.
-            opts: `[key, value, ...]`, as on the command line.
-            device: `auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+            path: YAML file.
+            checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or a file; None for TEST.checkpoint.
+            opts: options `[key, value, ...]` as on the command line.
+            device: `auto` (the first GPU, or the CPU if there is none), `cpu`, `cuda`, `cuda:1` or `mps`.
         """
         cfg = load_config(path, opts)
         return cls.from_cfg(cfg, checkpoint or cfg.TEST.checkpoint, auto_device(device))
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
-        """Load a published network, one of `Segmenter.names()`; the weights are downloaded on first use."""
+        """Load a published network, one of `Segmenter.names()`. The weights are downloaded on first use."""
         folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
         return cls.from_cfg(cfg, cfg.TEST.checkpoint, auto_device(device))
@@ -72,7 +77,7 @@ class Segmenter:
 
     @classmethod
     def from_cfg(cls, cfg: Config, checkpoint: str, device: torch.device) -> "Segmenter":
-        """Load a checkpoint of the network that a configuration describes."""
+        """Build the network of a configuration and load a checkpoint, see `from_config`."""
         module = build_module(cfg, device, checkpoint=checkpoint)
         table = class_table_from_options(cfg.DATASET)
         return cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
@@ -92,8 +97,7 @@ class Segmenter:
 
     def _preprocess(self, image: Image.Image) -> dict:
         item = self._dataset.multi_scale(image)
-        scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
-        return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
+        return {"img_ori": item["img_ori"].numpy(), "img_data": images_to_device(item, self.device)}
 
     def _result(self, name: str, pixels: np.ndarray, label_map: np.ndarray) -> Result:
         return Result(name, pixels, label_map, self.table, self._top_classes)
@@ -106,13 +110,14 @@ class Segmenter:
         """Segment the frames of a video, (H, W, 3) uint8 RGB, all of one size.
 
         Args:
-            smoothing: weight of the previous frames in an exponential moving average of the logits, 0 (off) to
-                below 1. Not possible with a sliding window.
+            frames: images of the video.
+            smoothing: weight of the previous frames in an exponential moving average of the logits, from 0 (off) to
+                below 1. It does not work with a sliding window.
         """
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
+            raise ValueError(f"smoothing must be from 0 to below 1, got {smoothing}")
         if smoothing and self._predictor.options.window_size is not None:
-            raise ValueError("smoothing does not work with a sliding window; set INFERENCE.window_size 0")
+            raise UserError("smoothing does not work with a sliding window; set INFERENCE.window_size 0")
         mean: list[torch.Tensor] | None = None
         for number, frame in enumerate(frames):
             if not smoothing:
@@ -128,7 +133,7 @@ class Segmenter:
             yield self._result(name, item["img_ori"], label_map)
 
     def segment_files(self, paths: Sequence[str], loading: LoadOptions) -> Iterator[Result | tuple[str, str]]:
-        """Segment image files in order; yield (path, reason) for an image that cannot be read."""
+        """Segment image files in order; for an image that cannot be read, yield its path and the error message."""
         dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
         items = read_items(dataset, self.device, loading)
         while batch := list(islice(items, loading.batch_size)):

@@ -1,4 +1,4 @@
-"""Segment videos and cameras: write a video with every frame blended with its class colors."""
+"""Segment a video file or camera, and write a video of the frames blended with their class colors."""
 
 import logging
 import re
@@ -15,16 +15,16 @@ from .segmenter import Segmenter
 logger = logging.getLogger(__name__)
 
 CODEC = "mp4v"  # MPEG-4, which OpenCV writes without further libraries
-OPACITY = 0.5  # of the class colors
-DEFAULT_RATE = 25.0  # frames per second, if a camera does not report a rate
+OPACITY = 0.5  # weight of the class colors
+DEFAULT_RATE = 25.0  # frames per second of a camera that does not report its rate
 
 
 class VideoError(UserError, RuntimeError):
-    """A video or camera cannot be read or written. The message names it."""
+    """A video or camera cannot be read, or a video cannot be written."""
 
 
 def is_video(source: str) -> bool:
-    """Return whether `--imgs` names a video file or a camera."""
+    """Return whether a value of `--imgs` is a video file or the number of a camera."""
     return not Path(source).is_dir() and (_is_camera(source) or Path(source).suffix.lower() in VIDEO_ENDINGS)
 
 
@@ -41,11 +41,19 @@ def output_path(source: str, folder: Path) -> Path:
 def segment_video(
     segmenter: Segmenter, source: str, path: Path, *, smoothing: float = 0.0
 ) -> tuple[int, KeyboardInterrupt | None]:
-    """Write a video with the frames blended with their class colors; return the number of frames and the interruption.
+    """Write a video of the frames blended with their class colors.
 
-    The number of frames, their size and the duration are those of the source. The frame rate is constant, and odd sides
-    are padded by one pixel. After an interruption the video has the frames segmented so far. `source` is a file, or the
-    number of a camera, which is recorded until interrupted. For `smoothing` see `Segmenter.segment_frames`.
+    It has the number of frames, the size and the duration of the source, at a constant frame rate. Odd sides are padded
+    by one pixel.
+
+    Args:
+        segmenter: segmenter for the frames.
+        source: video file, or number of a camera, which is recorded until Ctrl-C.
+        path: output file.
+        smoothing: see `Segmenter.segment_frames`.
+
+    Returns:
+        Number of frames, and the `KeyboardInterrupt` after which the video ends, or None.
 
     Raises:
         VideoError: the source has no readable frame, or OpenCV cannot write the video.
@@ -58,8 +66,8 @@ def segment_video(
         size, rate = _frame_size(capture), _frame_rate(capture, times)
         header_count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if times and 0 < header_count != len(times):
-            logger.warning("%s: the header says %d frames, %d can be decoded", source, header_count, len(times))
-        output = partial.with_name(partial.name + path.suffix)  # OpenCV chooses the container by the extension
+            logger.warning("%s has %d frames in its header, but %d can be decoded", source, header_count, len(times))
+        output = partial.with_name(partial.name + path.suffix)  # OpenCV selects the container by the extension
         even_size = tuple(side + side % 2 for side in size)  # the codec requires even sides
         writer = cv2.VideoWriter(str(output), cv2.VideoWriter_fourcc(*CODEC), rate, even_size)
         try:
@@ -89,15 +97,15 @@ def segment_video(
 
 
 def _open(source: str) -> "cv2.VideoCapture":
-    """Open a video file or camera, or raise a `VideoError`."""
+    """Open a video file or camera; raise a `VideoError` if it cannot be read."""
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the error below replaces OpenCV's output
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV's message would precede ours
     capture = cv2.VideoCapture(int(source) if _is_camera(source) else source)
     cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened() or not all(_frame_size(capture)):
         if _is_camera(source):
-            raise VideoError(f"camera {source} cannot be opened, and no file or folder has this name")
-        raise VideoError(f"{source}: missing, damaged or not a video")
+            raise VideoError(f"camera {source} cannot be opened, and there is no file or folder {source}")
+        raise VideoError(f"{source} does not exist, is damaged or is not a video")
     return capture
 
 
@@ -106,7 +114,7 @@ def _frame_size(capture: "cv2.VideoCapture") -> tuple[int, int]:
 
 
 def _read_timestamps(path: str) -> list[float]:
-    """Return the timestamps, in seconds, of all decodable frames: the header can be wrong, and the rate can vary."""
+    """Return the timestamps in seconds of all decodable frames, because headers can be wrong and rates can vary."""
     capture, times = _open(path), []
     with progress_bar(desc="reading", unit="frame", leave=False) as bar:
         while capture.grab():
@@ -116,10 +124,10 @@ def _read_timestamps(path: str) -> list[float]:
 
 
 def _frame_rate(capture: "cv2.VideoCapture", times: list[float]) -> float:
-    """Return the mean frame rate of the timestamps, else that of the header, else `DEFAULT_RATE`."""
+    """Return the mean frame rate from the timestamps, else from the header, else `DEFAULT_RATE`."""
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0
     rate = next((r for r in (rate, capture.get(cv2.CAP_PROP_FPS)) if 0 < r < 1000), DEFAULT_RATE)
-    return rate if rate <= 65 else round(rate, 1)  # OpenCV writes up to 3 decimals, MPEG-4 takes at most 65.535
+    return rate if rate <= 65 else round(rate, 1)  # with 3 decimals, MPEG-4 allows at most 65.535
 
 
 def _read_frames(capture: "cv2.VideoCapture", size: tuple[int, int]) -> Iterator[np.ndarray]:

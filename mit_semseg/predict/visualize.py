@@ -8,21 +8,24 @@ from PIL import Image, ImageDraw, ImageFont
 from ..dataset import ClassTable
 
 GAP = 6  # pixels between the parts of a panel
-OPACITY = 0.55  # of the class colors in overlays
+OPACITY = 0.55  # weight of the class colors in overlays
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
-    """Return the class colors (H, W, 3) uint8 of a label map.
+    """Return the colors (H, W, 3) uint8 of a label map.
 
     Args:
-        labelmap: (H, W) class indices; negative (ignored) pixels are black.
-        colors: (num_class, 3) uint8. A class index without a color is an `IndexError`.
+        labelmap: (H, W) class indices; negative (ignored) pixels become black.
+        colors: (num_class, 3) uint8.
         mode: channel order, 'RGB' or 'BGR'.
+
+    Raises:
+        IndexError: a class index is not below num_class.
     """
     if mode not in ("RGB", "BGR"):
         raise ValueError(f"mode must be RGB or BGR, got {mode!r}")
     if labelmap.size and labelmap.max() >= len(colors):
-        raise IndexError(f"class index {labelmap.max()} has no color: `colors` has {len(colors)}")
+        raise IndexError(f"class index {labelmap.max()} has no color; `colors` has {len(colors)} rows")
     table = np.concatenate([np.asarray(colors, np.uint8), np.zeros((1, 3), np.uint8)])
     image = table[np.where(labelmap < 0, len(colors), labelmap)]
     return image[..., ::-1] if mode == "BGR" else image
@@ -43,7 +46,7 @@ def result_panel(item: dict, prediction: np.ndarray, table: ClassTable) -> Image
 def overlay(
     image: np.ndarray, label_map: np.ndarray, table: ClassTable, alpha: float = OPACITY, *, legend: bool = True
 ) -> Image.Image:
-    """Blend an image (H, W, 3) uint8 with the class colors of its label map (H, W), see `Result.overlay`."""
+    """Blend an image (H, W, 3) uint8 with the colors of its label map (H, W); see `Result.overlay`."""
     blended = Image.blend(Image.fromarray(image), Image.fromarray(colorEncode(label_map, table.colors)), alpha)
     if not legend:
         return blended
@@ -55,7 +58,7 @@ def overlay(
 
 
 def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Image:
-    """Draw color, name and fraction of every class, largest first, in as many columns as needed."""
+    """Draw color, name and fraction of every class in the image, largest first."""
     entries = class_fractions(label_map, table)
     size = max(11, min(20, height // 24))
     font, row = ImageFont.load_default(size), round(size * 1.6)
@@ -73,7 +76,10 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
 
 
 def class_fractions(label_map: np.ndarray, table: ClassTable) -> list[dict]:
-    """Return `class` (name), `index`, `fraction` of all pixels and `color` [r, g, b] per class, largest first."""
+    """Return one dict per class in a label map, largest first.
+
+    The keys are `class` (name), `index`, `fraction` (of all pixels) and `color` ([r, g, b]).
+    """
     counts = np.bincount(label_map[label_map >= 0].ravel(), minlength=len(table))
     return [
         {

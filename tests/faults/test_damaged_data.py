@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from damage import write_unusable, write_unusual
-from runs import SMALL, here, same, weights, words
+from runs import SMALL, here, same, small, weights
 from scenes import options, write_data_set
 
 from mit_semseg.dataset import TrainDataset, ValDataset
@@ -25,23 +25,16 @@ def data(tmp_path_factory):
     return SimpleNamespace(folder=folder, unusable=unusable, unusual=unusual)
 
 
-def run(script, data, folder, *, gpu="cpu", list_train="train", list_val="val", **changes):
-    fixed = {"DATASET.root_dataset": data.folder, "DATASET.list_train": list_train, "DATASET.list_val": list_val}
-    changes = {key.replace("_", ".", 1): value for key, value in changes.items()}
-    return here(script, "--gpu", gpu, *words({**SMALL, **fixed, "DIR": folder, **changes}))
-
-
 @pytest.fixture(scope="module")
 def trained(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    assert run("train.py", data, folder, TRAIN_epoch_iters=1).returncode == 0
+    here("train.py", small(data.folder, folder, TRAIN__epoch_iters=1))
     return folder
 
 
 def test_doctor_reports_every_unusable_and_unusual_file(data):
     opts = {**SMALL, "DATASET.root_dataset": data.folder, "DATASET.list_train": "mixed.odgt"}
-    done = here("mit_semseg.dataset.doctor", *words(opts))
-    assert done.returncode == 1
+    done = here("mit_semseg.dataset.doctor", opts, code=1)
     unusable = [line for line in done.stdout.splitlines() if line.startswith("  UNUSABLE")]
     assert len(unusable) == len(data.unusable)
     for name in data.unusable:
@@ -65,14 +58,13 @@ def test_every_unusable_file_raises_an_error_with_its_name(data, kind):
 
 def test_evaluation_skips_and_reports_without_changing_the_metrics(data, trained):
     results = {}
-    skip = {"list_val": "mixed.odgt", "DATASET_on_error": "skip"}
-    for name, script, gpu, changes, code in (
-        ("unusual", "eval.py", "cpu", {"list_val": "unusual.odgt"}, 0),
-        ("two processes", "eval_multipro.py", "cpu,cpu", skip, 1),
-        ("mixed", "eval.py", "cpu", {**skip, "VAL_visualize": True}, 1),
+    skip = {"DATASET.list_val": "mixed.odgt", "DATASET.on_error": "skip"}
+    for name, script, changes, code in (
+        ("unusual", "eval.py", {"DATASET.list_val": "unusual.odgt"}, 0),
+        ("two processes", "eval_multipro.py", {"--gpu": "cpu,cpu", **skip}, 1),
+        ("mixed", "eval.py", {**skip, "VAL.visualize": True}, 1),
     ):
-        done = run(script, data, trained, gpu=gpu, **changes)
-        assert done.returncode == code, done.stderr
+        here(script, small(data.folder, trained, **changes), code=code)
         results[name] = json.loads((trained / "result" / "results.json").read_text())
     for name in ("mixed", "two processes"):
         assert results[name]["images"] == results["unusual"]["images"] == len(data.unusual)
@@ -85,19 +77,17 @@ def test_evaluation_skips_and_reports_without_changing_the_metrics(data, trained
 
 
 def test_training_skips_and_reports_and_remembers_after_resume(data, tmp_path):
-    changes = {"list_train": "mixed.odgt", "list_val": "mixed.odgt", "DATASET_on_error": "skip", "TRAIN_eval_epoch": 1}
-    changes |= {"TRAIN_epoch_iters": 12, "TRAIN_num_epoch": 1, "TRAIN_checkpoint_iters": 4}
+    changes = {"DATASET.list_train": "mixed.odgt", "DATASET.list_val": "mixed.odgt", "DATASET.on_error": "skip"}
+    changes |= {"TRAIN.epoch_iters": 12, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}
     summary = f"{len(data.unusable)} skipped in this run:"
-    done = run("train.py", data, tmp_path / "a", **changes)
-    assert done.returncode == 1, done.stderr
+    done = here("train.py", small(data.folder, tmp_path / "a", **changes), code=1)
     names = done.stdout.partition(summary)[2]
     assert all(name in names for name in data.unusable)
-    done = run("train.py", data, tmp_path / "a", **changes, TRAIN_resume="auto")
-    assert done.returncode == 1
+    done = here("train.py", small(data.folder, tmp_path / "a", **changes, TRAIN__resume="auto"), code=1)
     assert summary in done.stdout
     # Replacements do not depend on the number of workers.
-    changes |= {"TRAIN_eval_epoch": 0, "TRAIN_workers": 2}
-    assert run("train.py", data, tmp_path / "b", **changes).returncode == 1
+    changes |= {"TRAIN.eval_epoch": 0, "TRAIN.workers": 2}
+    here("train.py", small(data.folder, tmp_path / "b", **changes), code=1)
     assert same(*(weights(tmp_path / name, "epoch_1.pth") for name in "ab"))
 
 
@@ -128,7 +118,6 @@ def test_list_without_any_usable_image_is_an_error(data, trained, tmp_path, scri
     (data.folder / "none.odgt").write_text((data.folder / "unusable.odgt").read_text().partition("\n")[0])
     (trained / "result" / "results.json").unlink(missing_ok=True)
     folder = tmp_path if script == "train.py" else trained
-    done = run(script, data, folder, list_train="none.odgt", list_val="none.odgt", DATASET_on_error="skip")
-    assert done.returncode == 2
-    assert "truncated.jpg" in done.stderr
+    lists = {"DATASET.list_train": "none.odgt", "DATASET.list_val": "none.odgt", "DATASET.on_error": "skip"}
+    assert "truncated.jpg" in here(script, small(data.folder, folder, **lists), code=2).stderr
     assert not (folder / "result" / "results.json").exists()

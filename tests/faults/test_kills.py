@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import ENV, TORCHRUN, children, start_ranks
-from runs import ROOT, SMALL, Job, weights, words
-from runs import same as equal
+from runs import ROOT, same, small, weights, words
 from scenes import write_data_set
 
 from mit_semseg.engine.checkpoint import RunFolder, read_resume
@@ -27,8 +26,10 @@ KILLS = int(os.environ.get("KILLS", "2"))
 class OneRank:
     """A job of one rank."""
 
-    def __init__(self, arguments):
-        self.jobs = start_ranks("train.py", arguments, count=1)
+    count = 1
+
+    def __init__(self, options):
+        self.jobs = start_ranks("train.py", options, count=self.count)
 
     def running(self) -> bool:
         return any(job.returncode is None for job in self.jobs)
@@ -38,24 +39,23 @@ class OneRank:
 
     def end(self) -> bool:
         """Wait for the end; return whether all ranks succeeded."""
-        return [job.end().returncode for job in self.jobs] == [0] * len(self.jobs)
+        return [job.end(code=None).returncode for job in self.jobs] == [0] * self.count
 
     def errors(self) -> str:
         return "\n".join(job.errors() for job in self.jobs)
 
 
 class TwoRanks(OneRank):
-    """A job of two ranks; the other rank of a killed one ends by itself."""
+    """A job of two ranks; when one is killed, the other ends by itself."""
 
-    def __init__(self, arguments):
-        self.jobs: list[Job] = start_ranks("train.py", arguments)
+    count = 2
 
 
 class Torchrun:
     """Two ranks of torchrun; one of them is killed, or torchrun with all its processes."""
 
-    def __init__(self, arguments):
-        command = [*TORCHRUN, str(ROOT / "train.py"), "--gpus", "cpu", *arguments]
+    def __init__(self, options):
+        command = [*TORCHRUN, *words(ROOT / "train.py", options)]
         self.output = tempfile.TemporaryFile("w+")  # noqa: SIM115  (for as long as the job)
         self.job = subprocess.Popen(command, env=ENV, stdout=self.output, stderr=subprocess.STDOUT)
 
@@ -64,7 +64,7 @@ class Torchrun:
 
     def kill_one(self, rng: random.Random) -> None:
         with suppress(ProcessLookupError):
-            self.job.send_signal(signal.SIGSTOP)  # it starts no process while its children are listed
+            self.job.send_signal(signal.SIGSTOP)  # so that it starts no process while its children are listed
             below = children(self.job.pid)
             if below and rng.random() < 0.7:
                 os.kill(rng.choice(below), signal.SIGKILL)
@@ -87,12 +87,11 @@ class Torchrun:
 def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind):
     """At uniformly random moments: during start, training, saving and validation."""
     write_data_set(tmp_path)
-    changes = {**SMALL, "DATASET.root_dataset": tmp_path, "TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2}
-    changes |= {"MODEL.norm": "batch", "TRAIN.workers": 1, "TRAIN.eval_epoch": 1, "TRAIN.resume": "auto"}
-    changes |= {"RUNTIME.timeout": 60}
+    changes = {"TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2, "TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
+    changes |= {"TRAIN.resume": "auto", "MODEL.norm": "batch", "RUNTIME.timeout": 60}
 
     def start(folder):
-        return kind(words({**changes, "DIR": folder}))
+        return kind(small(tmp_path, folder, **changes))
 
     began = time.perf_counter()
     assert start(tmp_path / "whole").end()
@@ -116,7 +115,7 @@ def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind)
             assert step % 2 == 0
             reached = step
         assert job.end(), job.errors()
-        assert equal(weights(folder), weights(tmp_path / "whole"))
+        assert same(weights(folder), weights(tmp_path / "whole"))
         histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
         assert histories[0] == histories[1]
         assert not list(Path(folder).rglob("*.partial"))

@@ -1,8 +1,8 @@
-"""Web page that segments uploaded images with a trained network.
+"""Serve a web page that segments uploaded images with a trained network.
 
     python -m mit_semseg.demo --cfg config/NAME.yaml [--port 7860] [KEY VALUE ...]
 
-Only this machine can open the page unless --host is given. Uploads are deleted after ten minutes and at exit.
+Without --host, only this machine can open the page. Uploads are deleted after ten minutes and at exit.
 """
 
 import logging
@@ -30,24 +30,23 @@ EXAMPLES = """\
   python -m mit_semseg.demo --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpu 0 TEST.checkpoint best.pth
   python -m mit_semseg.demo --cfg config/quickstart.yaml --host 0.0.0.0 --port 8000 --max-upload 5 --max-pixels 8"""
 
-MAX_EXAMPLES = 6
+MAX_EXAMPLES = 6  # number of example images
 
 
 def find_checkpoints(cfg: Config) -> list[str]:
-    """Return the checkpoints to choose from: TEST.checkpoint, then the best and the epochs of DIR, newest first."""
+    """Return the names of checkpoints: TEST.checkpoint, then those in DIR, from best.pth and the newest epoch on."""
     folder = RunFolder(cfg.DIR)
-    folder.weight_files(cfg.TEST.checkpoint)
     names = ["best.pth", *(f"epoch_{epoch}.pth" for epoch in reversed(folder.epochs()))]
     complete = [name for name in names if all(folder.path(part, name).is_file() for part in ("encoder", "decoder"))]
     return list(dict.fromkeys([cfg.TEST.checkpoint, *complete]))
 
 
 def find_examples(cfg: Config, folder: str | None) -> list[str]:
-    """Return example images: from a folder, else from the validation set if it can be read."""
+    """Return paths of example images from a folder; without a folder, from the validation set if it can be read."""
     if folder:
         images = [str(path) for path in find_images(Path(folder))]
         if not images:
-            raise UserError(f"--examples {folder}: no images found")
+            raise UserError(f"--examples {folder} contains no images")
         return images[:MAX_EXAMPLES]
     try:
         dataset = build_val_dataset(cfg).subsample(MAX_EXAMPLES)
@@ -61,32 +60,31 @@ def main() -> None:
     """Run `python -m mit_semseg.demo` until Ctrl-C."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.prog = "python -m mit_semseg.demo"
-    parser.add_argument(
-        "--host", metavar="ADDRESS", default="127.0.0.1", help="address to listen on; 0.0.0.0 for the whole network"
-    )
-    parser.add_argument("--port", type=int, metavar="N", default=7860, help="port to listen on; 0 for any free port")
-    parser.add_argument(
-        "--examples", metavar="FOLDER", type=expand_path, help="example images (default: from the validation set)"
-    )
+    text = "address to listen on (default: 127.0.0.1, this machine only); 0.0.0.0 accepts other machines"
+    parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=text)
+    text = "port to listen on (default: 7860); 0 selects a free port"
+    parser.add_argument("--port", type=int, metavar="N", default=7860, help=text)
+    text = "folder of example images (default: images of the validation set)"
+    parser.add_argument("--examples", metavar="FOLDER", type=expand_path, help=text)
     for name, kind, unit, text in (
-        ("upload", float, "MB", "file size"),
-        ("pixels", float, "MILLIONS", "pixels per image"),
-        ("waiting", int, "N", "images in the queue"),
+        ("upload", float, "MB", "maximum file size in MB"),
+        ("pixels", float, "MILLIONS", "maximum image size in million pixels"),
+        ("waiting", int, "N", "maximum number of images in the queue"),
     ):
-        text = f"limit of the {text} (default: %(default)s)"
+        text = f"{text} (default: %(default)s)"
         parser.add_argument(f"--max-{name}", type=kind, metavar=unit, default=Limits._field_defaults[name], help=text)
     args = parser.parse_intermixed_args()
     if not 0 <= args.port <= 65535:
-        raise UserError(f"--port {args.port}: must be in 0..65535")
+        raise UserError(f"--port {args.port} is out of range; use 0 to 65535")
     limits = Limits(args.max_upload, args.max_pixels, args.max_waiting)
     for name, value in limits._asdict().items():
         if not 0 < value < math.inf:
-            raise UserError(f"--max-{name} {value}: must be above 0")
+            raise UserError(f"--max-{name} {value} is out of range; use a number above 0")
     cfg = load_config(args.cfg, args.opts)
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]
     networks = Networks(find_checkpoints(cfg), partial(Segmenter.from_cfg, cfg, device=device))
-    networks.load(networks.names[0])  # report its errors now
+    networks.load(networks.names[0])  # report errors of TEST.checkpoint before the page is served
     logger.info("device: %s", device)
     description = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DATASET.num_class} classes."
     page = build_page(networks, limits, find_examples(cfg, args.examples), description)

@@ -1,4 +1,4 @@
-"""The web page: segmentation of uploads, values for the viewer in the browser, and the Gradio server."""
+"""The web page: segmentation of uploads, data for the viewer in the browser, and the Gradio server."""
 
 import base64
 import io
@@ -25,13 +25,13 @@ VIEWER = Path(__file__).parent / "viewer"
 TITLE = "Semantic segmentation"
 WELCOME = "Upload, drop or paste an image, or take a photo, to see its classes here."
 JPEG_QUALITY = 92
-MAX_NETWORKS = 2  # in memory
-MAX_SESSIONS = 32  # visitors whose last result Gradio keeps, for lost connections
-CACHE_CHECK_INTERVAL, UPLOAD_LIFETIME = 120, 600  # seconds
+MAX_NETWORKS = 2  # number of networks in memory
+MAX_SESSIONS = 32  # number of visitors whose last result Gradio keeps, in case their connection is interrupted
+DELETE_CACHE = (120, 600)  # seconds between two checks for old uploads, and maximum age of an upload
 
 
 class Networks:
-    """Segmenters by checkpoint name, loaded by `load`; the last few that were used stay in memory."""
+    """Segmenters by checkpoint name, loaded by `load` on first use; the last `MAX_NETWORKS` stay in memory."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], Segmenter]):
         self.names, self.load = names, lru_cache(MAX_NETWORKS)(load)
@@ -41,13 +41,13 @@ class Networks:
             raise UserError(f"checkpoint {str(name)[:MAX_NAME_LENGTH]!r} does not exist; choose one from the list")
         try:
             return self.load(name)
-        except UserError:  # its message has paths of the server
+        except UserError:  # the message contains paths of the server
             logger.exception("%s cannot be loaded", name)
-            raise UserError(f"network {name} cannot be loaded; choose another one") from None
+            raise UserError(f"network {name} cannot be loaded; choose another network") from None
 
 
 def viewer_value(result: Result) -> dict:
-    """Return a result as plain values for viewer/viewer.js."""
+    """Return a dict with the image, the label map and the classes of a result, for viewer/viewer.js."""
     height, width = result.label_map.shape
     wide = len(result.table) > 256
     jpeg, index = io.BytesIO(), io.BytesIO()
@@ -73,10 +73,10 @@ def _data_url(media_type: str, content: bytes) -> str:
 
 
 def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: str, report: Callable) -> dict:
-    """Segment an upload and return the value for the viewer, or an error message for it.
+    """Segment an upload and return a dict for the viewer, which has only a message if there is no result.
 
-    `file` has `path` and `orig_name` of the upload, as sent by the browser; None shows the welcome message. `report` is
-    called with the progress (0..1) and a description.
+    `file` is the browser's dict with `path` and `orig_name` of the upload, or None. `report` is called with the
+    progress (0..1) and a description.
     """
     if file is None:
         return {"message": WELCOME}
@@ -100,13 +100,13 @@ def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: s
 
 
 def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (), description: str = ""):
-    """Build the page as Gradio `Blocks`, to be served by `launch`, with example images to choose from."""
+    """Return the page as Gradio `Blocks`, for `launch`; `examples` are paths of images."""
     try:
         import gradio as gr
     except ImportError:
         raise UserError('gradio is not installed; run pip install -e ".[demo]"') from None
 
-    upload_folder()  # before Gradio creates components, which read the environment variable
+    upload_folder()  # sets an environment variable that the components of Gradio read
 
     def on_change(file, checkpoint, progress=gr.Progress()):  # noqa: B008  (interface of Gradio)
         return segment(networks, limits, file, checkpoint, lambda value, text: progress(value, desc=text))
@@ -119,8 +119,7 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
                 raise gr.Error("this page does not fetch URLs; upload the image", print_exception=False)
             super().validate_inputs(block_fn, inputs)
 
-    cache = (CACHE_CHECK_INTERVAL, UPLOAD_LIFETIME)
-    with Page(title=TITLE, analytics_enabled=False, delete_cache=cache) as page:
+    with Page(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
         limit = f"Images up to {limits.upload:g} MB and {limits.pixels:g} million pixels."
         gr.Markdown(f"# {TITLE}\n{description} {limit}")
         with gr.Row():
@@ -135,14 +134,14 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
                 kinds = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
                 files = {key: (VIEWER / f"viewer.{kind}").read_text(encoding="utf-8") for key, kind in kinds.items()}
                 viewer = gr.HTML({"message": WELCOME}, elem_id="viewer", **files)
-        # preprocess=False: `read_upload` decodes the image with limits, Gradio would decode it without.
+        # preprocess=False, because Gradio would decode the image without the limits of `read_upload`.
         options = {"preprocess": False, "show_progress_on": viewer, "api_visibility": "private"}
         gr.on([image.change, checkpoint.change], on_change, [image, checkpoint], viewer, **options)
     return page.queue(max_size=limits.waiting, default_concurrency_limit=1)
 
 
 def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
-    """Serve a page of `build_page` in the background and return its URL; port 0 chooses a free port."""
+    """Serve a page of `build_page` in the background and return its URL. Port 0 selects a free port."""
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -152,7 +151,7 @@ def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
             server_port=port or None,
             max_file_size=int(limits.upload * 1e6),
             state_session_capacity=MAX_SESSIONS,
-            # Fonts of the visitor's machine: the default theme downloads fonts.
+            # Use fonts of the visitor's machine, because the default theme downloads fonts.
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             footer_links=[],
             app_kwargs={"middleware": [Middleware(RouteFilter)]},

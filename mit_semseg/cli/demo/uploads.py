@@ -1,4 +1,4 @@
-"""Uploaded images of the web page: size limits, and no access to other files or URLs."""
+"""Uploads of the web page: limit their size, and refuse other files of the server and URLs."""
 
 import atexit
 import os
@@ -15,7 +15,7 @@ from ...dataset.image_io import image_size, read_image
 from ...lib.utils import UserError
 
 MAX_NAME_LENGTH = 80  # characters
-# No formats that start other programs, as EPS starts Ghostscript.
+# Image formats that start no other programs (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
@@ -23,20 +23,20 @@ class Limits(NamedTuple):
     """Limits of the web page."""
 
     upload: float = 20  # file size in megabytes (10^6 bytes)
-    pixels: float = 25  # millions per image
-    waiting: int = 20  # images in the queue; further requests are refused
+    pixels: float = 25  # image size in million pixels
+    waiting: int = 20  # number of images in the queue; further requests are refused
 
 
 def safe_name(name) -> str:
-    """Return a safe file name for the name of an upload, which can be of any type and content."""
+    """Return a safe file name for an upload; the browser can send a name of any type and content."""
     last = PurePosixPath(str(name or "").replace("\\", "/")).name
     return re.sub(r"[^\w. ()-]", "_", last)[:MAX_NAME_LENGTH].lstrip(".") or "image"
 
 
 def read_upload(file, name: str, limits: Limits) -> Image.Image:
-    """Decode an upload of this page, or raise a `UserError` that calls it `name`.
+    """Decode an upload of this page; raise a `UserError` that contains `name` if this is not possible.
 
-    `file` is a dict with its `path`; it was sent by the browser, so it can be of any type and content.
+    `file` should be a dict with `path`, but the browser can send any type and content.
     """
     path = file.get("path") if isinstance(file, dict) else None
     try:
@@ -52,14 +52,14 @@ def read_upload(file, name: str, limits: Limits) -> Image.Image:
     try:
         width, height = image_size(path, formats)
     except UserError as error:
-        raise UserError(str(error).replace(str(path), name)) from None  # do not show paths of the server
+        raise UserError(str(error).replace(str(path), name)) from None  # hide the path on the server
     if width * height > limits.pixels * 1e6:
         raise UserError(f"{name} has {width} x {height} pixels; the limit is {limits.pixels:g} million")
     return read_image(path, name, formats)
 
 
 def contains_url(value) -> bool:
-    """Return whether a request value has a URL as the path of a file, at any depth."""
+    """Return whether a value in a request has the URL of a file, at any depth."""
     if isinstance(value, dict):
         path = str(value.get("path", "")).lower()
         return path.startswith(("http:", "https:")) or any(map(contains_url, value.values()))
@@ -67,7 +67,7 @@ def contains_url(value) -> bool:
 
 
 class RouteFilter:
-    """ASGI middleware that refuses routes of Gradio that fetch URLs or start programs; the page does not use them."""
+    """ASGI middleware that refuses routes of Gradio that fetch URLs or start programs. The page does not need them."""
 
     blocked = re.compile(r"/(file=\s*[a-z][a-z0-9+.-]+:|proxy=|process_recording|run-history)", re.IGNORECASE)
 
@@ -84,7 +84,7 @@ class RouteFilter:
 
 @cache
 def upload_folder() -> Path:
-    """Create the folder for uploads, readable for this user only and deleted at exit; tell Gradio to use it."""
+    """Create a private folder for uploads, make Gradio use it, and delete it at exit."""
     folder = tempfile.mkdtemp(prefix="mit_semseg-", dir=os.environ.get("GRADIO_TEMP_DIR"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = folder

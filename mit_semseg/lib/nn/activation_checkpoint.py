@@ -11,7 +11,7 @@ from .batchnorm import recomputation
 
 
 class _Checkpointed:
-    """Mixin that keeps only the input of a block in training and recomputes the block in the backward pass."""
+    """Mixin that saves only the input of a block in training and recomputes the block in the backward pass."""
 
     activation_checkpointing = True
 

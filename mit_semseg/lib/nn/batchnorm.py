@@ -1,28 +1,26 @@
-"""Batch normalization with statistics over all replicas of a process and all ranks of a process group.
+"""Batch normalization with statistics over all replicas and ranks.
 
 The layers are `torch.nn.BatchNorm*d` modules with the same parameters, buffers and state-dict keys. On a single device
 they call PyTorch's kernel, otherwise `sync_stats.SyncBatchNormFunction`.
 """
 
-import copy
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replicas import ReplicaGroup
-from .sync_stats import SyncBatchNormFunction, SyncStatistics
+from .sync_stats import SyncBatchNormFunction, SyncStatistics, world_size
 
 _thread_state = threading.local()
 
 
 @contextmanager
 def recomputation() -> Iterator[None]:
-    """Context of the repeated forward pass of activation checkpointing: running statistics are not updated again."""
+    """Context manager for recomputation in activation checkpointing: running statistics are not updated again."""
     _thread_state.recomputing = True
     try:
         yield
@@ -34,18 +32,17 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Base class of `SynchronizedBatchNorm1d`, `2d` and `3d`.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: see `nn.BatchNorm2d`.
+        args, kwargs: see `nn.BatchNorm2d`.
         clamp_variance: divide by sqrt(max(var, eps)) when synchronizing, as in the training of the published models;
-            False divides by sqrt(var + eps), as PyTorch.
-        synchronized: False uses the statistics of each replica and rank separately; replica 0 updates the running
-            statistics.
+            False divides by sqrt(var + eps), like PyTorch.
+        synchronized: False uses local statistics in each replica and rank; replica 0 updates the running statistics.
     """
 
     clamp_variance = True
     synchronized = True
-    process_group: dist.ProcessGroup | None = None  # ranks to synchronize with; None for all
-    layer_name = ""  # for error messages
-    replicas: ReplicaGroup | None = None  # set in each copy by `DataParallelWithCallback`, with its index
+    # `DataParallelWithCallback` sets these attributes in every replica.
+    layer_name = ""  # used in error messages
+    replicas: ReplicaGroup | None = None
     replica_index = 0
 
     def __init__(self, *args, clamp_variance: bool = True, synchronized: bool = True, **kwargs):
@@ -56,7 +53,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalize each channel of (N, C, ...); raise ReplicaError or ProcessGroupError if a replica or rank fails."""
         if isinstance(x, torch.fx.Proxy) and not self.training:  # FX tracing: sizes are symbolic
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
-        self._check_channels(x)
+        self._check_input_dim(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias)
         if self._syncs_ranks():
@@ -64,27 +61,15 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self._has_single_value(x):
             return self._normalize_single_value(x)
         if self.training and self.track_running_stats and not self._updates_running_stats():
-            # Activation checkpointing requires the same saved tensors: pass the running statistics, momentum 0.
+            # Recomputation must save the same tensors: pass the running statistics, with momentum 0.
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
 
     def to_plain(self) -> None:
         """Convert to `nn.BatchNorm*` in place, with the same parameters and buffers."""
         self.__class__ = next(plain for plain, kind in _SYNCHRONIZED.items() if isinstance(self, kind))
-        for name in ("clamp_variance", "synchronized", "process_group", "layer_name", "replicas", "replica_index"):
+        for name in ("clamp_variance", "synchronized", "layer_name", "replicas", "replica_index"):
             vars(self).pop(name, None)
-
-    def __deepcopy__(self, memo: dict) -> "SynchronizedBatchNorm":
-        memo[id(self.process_group)] = self.process_group  # process groups cannot be copied
-        memo[id(self)] = copied = self.__class__.__new__(self.__class__)
-        copied.__setstate__(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def _check_channels(self, x: Tensor) -> None:
-        self._check_input_dim(x)
-        if x.size(1) != self.num_features:
-            name = self._display_name()
-            raise ValueError(f"{name}: expected {self.num_features} channels, got shape {tuple(x.shape)}")
 
     def _display_name(self) -> str:
         return self.layer_name or f"{type(self).__name__}({self.num_features})"
@@ -93,8 +78,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.synchronized and self.replicas is not None
 
     def _syncs_ranks(self) -> bool:
-        distributed = dist.is_available() and dist.is_initialized()
-        return self.training and self.synchronized and distributed and dist.get_world_size(self.process_group) > 1
+        return self.training and self.synchronized and world_size() > 1
 
     def _updates_running_stats(self) -> bool:
         recomputing = getattr(_thread_state, "recomputing", False)
@@ -107,7 +91,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         """Compute the outputs of all replicas from their (input, weight, bias)."""
         inputs, weights, biases = zip(*arguments, strict=True)
-        stats = SyncStatistics(self.eps, self.clamp_variance, self.process_group, self._display_name())
+        stats = SyncStatistics(self.eps, self.clamp_variance, self._display_name())
         outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)
         self._update_running_stats(stats.mean, stats.unbiased_variance)
         return outputs
@@ -116,7 +100,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.track_running_stats and x.numel() == x.size(1)
 
     def _normalize_single_value(self, x: Tensor) -> Tensor:
-        # One value per channel has no variance: use its deviation from the running mean, and the running statistics.
+        # A single value has no variance: use its deviation from the running mean, normalize by the running statistics.
         value = x.detach().flatten().to(self.running_mean.dtype)
         self._update_running_stats(value, (value - self.running_mean).square())
         shape = (1, -1) + (1,) * (x.dim() - 2)
@@ -156,24 +140,24 @@ _SYNCHRONIZED = {
 }
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: dist.ProcessGroup | None = None) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Convert all batch norms of a module in place to synchronized ones, and return the module.
 
-    Parameters, buffers, hooks and the divisor sqrt(var + eps) are kept. `process_group` None means all ranks.
+    Parameters, buffers, hooks and the divisor sqrt(var + eps) are kept.
     """
     for part in module.modules():
         if type(part) in _SYNCHRONIZED:
             part.__class__ = _SYNCHRONIZED[type(part)]
-            part.process_group, part.clamp_variance = process_group, False
+            part.clamp_variance = False
         elif isinstance(part, SynchronizedBatchNorm):
-            part.process_group, part.synchronized = process_group, True
+            part.synchronized = True
     return module
 
 
 def to_batchnorm(module: nn.Module) -> nn.Module:
     """Convert all synchronized batch norms of a module in place to `nn.BatchNorm*`, and return the module.
 
-    Raises ValueError if an `InPlaceABN` includes an activation.
+    Raises ValueError for an `InPlaceABN`.
     """
     for part in module.modules():
         if isinstance(part, SynchronizedBatchNorm):

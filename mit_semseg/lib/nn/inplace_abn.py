@@ -2,7 +2,7 @@
 
 Rota Bulò, Porzi & Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018. Leaky ReLU
 is invertible and the scale is never zero, so the backward pass recovers the normalized values from the output. This
-halves the memory of normalization and activation. A negative slope of 1 stands for no activation.
+halves the memory of normalization and activation. Slope 1 means no activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,17 +26,17 @@ from .sync_stats import (
     split_evenly,
 )
 
-# Module version in the metadata of a state dict; identifies in-place norms, whose keys equal those of batch norms.
+# Module version in the metadata of state dicts: in-place norms have the keys of batch norms, but another version.
 VERSION = 3
 ACTIVATIONS = ("leaky_relu", "none")
 
 
 class InPlaceABNFunction(torch.autograd.Function):
-    """Batch normalization and leaky ReLU of the inputs of all replicas of a process with common statistics.
+    """Batch normalization and leaky ReLU of several inputs, one per replica, with common statistics.
 
-    `apply(stats, slope, *inputs, *shortcuts, *weights, *biases)` takes one of each per replica and returns per replica
+    `apply(stats, slope, *inputs, *shortcuts, *weights, *biases)` returns, for every replica,
     leaky_relu((x - mean) / sqrt(var + eps) * (|weight| + eps) + bias + shortcut). Inputs and shortcuts are
-    (N, C, H, W), weights and biases (C,); all but the inputs may be None.
+    (N, C, H, W), weights and biases (C,). Shortcuts, weights and biases may be None.
     """
 
     @staticmethod
@@ -87,7 +87,7 @@ def _activate(z: Tensor, slope: float) -> Tensor:
 
 
 def _activation_gradient(y: Tensor, g: Tensor, slope: float) -> Tensor:
-    # The operator that autograd uses: `torch.where` is many times slower on a CPU.
+    # Autograd uses this operator too; `torch.where` is many times slower on a CPU.
     return g if slope == 1 else torch.ops.aten.leaky_relu_backward(g, y, slope, False)
 
 
@@ -116,9 +116,10 @@ def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_f
 
 
 class InPlaceABN(SynchronizedBatchNorm2d):
-    """Batch normalization with local statistics and scale |weight| + eps, and an activation: 'leaky_relu' or 'none'.
+    """Batch normalization with local statistics and scale |weight| + eps, then an activation ('leaky_relu' or 'none').
 
-    Saves only the output. 16-bit outputs are too coarse to recover the normalized values: 16-bit inputs are saved too.
+    Only the output is saved for the backward pass. If it has 16 bits, the input is saved too, because the normalized
+    values cannot be recovered precisely.
     """
 
     synchronized = False
@@ -128,7 +129,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         super().__init__(num_features, *args, clamp_variance=False, synchronized=type(self).synchronized, **kwargs)
         if activation not in ACTIVATIONS or slope <= 0:
             raise ValueError(
-                f"activation {activation!r} with slope {slope}: use 'none', or 'leaky_relu' with a slope > 0"
+                f"unsupported activation {activation!r} with slope {slope}; use 'none', or 'leaky_relu' with slope > 0"
             )
         self.activation, self.slope = activation, slope if activation == "leaky_relu" else 1.0
 
@@ -137,21 +138,14 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         return self
 
     def to_plain(self) -> None:
-        """Convert to `nn.BatchNorm2d` in place; the weight becomes |weight| + eps."""
-        if self.activation != "none":
-            raise ValueError(f"{self} includes an activation and cannot be converted to nn.BatchNorm2d")
-        if self.affine:
-            with torch.no_grad():
-                self.weight.copy_(self._effective_weight())
-        del self.activation, self.slope
-        super().to_plain()
+        raise ValueError(f"{self} cannot be converted to nn.BatchNorm2d; build the model with MODEL.norm sync")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}, slope={self.slope}"
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Normalize each channel of (N, C, H, W), add the shortcut of the same shape, apply the activation."""
-        self._check_channels(x)
+        self._check_input_dim(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias, shortcut)
         if self._has_single_value(x) and not self._syncs_ranks():
@@ -165,7 +159,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         inputs, weights, biases, shortcuts = zip(*arguments, strict=True)
         local = not (self.synchronized and self.training)
-        stats = SyncStatistics(self.eps, False, self.process_group, self._display_name(), local)
+        stats = SyncStatistics(self.eps, layer_name=self._display_name(), local=local)
         if inputs[0].dtype.itemsize < torch.float32.itemsize:
             weights = [effective_weight(weight, self.eps) for weight in weights]
             outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)

@@ -1,4 +1,4 @@
-"""Exchange of tensors between the replicas of a module, which run in threads of one process."""
+"""Collectives between the replicas of a module, which run in threads of one process."""
 
 import threading
 from collections.abc import Callable
@@ -13,7 +13,7 @@ class ReplicaError(UserError, RuntimeError):
 
 
 class ReplicaGroup:
-    """The replicas of a module during one forward pass; each waits at most `timeout` seconds for the others."""
+    """Synchronizes the replicas of a module in one forward pass; a replica waits at most `timeout` seconds."""
 
     def __init__(self, size: int, timeout: float):
         self.size, self.timeout, self.stopped = size, timeout, False
@@ -22,19 +22,15 @@ class ReplicaGroup:
         self._results: list = []
 
     def gather_and_compute(self, index: int, layer_name: str, value, compute: Callable[[list], list]):
-        """Gather the values of all replicas, compute one result for each on replica 0, and return that of `index`.
+        """Call `compute` on replica 0 with the values of all replicas, and return element `index` of its result.
 
-        Raises ReplicaError if another replica failed or timed out, RuntimeError if the layer names differ.
+        Raises ReplicaError if another replica failed or timed out.
         """
-        self._inputs[index] = layer_name, value
+        self._inputs[index] = value
         self._wait(index, layer_name)
         if index == 0:
             try:
-                names = [name for name, _ in self._inputs]
-                if len(set(names)) > 1:
-                    calls = ", ".join(f"replica {i} {name}" for i, name in enumerate(names))
-                    raise RuntimeError(f"replicas called different synchronized layers: {calls}")
-                self._results = compute([value for _, value in self._inputs])
+                self._results = compute(self._inputs)
             except BaseException:
                 self.stop()
                 raise
@@ -44,7 +40,7 @@ class ReplicaGroup:
         return self._results[index]
 
     def stop(self) -> None:
-        """Raise `ReplicaError` in all replicas that wait, now or later."""
+        """Raise `ReplicaError` in all replicas that are waiting or will wait."""
         self.stopped = True
         self._barrier.abort()
 

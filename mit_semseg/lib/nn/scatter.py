@@ -11,7 +11,7 @@ _copy_streams: dict[torch.device, "torch.cuda.Stream"] = {}
 
 
 def user_scattered_collate(batch: list) -> list:
-    """Collate function for datasets whose items are whole batches, one per device: return the list unchanged."""
+    """Return the list unchanged: collate function for datasets whose items are batches, one per device."""
     return batch
 
 
@@ -32,9 +32,9 @@ def _list_tensors(obj) -> list[Tensor]:
 
 
 def async_copy_to(obj, device, main_stream=None):
-    """Copy all tensors in nested dicts, lists and tuples to a device; asynchronously from pinned memory to a GPU.
+    """Copy all tensors in nested dicts, lists and tuples to a device; asynchronously if possible.
 
-    `main_stream` is the CUDA stream that uses the copies; their memory is not reused before it has finished.
+    `main_stream`: CUDA stream that uses the copies; their memory is not reused before this stream has finished.
     """
     device = as_device(device)
     asynchronous = device.type == "cuda"  # an asynchronous copy to the CPU could be read before it is complete
@@ -49,7 +49,7 @@ def async_copy_to(obj, device, main_stream=None):
 
 
 def copy_to_device(obj, device: torch.device | str | int):
-    """`async_copy_to` that copies from the CPU to a GPU on a separate stream, in parallel with queued kernels."""
+    """Like `async_copy_to`, but copy from the CPU to a GPU on a separate stream, in parallel with queued kernels."""
     device = as_device(device)
     if device.type != "cuda" or {tensor.device.type for tensor in _list_tensors(obj)} != {"cpu"}:
         return async_copy_to(obj, device)
@@ -63,13 +63,13 @@ def copy_to_device(obj, device: torch.device | str | int):
 
 
 def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> list:
-    """Split all tensors of a structure into chunks along a dimension; return one structure per device.
+    """Split all tensors in nested dicts, lists and tuples along a dimension; return a list with one part per device.
 
-    Other values are passed to every device. Tensors with fewer elements than devices use only the first devices.
+    Other values are passed to every device. If there are more devices than chunks, only the first devices are used.
     """
     counts = {len(tensor.chunk(len(devices), dim)) for tensor in _list_tensors(obj)}
     if len(counts) > 1:
-        raise ValueError(f"tensors split into {sorted(counts)} chunks; use the same size in dimension {dim} for all")
+        raise ValueError(f"tensors are split into {sorted(counts)} chunks; all need the same size in dimension {dim}")
     return [
         copy_to_device(map_tensors(lambda tensor, i=i: tensor.chunk(len(devices), dim)[i], obj), device)
         for i, device in enumerate(devices[: counts.pop()] if counts else devices)
@@ -77,7 +77,7 @@ def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> l
 
 
 def gather(outputs: Sequence, device: torch.device | str, dim: int = 0):
-    """Concatenate the output tensors of replicas on one device, stack scalars, keep other values of replica 0."""
+    """Concatenate the output tensors of all replicas on one device; stack scalars; return other values of replica 0."""
     first = outputs[0]
     if isinstance(first, Tensor):
         copies = [output.to(device) for output in outputs]

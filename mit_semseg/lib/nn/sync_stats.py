@@ -23,20 +23,23 @@ class ProcessGroupError(UserError, RuntimeError):
     """Communication failed because another rank ended or timed out."""
 
 
+def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 @dataclass
 class SyncStatistics:
     """Statistics of one layer in one forward pass, merged over replicas and ranks: (C,) float64 tensors."""
 
     eps: float
     clamp_variance: bool = False  # divide by sqrt(max(var, eps)) instead of sqrt(var + eps)
-    group: dist.ProcessGroup | None = None  # None: the default group
-    layer_name: str = ""  # for error messages
+    layer_name: str = ""  # used in error messages
     local: bool = False  # do not communicate with other ranks
 
     def merge(self, inputs: Sequence[Tensor]) -> None:
-        """Compute the statistics of the inputs of all replicas and ranks, on the first replica's device."""
-        distributed = not self.local and dist.is_available() and dist.is_initialized()
-        self.world_size = dist.get_world_size(self.group) if distributed else 1
+        """Compute the statistics over all replicas and ranks, on the first replica's device."""
+        self.world_size = 1 if self.local else world_size()
         rows = torch.stack([_moments(x).to(inputs[0].device) for x in inputs])
         if self.world_size > 1:
             gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
@@ -59,14 +62,14 @@ class SyncStatistics:
         return total
 
     def communicate(self, collective: Callable, *tensors) -> None:
-        """Call a collective; raise ProcessGroupError with the layer's name if a rank ended or timed out (gloo only)."""
+        """Call a collective; with gloo, raise ProcessGroupError with the layer's name if a rank ended or timed out."""
         try:
-            collective(*tensors, group=self.group)
+            collective(*tensors)
         except RuntimeError as error:
             if not is_communication_error(error):
                 raise
             raise ProcessGroupError(
-                f"{self.layer_name}: communication failed on rank {dist.get_rank(self.group)} of {self.world_size}, "
+                f"{self.layer_name}: communication failed on rank {dist.get_rank()} of {self.world_size} because "
                 f"another rank ended or timed out ({first_sentence(error)})"
             ) from error
 
@@ -83,10 +86,10 @@ class SyncStatistics:
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """Batch normalization of the inputs of all replicas of a process with common statistics.
+    """Batch normalization of several inputs, one per replica, with common statistics.
 
-    `apply(stats, *inputs, *weights, *biases)` takes one of each per replica and returns one output per replica. Inputs
-    are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
+    `apply(stats, *inputs, *weights, *biases)` takes an input, weight and bias per replica and returns an output per
+    replica. Inputs are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
     """
 
     @staticmethod
@@ -200,13 +203,13 @@ def reduction_dims(x: Tensor) -> list[int]:
 
 
 def channel_view(values: Tensor, x: Tensor) -> Tensor:
-    """Convert (C,) values to the device and compute dtype of (N, C, ...) `x` and to a shape that broadcasts with it."""
+    """Convert (C,) values to the device and compute dtype of `x` (N, C, ...), in a shape that broadcasts with it."""
     return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """Return whether an error comes from a collective and not, for example, from a lack of memory on this rank."""
+    """Return whether an error was caused by another rank and not, for example, by lack of memory on this rank."""
     if isinstance(error, dist.DistError):
         return True
-    # gloo raises plain RuntimeErrors.
+    # gloo raises RuntimeError itself, not a subclass.
     return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))

@@ -1,12 +1,12 @@
-"""Errors, atomic file writing, progress bars and conversions that all packages use."""
+"""Errors, atomic file writing, progress bars and conversions used by all packages."""
 
+import difflib
 import errno
 import io
 import os
 import re
 import socket
 import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# Options of `open` for text files. File names in the text may contain undecodable bytes; they are written as \\udcXX.
+# Options of `open` for text files; undecodable bytes of file names in the text are written as \\udcXX.
 UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
@@ -35,13 +35,13 @@ class WriteError(UserError):
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: an error or a crash leaves the previous file unchanged.
 
-    Yields a temporary path in the same folder, which is created if needed, and renames the file at the end. Raises
-    WriteError if the disk is full, read-only or damaged, or if `path` is a folder or too long.
+    Yields a temporary path in the same folder, and renames this file at the end. The folder is created if needed.
+    Raises WriteError if the disk is full, read-only or damaged, or if `path` is a folder or too long.
     """
     path = Path(path)
     if not path.name or os.path.isdir(path):
         raise WriteError(f"{path} is a folder; give the name of a file")
-    short_name = f"{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}"  # leave space for the suffix
+    short_name = f"{path.name[:40]}.{zlib.crc32(os.fsencode(path.name)):08x}"  # file systems limit the length of names
     partial = path.with_name(f"{short_name}.{HOST}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     except Exception as error:
         reason = _disk_error_message(error)
-        if not reason or isinstance(error, WriteError):  # of another file
+        if not reason or isinstance(error, WriteError):  # error of a nested call
             raise
         raise WriteError(f"{path} cannot be written: {reason}; the previous file is unchanged") from None
     finally:
@@ -57,34 +57,8 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
 
 
-def is_stale_partial(path: Path) -> bool:
-    """Return whether the process that wrote a temporary file of `atomic_write` has ended; other hosts: after a day."""
-    match = re.search(r"\.(\d+)\.partial$", path.name)
-    if not match:
-        return False
-    if path.name[: match.start()].endswith(f".{HOST}"):
-        return int(match[1]) == os.getpid() or not is_process_alive(int(match[1]))
-    try:
-        return time.time() - path.stat().st_mtime > 24 * 60 * 60
-    except OSError:  # renamed or removed in the meantime
-        return False
-
-
-def is_process_alive(pid: int) -> bool:
-    """Return whether this host has a process with that id; always True on Windows, where `os.kill` would end it."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(pid, 0)
-    except PermissionError:  # a process of another user
-        return True
-    except (ProcessLookupError, OverflowError):
-        return False
-    return True
-
-
 def _disk_error_message(error: BaseException | None) -> str:
-    """Return the message of the disk error that caused an error (`torch.save` hides it), or an empty string."""
+    """Return the message of the first disk error in the chain of causes (`torch.save` hides it), or an empty string."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error.strerror
@@ -106,7 +80,7 @@ def prepare_streams() -> None:
     """Escape characters that standard output or error cannot encode; replace missing streams by `os.devnull`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # in services and pythonw
+        if stream is None:  # the process is a service or runs with pythonw
             setattr(sys, name, open(os.devnull, "w", **UTF8))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -128,8 +102,15 @@ def disable_progress_bars(disabled: bool = True) -> None:
 
 
 def shorten_list(names: Sequence[str], limit: int = 5) -> str:
-    """Join the first names with commas and add the number of the others."""
+    """Join at most `limit` names with commas and add the number of omitted names."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def closest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean X?" for the most similar known name, ignoring case, or "" if none is similar."""
+    spellings = {word.lower(): word for word in known}
+    near = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=cutoff)
+    return f"; did you mean {spellings[near[0]]}?" if near else ""
 
 
 def first_sentence(error: BaseException) -> str:

@@ -1,3 +1,3 @@
-"""Tensor conversions under their names in version 2."""
+"""Deprecated names from version 2: tensor conversions."""
 
 from . import as_numpy, mark_volatile  # noqa: F401

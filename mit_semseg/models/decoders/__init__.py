@@ -1,4 +1,4 @@
-"""Decoders: list of feature maps -> class scores."""
+"""Decoders: list of feature maps -> logits."""
 
 from .base import Decoder
 from .c1 import C1, C1Bilinear, C5Bilinear

@@ -16,29 +16,26 @@ class Decoder(nn.Module, ABC):
 
     Args:
         in_channels: channels of every feature map of the encoder.
-        output_stride: stride of the last feature map (ASPP divides its dilation by it).
-        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only;
-            a ValueError for decoders without one.
+        output_stride: stride of the last feature map, on which the dilation in ASPP depends.
+        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only.
+            Raises a ValueError if unsupported.
         use_softmax: return probabilities instead of log-probabilities if `segSize` is not given.
         norm_layer: function from a number of channels to a normalization layer.
     """
 
-    align_corners = False  # option of the bilinear resize; the weights depend on it
+    align_corners = False  # option for bilinear resizing with which the published weights were trained
     norm_bias = NORM_BIAS
 
     def __init__(
         self, in_channels, num_class=150, *, output_stride=8, deepsup=False, use_softmax=False, norm_layer=DEFAULT_NORM
     ):
         super().__init__()
-        self.in_channels = tuple(in_channels)
-        self.num_class = num_class
-        self.output_stride = output_stride
-        self.deepsup = deepsup
-        self.use_softmax = use_softmax
+        self.in_channels, self.output_stride = tuple(in_channels), output_stride
+        self.num_class, self.use_softmax, self.deepsup = num_class, use_softmax, deepsup
         self.make_layers(norm_layer)
         if deepsup:
             if not hasattr(self, "cbr_deepsup"):
-                raise ValueError(f"{type(self).__name__} has no deep supervision: set deepsup=False")
+                raise ValueError(f"{type(self).__name__} does not support deep supervision; set deepsup=False")
             self.conv_last_deepsup = nn.Conv2d(self.cbr_deepsup[0].out_channels, num_class, 1)
         self.apply(partial(init_layer, mode="fan_in", norm_bias=self.norm_bias))
 
@@ -56,23 +53,23 @@ class Decoder(nn.Module, ABC):
         self.dropout_deepsup = nn.Dropout2d(dropout)
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
-        """Return logits (N, num_class, h, w): the main ones, then those of the deep supervision head, if any."""
+        """Return the main logits and, with deep supervision, the auxiliary logits: list of (N, num_class, h, w)."""
         main = self.head(features)
         if not self.deepsup:
             return [main]
-        # The second to last feature map; HRNetV2 has a single one, which then serves both heads.
+        # HRNetV2 has a single feature map, which both heads use.
         auxiliary = self.dropout_deepsup(self.cbr_deepsup(features[-2:][0]))
         return [main, self.conv_last_deepsup(auxiliary)]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
-        """Return probabilities, resized to `segSize` (height, width), if `segSize` or `use_softmax` is set.
+        """Return class probabilities if `segSize` or `use_softmax` is set, resized to `segSize` (height, width).
 
         Otherwise return log-probabilities at the resolution of the decoder; with deep supervision a tuple (main,
         auxiliary). `features` are the feature maps of the encoder, highest resolution first.
         """
         if segSize is not None or self.use_softmax:
-            scores = at_least_float32(self.head(features))
-            return (scores if segSize is None else self.resize(scores, segSize)).softmax(dim=1)
+            logits = at_least_float32(self.head(features))
+            return (logits if segSize is None else self.resize(logits, segSize)).softmax(dim=1)
         outputs = tuple(F.log_softmax(logits, dim=1) for logits in self.logits(features))
         return outputs if self.deepsup else outputs[0]
 

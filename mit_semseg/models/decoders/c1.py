@@ -1,4 +1,4 @@
-"""Decoders of convolutions only: C1, and C1 and C5 of version 1.0, which were trained with aligned corners."""
+"""Decoders that consist of convolutions only: C1, and the version 1.0 decoders C1Bilinear and C5Bilinear."""
 
 import copy
 
@@ -9,7 +9,7 @@ from ...lib.nn import to_batchnorm
 from ..layers import NormLayer, conv_bn_relu
 from .base import Decoder
 
-WIDTH = 512  # of C5
+WIDTH = 512  # channels of the convolutions in C5Bilinear
 
 
 class C1(Decoder):
@@ -31,7 +31,7 @@ class C1(Decoder):
 
 
 class _ScriptableC1(nn.Module):
-    """`C1` for TorchScript: shares the weights; its norms are not synchronized."""
+    """`C1` for TorchScript, with the same weights and standard batch norms."""
 
     def __init__(self, decoder: C1):
         super().__init__()
@@ -40,14 +40,14 @@ class _ScriptableC1(nn.Module):
         self.conv_last, self.use_softmax = decoder.conv_last, decoder.use_softmax
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None) -> Tensor:
-        scores = self.conv_last(self.cbr(features[-1]))
+        logits = self.conv_last(self.cbr(features[-1]))
         if segSize is not None:
-            return F.interpolate(scores, [segSize[0], segSize[1]], mode="bilinear", align_corners=False).softmax(dim=1)
-        return scores.softmax(dim=1) if self.use_softmax else scores.log_softmax(dim=1)
+            return F.interpolate(logits, [segSize[0], segSize[1]], mode="bilinear", align_corners=False).softmax(dim=1)
+        return logits.softmax(dim=1) if self.use_softmax else logits.log_softmax(dim=1)
 
 
 class C1Bilinear(Decoder):
-    """A single 1x1 convolution without bias."""
+    """A single 1x1 convolution without bias, trained with aligned corners."""
 
     align_corners = True
 
@@ -59,7 +59,7 @@ class C1Bilinear(Decoder):
 
 
 class C5Bilinear(Decoder):
-    """Four 3x3 convolutions, the first two with dilation 2, then a 1x1 classifier without bias."""
+    """Four 3x3 convolutions, two of them dilated, and a 1x1 classifier without bias, trained with aligned corners."""
 
     align_corners = True
 

@@ -1,4 +1,4 @@
-"""Pyramid pooling of PSPNet, in three published variants, and of DeepLabV3.
+"""Decoders of PSPNet (three published variants) and DeepLabV3.
 
 Zhao et al., "Pyramid Scene Parsing Network", 2017; Chen et al., "Rethinking Atrous Convolution for Semantic Image
 Segmentation", 2017.
@@ -13,9 +13,9 @@ from ..layers import POOL_SCALES, AveragePooling, NormLayer, conv_bn_relu, pooli
 from ..pyramid import pyramid_sequential
 from .base import Decoder
 
-WIDTH = 512
-ASPP_WIDTH = 256  # of each branch
-ASPP_RATES = (12, 24, 36)  # dilation of the three dilated branches at output stride 8
+WIDTH = 512  # channels of each pooling branch and of the fused map
+ASPP_WIDTH = 256  # channels of each ASPP branch
+ASPP_RATES = (12, 24, 36)  # dilation of the three dilated ASPP branches at output stride 8
 
 
 def _fusion(channels: int, norm_layer: NormLayer, activation: str = "relu") -> nn.Sequential:
@@ -26,7 +26,7 @@ def _fusion(channels: int, norm_layer: NormLayer, activation: str = "relu") -> n
 class PPM(Decoder):
     """The last feature map and its averages over 1, 4, 9 and 36 bins, concatenated and fused by a 3x3 convolution."""
 
-    pooling_name = "ppm"  # in the state dict
+    pooling_name = "ppm"  # name of the pooling branches in the state dict
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         channels = self.in_channels[-1]
@@ -42,14 +42,14 @@ class PPM(Decoder):
 
 
 class PSPBilinear(PPM):
-    """`PPM` of version 1.0, trained with aligned corners."""
+    """`PPM` in version 1.0, trained with aligned corners."""
 
     align_corners = True
     pooling_name = "psp"
 
 
 class PSP(Decoder):
-    """`PPM` of the Cityscapes toolbox: pooled maps first in the concatenation, leaky ReLU 0.01, aligned corners."""
+    """`PPM` in the Cityscapes toolbox: pooled maps are concatenated first, leaky ReLU 0.01, aligned corners."""
 
     align_corners = True
     norm_bias = 0.0
@@ -63,10 +63,9 @@ class PSP(Decoder):
         self.conv_last = nn.Conv2d(WIDTH, self.num_class, 1)
 
     def head(self, features: list[Tensor]) -> Tensor:
-        x = features[-1]
-        pooled = [stage(x) for stage in self.stages]
-        options = {"align_corners": self.align_corners, "smaller_first": True}
-        return self.conv_last(pyramid_sequential(self.bottleneck, x, pooled, **options))
+        pooled = [stage(features[-1]) for stage in self.stages]
+        options = {"align_corners": True, "smaller_first": True}
+        return self.conv_last(pyramid_sequential(self.bottleneck, features[-1], pooled, **options))
 
 
 class ASPP(Decoder):
@@ -91,5 +90,5 @@ class ASPP(Decoder):
     def head(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
         branches = torch.cat([self.conv2(x), self.conv3(x), self.conv4(x), self.conv5(x)], dim=1)
-        options = {"align_corners": self.align_corners, "smaller_first": True}
+        options = {"align_corners": True, "smaller_first": True}
         return self.conv_last(pyramid_sequential(self.bottleneck, branches, [self.conv1(x)], **options))

@@ -27,7 +27,7 @@ class UPerNet(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
-        # The pooled maps are resized before their convolution, norm and ReLU (in PPM: after).
+        # Resize the pooled maps before their convolution, norm and ReLU; PPM resizes them afterwards.
         pooled = (resize(average_pool(x, bins), x.shape[-2:]) for bins in POOL_SCALES)
         pooled = [conv(y) for conv, y in zip(self.ppm_conv, pooled, strict=True)]
         top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, init_layer, resize
 from .resnet import BasicBlock, Bottleneck, make_layer
 
-# `resize` branches on sizes, which FX cannot trace: keep it as a call.
+# FX cannot trace the size comparison in `resize`: record a call instead.
 torch.fx.wrap("resize")
 
-STRIDES = (4, 8, 16, 32)  # of the branches
+STRIDES = (4, 8, 16, 32)  # strides of the branches
 WIDTHS = (48, 96, 192, 384)  # channels of the branches
 
 

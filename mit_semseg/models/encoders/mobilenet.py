@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, dilation_of_stage, init_layer
 
-# (expansion, channels, blocks, stride), table 2 of the paper
+# (expansion, channels, blocks, stride) of each stage: table 2 of the paper
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-TAPS = (2, 4, 7, 14)  # `features` whose output is a feature map: the first block of each strided stage
+TAPS = (2, 4, 7, 14)  # indices of the blocks that return feature maps: the first block of each strided stage
 
 
 class InvertedResidual(nn.Module):
@@ -43,7 +43,7 @@ class MobileNetV2(nn.Module):
         for expansion, planes, depth, stage_stride in STAGES:
             stride, first_dilation, dilation = dilation_of_stage(stage_stride, input_stride, output_stride)
             for i in range(depth):
-                # The first block changes the number of channels and has no shortcut.
+                # The first block has no shortcut, because it changes the number of channels.
                 options = {"stride": 1, "dilation": dilation} if i else {"stride": stride, "dilation": first_dilation}
                 block = InvertedResidual(channels, planes, expansion, norm_layer=norm_layer, shortcut=i > 0, **options)
                 blocks.append(block)

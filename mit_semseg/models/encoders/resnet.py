@@ -70,7 +70,7 @@ class ResNeXtBottleneck(Bottleneck):
 
 
 def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1, dilation=1, norm_layer):
-    """Return a stage of `depth` blocks; `stride` and `first_dilation` apply to the first one only."""
+    """Return a stage of `depth` blocks; `stride` and `first_dilation` apply to the first block only."""
     out_channels, downsample = planes * block.expansion, None
     if stride != 1 or in_channels != out_channels:
         downsample = conv_bn(in_channels, out_channels, 1, stride=stride, norm_layer=norm_layer)
@@ -86,8 +86,8 @@ class ResNet(nn.Module):
     Args:
         depths: number of blocks in each of the four stages.
         stem: channels of the third convolution: 128, or 64 in version 1.0.
-        full_dilation: dilate the first block of a dilated stage like the others instead of half as much, and use
-            `ceil_mode` in the max pooling, as in the Cityscapes toolbox.
+        full_dilation: as in the Cityscapes toolbox, use the full instead of half the dilation in the first block of a
+            dilated stage, and `ceil_mode` in the max pooling.
     """
 
     def __init__(

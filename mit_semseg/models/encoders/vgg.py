@@ -12,13 +12,11 @@ FC_WIDTH = 4096
 
 
 class VGG(nn.Module):
-    """Four feature maps at strides 4, 8, 8 and 8: blocks three, four and five, and the former fully connected layers.
+    """Four feature maps at strides 4, 8, 8 and 8: outputs of blocks three, four and five, and of the last convolution.
 
     As in DeepLab (Chen et al., 2016), blocks four and five are not followed by pooling, block five has dilation 2, and
-    the following 7x7 convolution has dilation 4. The network has no normalization layers.
-
-    Args:
-        depths: number of convolutions of each of the five blocks.
+    the following 7x7 convolution has dilation 4. The network has no normalization layers. `depths` are the numbers of
+    convolutions in the five blocks.
     """
 
     out_channels = (256, 512, 512, FC_WIDTH)

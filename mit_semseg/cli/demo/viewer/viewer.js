@@ -1,8 +1,8 @@
 // Shows an image with its label map: opacity, visible classes, class name at the pointer.
-// `props.value` is {message, failed}, plus the other values of `viewer_value` in page.py if there is a result.
+// `props.value` is the dict of `viewer_value` in page.py or, without a result, {message, failed}.
 const find = (name) => element.querySelector("." + name);
 const state = { value: null, image: null, labels: null, hidden: new Set() };
-let version = 0; // of the newest value; older values that are still being decoded are dropped
+let version = 0; // number of the newest value; an older value whose decoding ends later is not shown
 
 async function decodeLabels(value) {
   const bytes = Uint8Array.from(atob(value.labels), (letter) => letter.charCodeAt(0));
@@ -97,7 +97,7 @@ async function show() {
   find("message").textContent = value.message || "";
   find("message").classList.toggle("failed", Boolean(value.failed));
   find("message").classList.toggle("empty", !value.image);
-  // Hide the preview of a file that is not an image: browsers show a broken-image icon.
+  // Hide the preview of a file that is not an image, because browsers show a broken-image icon.
   for (const preview of document.querySelectorAll("#image img")) preview.style.display = value.failed ? "none" : "";
   find("result").hidden = true;
   find("tooltip").hidden = true;

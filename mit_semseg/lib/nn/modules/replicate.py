@@ -1,3 +1,3 @@
-"""Replication with callbacks under its names in version 2."""
+"""Deprecated names from version 2: data parallelism."""
 
 from ..parallel import DataParallelWithCallback, patch_replication_callback  # noqa: F401

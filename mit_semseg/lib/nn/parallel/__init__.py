@@ -1,7 +1,7 @@
 """Data parallelism on several devices of one process, for inputs that are dicts.
 
-`torch.nn.DataParallel` splits one large tensor. Here the caller may pass one dict per device, with images of different
-sizes. The CPU may be listed several times: its replicas are threads that share the parameters.
+`torch.nn.DataParallel` splits one large tensor. These classes also accept one dict per device, with images of different
+sizes. Several replicas can run on the CPU, in threads that share the parameters.
 """
 
 import copy
@@ -13,7 +13,6 @@ from itertools import chain
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ..batchnorm import SynchronizedBatchNorm
@@ -22,7 +21,7 @@ from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter,
 
 
 class DataParallelWithCallback(nn.DataParallel):
-    """`nn.DataParallel` for nested inputs, on GPUs or on several CPU replicas.
+    """`nn.DataParallel` for nested inputs and outputs (dicts, lists, tuples), on GPUs or on several CPU replicas.
 
     Batch norms of class `SynchronizedBatchNorm*d` use the statistics of all replicas. Each replica calls the method
     `__data_parallel_replicate__(context, copy_id)` of all sub-modules that define it. Activation checkpointing of
@@ -33,7 +32,7 @@ class DataParallelWithCallback(nn.DataParallel):
         device_ids: GPUs (indices or devices), or CPU devices such as `["cpu", "cpu"]`; None uses all GPUs. With a
             single device the module is called directly.
         output_device, dim: see `nn.DataParallel`.
-        timeout: seconds that a replica waits for the others.
+        timeout: seconds that a replica waits for other replicas.
     """
 
     def __init__(self, module, device_ids=None, output_device=None, dim=0, *, timeout: float = DEFAULT_TIMEOUT):
@@ -55,7 +54,7 @@ class DataParallelWithCallback(nn.DataParallel):
         first = as_device(self.device_ids[0])
         others = {t.device for t in chain(self.module.parameters(), self.module.buffers())} - {first}
         if others:
-            raise ValueError(f"the module must be on {first}, the first of its devices, got {others.pop()}")
+            raise ValueError(f"the module must be on {first}, the first device, but it has tensors on {others.pop()}")
         replicas = self.replicate(self.module, self.device_ids[: len(inputs)])
         try:
             outputs = self.parallel_apply(replicas, inputs, kwargs)
@@ -83,9 +82,9 @@ class DataParallelWithCallback(nn.DataParallel):
         return replicas
 
     def parallel_apply(self, replicas, inputs, kwargs):
-        """Call each replica in a thread, with the gradient, inference and autocast modes and streams of this thread.
+        """Call each replica in a thread with the CUDA streams and modes (gradient, inference, autocast) of this thread.
 
-        Raises the first exception of a replica with its original traceback, or ReplicaError if one timed out.
+        Raises the first exception of a replica with its original traceback, or ReplicaError if a replica timed out.
         """
         results: queue.SimpleQueue = queue.SimpleQueue()
         devices = [as_device(device) for device in self.device_ids[: len(replicas)]]
@@ -97,7 +96,7 @@ class DataParallelWithCallback(nn.DataParallel):
         def run(index: int) -> None:
             try:
                 with ExitStack() as stack:
-                    # Replica 0 computes synchronized layers on all streams; the last one sets the device.
+                    # Replica 0 computes synchronized layers on the streams of all devices; the last one is its own.
                     for stream in (*streams, *streams[index : index + 1]):
                         stack.enter_context(torch.cuda.stream(stream))
                     stack.enter_context(torch.inference_mode(inference))
@@ -115,7 +114,7 @@ class DataParallelWithCallback(nn.DataParallel):
         try:
             return _collect_outputs(results, len(replicas), self._group)
         finally:
-            # A thread that still runs when the interpreter exits aborts the process; one that hangs gets a second.
+            # A running thread would abort the process when the interpreter exits; wait one second for a hanging one.
             deadline = time.monotonic() + 1
             for thread in threads:
                 thread.join(max(0, deadline - time.monotonic()))
@@ -124,12 +123,11 @@ class DataParallelWithCallback(nn.DataParallel):
         return gather(outputs, output_device, self.dim)
 
 
-class DictGatherDataParallel(DataParallelWithCallback):
-    """`DataParallelWithCallback` for modules that return dicts, which are gathered key by key."""
+DictGatherDataParallel = DataParallelWithCallback  # deprecated name from version 2
 
 
-class UserScatteredDataParallel(DictGatherDataParallel):
-    """Data parallelism over a list with one input, usually a dict, per device; the list may be shorter."""
+class UserScatteredDataParallel(DataParallelWithCallback):
+    """Data parallelism for a list with one input per device, usually dicts; a shorter list uses the first devices."""
 
     def scatter(self, inputs, kwargs, device_ids):
         elements, limit = inputs[0] if len(inputs) == 1 else None, max(len(device_ids), 1)
@@ -154,32 +152,29 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
 
 def _share_parameters(module: nn.Module, count: int) -> list[nn.Module]:
     """Copy a module; the copies share its parameters, and copy 0 also its buffers."""
-    values = [value for part in module.modules() for value in vars(part).values()]
-    shared = [value for value in values if isinstance(value, (torch.Tensor, dist.ProcessGroup))]
-    shared += module.parameters()
+    parameters = {id(parameter): parameter for parameter in module.parameters()}
     replicas = []
     for index in range(count):
-        memo = {id(value): value for value in shared}
-        memo |= {id(buffer): buffer.detach().clone() if index else buffer for buffer in module.buffers()}
-        replicas.append(copy.deepcopy(module, memo))
+        buffers = {id(buffer): buffer.detach().clone() if index else buffer for buffer in module.buffers()}
+        replicas.append(copy.deepcopy(module, parameters | buffers))
     return replicas
 
 
 def _collect_outputs(results: queue.SimpleQueue, count: int, group: ReplicaGroup) -> list:
-    """Wait for (index, output, error) of every replica; raise the first error that no other error caused."""
+    """Return the outputs of all replicas from their (index, output, error), or raise the error that came first."""
     outputs, running = [None] * count, set(range(count))
     while running:
         try:
-            # The first replica may take any time, the others `timeout` longer.
+            # The timeout applies after one replica has finished.
             index, output, error = results.get(timeout=None if len(running) == count else group.timeout)
         except queue.Empty:
             group.stop()
             names = ", ".join(map(str, sorted(running)))
-            raise ReplicaError(f"replica {names} timed out {group.timeout:g} s after the first") from None
+            raise ReplicaError(f"replica {names} timed out {group.timeout:g} s after another one finished") from None
         running.discard(index)
         outputs[index] = output
-        caused = isinstance(error, ReplicaError) and group.stopped  # by the error of another replica, which follows
-        if error is not None and not caused:
+        # A ReplicaError after `stop` is caused by the error of another replica, which follows in the queue.
+        if error is not None and not (isinstance(error, ReplicaError) and group.stopped):
             group.stop()
             raise error
     return outputs
