@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Download ADE20K scene parsing (0.9 GB) to data/, unpack it, and write data/training.odgt and data/validation.odgt.
-# If interrupted, start it again: it resumes. ADE20K_ADDRESS sets another URL of the archive.
+# Start the script again after an interruption to resume. ADE20K_ADDRESS sets another URL of the archive.
 set -euo pipefail
 cd "$(dirname "$0")"
 python=${PYTHON:-$(command -v python || command -v python3)}
@@ -8,7 +8,7 @@ name=ADEChallengeData2016
 archive=data/$name.zip
 unpacked=data/$name.tmp
 
-# The command exits with 0 if a checksum is wrong; only a sound archive prints nothing but this line.
+# zipfile -t exits with 0 even if a checksum is wrong, but then prints more than this line.
 is_complete() { [ "$("$python" -m zipfile -t "$archive" 2> /dev/null)" = "Done testing" ]; }
 
 fetch() { curl -fL -C - --retry 3 --connect-timeout 20 -o "$archive" "$1"; }
@@ -27,7 +27,7 @@ if [ ! -d "data/$name" ]; then
     is_complete || download
     if ! is_complete; then
         rm "$archive"
-        echo "error: the downloaded $archive was damaged and is removed; start again" >&2
+        echo "error: the downloaded $archive was damaged and has been removed; start the script again" >&2
         exit 1
     fi
     rm -rf "$unpacked"

@@ -182,12 +182,11 @@ def in_process(name: str, *arguments) -> int:
 
     To save time, curves are not plotted, and worker processes are forked from the server of this module.
     """
-    patches = (
+    with (
         mock.patch.object(sys, "argv", [name, *words(*arguments)]),
-        mock.patch("multiprocessing.get_context", lambda method: forked),
+        mock.patch("multiprocessing.get_context", return_value=forked),
         mock.patch("mit_semseg.cli.run_logger.save_curves"),
-    )
-    with patches[0], patches[1], patches[2]:
+    ):
         return load_script(name).main() or 0
 
 

@@ -211,7 +211,9 @@ def test_bfloat16_is_close_to_float32(decoder):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("encoder", ["mobilenetv2dilated", "resnet50_v1", "hrnetv2", "vgg16_dilated8"])
+@pytest.mark.parametrize(
+    "encoder", ["mobilenetv2dilated", "resnet50_v1", "hrnetv2", pytest.param("vgg16_dilated8", marks=pytest.mark.long)]
+)
 def test_first_convolution_and_classifier_stay_in_float32(encoder):
     """8-bit colors are finer than bfloat16."""
     network = prepare(build(encoder, "c1"), precision="bf16")

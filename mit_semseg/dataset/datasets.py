@@ -208,7 +208,7 @@ class TrainDataset(LabelledDataset):
     def load_batch(
         self, records: Sequence[dict], short_side: int, flips: Sequence[bool], rng: np.random.Generator | None = None
     ) -> dict:
-        """Load N records, resized to the given short side (without DATASET.random_scale) and flipped if `flips`.
+        """Load N records. `flips` tells which ones are flipped; `short_side` is not used with DATASET.random_scale.
 
         Return a dict of `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, and `info`, the N
         paths. After `as_uint8`, `img_data` is uint8, and `sizes`, the N (height, width), and `normalization` are added.

@@ -419,4 +419,4 @@ class Trainer:
         for messages in self.world.gather(list(self.skipped), "waiting for rank 0 to save"):
             self.skipped |= dict.fromkeys(messages)
         if self.skipped:
-            logger.warning("%d images skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))
+            logger.warning("%d unusable images or list entries skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))

@@ -79,7 +79,7 @@ def test_evaluation_skips_and_reports_without_changing_the_metrics(data, trained
 def test_training_skips_and_reports_and_remembers_after_resume(data, tmp_path):
     changes = {"DATASET.list_train": "mixed.odgt", "DATASET.list_val": "mixed.odgt", "DATASET.on_error": "skip"}
     changes |= {"TRAIN.epoch_iters": 12, "TRAIN.num_epoch": 1, "TRAIN.eval_epoch": 1}
-    summary = f"{len(data.unusable)} skipped in this run:"
+    summary = f"{len(data.unusable)} unusable images or list entries skipped"
     done = here("train.py", small(data.folder, tmp_path / "a", **changes), code=1)
     names = done.stdout.partition(summary)[2]
     assert all(name in names for name in data.unusable)
