@@ -26,5 +26,5 @@ def _hook(event: str, arguments: tuple) -> None:
 
 
 def forbid() -> None:
-    """Block connections of this process and its forks to other machines."""
+    """Block connections to other machines from this process and its forks."""
     sys.addaudithook(_hook)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from runs import ROOT, Job, forked, small
 from scenes import write_pairs
 
-# One thread per rank: rounding does not depend on the distribution of work.
+# With one thread per rank, rounding does not depend on the scheduling of threads.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -33,7 +33,7 @@ def _work(rank: int, count: int, store: str, timeout: float, function: Callable,
 
 
 def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
-    """Return `function(rank, *arguments)` of `count` gloo ranks: plain values, tracebacks for errors."""
+    """Run `function(rank, *arguments)` on `count` gloo ranks; return the values, or tracebacks of errors, by rank."""
     results, store = forked.Queue(), folder / f"store-{function.__name__}"
     processes = [
         forked.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
@@ -48,7 +48,7 @@ def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float 
 
 
 def write_images(folder):
-    """Write images of one size, with unlabelled pixels: two batches of two equal one batch of four."""
+    """Write images of one size, so that two batches of two images equal one batch of four."""
     write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
     write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
     return folder
@@ -76,7 +76,7 @@ def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def start_ranks(name: str, *arguments, count: int = 2, own: Sequence[dict] = ({}, {})) -> list[Job]:
-    """Start a script on several ranks, without torchrun, which takes seconds; `own` are further arguments per rank."""
+    """Start a script on several ranks without torchrun, which is slow; `own` has further arguments for each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +84,7 @@ def start_ranks(name: str, *arguments, count: int = 2, own: Sequence[dict] = ({}
 
 
 def children(pid: int) -> list[int]:
-    """Return the child processes of a process, none if it has ended."""
+    """Return the IDs of the child processes; an empty list if the process has ended."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]

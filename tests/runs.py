@@ -1,6 +1,6 @@
-"""Run the scripts in a new process or in this one.
+"""Run the scripts in a new process or in the test process.
 
-Importing torch takes three seconds. Processes are therefore forked from a server that has imported it, and run the file
+Importing torch takes three seconds, so new processes are forked from a server that has imported it. They run the file
 as `__main__` with their own arguments, environment and output.
 """
 
@@ -79,11 +79,11 @@ class Job:
     """A script that runs in a new process and session.
 
     Args:
-        name: script of the top folder, or module.
+        name: script in the root folder of the repository, or module.
         arguments: command line arguments, see `words`.
         cwd: working folder.
         env: changes to the environment.
-        start_method: start method of multiprocessing in the script; by default that of this process.
+        start_method: start method of multiprocessing in the script; default: the one of the test process.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Job:
         for path in self._files:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
-        # The number of threads changes the rounding.
+        # The rounding depends on the number of threads.
         env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
         args = name, words(*arguments), str(cwd), env, start_method or get_start_method()
         self._process = forked.Process(target=_run_as_main, args=(*args, *map(str, self._files)))
@@ -107,7 +107,7 @@ class Job:
         return self._process.exitcode
 
     def lines(self, timeout: float = 120):
-        """Yield the lines of its standard output until it ends; kill it after the timeout in seconds."""
+        """Yield lines of standard output until the process ends; kill it after the timeout in seconds."""
         line, deadline = "", time.perf_counter() + timeout
         while True:
             if time.perf_counter() > deadline:
@@ -129,7 +129,7 @@ class Job:
             raise AssertionError(f"ended before printing {text!r}: {self.errors()}")
 
     def errors(self) -> str:
-        """Return its standard error so far."""
+        """Return the standard error so far."""
         return self._files[1].read_text(encoding="utf-8")
 
     def send(self, number: int) -> None:
@@ -137,7 +137,7 @@ class Job:
         os.kill(self.pid, number)
 
     def end(self, timeout: float = 120, code: int | None = 0) -> subprocess.CompletedProcess:
-        """Wait for its end, kill it after the timeout in seconds, check its exit code, and return its output."""
+        """Wait for the end of the process, or kill it after the timeout in seconds; check its exit code."""
         self._process.join(timeout)
         self.kill()
         self._process.join()
@@ -168,7 +168,7 @@ def script(name: str, *arguments, code: int = 0, **options) -> subprocess.Comple
 
 
 def load_script(name: str):
-    """Import a script of the top folder, or a module."""
+    """Import a script in the root folder of the repository, or a module."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", ROOT / name)
@@ -178,9 +178,9 @@ def load_script(name: str):
 
 
 def in_process(name: str, *arguments) -> int:
-    """Run the main function of a script or module in this process and return its exit code; errors propagate.
+    """Run the main function of a script or module in the test process; return its exit code, and raise its errors.
 
-    To save time, curves are not plotted, and worker processes are forked from the server of this module.
+    To save time, no curves are plotted, and worker processes are forked instead of spawned.
     """
     with (
         mock.patch.object(sys, "argv", [name, *words(*arguments)]),
@@ -191,7 +191,7 @@ def in_process(name: str, *arguments) -> int:
 
 
 def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-    """Run a script or module in this process like `script`, with errors handled as in a new process."""
+    """Do the same as `script`, but in the test process."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
         common.run(lambda: in_process(name, *arguments))
@@ -199,7 +199,7 @@ def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def checked(done: subprocess.CompletedProcess, code: int | None) -> subprocess.CompletedProcess:
-    """Check the exit code of a script, if given, and that exit codes of handled errors come without a traceback."""
+    """Check the exit code of a script, unless `code` is None, and that handled errors print no traceback."""
     assert code in (done.returncode, None), f"{done.returncode}: {done.stdout[-2000:]}{done.stderr}"
     assert code not in (2, 130, 143) or "Traceback" not in done.stderr
     return done

@@ -1,4 +1,4 @@
-"""A local HTTP server that can be told to fail."""
+"""A local HTTP server that can truncate files."""
 
 import http.server
 import threading
@@ -45,7 +45,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A server of published files, with `MIT_SEMSEG_MIRROR` set to it; the cache is in `tmp_path`."""
+    """Serve published files at the URL in `MIT_SEMSEG_MIRROR`; the cache is in `tmp_path`."""
     served = Site(tmp_path / "site")
     (served.folder / "model").mkdir(parents=True)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": served}))

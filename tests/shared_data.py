@@ -1,4 +1,4 @@
-"""Real data that lies beside a checkout on some machines; tests that use it are skipped elsewhere."""
+"""Real data in a folder next to the checkout; tests that need it are skipped if it does not exist."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the real data; skips the test that asks where there is none."""
+    """Return the path of a file or folder in the real data; skip the test if it does not exist."""
     found = FOLDER / path
     if not found.exists():
         pytest.skip(f"needs the real data folder ({path})")

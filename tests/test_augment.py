@@ -82,7 +82,7 @@ def test_blur_has_the_standard_deviation_of_the_gaussian():
     result = np.asarray(gaussian_blur(Image.fromarray(pixels), 3.0), float)[..., 0]
     position = np.arange(41) - 20
     variance = (result.sum(0) * position**2).sum() / result.sum()
-    # Truncated at three standard deviations; the variance of the square itself is 2.
+    # The kernel is truncated at three standard deviations; the variance of the square is 2.
     assert variance == pytest.approx(3.0**2 * 0.97 + 2.0, rel=0.1)
     assert result.sum() == pytest.approx(25 * 255, rel=0.05)
     for size in ((1, 1), (2, 30), (3, 3)):  # smaller than the kernel

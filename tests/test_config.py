@@ -170,7 +170,7 @@ def test_paths_expand_home_and_environment_variables(tmp_path, monkeypatch):
     write(tmp_path / "a.yaml", "_BASE_: ~/base.yaml")
     config = load_config("~/a.yaml", [word for key in paths for word in (key, "${HOME}/$UNSET_x")])
     assert config.TRAIN.seed == 5
-    assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # an unset variable stays
+    assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # an unset variable is kept
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$HOME").mkdir()
     assert load_config(None, ["DIR", "$HOME"]).DIR == "$HOME"  # an existing path is not expanded

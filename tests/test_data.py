@@ -214,7 +214,7 @@ def test_padding_is_ignored():
     batch = pad_batch(images, labels, 8, 4)
     assert batch["img_data"].shape == (2, 3, 16, 24)
     assert batch["seg_label"].shape == (2, 4, 6)
-    # Every fourth pixel from the second on: of ten rows, 2 and 6 are sampled.
+    # Rows 2, 6, 10, ... are sampled; the first image has ten rows.
     assert batch["seg_label"][0].tolist() == [[1] * 5 + [-1]] * 2 + [[-1] * 6] * 2
     assert batch["img_data"][0, :, 10:].abs().sum() == 0
 
@@ -223,7 +223,7 @@ def test_evaluation_item(root):
     item = ValDataset(root, ".", options())[3]
     assert item["img_ori"].shape == (70, 30, 3)
     assert item["seg_label"].shape == (1, 70, 30)
-    # 30x70 with short side 40: 40x93, rounded up to 96. With 56: limited by 120 / 70 to 51x120, rounded up to 56x120.
+    # Short side 40 gives 40x93, rounded up to 40x96. For 56, imgMaxSize limits the size to 51x120, rounded up to 56x120.
     assert [tuple(x.shape) for x in item["img_data"]] == [(1, 3, 96, 40), (1, 3, 120, 56)]
     test = TestDataset([{"fpath_img": str(root / "images/03.png")}], options(), max_sample=-1)[0]
     assert sorted(test) == ["img_data", "img_ori", "info"]
@@ -262,7 +262,7 @@ def test_every_pass_uses_every_record_once(upright, batch_size, seed):
     for i in range(len(upright) * passes // batch_size - 2 * batch_size):
         assert len({upright[record] for record in order[i]}) == 1
         assert len(order[i]) == batch_size
-    # The records of one orientation are a sequence of permutations that continues from pass to pass.
+    # Every pass over the records of one orientation is a permutation; a batch may contain the end of one and the next.
     for orientation in (True, False):
         members = {i for i, u in enumerate(upright) if u == orientation}
         stream = [r for i in range(len(upright) * 2) for r in order[i] if upright[r] == orientation]

@@ -51,7 +51,7 @@ def test_positional_and_keyword_tensors_are_scattered():
 
 
 def test_each_replica_gets_one_dict():
-    """Images of different sizes; fewer dicts than devices; a single dict runs in the calling thread."""
+    """Images may have different sizes, and devices may get no dict. A single dict runs in the calling thread."""
     calls = []
 
     class Sizes(nn.Module):
@@ -135,7 +135,7 @@ def test_patched_data_parallel_synchronizes_and_stops_on_errors():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_copies_to_a_gpu_are_complete_before_they_are_used():
-    """The copy stream is kept busy, so the copies are late."""
+    """Other work on the copy stream delays the copies."""
     device = torch.device("cuda", 0)
     copy_to_device({"x": torch.ones(1)}, device)  # creates the copy stream
     matrix = torch.randn(4096, 4096, device=device)
@@ -150,7 +150,7 @@ def test_copies_to_a_gpu_are_complete_before_they_are_used():
 
 
 def test_short_programs_with_cpu_replicas_exit_cleanly():
-    """No replica thread outlives the interpreter, also on a busy machine."""
+    """No replica thread runs after the interpreter has ended, even on a busy machine."""
     program = """
 import torch
 from mit_semseg.lib.nn import UserScatteredDataParallel

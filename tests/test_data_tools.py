@@ -112,7 +112,7 @@ def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, t
         torch.save(module.state_dict(), folder / "model" / "pytorch" / name / f"{part}_epoch_20.pth")
     images = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
     images.mkdir(parents=True)
-    Image.new("RGB", (256, 8), "teal").save(images / "ADE_val_00001519.jpg")  # flat: small at every scale
+    Image.new("RGB", (256, 8), "teal").save(images / "ADE_val_00001519.jpg")  # flat, so that it is small at every scale
     copy = tmp_path / "checkout"
     copy.mkdir()
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):

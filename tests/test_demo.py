@@ -1,4 +1,4 @@
-"""Tests of the web page: uploads, limits, no access to files and URLs, and the viewer in Chromium."""
+"""The web page: uploads, limits, no access to files and URLs, and the viewer in Chromium."""
 
 import base64
 import io
@@ -139,7 +139,7 @@ def test_urls_in_requests_are_refused(page, functions):
     files = [
         {"path": f"{kind}://example.com/a.png", "meta": {"_type": "gradio.FileData"}} for kind in ("http", "HTTPS")
     ]
-    assert len(functions) > 1  # also that of the examples
+    assert len(functions) > 1  # also the function of the examples
     for value in (*files, {"nested": [{"value": files[0]}]}):
         for function in functions:
             assert "this page does not fetch URLs" in send(page, value, function)
@@ -256,7 +256,7 @@ def legend(tab):
 
 
 def canvas_pixels(tab):
-    """Return (H, W, 3)."""
+    """Return the shown pixels, (H, W, 3)."""
     return decode_image(tab.eval_on_selector("#viewer canvas", "canvas => canvas.toDataURL('image/png')"))[..., :3]
 
 

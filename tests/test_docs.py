@@ -1,7 +1,7 @@
 """README.md and docs/*.md: commands and Python examples run; links, files and option names exist.
 
-Commands are run in a folder with less training. A comment says why a command is not run: it `needs` a dataset or GPUs,
-`downloads` something, or `serves` until Ctrl-C.
+Commands run in a folder whose configurations train for a few steps. A command is not run if its comment begins with
+`needs` (a dataset or GPUs), `downloads`, or `serves` (until Ctrl-C).
 """
 
 import re
@@ -33,7 +33,7 @@ def code_blocks(page, language):
 
 
 def commands(page):
-    """Return (command, comment) of every line of shell code."""
+    """Return a list of (command, comment) for every line of shell code."""
     lines = [line for block in code_blocks(page, "bash") for line in block.splitlines()]
     lines += re.findall(r"^    ((?:python|torchrun) .+)$", page.read_text(), re.MULTILINE)
     return [tuple(part.strip() for part in line.partition(" # ")[::2]) for line in lines if line.strip()]
@@ -92,7 +92,7 @@ def test_commands_are_executed_or_say_why_not(page):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with the configurations, shortened, and with the dataset of docs/own-data.md."""
+    """Return a folder with configurations of short runs, and with the dataset of docs/own-data.md."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "config", folder / "config")
     (own_data,) = code_blocks(ROOT / "docs" / "own-data.md", "yaml")

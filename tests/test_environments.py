@@ -42,7 +42,7 @@ def test_training_ignores_the_plot_backend_of_a_notebook(root, tmp_path, backend
 
 
 class WriteOnly:
-    """The output stream of a program that shows text in a window: it has `write` and `flush` only."""
+    """An output stream with `write` and `flush` only, as in programs that show text in a window."""
 
     def __init__(self):
         self.text = ""
@@ -98,7 +98,7 @@ def test_progress_bars_do_not_depend_on_the_log_level_of_the_program(monkeypatch
 
 
 def test_models_and_datasets_work_without_opencv(tmp_path):
-    """In a container without libGL the error of OpenCV does not say what to install; ours does."""
+    """If OpenCV lacks libGL, as in a container, the error says what to install."""
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     code = """
 import torch
@@ -186,7 +186,7 @@ if __name__ == "__main__":
 @pytest.mark.long
 @pytest.mark.parametrize("code", [SEGMENT, TRAIN], ids=["segment", "train"])
 def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
-    """Several at once: no thread of the package outlives the interpreter."""
+    """Run five programs at once. No thread of the package runs after the interpreter has ended."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
     started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]

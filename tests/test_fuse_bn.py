@@ -11,7 +11,7 @@ from mit_semseg.models.layers import NORMS
 
 
 def randomize_norms(module):
-    """Replace the initial statistics and scales, with which fusion would be trivial; in float64 and eval mode."""
+    """Draw random statistics and scales, and switch to float64 and eval mode."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             nn.init.normal_(layer.running_mean, std=0.2)
@@ -36,7 +36,7 @@ def check_fusion(module, call, remaining_norms=0):
 @pytest.mark.parametrize("norm", ["sync", "inplace"])
 @pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18dilated", "resnet50_v1", "hrnetv2"])
 def test_fused_encoder_is_equivalent(name, norm):
-    """In-place norms are not fused."""
+    """In-place batch norms are not fused."""
     encoder = randomize_norms(ModelBuilder.build_encoder(name, pretrained=False, norm_layer=NORMS[norm]))
     x = torch.randn(1, 3, 40, 48, dtype=torch.float64)
     norms = sum(isinstance(layer, _BatchNorm) for layer in encoder.modules())

@@ -89,7 +89,7 @@ def test_pixels_far_from_window_borders_equal_the_whole_image():
 
 
 def test_overlapping_windows_are_averaged():
-    """Brute force: scores of every window and a count per pixel."""
+    """The expected value is the sum over all windows, divided by the number of windows per pixel."""
     model, x = LocalNetwork(reach=2), image(40, 33)
     height, width, overlap = 16, 20, 0.5
     total, count = torch.zeros(CLASSES, 40, 33, dtype=torch.float64), torch.zeros(40, 33)
@@ -105,7 +105,7 @@ def test_overlapping_windows_are_averaged():
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
-    """Every scale is resized to the image and averaged; the number of rows in memory does not matter."""
+    """Class probabilities of all scales are resized and averaged, for any number of rows in memory."""
     monkeypatch.setattr(sliding_window, "STRIP_ROWS", rows)
     model, size = LocalNetwork(reach=1), (37, 53)
     scales = [image(*s) for s in ((24, 40), (37, 53), (80, 112))]
@@ -122,7 +122,7 @@ def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("decoder", ["c1", "psp_bilinear"])
 def test_label_map_has_the_largest_probability(decoder, flip):
-    """With and without aligned corners, at one and three scales."""
+    """One decoder aligns corners; images have one or three scales."""
     module = tiny_module()
     module.decoder = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=(8, 16))
     torch.nn.init.normal_(module.decoder.conv_last.weight if decoder == "c1" else module.decoder.conv_last[-1].weight)
@@ -169,7 +169,7 @@ def test_windows_of_logits_are_resized_as_by_the_decoder(decoder, elements, monk
 
 @pytest.mark.parametrize("options", [{}, {"flip": True}, {"window_size": (32, 32)}])
 def test_batches_of_equal_sizes_give_the_same_label_maps(options, monkeypatch):
-    """As on a GPU; other sizes and sliding windows are processed one by one."""
+    """Batches are used on GPUs; images of different sizes, and with sliding windows, are processed one by one."""
     sizes = [(40, 56), (40, 56), (56, 40), (40, 56)]
     items = [item_of((h, w), image(h, w, seed), image(h // 2, w // 2, seed)) for seed, (h, w) in enumerate(sizes)]
     predictor = Predictor(tiny_module().double(), options=InferenceOptions(**options))
@@ -252,7 +252,7 @@ def test_precision_that_the_device_lacks_is_refused_or_warned_about(monkeypatch,
 
 @pytest.mark.parametrize("pair", [("mobilenetv2dilated", "ppm_deepsup"), ("resnet18", "upernet"), ("hrnetv2", "c1")])
 def test_prepared_network_has_the_same_probabilities(pair):
-    """Within 2e-5 in float32, for logits as large as those of a trained network."""
+    """The float32 error is at most 2e-5 for logits as large as those of a trained network."""
     module = build(*pair)
     with torch.no_grad():
         last = [part for part in module.decoder.modules() if isinstance(part, torch.nn.Conv2d)][-1]

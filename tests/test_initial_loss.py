@@ -14,7 +14,7 @@ MARGIN = 1.5  # above ln(num_class), the loss of equal probabilities
 @pytest.mark.parametrize("num_class", [2, 11, 150])
 @pytest.mark.parametrize("name", DECODERS)
 def test_initial_loss_is_close_to_equal_probabilities(name, num_class):
-    """On feature maps like those of a trained encoder."""
+    """The feature maps are like those of a trained encoder."""
     decoder = ModelBuilder.build_decoder(name, fc_dim=2048, num_class=num_class).train()
     features = [torch.randn(2, c, size, size).relu() for c, size in ((256, 24), (512, 12), (1024, 12), (2048, 12))]
     label = torch.randint(0, num_class, (2, 24, 24))

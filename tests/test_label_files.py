@@ -12,7 +12,7 @@ from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.doctor import inspect_dataset
 from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label
 
-HEIGHT, WIDTH = 6, 13  # rows end within a byte
+HEIGHT, WIDTH = 6, 13  # rows of 1, 2 and 4 bits end within a byte
 ORIENTATION = 0x0112
 # For every EXIF orientation, the transform of (H, W) that makes an image upright.
 UPRIGHT = {
@@ -79,7 +79,7 @@ GRAY += [(netpbm, m, {"plain": p}) for m in (0, 1, 11, 150, 254, 255, 256, 1000,
 
 @pytest.mark.parametrize(("encode", "number", "arguments"), GRAY)
 def test_stored_values_are_read(tmp_path, encode, number, arguments):
-    """For `number` bits of PNG and TIFF files, and for `number` as the maximum of Netpbm files."""
+    """`number` is the number of bits in PNG and TIFF files, and the maximum value in Netpbm files."""
     values = random_values((number or 1) if encode is netpbm else 2**number - 1)
     (tmp_path / "label").write_bytes(encode(values, number, **arguments))
     assert np.array_equal(np.asarray(read_label(tmp_path / "label")), values)

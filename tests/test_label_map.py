@@ -12,7 +12,7 @@ KINDS = ("noise", "trained", "nearly one-hot", "far apart")
 
 
 def reference_scores(logits, size, align_corners=False):
-    """Mean of the softmax of the resized logits of all classes, (C, H, W)."""
+    """Return the mean softmax of the resized logits, (C, H, W)."""
     resized = [F.interpolate(x[None], size, mode="bilinear", align_corners=align_corners)[0] for x in logits]
     return sum(x.softmax(0) for x in resized) / len(resized) if len(logits) > 1 else resized[0]
 
@@ -27,7 +27,7 @@ def logits_of(kind, classes, height, width, seed=0):
 
 
 def assert_best(labels, scores):
-    """Every label is the class with the best score within rounding."""
+    """Check that every label is the class with the best score, except for rounding."""
     best = scores.amax(0)
     chosen = scores.gather(0, labels[None])[0]
     assert labels.shape == best.shape

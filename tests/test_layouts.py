@@ -60,7 +60,7 @@ def test_cityscapes_folders_pair_up(cityscapes):
     stems = [f"train/{name.split('_')[0]}/{name}" for name in NAMES]
     assert [record["fpath_img"] for record in records] == [f"leftImg8bit/{stem}_leftImg8bit.png" for stem in stems]
     assert [record["fpath_segm"] for record in records] == [f"gtFine/{stem}_gtFine_labelIds.png" for stem in stems]
-    assert len(load_records(".", cityscapes)) == 5  # all splits
+    assert len(load_records(".", cityscapes)) == 5  # images of all splits
 
 
 def test_cityscapes_files_without_partner_or_suffix_are_named(cityscapes):

@@ -35,7 +35,7 @@ def test_cross_entropy_equals_pytorch(batch, weights, smoothing):
 @pytest.mark.parametrize("block", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
 def test_cross_entropy_of_logits_equals_pytorch(batch, weights, block, layout, monkeypatch):
-    """For blocks of less than a row, rows, images, and everything."""
+    """A block is a part of a row, several rows, an image, or the batch."""
     monkeypatch.setitem(cross_entropy.BLOCK, "cpu", block)
     logits, label = batch[0].detach().contiguous(memory_format=layout).requires_grad_(), batch[1]
     ours = MaskedNLLLoss(weight=weights).of_logits(logits, label)
@@ -66,7 +66,7 @@ def test_cross_entropy_of_logits_in_16_bits_and_without_labels(batch):
 @pytest.mark.parametrize("class_weight", [1e-6, 1e-4, 1.0, 1e5, 1e6])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, class_weight, smoothing):
-    """Class weight, loss scale and the weight of a device are never rounded to 16 bits."""
+    """Class weights, loss scale and device weight are never rounded to 16 bits."""
     torch.manual_seed(1)
     features = torch.randn(2, 8, 24, 32)
     label = torch.randint(-1, CLASSES, (2, 24, 32))
@@ -86,7 +86,7 @@ def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, clas
     theirs = gradient(lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing))
     assert theirs.norm() > 0
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
-    # No common factor, which would act like another learning rate.
+    # A common factor would act like another learning rate.
     assert abs((ours * theirs).sum() / theirs.square().sum() - 1) < 1e-3
     small = theirs.abs() > 0
     assert (ours[small] != 0).double().mean() > 0.99
@@ -95,7 +95,7 @@ def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, clas
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
 def test_ohem_equals_its_definition(batch, threshold, min_kept):
-    """Pixels up to the threshold; if there are too few, the hardest ones."""
+    """The loss is the mean over pixels up to the threshold, or over the hardest pixels if these are too few."""
     logits, label = batch
     log_probs = logits.log_softmax(1)
     pixels = [(log_probs[n, label[n, i, j], i, j]) for n, i, j in np.ndindex(*SHAPE) if label[n, i, j] >= 0]
@@ -119,13 +119,13 @@ def test_dice_equals_its_definition(batch):
 
 
 def jaccard_of(wrong, truth):
-    """One minus IoU of the class when the pixels of a set are predicted wrongly."""
+    """Return the Jaccard loss (1 - IoU) of a class if the pixels `wrong` are predicted wrongly."""
     union = truth | wrong
     return len(wrong) / len(union) if union else 0.0
 
 
 def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
-    """Sum over the sorted errors of the error times the increase of the set function."""
+    """The loss is the sum of sorted errors, each multiplied by the increase of the Jaccard loss."""
     logits, label = batch
     probs, losses = logits.softmax(1).detach(), []
     for number in range(CLASSES):
@@ -178,7 +178,7 @@ def test_loss_without_labelled_pixels_is_zero_with_gradients(name, batch):
 
 
 def test_class_weight_0_gives_loss_0():
-    """With label smoothing, for a batch in which all pixels have class weight 0."""
+    """All pixels of the batch have class weight 0, and label smoothing is on."""
     logits = torch.randn(2, 3, 30, 30, requires_grad=True)
     label = torch.zeros(2, 30, 30, dtype=torch.int64)
     loss = MaskedNLLLoss(weight=(0, 1, 1), label_smoothing=0.1)(logits.log_softmax(1), label)
@@ -236,7 +236,7 @@ def test_losses_are_deterministic_on_gpus(name, smoothing):
 @pytest.mark.parametrize("ignore", [-1, 255])
 @pytest.mark.parametrize("loss", [MaskedNLLLoss, OhemLoss, DiceLoss])
 def test_any_value_can_be_the_ignore_index(loss, ignore):
-    """Any other label that is not a class is an error."""
+    """Other values outside the classes raise an error."""
     x = torch.randn(2, 3, 6, 5).log_softmax(1)
     label = torch.randint(0, 3, (2, 6, 5))
     label[0, :2] = -1

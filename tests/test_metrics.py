@@ -94,7 +94,7 @@ MAPS = arrays.arrays(np.int64, (5, 7), elements=st.integers(-1, 3))
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(MAPS, MAPS), min_size=1, max_size=3))
 def test_summary_equals_its_definition(images):
-    """Brute force over all pixels; images counted separately and merged give the same."""
+    """Compare with brute force over all pixels; metrics of single images can be merged."""
     whole, parts = SegmentationMetric(4), []
     for pred, label in images:
         pred = np.maximum(pred, 0)

@@ -1,4 +1,4 @@
-"""Encoders, decoders and the network built from them."""
+"""Encoders, decoders, and networks built from them."""
 
 import random
 from functools import lru_cache
@@ -26,9 +26,8 @@ def network(encoder, decoder, norm="sync"):
 
 
 def is_long(encoder, decoder):
-    return encoder not in ("mobilenetv2dilated", "resnet18dilated", "hrnetv2") and (
-        decoder != "c1_deepsup" or encoder == "vgg19_dilated8"
-    )
+    every_decoder = "mobilenetv2dilated", "resnet18dilated", "hrnetv2"
+    return "vgg" in encoder or (encoder not in every_decoder and decoder != "c1_deepsup")
 
 
 PAIRS = [pytest.param(e, d, marks=[pytest.mark.long] * is_long(e, d)) for e in ENCODERS for d in DECODERS]

@@ -14,8 +14,8 @@ from mit_semseg.models.weights import LEGACY_SUFFIXES
 
 MODELS, V1 = golden("golden_models"), golden("golden_v1")
 KEYS, KEYS_V1 = golden("state_dict_keys"), golden("state_dict_keys_v1")
-DTYPES = ((torch.float32, 1e-4), (torch.float64, 1e-8))  # with relative tolerance
-OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # names in version 1.0 -> names today
+DTYPES = ((torch.float32, 1e-4), (torch.float64, 1e-8))  # (dtype, relative tolerance)
+OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # name in version 1.0 -> present name
 
 
 def encoder_of(name):
@@ -97,7 +97,7 @@ def test_keys_and_features_of_version_1(name):
 
 @pytest.mark.parametrize("name", vgg_is_long(V1["pairs"]))
 def test_outputs_of_version_1(name):
-    """With aligned corners, as published, and without."""
+    """The published decoders align corners; outputs without alignment are known too."""
     pair, (encoder_name, decoder_name) = V1["pairs"][name], name.split("+")
     gain = V1["encoders"][encoder_name]["gains"][1]
     decoder = fill(empty(ModelBuilder.build_decoder, decoder_name, fc_dim=pair["fc_dim"]), gain).eval()

@@ -1,4 +1,4 @@
-"""PSPNet and DeepLabV3 of the Cityscapes toolbox: outputs from its checkpoints equal its own."""
+"""PSPNet and DeepLabV3 of the Cityscapes toolbox: outputs equal those of the toolbox for the same checkpoint."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ INPLACE = ({"norm_layer": partial(InPlaceABNSync, activation="none")}, {"norm_la
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request, tmp_path_factory):
-    """Name and checkpoint file in the format of the toolbox: one state dict, without `num_batches_tracked`."""
+    """Return name and checkpoint file in the format of the toolbox: one state dict, without `num_batches_tracked`."""
     entries = {key: shape for key, shape in KEYS[request.param] if not key.endswith("num_batches_tracked")}
     state = {key: torch.from_numpy(fill_value(key, shape, 0.7)) for key, shape in entries.items()}
     path = tmp_path_factory.mktemp("toolbox") / f"{request.param}.pth"

@@ -1,4 +1,4 @@
-"""Several devices and ranks give the results of one."""
+"""Training and evaluation on several devices or ranks equal those on one device."""
 
 import json
 import os
@@ -81,7 +81,7 @@ REPLICAS, ACCUMULATED = {"world": World(devices=[CPU] * 2)}, {"accumulate": 2}
         (False, {"one": (4, {}), "replicas": (2, REPLICAS), "ranks": (2, {})}),
         (False, {"one": (4, ACCUMULATED), "replicas": (2, REPLICAS | ACCUMULATED), "ranks": (2, ACCUMULATED)}),
         (False, {"one": (4, {}), "again": (4, {"checkpointing": True}), "ranks": (2, {"checkpointing": True})}),
-        # Statistics are those of one micro-batch, so accumulation equals a larger batch with frozen norms only.
+        # Accumulation equals a larger batch only with frozen norms, because statistics are those of one micro-batch.
         (True, {"one": (4, {}), "steps": (2, ACCUMULATED), "replicas": (2, REPLICAS), "ranks": (1, ACCUMULATED)}),
     ],
     ids=["step", "accumulation", "checkpointing", "frozen"],
@@ -131,7 +131,7 @@ def by_ranks(name, *arguments):
 
 @pytest.fixture(scope="module")
 def jobs(root, tmp_path_factory):
-    """The same run on two replicas of one process and on two ranks."""
+    """Train with the same options on two replicas of one process and on two ranks; return folder and output."""
     folder = tmp_path_factory.mktemp("jobs")
     replicas, ranks = (changes_for(root, folder / name, TRAIN__epoch_iters=2) for name in ("replicas", "ranks"))
     script("train.py", {**replicas, "--gpu": "cpu,cpu"}, env=ENV)
@@ -207,7 +207,7 @@ def test_work_is_sharded_over_worker_processes(monkeypatch):
 
 
 def test_shards_of_a_rank_share_the_cores_of_its_machine(monkeypatch):
-    """Of 16 ranks on two machines, eight share 64 cores."""
+    """Two machines with 64 cores run 16 ranks, so eight ranks share 64 cores."""
     monkeypatch.setattr(World, "gather", lambda self, value, doing: [value])
     (shard,) = run_sharded(lambda shard, report: shard, World(9, 16, 1, 8), 100, (), print)
     assert shard == Shard(CPU, 9, 16, 8)
@@ -233,7 +233,7 @@ def test_every_rank_gets_its_own_device(monkeypatch):
 
 
 def test_rank_uses_the_gpu_that_its_launcher_assigned(monkeypatch):
-    """One visible GPU for each of eight ranks, as with `srun --gpus-per-task=1`, but not with torchrun."""
+    """`srun --gpus-per-task=1` makes one GPU visible to each of eight ranks; torchrun does not."""
     for name, value in rank_environment(5, 8, 1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

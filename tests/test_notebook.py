@@ -1,4 +1,4 @@
-"""Test of the notebook."""
+"""The notebook runs."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from test_segmenter import write_weights
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "DemoSegmenter.ipynb"
 NAME = "ade20k-resnet50dilated-ppm_deepsup"
-SMALL = "ade20k-resnet18dilated-c1_deepsup"  # replaces it, to save time
+SMALL = "ade20k-resnet18dilated-c1_deepsup"  # replaces NAME, to save time
 
 
 @pytest.mark.long

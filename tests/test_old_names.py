@@ -1,4 +1,4 @@
-"""Names of version 2 that programs import, used as they use them."""
+"""Names from version 2 that other programs import, used as in those programs."""
 
 import importlib
 from types import SimpleNamespace

@@ -135,7 +135,7 @@ CHANGES_WEIGHTS = {
 }
 
 
-# Options that change the trained weights together with others: the other options, and two values.
+# Options that change the trained weights only together with others: (the other options, two values).
 CHANGES_WEIGHTS_WITH_OTHERS = {
     "DATASET.cat_max_ratio": ({"DATASET.crop_size": 24}, (1, 0.5)),
     "TRAIN.ohem_threshold": ({"TRAIN.loss": "ohem", "TRAIN.ohem_min_kept": 1}, (0.2, 1)),
@@ -322,7 +322,7 @@ def test_option_train_disp_iter(run):
 
 
 def test_option_train_deterministic(run, baseline, monkeypatch):
-    """On the CPU the weights are the same; an operation without a deterministic implementation is named."""
+    """The weights on the CPU are the same; an operation without a deterministic implementation is an error."""
     enabled, loss = [], MaskedNLLLoss.of_logits
 
     def record(*args):
@@ -417,7 +417,7 @@ def test_option_train_tensorboard(run):
 
 @pytest.fixture
 def batch_sizes(monkeypatch):
-    """Return a list of the batch sizes that test.py and eval.py use."""
+    """Record the batch sizes that test.py and eval.py use; return the list."""
     sizes = []
     for module in (evaluator, segmenter):
 

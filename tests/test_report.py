@@ -1,4 +1,4 @@
-"""Tests of the HTML report of an evaluation."""
+"""The HTML report of an evaluation."""
 
 import re
 from dataclasses import replace

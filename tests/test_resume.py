@@ -1,4 +1,4 @@
-"""Checkpoints: files of a run, resuming bit for bit, signals, the lock of the folder."""
+"""Checkpoints: files of a run, bit-identical resuming, signals, and the lock of the folder."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_files_of_a_run(root, tmp_path):
 
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
-    """The run fails while it loads the batch after `stop` steps, and is started again."""
+    """The run fails when it loads the batch after `stop` steps, and is started again."""
 
     class Failing(TrainDataset):
         def __getitem__(self, index):
@@ -50,7 +50,7 @@ def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
     dataset = Failing(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "cut", training=training, val_dataset=val, dataset=dataset)
-    # Before the first checkpoint the run starts from scratch; later, initial weights do not matter.
+    # Without a checkpoint the run starts from scratch; with one, initial weights do not matter.
     seed = 0 if stop < training["checkpoint_iters"] else 9
     resumed, got = run(root, tmp_path / "cut", seed=seed, training=training, val_dataset=val, resume="auto")
     assert same(got, expected)
@@ -134,7 +134,7 @@ def test_temporary_files_of_an_interrupted_run_are_removed(root, tmp_path):
 
 
 def test_second_run_in_a_folder_is_refused(root, tmp_path):
-    """Also if both start at the same time; after a kill the folder is free again."""
+    """The runs start at the same time; when the running one is killed, another run can start."""
     options = small(root, tmp_path / "run", TRAIN__num_epoch=1000, TRAIN__workers=1, TRAIN__resume="auto")
     jobs = [Job("train.py", options) for _ in range(2)]
     deadline = time.monotonic() + 120
@@ -239,7 +239,7 @@ def test_signal_saves_the_last_step_and_resume_is_bit_identical(root, tmp_path, 
     options = small(root, tmp_path / "run", **SIGNAL_OPTIONS)
     job = Job("train.py", options)
     job.until("epoch 1, step 3/14")
-    os.killpg(job.pid, number)  # as a terminal does; the DataLoader worker must not react
+    os.killpg(job.pid, number)  # a terminal signals all processes; the DataLoader worker must not react
     done = job.end(60, code)
     assert done.stdout.count(f"{signal.Signals(number).name}: stopping") == 1
     assert "TRAIN.resume auto" in done.stderr

@@ -1,4 +1,4 @@
-"""The scripts: from lists and folders to checkpoints, scores and label maps."""
+"""The scripts: from lists and folders to checkpoints, metrics and label maps."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_eval_prints_and_writes_the_same_scores(trained):
 
 
 def test_number_of_workers_does_not_change_the_scores(trained):
-    """Three images on one and four processes."""
+    """Evaluate three images in one process and in four."""
     path = Path(trained["DIR"]) / "result" / "results.json"
 
     def scores():
@@ -59,7 +59,7 @@ def test_number_of_workers_does_not_change_the_scores(trained):
 def test_failed_or_killed_worker_ends_the_evaluation(trained):
     options = {**trained, "--gpu": "cpu,cpu"}
     assert "epoch_9.pth" in here("eval_multipro.py", {**options, "VAL.checkpoint": "epoch_9.pth"}, code=2).stderr
-    # A worker that is killed while it starts: the spawned interpreter imports this module first.
+    # The worker is killed when it starts, because its interpreter first imports sitecustomize.py.
     folder = Path(trained["DIR"]) / "killer"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(
@@ -70,7 +70,7 @@ def test_failed_or_killed_worker_ends_the_evaluation(trained):
 
 
 def test_evaluation_equals_brute_force(tmp_path):
-    """Mean over scales of the softmax at image resolution, arg-max, counted pixel by pixel."""
+    """Average the softmax at image resolution over the scales, take the arg-max, and count the pixels."""
     write_pairs(tmp_path, [(50, 40), (40, 56)], seed=3)
     dataset, module = ValDataset(tmp_path, ".", options()), tiny_module().eval()
     predictor = Predictor(module)
@@ -176,7 +176,7 @@ def test_file_names_that_are_not_valid_text(trained, tmp_path):
 
 @pytest.mark.parametrize(("imgs", "message"), [("nowhere.jpg", "nowhere.jpg"), ("*.x", "*.x"), (".", "z.png")])
 def test_wrong_input_gives_one_sentence(trained, photos, imgs, message):
-    """A missing file, an empty glob, and a file that a result would overwrite."""
+    """The input is a missing file, an empty glob, or a file that an output would overwrite."""
     (photos / "z.png").write_bytes((photos / "b.PNG").read_bytes())
     errors = segment(trained, photos, photos if imgs == "." else photos / imgs, code=2).stderr
     assert errors.startswith("error: ")

@@ -1,4 +1,4 @@
-"""Tests of `Segmenter`: image inputs, results, devices, published networks."""
+"""`Segmenter`: image inputs, results, devices, published networks."""
 
 import io
 import json

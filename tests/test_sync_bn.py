@@ -43,7 +43,7 @@ def norm_pair(dimensions=2, channels=3, *, eps=1e-14, clamp_variance=True, **opt
 
 
 def outputs_and_gradients(norm, chunks, factors):
-    """Outputs and gradients of sum(output * factor): one chunk per CPU replica; a plain norm takes the whole batch."""
+    """Return outputs and gradients of sum(output * factor); a plain norm gets the chunks as one batch."""
     norm.zero_grad()
     chunks = [c.detach().clone(memory_format=torch.preserve_format).requires_grad_() for c in chunks]
     if isinstance(norm, SYNCHRONIZED):
@@ -96,7 +96,7 @@ def test_channels_last_is_preserved():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_have_float32_statistics(dtype):
-    """Mean 60 and standard deviation 1: 16-bit statistics would have no correct digit."""
+    """For mean 60 and standard deviation 1, 16-bit statistics would have no correct digit."""
     synchronized, plain = norm_pair(eps=1e-5)
     synchronized.float()
     chunks = [(torch.randn(4, 3, 16, 16) + 60).to(dtype) for _ in range(2)]
@@ -124,7 +124,7 @@ def test_replicas_inherit_autocast_and_gradient_mode():
 
 
 def test_variance_is_accurate_and_not_negative_for_large_means():
-    """The mean is not a float32 number; the first channel is constant."""
+    """float32 cannot represent the mean exactly; the first channel is constant."""
     x = torch.full((8, 2, 16, 16), 7e4 + 1 / 3, dtype=torch.float64)
     x[:, 1] += torch.randn(8, 16, 16)
     norm = SynchronizedBatchNorm2d(2, clamp_variance=False)
@@ -136,7 +136,7 @@ def test_variance_is_accurate_and_not_negative_for_large_means():
 
 @pytest.mark.parametrize("case", golden("golden_syncbn")["cases"], ids=lambda c: c["name"])
 def test_golden_vectors(case):
-    """Outputs and gradients of the published layer, running statistics of plain batch norm."""
+    """Outputs and gradients equal those of the published layer, running statistics those of plain batch norm."""
     dtype = {"torch.float64": torch.float64, "torch.float32": torch.float32}[case["dtype"]]
     shape, rng = case["shape"], np.random.default_rng(11)
     norm = SynchronizedBatchNorm2d(shape[1], eps=case["eps"], momentum=case["momentum"])
@@ -145,7 +145,7 @@ def test_golden_vectors(case):
         norm.bias.copy_(torch.from_numpy(rng.normal(0, 0.1, shape[1])))
     norm.to(dtype)
     scale, shift = (np.array(case[name]).reshape(1, -1, 1, 1) for name in ("scale", "shift"))
-    # With large means the published layer suffers from cancellation in float32: skip its output.
+    # For large means, cancellation makes the outputs of the published layer wrong in float32, so they are skipped.
     cancelled = case["name"].startswith("big_mean")
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     for number, step in enumerate(case["steps"]):
@@ -233,7 +233,7 @@ def test_failed_replica_stops_the_others(fault, error, message):
 
 
 def _pair_and_chunks(count, shift, options):
-    """Equal norms, inputs and factors on all ranks."""
+    """Return norms, inputs and factors, which are equal on all ranks."""
     torch.manual_seed(0)
     pair = norm_pair(**options)
     chunks = [torch.randn(2 + i, 3, 4, 5, dtype=torch.float64) + shift for i in range(count)]

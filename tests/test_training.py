@@ -89,7 +89,7 @@ def test_frozen_batch_norm_stays_frozen_in_train_mode_and_dropout_active():
 
 @pytest.mark.parametrize("weight", [None, (1.0, 10.0, 0.5)])
 def test_accumulated_batches_equal_one_large_batch(tmp_path, weight):
-    """With frozen norms, also if the classes have weights and the batches contain different classes."""
+    """The norms are frozen. Classes may have weights, and the two batches contain different classes."""
     labels = [torch.randint(-1, classes, (2, 4, 4)) for classes in (1, 3)]
     batches = [{"img_data": torch.randn(2, 3, 32, 32), "seg_label": label} for label in labels]
     whole = [{key: torch.cat([b[key] for b in batches]) for key in batches[0]}]
@@ -125,7 +125,7 @@ class Poisoned(TrainDataset):
 
 
 def test_nonfinite_loss_stops_the_run_and_names_images_and_checkpoint(root, tmp_path):
-    """At the next log line; the step is not applied, and nothing is saved after it."""
+    """The run stops at the next log line. The step is not applied, and no later checkpoint is saved."""
     dataset = Poisoned(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(TrainingStopped) as error:
         run(root, tmp_path, dataset=dataset, training={"epoch_iters": 5, "disp_iter": 4, "checkpoint_iters": 0})
@@ -177,7 +177,7 @@ def test_encoder_with_learning_rate_0_keeps_weights_and_statistics(root, tmp_pat
 
 @pytest.mark.parametrize(("devices", "steps"), [("cpu", 2), ("cpu,cpu", 1)])
 def test_epoch_iters_0_is_one_pass_over_the_images(root, tmp_path, devices, steps):
-    """Four images in batches of three per device."""
+    """In batches of three, four images are two steps on one device, and one step on two devices."""
     changes = {"--gpu": devices, "TRAIN.epoch_iters": 0, "TRAIN.batch_size_per_gpu": 3}
     done = here("train.py", small(root, tmp_path, **changes))
     assert f"epoch 2, step {steps}/{steps}, " in done.stdout
@@ -194,7 +194,7 @@ def test_terminal_shows_changed_options_and_log_file_all(root, tmp_path):
 
 
 def test_labels_of_a_single_class_give_a_warning(tmp_path):
-    """Binary labels with 0 for the background: the default table ignores 0 and has one class."""
+    """For labels 0 (background) and 1, the default class table ignores 0, so that one class is left."""
     root = write_data_set(tmp_path / "data")
     for path in root.glob("*/annotations/*.png"):
         Image.fromarray((np.array(Image.open(path)) > 1).astype(np.uint8)).save(path)

@@ -1,4 +1,4 @@
-"""Tests of video segmentation: frame count, size and duration are kept; wrong headers, errors, interruption."""
+"""Video segmentation: frame count, size and duration are kept; wrong headers, errors, interruption."""
 
 import signal
 import time
@@ -59,7 +59,9 @@ def test_video_has_the_frames_size_and_rate_of_its_source(clip, folder, segmente
     assert rate == pytest.approx(RATE)
     for frame, original in zip(frames, source, strict=True):
         expected = np.asarray(segmenter(cv2.cvtColor(original, cv2.COLOR_BGR2RGB)).overlay(0.5, legend=False))
-        assert np.abs(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(int) - expected).mean() < 12  # compression
+        assert (
+            np.abs(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(int) - expected).mean() < 12
+        )  # error of the compression
 
 
 @pytest.mark.parametrize(
@@ -80,7 +82,7 @@ def test_signal_keeps_the_frames_so_far(folder, tmp_path, number, code):  # noqa
 
 
 class PatchedCapture:
-    """The clip as `cv2.VideoCapture`, with other properties."""
+    """A `cv2.VideoCapture` of the clip with changed properties."""
 
     def __init__(self, source, clip, properties):
         path = str(clip) if source in (3, str(clip)) else source
@@ -124,7 +126,7 @@ def test_duration_is_kept_for_wrong_headers_and_variable_rates(
     [((81, 61), 25, cv2.CAP_OPENCV_MJPEG), (SIZE, 119.8834, cv2.CAP_ANY), (SIZE, 1 / 7, cv2.CAP_ANY)],
 )
 def test_odd_sizes_and_unusual_rates_are_kept(segmenter, tmp_path, size, rate, backend):
-    """The source is Motion JPEG, which can have any size (with one backend) and rate; the output, MPEG-4, cannot."""
+    """Motion JPEG, the source, can have any size and rate; MPEG-4, the output, cannot."""
     frame = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     path = write_clip(tmp_path / "source.avi", [frame] * 3, rate, "MJPG", backend)
     segment_video(segmenter, str(path), tmp_path / "out.mp4")

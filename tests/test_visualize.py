@@ -1,4 +1,4 @@
-"""Tests of rendered images and of the file names of results."""
+"""Rendered images and file names of results."""
 
 import hypothesis
 import numpy as np
@@ -29,7 +29,7 @@ def test_extension_is_kept_only_if_needed(names, stems):
 
 @hypothesis.given(st.lists(IMAGE_NAME, unique=True, max_size=12))
 def test_results_never_share_a_file_name(names):
-    """Also on file systems that ignore case."""
+    """File names also differ on file systems that ignore case."""
     stems = unique_stems(names)
     files = [f"{stem}{suffix}".casefold() for stem in stems.values() for suffix in SUFFIXES]
     assert len(set(files)) == len(files)

@@ -8,7 +8,6 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..dataset.classes import ONE_CLASS_WARNING
 from ..evaluation.evaluator import Evaluation, ImageScore
 from ..lib.utils import UTF8, atomic_write
 from .plots import log_plot_errors, save_confusion
@@ -94,7 +93,7 @@ def _metrics(evaluation: Evaluation) -> str:
         "images per second": f"{evaluation.images_per_second:.2f}",
     }
     pairs = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items())
-    warning = f"<p>{escape(ONE_CLASS_WARNING.format(evaluation.only_class))}</p>" if evaluation.only_class else ""
+    warning = f"<p>{escape(evaluation.warning)}</p>" if evaluation.warning else ""
     html = f"<dl>{pairs}</dl>{warning}"
     if evaluation.skipped:
         lines = "".join(f"<li>{escape(message)}</li>" for message in evaluation.skipped)

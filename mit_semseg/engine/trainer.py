@@ -394,8 +394,8 @@ class Trainer:
             accuracy * 100,
             f", {len(evaluation.skipped)} images skipped" if evaluation.skipped else "",
         )
-        if evaluation.only_class:
-            logger.warning(ONE_CLASS_WARNING.format(evaluation.only_class))
+        if evaluation.warning:
+            logger.warning(evaluation.warning)
         for key, value in (("epoch", self.epoch), ("mean_iou", iou), ("acc", accuracy)):
             self.history["val"][key].append(value)
         if iou > self.best_iou:
@@ -419,4 +419,8 @@ class Trainer:
         for messages in self.world.gather(list(self.skipped), "waiting for rank 0 to save"):
             self.skipped |= dict.fromkeys(messages)
         if self.skipped:
-            logger.warning("%d unusable images or list entries skipped in this run:\n  %s", len(self.skipped), "\n  ".join(self.skipped))
+            logger.warning(
+                "%d unusable images or list entries skipped in this run:\n  %s",
+                len(self.skipped),
+                "\n  ".join(self.skipped),
+            )

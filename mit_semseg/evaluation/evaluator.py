@@ -95,10 +95,12 @@ class Evaluation:
         return cls(total, images, seconds, shards[0].table, scores, skipped)
 
     @property
-    def only_class(self) -> str:
-        """Name of the class if all labelled pixels belong to one, else ''."""
+    def warning(self) -> str:
+        """Reason why the metrics are meaningless, or ''."""
         present = np.flatnonzero(self.summary.present)
-        return self.table.names[present[0]] if len(present) == 1 else ""
+        if not len(present):
+            return "no pixel is labelled, so the metrics are meaningless."
+        return ONE_CLASS_WARNING.format(self.table.names[present[0]]) if len(present) == 1 else ""
 
     @property
     def images_per_second(self) -> float:
@@ -143,10 +145,8 @@ class Evaluation:
             f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
             f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
         ]
-        if not s.pixels:
-            lines.append("Warning: no pixel is labelled, so the metrics are meaningless.")
-        if self.only_class:
-            lines.append(f"Warning: {ONE_CLASS_WARNING.format(self.only_class)}")
+        if self.warning:
+            lines.append(f"Warning: {self.warning}")
         if self.skipped:
             lines += [f"{len(self.skipped)} images skipped, not included in the metrics:"]
             lines += [f"  {message}" for message in self.skipped]

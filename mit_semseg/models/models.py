@@ -9,7 +9,7 @@ from . import decoders
 from .builder import ModelBuilder as ModelBuilder
 from .encoders.mobilenet import TAPS, MobileNetV2
 from .encoders.resnet import ResNet
-from .layers import check_output_stride, dilation_of_stage
+from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
 from .segmentation import SegmentationModule as SegmentationModule
 from .segmentation import SegmentationModuleBase as SegmentationModuleBase
 
@@ -71,7 +71,8 @@ class C1DeepSup(C1):
 class PPM(decoders.PPM):
     """`decoders.PPM` with the version 2 signature: `fc_dim` is the number of channels of the last feature map."""
 
-    def __init__(self, num_class: int = 150, fc_dim: int = 4096, use_softmax: bool = False, *, deepsup: bool = False):
+    def __init__(self, num_class=150, fc_dim=4096, use_softmax=False, pool_scales=POOL_SCALES, *, deepsup=False):
+        _check(pool_scales)
         super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=deepsup)
 
 
@@ -84,6 +85,14 @@ class PPMDeepsup(PPM):
 class UPerNet(decoders.UPerNet):
     """`decoders.UPerNet` with the version 2 signature: the feature maps have (*fpn_inplanes[:-1], fc_dim) channels."""
 
-    def __init__(self, num_class=150, fc_dim=2048, use_softmax=False, *, fpn_inplanes=CHANNELS, fpn_dim=256):
+    def __init__(
+        self, num_class=150, fc_dim=2048, use_softmax=False, pool_scales=POOL_SCALES, fpn_inplanes=CHANNELS, fpn_dim=256
+    ):
+        _check(pool_scales)
         self.fpn_dim = fpn_dim  # read by `make_layers`
         super().__init__((*fpn_inplanes[:-1], fc_dim), num_class, use_softmax=use_softmax)
+
+
+def _check(pool_scales: Sequence[int]) -> None:
+    if tuple(pool_scales) != POOL_SCALES:
+        raise ValueError(f"pool_scales {tuple(pool_scales)} are not supported; use {POOL_SCALES}")

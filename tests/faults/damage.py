@@ -1,4 +1,4 @@
-"""Write datasets with one file of every kind of damage, and of every unusual but valid kind."""
+"""Write datasets with one file for every kind of damage, and for every unusual but valid format."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ SIZE = (48, 40)
 
 
 def _gray_png(width: int, height: int, data: bytes) -> bytes:
-    """Return a PNG whose header has the given size, whatever its data."""
+    """Return a PNG whose header gives this size, even if the data has another size."""
     content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")):
@@ -20,7 +20,7 @@ def _gray_png(width: int, height: int, data: bytes) -> bytes:
 
 
 class DatasetWriter:
-    """Writes images and labels of three classes to a folder below `root`, and collects the lines of their list."""
+    """Writes images and labels of three classes to a subfolder of `root`, and collects the lines of their list."""
 
     def __init__(self, root, name: str):
         self.name, self.rng, self.lines = name, np.random.default_rng(0), []
@@ -55,7 +55,7 @@ class DatasetWriter:
 
 
 def write_unusable(root) -> list[str]:
-    """Write pairs that cannot be used to `unusable.odgt`. Return the file name or line number in the error of each."""
+    """Write unusable pairs and `unusable.odgt`. Return what the error of each names: a file or a line."""
     writer = DatasetWriter(root, "broken")
     images, labels = writer.folder / "images", writer.folder / "labels"
     writer.add("truncated.jpg", size=(200, 160))
@@ -95,7 +95,7 @@ def write_unusable(root) -> list[str]:
 
 
 def write_unusual(root) -> list[str]:
-    """Write pairs that are unusual but valid to `unusual.odgt`. Return the image paths."""
+    """Write unusual but valid pairs and `unusual.odgt`. Return the image paths."""
     writer = DatasetWriter(root, "odd")
     images = writer.folder / "images"
     writer.add("one_pixel.png", size=(1, 1))
@@ -112,7 +112,7 @@ def write_unusual(root) -> list[str]:
     writer.add(f"{'n' * 200}.png")
     writer.add("checksum_of_data.png")
     content = bytearray((images / "checksum_of_data.png").read_bytes())
-    content[-13] ^= 1  # checksum of the pixels, which are intact
+    content[-13] ^= 1  # wrong checksum; the pixels are intact
     (images / "checksum_of_data.png").write_bytes(bytes(content))
     for name, folder in (("absolute.png", str(images)), ("above.png", "odd/../odd/images")):
         writer.add(name)

@@ -1,4 +1,4 @@
-"""Damaged datasets: every unusable file stops the run with its name, or is skipped and reported."""
+"""Damaged datasets: an unusable file stops the run with an error that names it, or is skipped and reported."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from mit_semseg.dataset.records import add_sizes, load_records
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Folder with valid images (train, val) and the lists unusable.odgt, unusual.odgt and mixed.odgt (both)."""
+    """Write valid images (train, val) and the lists unusable.odgt, unusual.odgt and mixed.odgt (both)."""
     folder = write_data_set(tmp_path_factory.mktemp("data"))
     unusable, unusual = write_unusable(folder), write_unusual(folder)
     lists = [folder / f"{name}.odgt" for name in ("unusable", "unusual")]

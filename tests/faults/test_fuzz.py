@@ -1,4 +1,4 @@
-"""Random and malicious inputs are read, or raise an error with a message; they do nothing else.
+"""Random and malicious inputs are read, or refused with an error; no code in them is executed.
 
 `FUZZ=20 pytest tests/faults/test_fuzz.py` tries twenty times as many examples.
 """
@@ -64,7 +64,7 @@ def test_yaml_files_load_or_raise_user_errors(tmp_path, text):
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Replace, delete or insert bytes, mostly near the start, where headers are; then perhaps truncate the content."""
+    """Replace, delete or insert bytes, mostly in headers, and sometimes truncate the content."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         position = (

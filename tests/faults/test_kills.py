@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: resumed runs give the result of an undisturbed run bit for bit.
+"""SIGKILL at random moments: resumed runs give the weights of an uninterrupted run bit for bit.
 
 `KILLS=30 pytest -s -m long tests/faults/test_kills.py` kills more often than `pytest -m long`.
 """
@@ -52,7 +52,7 @@ class TwoRanks(OneRank):
 
 
 class Torchrun:
-    """Two ranks of torchrun; one of them is killed, or torchrun with all its processes."""
+    """A job of two ranks under torchrun; one rank is killed, or torchrun with all its processes."""
 
     def __init__(self, options):
         command = [*TORCHRUN, *words(ROOT / "train.py", options)]
@@ -85,7 +85,7 @@ class Torchrun:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [OneRank, TwoRanks, Torchrun])
 def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind):
-    """At uniformly random moments: during start, training, saving and validation."""
+    """The moments are uniformly random: during start, training, saving and validation."""
     write_data_set(tmp_path)
     changes = {"TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2, "TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
     changes |= {"TRAIN.resume": "auto", "MODEL.norm": "batch", "RUNTIME.timeout": 60}
@@ -106,7 +106,7 @@ def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind)
             job.kill_one(rng)
             kills += 1
             if job.end():
-                break  # it had just ended
+                break  # it ended before the kill
             for path in folder.glob("*.pth"):
                 torch.load(path, weights_only=True)  # not truncated
             state = RunFolder(folder).resume

@@ -42,7 +42,7 @@ except Exception as error:
         # PyTorch does not always name the signal.
         (signal.SIGBUS, 2, 0, "shared memory.*--shm-size"),
         (signal.SIGKILL, 2, 0, "killed.*out of memory"),
-        (signal.SIGKILL, 2, 5, "killed.*out of memory"),  # while the main process uses a batch
+        (signal.SIGKILL, 2, 5, "killed.*out of memory"),  # the worker is killed while the main process uses a batch
         (signal.SIGSTOP, 0, 0, "hangs.*2 seconds"),
     ],
 )

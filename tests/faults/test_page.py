@@ -1,4 +1,4 @@
-"""Tests of the web page on a public host: it stays available, within its memory, and gives no access to files."""
+"""The web page on a public host stays available, uses limited memory, and gives no access to files."""
 
 import http.client
 import io
@@ -125,7 +125,7 @@ def test_large_uploads_are_refused_without_using_memory(server):
 
 
 def test_server_survives_invalid_requests(server):
-    """Random bytes, invalid bodies, values of other types."""
+    """The requests are random bytes, invalid bodies, and values of other types."""
     rng = random.Random(0)
     starts = b"", b"GET / HTTP/1.1\r\n", b"POST /gradio_api/queue/join HTTP/1.1\r\nContent-Length: 9\r\n\r\n"
     routes = "upload", "queue/join", "queue/data", "run/predict", "call/work", "file=", "proxy=x", "reset"
