@@ -14,7 +14,7 @@ from ..build import auto_device, build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
 from ..dataset.classes import class_table_from_options
-from ..dataset.loader import images_to_device
+from ..dataset.transforms import normalize_batch
 from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, read_items
 from ..evaluation.label_map import label_map_from_logits
@@ -97,7 +97,8 @@ class Segmenter:
 
     def _preprocess(self, image: Image.Image) -> dict:
         item = self._dataset.multi_scale(image)
-        return {"img_ori": item["img_ori"].numpy(), "img_data": images_to_device(item, self.device)}
+        scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
+        return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
 
     def _result(self, name: str, pixels: np.ndarray, label_map: np.ndarray) -> Result:
         return Result(name, pixels, label_map, self.table, self._top_classes)

@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replicas import ReplicaGroup
-from .sync_stats import SyncBatchNormFunction, SyncStatistics, world_size
+from .sync_stats import SyncBatchNormFunction, SyncStatistics
 
 _thread_state = threading.local()
 
@@ -78,7 +79,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.synchronized and self.replicas is not None
 
     def _syncs_ranks(self) -> bool:
-        return self.training and self.synchronized and world_size() > 1
+        distributed = dist.is_available() and dist.is_initialized()
+        return self.training and self.synchronized and distributed and dist.get_world_size() > 1
 
     def _updates_running_stats(self) -> bool:
         recomputing = getattr(_thread_state, "recomputing", False)

@@ -23,11 +23,6 @@ class ProcessGroupError(UserError, RuntimeError):
     """Communication failed because another rank ended or timed out."""
 
 
-def world_size() -> int:
-    """Return the number of ranks; 1 without a process group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 @dataclass
 class SyncStatistics:
     """Statistics of one layer in one forward pass, merged over replicas and ranks: (C,) float64 tensors."""
@@ -39,7 +34,8 @@ class SyncStatistics:
 
     def merge(self, inputs: Sequence[Tensor]) -> None:
         """Compute the statistics over all replicas and ranks, on the first replica's device."""
-        self.world_size = 1 if self.local else world_size()
+        distributed = not self.local and dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size() if distributed else 1
         rows = torch.stack([_moments(x).to(inputs[0].device) for x in inputs])
         if self.world_size > 1:
             gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
