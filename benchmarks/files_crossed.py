@@ -44,7 +44,7 @@ def files_of(call: Callable[[], object]) -> list[str]:
 
 
 def measure(folder: Path) -> dict[str, list[str]]:
-    """Return the executed files of every call."""
+    """Return the source files whose code every call executes."""
     write_dataset(folder / "data", train=8, val=2)
     changes = ["DATASET.root_dataset", folder / "data", "DATASET.classes", folder / "data/classes.csv", "DIR", folder]
     changes += ["TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1, "TRAIN.eval_epoch", 0]

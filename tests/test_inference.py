@@ -122,7 +122,7 @@ def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("decoder", ["c1", "psp_bilinear"])
 def test_label_map_has_the_largest_probability(decoder, flip):
-    """One decoder aligns corners; images have one or three scales."""
+    """With and without `align_corners`, at one and at three scales."""
     module = tiny_module()
     module.decoder = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=(8, 16))
     torch.nn.init.normal_(module.decoder.conv_last.weight if decoder == "c1" else module.decoder.conv_last[-1].weight)

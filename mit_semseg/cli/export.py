@@ -64,7 +64,10 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
         exported = (_write_onnx if kind == "onnx" else _write_program)(network, partial, metadata)
         difference = compare(network, exported)
         if difference > TOLERANCE:
-            raise ExportError(f"{path}: outputs of the {kind} file differ by {difference:.1e}; the file was deleted")
+            raise ExportError(
+                f"{path}: outputs of the {kind} file and of the network differ by {difference:.1e}, but at most "
+                f"{TOLERANCE:.0e} is allowed; the file was deleted. Try another PyTorch version"
+            )
     return difference
 
 

@@ -49,7 +49,7 @@ def setup_logger(
     Args:
         distributed_rank: rank of this process. Ranks above 0 log only warnings and errors, with their rank.
         filename: path of the log file, None for no file.
-        level: log level of the terminal. The file has INFO messages in any case.
+        level: log level of the terminal. The file always has INFO messages.
 
     Returns:
         The logger of the package.

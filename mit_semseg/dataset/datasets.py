@@ -24,7 +24,7 @@ from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up,
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 100  # tried for an unusable image, per orientation, with DATASET.on_error skip
+MAX_REPLACEMENTS = 100  # replacements tried for an unusable image, for landscape and for portrait images
 
 
 class ImageListDataset(Dataset):

@@ -137,7 +137,7 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 
 
 def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
-    """Return all files below a folder, sorted, with one of the extensions (".png"), in any case. Skip hidden files."""
+    """Return a sorted list of the files below a folder with one of the extensions (".png"). Skip hidden files."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -146,6 +146,6 @@ def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]
 
 
 def find_recursive(root_dir: str, ext: str = ".jpg") -> list[str]:
-    """Return all files below a folder, sorted, whose name ends with `ext` in any case."""
+    """Return a sorted list of all files below a folder whose names end with `ext` in upper or lower case."""
     files = (os.path.join(parent, name) for parent, _, names in os.walk(root_dir) for name in names)
     return sorted(file for file in files if file.lower().endswith(ext.lower()))

@@ -68,7 +68,7 @@ def iterate(loader: DataLoader) -> Iterator:
             raise LoaderError(f"loading data: {reason}") from error
         raise
     finally:
-        for worker in workers:  # PyTorch sends SIGTERM, which does not end a stopped process
+        for worker in workers:  # PyTorch sends SIGTERM, which does not end a process after SIGSTOP
             with suppress(RuntimeError):  # raised by PyTorch's SIGCHLD handler
                 if worker.is_alive():
                     worker.kill()

@@ -166,7 +166,7 @@ def main() -> None:
         write_dataset(args.folder, train=args.train, val=args.val, size=args.size, seed=args.seed)
     except (OSError, UserError) as error:
         parser.error(str(error))
-    print(f"{args.train} training and {args.val} validation scenes written to {args.folder}")
+    print(f"{args.train} training and {args.val} validation images written to {args.folder}")
 
 
 if __name__ == "__main__":

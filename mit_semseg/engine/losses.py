@@ -50,8 +50,8 @@ class MaskedNLLLoss(nn.Module):
         total = -(chosen if weight is None else chosen * weight[target]).sum()
         count = self.normalizer(label)
         if self.label_smoothing:
-            # The smoothed target is multiplied by the class weights, as in PyTorch. Not a matrix product, which
-            # autocast would compute in 16 bits.
+            # The smoothed target is multiplied by the class weights, as in PyTorch. A matrix product is not used,
+            # because autocast would compute it in float16 or bfloat16.
             smooth = (log_probs if weight is None else log_probs * weight.view(-1, 1, 1)).mean(1)
             total = (1 - self.label_smoothing) * total - self.label_smoothing * (smooth * labelled).sum()
             total = total * (count > 0)  # all labelled pixels may have class weight 0

@@ -181,7 +181,7 @@ class Trainer:
                 loss = weighted_sum(weights.loss[i], loss.float())
                 # NaN for a loss that is not finite: all gradients become NaN, and the scaler skips the update.
                 finite = 1 + 0 * loss.detach()
-                # DistributedDataParallel averages gradients over the ranks; the weighted losses need their sum.
+                # DistributedDataParallel averages gradients over the ranks; the sum is `size` times the mean.
                 self.scaler.scale(loss * finite * size).backward()
             means += torch.stack([loss.detach(), weighted_sum(weights.accuracy[i], accuracy)])
         if options.clip_grad:

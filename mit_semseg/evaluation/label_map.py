@@ -100,7 +100,7 @@ def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels
     total, scores = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rows: list[dict[int, np.ndarray]] = [{} for _ in views]
     last = shape[0] - 1
-    # The first class with the largest value has the largest index counted from the end. `argmax` is much slower.
+    # `from_end` is largest for the first of several equal classes. This is much faster than `argmax`.
     from_end = np.arange(last, -1, -1, dtype=np.min_scalar_type(last))[:, None]
     for number in range(start, stop):
         for i, (view, cached) in enumerate(zip(views, rows, strict=True)):

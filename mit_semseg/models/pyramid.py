@@ -67,7 +67,7 @@ def conv_over_resized(
 
 
 def _saving(t: Tensor, size: tuple[int, int], kernel: tuple[int, int]) -> float:
-    """Return multiplications per output channel if `t` is resized first / if it is convolved first."""
+    """Return (multiplications if `t` is resized first) / (multiplications if it is convolved first)."""
     (c, a, b), (height, width), (k, m) = t.shape[1:], size, kernel
     return k * m * c * height * width / (k * m * c * a * b + height * k * a * m * b + height * width * m * b)
 

@@ -56,7 +56,7 @@ def read_checkpoint(path: str | os.PathLike):
 
 
 def _numpy_scalar_types() -> list:
-    """Return the functions and classes in pickles of NumPy scalars, which other programs save in checkpoints."""
+    """Return the functions and classes needed to unpickle NumPy scalars, which occur in checkpoints."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in "?bhilqBHILQefd"}
     names = "numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar"  # NumPy 2 and 1

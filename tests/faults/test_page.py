@@ -151,6 +151,7 @@ def test_other_files_are_not_served(server):
 def test_sigterm_stops_the_server_with_open_connections(server):
     connections = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(5)]
     threading.Timer(1, server.job.send, (15,)).start()
-    server.job.end(30, code=143)
+    done = server.job.end(30, code=None)
     for connection in connections:
         connection.close()
+    assert done.returncode == 143

@@ -145,7 +145,7 @@ _SYNCHRONIZED = {
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Convert all batch norms of a module in place to synchronized ones, and return the module.
 
-    Parameters, buffers, hooks and the divisor sqrt(var + eps) are kept.
+    Parameters, buffers and hooks are kept. The converted layers divide by sqrt(var + eps), as before.
     """
     for part in module.modules():
         if type(part) in _SYNCHRONIZED:

@@ -164,7 +164,7 @@ def channel_sums(function: Callable, tensors: Sequence[Tensor | None], vectors: 
 
 
 def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> Tensor:
-    """Apply an elementwise function of `tensors` and `vectors` to their `blocks`; return the first tensor's dtype."""
+    """Apply an elementwise function to `tensors` and `vectors`, block by block, in the dtype of the first tensor."""
     arguments = list(blocks(tensors, vectors))
     if len(arguments) == 1:
         return function(*arguments[0]).to(tensors[0].dtype)
