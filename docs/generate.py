@@ -59,10 +59,10 @@ Parameters and GFLOPs are for the feature maps of the encoder `resnet50dilated` 
 
 {configs}
 
-"Published metrics" are those of the authors, in %: mean IoU / pixel accuracy / mean of both. If there are fewer
+"Published metrics" are those of the authors, in %: mean IoU / pixel accuracy / overall score. If there are fewer
 numbers, the last ones were not published. The metrics were not measured with this repository.
 
-34.84 is probably a typing error in the published table: the published mean of both requires 32.39.
+34.84 is probably a typing error in the published table: with an overall score of 54.07, the mean IoU would be 32.39.
 
 ## Columns
 

@@ -24,7 +24,7 @@ class Option:
 
 OPTIONS: dict[str, Option] = {
     "DIR": Option("ckpt/ade20k-resnet50dilated-ppm_deepsup", "Folder for checkpoints, log and results.", path=True),
-    "DATASET.root_dataset": Option("./data/", "Folder that the paths in the lists are relative to.", path=True),
+    "DATASET.root_dataset": Option("./data/", "Base folder for the paths in the lists.", path=True),
     "DATASET.list_train": Option(
         "./data/training.odgt",
         "Training list: an .odgt file, a folder with images/ and annotations/, a Cityscapes folder such as "
@@ -35,13 +35,16 @@ OPTIONS: dict[str, Option] = {
     "DATASET.num_class": Option(150, "Number of classes.", low=1, high=32767),
     "DATASET.classes": Option(
         "",
-        "Class table: ade20k, cityscapes, pascal_voc, a CSV file (raw,name,color), or a list of names. '' with 150 "
-        "classes: ADE20K. '' with another number: label value 0 is ignored, and values 1 to num_class are the classes.",
+        "Class table: ade20k, cityscapes, pascal_voc, a CSV file (raw,name,color), or a list of names. If empty: "
+        "ADE20K for num_class 150; otherwise label value 0 is ignored, and values 1 to num_class are the classes.",
         kinds=(tuple, str),
         path=True,
     ),
     "DATASET.ignore_values": Option(
-        (), "Ignored label values. The names in classes get the other values, in ascending order.", low=0, high=65535
+        (),
+        "Ignored label values. The names in DATASET.classes are assigned to the other values in ascending order.",
+        low=0,
+        high=65535,
     ),
     "DATASET.palette_labels": Option(False, "Use the indices of palette images (PASCAL VOC) as label values."),
     "DATASET.imgSizes": Option(
@@ -55,7 +58,10 @@ OPTIONS: dict[str, Option] = {
     "DATASET.segm_downsampling_rate": Option(8, "Downsampling rate of the training labels.", low=1),
     "DATASET.random_flip": Option(True, "Flip half of the training images left to right."),
     "DATASET.random_scale": Option(
-        (), "Range of random scales for training, e.g. (0.5, 2.0). () scales to imgSizes.", low=0.01, fractions=True
+        (),
+        "Range of random scales for training, e.g. (0.5, 2.0). If empty, the short side is one of imgSizes.",
+        low=0.01,
+        fractions=True,
     ),
     "DATASET.crop_size": Option(
         0,
@@ -92,7 +98,9 @@ OPTIONS: dict[str, Option] = {
     "MODEL.weights_encoder": Option("", "File with initial encoder weights. '' uses MODEL.pretrained.", path=True),
     "MODEL.weights_decoder": Option("", "File with initial decoder weights. '' is random.", path=True),
     "MODEL.fc_dim": Option(
-        2048, "Channels of the last feature map. Taken from the encoder; another value must match the encoder.", low=1
+        2048,
+        "Channels of the last feature map. The default is read from the encoder; other values must equal it.",
+        low=1,
     ),
     "MODEL.output_stride": Option(
         0, "Output stride of the encoder; 4 only for hrnetv2. 0: default of the encoder.", choices=(0, 4, 8, 16, 32)
@@ -130,7 +138,7 @@ OPTIONS: dict[str, Option] = {
         0.7, "ohem: a pixel is hard if the probability of its class is at most this value.", low=0, high=1
     ),
     "TRAIN.ohem_min_kept": Option(
-        100000, "ohem: minimum number of hard pixels per device, counted at the image resolution.", low=1
+        100000, "ohem: minimum number of pixels that are kept per device, in pixels of the image.", low=1
     ),
     "TRAIN.fix_bn": Option(False, "Freeze statistics and parameters of all batch norms."),
     "TRAIN.workers": Option(16, "DataLoader workers, at most one per core. 0 loads in the main process.", low=0),
