@@ -262,7 +262,7 @@ def test_every_pass_uses_every_record_once(upright, batch_size, seed):
     for i in range(len(upright) * passes // batch_size - 2 * batch_size):
         assert len({upright[record] for record in order[i]}) == 1
         assert len(order[i]) == batch_size
-    # Every pass over the records of one orientation is a permutation; a batch may contain the end of one and the next.
+    # Every pass over the records of one orientation is a permutation. A batch can contain records of two passes.
     for orientation in (True, False):
         members = {i for i, u in enumerate(upright) if u == orientation}
         stream = [r for i in range(len(upright) * 2) for r in order[i] if upright[r] == orientation]

@@ -215,7 +215,7 @@ def test_bfloat16_is_close_to_float32(decoder):
     "encoder", ["mobilenetv2dilated", "resnet50_v1", "hrnetv2", pytest.param("vgg16_dilated8", marks=pytest.mark.long)]
 )
 def test_first_convolution_and_classifier_stay_in_float32(encoder):
-    """8-bit colors are finer than bfloat16."""
+    """Rounding 8-bit colors to bfloat16 would lose information."""
     network = prepare(build(encoder, "c1"), precision="bf16")
     exact, rounded = (network.logits({"img_data": x}) for x in (IMAGE, IMAGE.bfloat16().float()))
     assert not torch.equal(exact, rounded)

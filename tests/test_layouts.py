@@ -1,4 +1,4 @@
-"""Cityscapes and PASCAL VOC in their official folders: lists, labels, and the configurations from training to test."""
+"""Cityscapes and PASCAL VOC in their official folders: lists, labels, training and test.py."""
 
 import json
 

@@ -36,7 +36,7 @@ def parse_devices(input_devices: str) -> list[str]:
             names = process_range("gpu", (match[2], match[3]))
         else:
             raise NotSupportedCliException(
-                f'Can not recognize device: "{text}"; give GPU numbers such as 0, 0-3 or 0,2, or cpu'
+                f'Can not recognize device: "{text}"; give cpu, or GPU numbers such as "0", "0-3" or "0,2"'
             )
         devices += [name for name in names if name not in devices]
     return devices

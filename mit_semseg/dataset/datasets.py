@@ -31,7 +31,7 @@ class ImageListDataset(Dataset):
     """Base class for datasets over a list of images. Subclasses implement `load(record)` or override `__getitem__`.
 
     Args:
-        root_dataset: folder that the paths in the list are relative to.
+        root_dataset: base folder for the paths in the list.
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize, padding_constant, and optionally the other DATASET options.
         max_sample, start_idx, end_idx: use the first `max_sample` records, then this slice; -1 sets no limit.
@@ -260,7 +260,7 @@ class TrainDataset(LabelledDataset):
 
 
 class ValDataset(LabelledDataset):
-    """Labelled images at all scales of evaluation. Takes the arguments of `ImageListDataset`."""
+    """Labelled images, resized to every scale of evaluation. Takes the arguments of `ImageListDataset`."""
 
     def load(self, record: dict) -> dict:
         """Return the dict of `multi_scale`, and `seg_label` (1, H, W) int64 with -1 ignored."""
@@ -270,7 +270,7 @@ class ValDataset(LabelledDataset):
 
 
 class TestDataset(ImageListDataset):
-    """Images without labels at all scales of evaluation. Takes the arguments of `ImageListDataset`."""
+    """Unlabelled images, resized to every scale of evaluation. Takes the arguments of `ImageListDataset`."""
 
     __test__ = False  # not a pytest class
 

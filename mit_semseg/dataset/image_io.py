@@ -26,8 +26,8 @@ class ImageFileError(UserError, ValueError):
 def _open(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     name = name or source
     try:
-        # Not `Image.open(path)`, which memory-maps uncompressed files, with the wrong row length if a TIFF orientation
-        # swaps the sides.
+        # `Image.open(path)` would memory-map uncompressed files, with the wrong row length if the TIFF orientation
+        # swaps width and height.
         opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source)  # noqa: SIM115
     except FileNotFoundError:
         hint = "; the list has Windows paths, replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""

@@ -56,7 +56,7 @@ def _ignore_interrupts(worker_id: int) -> None:
 
 
 def iterate(loader: DataLoader) -> Iterator:
-    """Yield the batches of a loader; kill its workers at the end. Raise LoaderError if workers or resources fail."""
+    """Yield the batches of a loader; kill its workers at the end. Raise LoaderError if a worker fails."""
     workers = set()
     try:
         others = set(multiprocessing.active_children())

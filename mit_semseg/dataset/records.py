@@ -24,7 +24,7 @@ def load_records(
             - a folder that contains `images/` and `annotations/`, or a folder below `images/` with the same path below
               `annotations/`; also `leftImg8bit/` and `gtFine/` (Cityscapes);
             - records.
-        root: folder that the paths in records are relative to.
+        root: base folder for the paths in records.
         problems: list to which a message is added for every invalid line and every missing or unpaired file. If None,
             or if there is no valid record, ListError is raised instead.
     """

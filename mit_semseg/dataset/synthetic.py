@@ -99,7 +99,7 @@ class _Scene:
             self.shape("ellipse", (cx - r, y - r, cx + r, y + r), (30, 30, 30), CAR)
 
     def finish(self, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-        """Resize both to `size`, add light and noise to the image, and unlabelled borders to the label."""
+        """Resize image and label to `size`; add light and noise to the image, and unlabelled borders to the label."""
         image = self.image.resize(size, Image.Resampling.BILINEAR)
         label = self.label.resize(size, Image.Resampling.NEAREST)
         width, height = size

@@ -37,7 +37,7 @@ def round_up(x: int, multiple: int) -> int:
 
 
 def scale_for(width: int, height: int, short_side: int, max_size: int) -> float:
-    """Return the factor that scales the short side to `short_side`, or the long side to `max_size` if it is smaller."""
+    """Return the smaller of two factors: short side to `short_side`, and long side to `max_size`."""
     return min(short_side / min(height, width), max_size / max(height, width))
 
 

@@ -157,7 +157,7 @@ class RunFolder:
             )
 
     def save_weights(self, module, suffix: str) -> None:
-        """Save encoder and decoder of a `SegmentationModule`. Both are written before either replaces a file."""
+        """Save encoder and decoder of a `SegmentationModule`; existing files are replaced after both were written."""
         with (
             atomic_write(self.path("encoder", suffix)) as encoder,
             atomic_write(self.path("decoder", suffix)) as decoder,
@@ -266,7 +266,7 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
     except RuntimeError:
         raise CheckpointError(
             f"the checkpoint is from another model (saved: {_describe_model(saved)}; now: {_describe_model(options)}); "
-            f"set the MODEL and DATASET.num_class options of the checkpoint, or TRAIN.resume restart"
+            f"set the MODEL options and DATASET.num_class to the saved values, or TRAIN.resume restart"
         ) from None
     _restore_optimizer(trainer.optimizer, state)
     if state["scaler"] and state.get("amp") == trainer.options.amp:
@@ -294,7 +294,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     if sizes[0] != sizes[1] or state["optimizer_name"] != name:
         raise CheckpointError(
             f"the checkpoint is from another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
-            f"now: {name} of {sum(sizes[0])}); set TRAIN.optim and TRAIN.fix_bn of the checkpoint, or TRAIN.resume "
+            f"now: {name} of {sum(sizes[0])}); set TRAIN.optim and TRAIN.fix_bn as in the saved run, or TRAIN.resume "
             f"restart"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})

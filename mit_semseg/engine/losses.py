@@ -125,7 +125,7 @@ class LovaszLoss(nn.Module):
 
     def forward(self, log_probs: Tensor, label: Tensor) -> Tensor:
         labelled = label.flatten() != self.ignore_index
-        log_probs = at_least_float32(log_probs)  # 16-bit floats cannot count pixels
+        log_probs = at_least_float32(log_probs)  # sums over pixels need more precision than 16-bit floats have
         losses, present = [], []
         for number in range(log_probs.size(1)):  # sorting all classes at once would need C times the memory
             truth = ((label.flatten() == number) & labelled).to(log_probs)
@@ -195,8 +195,8 @@ def build_loss(
 def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
     """Return the scalar weight of a batch's loss in the mean over devices and ranks.
 
-    The weight is `loss.normalizer(label)`, with which the mean does not depend on the distribution of the images over
-    devices. For losses without this method (OHEM, Dice, Lovász) it is the number of labelled pixels.
+    The weight is `loss.normalizer(label)`. It makes the mean independent of the distribution of images over devices.
+    For losses without this method (OHEM, Dice, Lovász) it is the number of labelled pixels.
 
     Args:
         loss: loss of (log-probabilities, labels).

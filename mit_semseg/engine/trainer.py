@@ -65,7 +65,7 @@ class Trainer:
         step: number of training steps done.
         history: training and validation curves, see `checkpoint.new_history`.
         best_iou: best validation mean IoU so far, -1 before the first validation.
-        skipped: messages about unusable images (DATASET.on_error skip), the keys of a dict.
+        skipped: dict whose keys are messages about unusable images (DATASET.on_error skip).
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Trainer:
                 self.classes_seen |= {int(labelled.min()), int(labelled.max())}
 
     def watch(self) -> None:
-        """With several ranks, print the stack if the next call does not come before 90 % of the timeout."""
+        """With several ranks, print the stack trace unless `watch` is called again within 90 % of the timeout."""
         if self.world.size > 1:
             faulthandler.dump_traceback_later(0.9 * self.world.timeout, file=sys.__stderr__)
 

@@ -234,7 +234,7 @@ def cpu_has_bfloat16() -> bool:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Context without TF32 in cuDNN convolutions. PyTorch 2.9 replaced `allow_tf32` by `fp32_precision`."""
+    """Disable TF32 in cuDNN convolutions within the context. PyTorch 2.9 renamed the option."""
     cudnn = torch.backends.cudnn
     new, old = ("fp32_precision", "ieee"), ("allow_tf32", False)
     switch, (name, strict) = (cudnn.conv, new) if hasattr(cudnn, "conv") else (cudnn, old)

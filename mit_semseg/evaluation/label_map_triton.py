@@ -28,7 +28,7 @@ def _neighbors(sides, lows, weights, view, positions, count):
 def _resized(
     logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
 ):  # fmt: skip
-    """Return the resized logits (classes, pixels) of a block; -inf after the last class."""
+    """Return the resized logits (classes, pixels) of a block; -inf for class indices from C on."""
     above, below, weight_y = _neighbors(heights, lows_y, weights_y, view, y, H)
     left, right, weight_x = _neighbors(widths, lows_x, weights_x, view, xs, W)
     width, inside = tl.load(widths + view), (classes < C)[:, None]

@@ -73,7 +73,7 @@ class Summary:
     Attributes:
         iou: (num_class,) intersection over union per class, 0 for a class without labelled and predicted pixels.
         present: (num_class,) whether the labels contain the class.
-        mean_iou: mean IoU over all classes; a class that is not in the labels counts, usually as 0.
+        mean_iou: mean IoU over all classes; classes that are not in the labels are included with IoU 0.
         mean_iou_present: mean IoU over the classes in the labels.
         pixel_accuracy: fraction of the labelled pixels that are predicted correctly.
         mean_accuracy: accuracy (recall) per class, averaged over the classes in the labels.

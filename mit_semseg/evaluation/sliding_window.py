@@ -120,7 +120,7 @@ class _ResizedStrips:
         self.classes = len(self._buffer)
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        """Return rows `top` to `bottom` after resizing, (C, bottom - top, width); later calls ask for later rows."""
+        """Return rows `top` to `bottom` after resizing, (C, bottom - top, width); call it from top to bottom."""
         low, weight = (values[top:bottom] for values in bilinear_neighbors(self._source[0], self._target[0]))
         high = (low + 1).clamp(max=self._source[0] - 1)
         self._fill(int(low[0]), int(high[-1]))

@@ -104,8 +104,8 @@ def _adapt_to_norms(
     # In the toolbox, in-place norms of the decoder have an activation, those of the encoder have none.
     if not inplace or (part == "encoder" and any(norm.activation != "none" for norm in norms)):
         logger.warning(
-            "%s was trained without in-place norms, so the outputs of %s will differ (leaky ReLU, absolute scales) "
-            "until it is fine-tuned; with MODEL.norm sync the outputs are the same",
+            "%s was trained without in-place norms (leaky ReLU, |weight|); the outputs of %s will differ from "
+            "those in training until it is fine-tuned. Set MODEL.norm sync to keep the outputs",
             path,
             name,
         )

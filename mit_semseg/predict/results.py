@@ -30,7 +30,7 @@ class Result:
     label_map: np.ndarray  # (H, W) int64 class indices
     table: ClassTable  # class names and colors
     _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
-    stem: Path | None = field(default=None, repr=False)  # output path without suffix, for `save`; or the image name
+    stem: Path | None = field(default=None, repr=False)  # output path without suffix, for `save`; None: the image name
 
     @property
     def classes(self) -> list[dict]:

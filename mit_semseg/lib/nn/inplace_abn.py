@@ -97,7 +97,7 @@ def _normalize_add_activate(slope, x, shortcut, mean, scale, shift) -> Tensor:
 
 
 def _recover(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tensor]:
-    """Recover the normalized values, and the gradient before the activation, from the output and its gradient."""
+    """Recover the normalized values, and the gradient of the activation's input, from the output and its gradient."""
     y, g = y.to(compute_dtype(y)), g.to(compute_dtype(y))
     z = y if slope == 1 else F.leaky_relu(y, 1 / slope)
     z = z if shortcut is None else z - shortcut
@@ -118,8 +118,8 @@ def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_f
 class InPlaceABN(SynchronizedBatchNorm2d):
     """Batch normalization with local statistics and scale |weight| + eps, then an activation ('leaky_relu' or 'none').
 
-    Only the output is saved for the backward pass. If it has 16 bits, the input is saved too, because the normalized
-    values cannot be recovered precisely.
+    Only the output is saved for the backward pass. If it is float16 or bfloat16, the input is saved too,
+    because the normalized values cannot be recovered accurately.
     """
 
     synchronized = False
