@@ -1,6 +1,6 @@
 """Run the scripts in a new process or in the test process.
 
-Importing torch takes three seconds, so new processes are forked from a server that has imported it. They run the file
+Importing torch takes six seconds, so new processes are forked from a server that has imported it. They run the file
 as `__main__` with their own arguments, environment and output.
 """
 
@@ -49,7 +49,7 @@ SMALL = {
 
 
 forked = get_context("forkserver")
-forked.set_forkserver_preload(["torch", "mit_semseg.cli.evaluate", "mit_semseg.predict.video", "runs"])
+forked.set_forkserver_preload(["torch._dynamo", "mit_semseg.cli.evaluate", "mit_semseg.predict.video", "runs"])
 
 
 def _run_as_main(

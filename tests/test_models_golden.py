@@ -1,6 +1,6 @@
 """Models of versions 1.0 and 2: state-dict keys and outputs equal those of the published models."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 import pytest
@@ -20,6 +20,11 @@ OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # name in version 
 
 def encoder_of(name):
     return empty(ModelBuilder.build_encoder, arch=name, pretrained=False)
+
+
+@lru_cache(maxsize=1)
+def filled_encoder(name):
+    return fill(encoder_of(name), MODELS["_about"]["gains"][name]["encoder"]).eval()
 
 
 def assert_keys_and_size(module, entries, model):
@@ -42,9 +47,8 @@ def test_keys_of_decoders(keys, models):
 
 @pytest.mark.parametrize("name", KEYS["encoders"])
 def test_keys_and_feature_maps_of_encoder(name):
-    encoder, gold = encoder_of(name), MODELS["encoders"][name]
+    encoder, gold = filled_encoder(name), MODELS["encoders"][name]
     assert_keys_and_size(encoder, KEYS["encoders"][name], gold)
-    fill(encoder, MODELS["_about"]["gains"][name]["encoder"]).eval()
     for dtype, relative in DTYPES:
         with torch.no_grad():
             maps = encoder.to(dtype)(golden_input(*gold["input_hw"]).to(dtype), return_feature_maps=True)
@@ -53,17 +57,16 @@ def test_keys_and_feature_maps_of_encoder(name):
             assert_golden(x, expected, relative, values=32)
 
 
-@pytest.mark.parametrize("name", MODELS["pairs"])
+@pytest.mark.parametrize("name", sorted(MODELS["pairs"], key=lambda name: MODELS["pairs"][name]["encoder"]))
 def test_outputs_loss_and_accuracy_of_pair(name):
     pair, gold = MODELS["pairs"][name], MODELS["pairs"][name]["soft"]
-    gains = MODELS["_about"]["gains"][pair["encoder"]]
-    encoder = fill(encoder_of(pair["encoder"]), gains["encoder"])
-    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gains["decoder"])
+    encoder, gain = filled_encoder(pair["encoder"]), MODELS["_about"]["gains"][pair["encoder"]]["decoder"]
+    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gain)
     module = SegmentationModule(encoder, decoder, nn.NLLLoss(ignore_index=-1), gold["deep_sup_scale"]).eval()
     size = tuple(gold["softmax"]["shape"][-2:])
     label = torch.from_numpy(np.random.default_rng(1).integers(-1, 150, (2, *gold["label_hw"])))
     maps = []
-    encoder.register_forward_hook(lambda encoder, inputs, output: maps.append(output))
+    hook = encoder.register_forward_hook(lambda encoder, inputs, output: maps.append(output))
     for dtype, relative in DTYPES:
         x = golden_input(*size).to(dtype)
         with torch.no_grad():
@@ -77,6 +80,7 @@ def test_outputs_loss_and_accuracy_of_pair(name):
             assert_golden(outputs[key], gold[key], relative)
         assert loss.item() == pytest.approx(gold["loss"], rel=max(relative / 10, 1e-8))
         assert accuracy.item() == pytest.approx(gold["acc"], rel=1e-6)
+    hook.remove()
 
 
 @cache

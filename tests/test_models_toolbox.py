@@ -38,23 +38,19 @@ def test_outputs_from_inplace_norms(network, norms):
     name, path = network
     encoder, decoder = load(name, path, norms)
     assert sum(p.numel() for part in (encoder, decoder) for p in part.parameters()) == GOLD[name]["params"]
-    for dtype, tolerance, sizes in (
-        (torch.float32, 1e-4, [(72, 104)]),
-        (torch.float64, 1e-8, [(97, 129)] if norms is PLAIN else [(72, 104), (97, 129)]),
-    ):
-        for height, width in sizes:
-            with torch.no_grad():
-                maps = encoder.to(dtype)(golden_input(height, width).to(dtype), return_feature_maps=True)
-                outputs = decoder.to(dtype).logits(maps)
-            expected = GOLD[name][f"sizes_{height}x{width}"]
-            assert [list(x.shape) for x in maps] == [expected[f"layer{i}"] for i in (1, 2, 3, 4)]
-            gold = GOLD[name]["outputs"][f"soft_{height}x{width}_iabn"]
-            for output, key in zip(outputs, ("out", "dsn"), strict=True):
-                # |weight| + eps is rounded to float32 when it is loaded into batch norms.
-                assert_golden(output, gold[key], max(tolerance, 5e-7 if norms is PLAIN else 0))
-            upsampled = resize(outputs[0], (height, width), align_corners=decoder.align_corners)
-            histogram = torch.bincount(upsampled.argmax(1).flatten(), minlength=19)
-            assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # near ties
+    for dtype, tolerance, height, width in ((torch.float32, 1e-4, 72, 104), (torch.float64, 1e-8, 97, 129)):
+        with torch.no_grad():
+            maps = encoder.to(dtype)(golden_input(height, width).to(dtype), return_feature_maps=True)
+            outputs = decoder.to(dtype).logits(maps)
+        expected = GOLD[name][f"sizes_{height}x{width}"]
+        assert [list(x.shape) for x in maps] == [expected[f"layer{i}"] for i in (1, 2, 3, 4)]
+        gold = GOLD[name]["outputs"][f"soft_{height}x{width}_iabn"]
+        for output, key in zip(outputs, ("out", "dsn"), strict=True):
+            # |weight| + eps is rounded to float32 when it is loaded into batch norms.
+            assert_golden(output, gold[key], max(tolerance, 5e-7 if norms is PLAIN else 0))
+        upsampled = resize(outputs[0], (height, width), align_corners=decoder.align_corners)
+        histogram = torch.bincount(upsampled.argmax(1).flatten(), minlength=19)
+        assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # near ties
 
 
 def test_outputs_from_batch_norms(network):
