@@ -167,7 +167,7 @@ from mit_semseg.engine.distributed import join
 from mit_semseg.lib.utils import UserError
 
 def main():
-    with join([torch.device("cpu")], 4) as world:
+    with join([torch.device("cpu")], 8) as world:
         {code}
 
 common.run(main)
@@ -185,7 +185,7 @@ def test_rank_stopped_during_validation_is_noticed(tmp_path):
 
 def test_failed_rank_ends_with_its_own_exit_code():
     """The exit code is kept even if something aborts the interpreter at exit, as `os.abort` does here."""
-    code = "atexit.register(os.abort); raise KeyError('bug') if world.rank else UserError('no such list')"
+    code = "world.gather(0, 'start'); atexit.register(os.abort); raise KeyError('bug') if world.rank else UserError('no such list')"
     command, port = [sys.executable, "-c", RANK.format(code=code)], 29400 + os.getpid() % 1000
     jobs = [
         subprocess.Popen(command, env=rank_environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
