@@ -185,7 +185,8 @@ def test_rank_stopped_during_validation_is_noticed(tmp_path):
 
 def test_failed_rank_ends_with_its_own_exit_code():
     """The exit code is kept even if something aborts the interpreter at exit, as `os.abort` does here."""
-    code = "world.gather(0, 'start'); atexit.register(os.abort); raise KeyError('bug') if world.rank else UserError('no such list')"
+    error = "KeyError('bug') if world.rank else UserError('no such list')"
+    code = f"world.gather(None, 'start'); atexit.register(os.abort); raise {error}"
     command, port = [sys.executable, "-c", RANK.format(code=code)], 29400 + os.getpid() % 1000
     jobs = [
         subprocess.Popen(command, env=rank_environment(rank, 2, port), stderr=subprocess.PIPE, text=True)
