@@ -40,8 +40,8 @@ def build_module(
     """Build the network on a device.
 
     Args:
-        checkpoint: suffix of trained weights in DIR, e.g. `epoch_20.pth`, or a file. Missing weights of a published
-            model are downloaded. None for training: MODEL options select the initial weights.
+        checkpoint: `epoch_20.pth` for `encoder_epoch_20.pth` and `decoder_epoch_20.pth` in DIR, or the path of a file.
+            Missing weights of a published model are downloaded. In training None: MODEL options select the weights.
         resumed: load no initial weights, because a checkpoint will be restored.
 
     Raises:

@@ -161,7 +161,7 @@ def test_windows_of_logits_are_resized_as_by_the_decoder(decoder, elements, monk
     dec = ModelBuilder.build_decoder(decoder, num_class=4, in_channels=encoder.out_channels)
     module = SegmentationModule(encoder, dec, None).double().eval()
     x, options = image(70, 90), {"window_size": (48, 40), "window_overlap": 0.3, "flip": True}
-    resized = LocalNetwork()  # softmax does not change the logarithm of probabilities
+    resized = LocalNetwork()  # softmax(log(p)) is p
     resized.logits = lambda feed: module(feed, segSize=feed["img_data"].shape[-2:]).log()
     expected = probabilities(resized, [x], (60, 75), **options)
     torch.testing.assert_close(probabilities(module, [x], (60, 75), **options), expected)

@@ -53,7 +53,7 @@ def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
 
 
 def test_overflow_in_the_first_step_leaves_finite_momentum(root, tmp_path):
-    trainer = train(root, tmp_path, {0}, deterministic=True)  # uninitialized memory is NaN
+    trainer = train(root, tmp_path, {0}, deterministic=True)  # deterministic mode fills uninitialized memory with NaN
     assert trainer.overflows == 1
     momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
     assert all(value.abs().max() < 1e4 for value in momentum)

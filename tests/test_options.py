@@ -351,7 +351,7 @@ def test_option_train_activation_checkpointing(run, baseline):
 
 
 def test_option_train_compile(run, monkeypatch):
-    """The encoder is compiled (without the real compiler, which takes half a minute) for few image sizes."""
+    """`torch.compile`, replaced here because it takes half a minute, is called for the encoder and few image sizes."""
     sizes = []
 
     def compiler(function, **_):

@@ -233,7 +233,7 @@ def test_failed_replica_stops_the_others(fault, error, message):
 
 
 def _pair_and_chunks(count, shift, options):
-    """Return norms, inputs and factors, which are equal on all ranks."""
+    """Return the same norms, inputs and output factors on every rank."""
     torch.manual_seed(0)
     pair = norm_pair(**options)
     chunks = [torch.randn(2 + i, 3, 4, 5, dtype=torch.float64) + shift for i in range(count)]

@@ -38,7 +38,7 @@ class DatasetReport:
     images: int
     sizes: Counter = field(default_factory=Counter)  # number of usable images of each (width, height)
     problems: list[str] = field(default_factory=list)  # messages about unusable files and lines
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # unusual property: image paths
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # property -> paths of images
 
     def __post_init__(self):
         self.pixels = np.zeros(len(self.table) + 1, np.int64)  # pixels of each class, ignored pixels last

@@ -23,7 +23,7 @@ class Layout:
 
     images: str
     annotations: str
-    image_suffix: str = ""  # end of the file name, without extension, of all images
+    image_suffix: str = ""  # common end of all image names before the extension
     label_suffixes: tuple[str, ...] = ("",)  # the same for labels, in order of preference; other files are not labels
 
 

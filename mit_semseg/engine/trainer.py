@@ -274,7 +274,9 @@ class Trainer:
             self.history = folder.load_epoch(self.module, options.start_epoch)
             self.best_iou = max(self.history["val"]["mean_iou"], default=self.best_iou)
             self.step = options.start_epoch * options.epoch_iters
-            logger.info("resuming after epoch %d: weights and history, new optimizer", options.start_epoch)
+            logger.info(
+                "resuming after epoch %d: loaded weights and history, created a new optimizer", options.start_epoch
+            )
         elif path:
             restore_trainer(self, read_resume(path))
             self.resumed_in_place = path.resolve() == folder.resume.resolve()
@@ -288,7 +290,7 @@ class Trainer:
         if len({step for _, step in starts}) > 1:
             found = "; ".join(f"rank {rank}: step {step} in {path}" for rank, (path, step) in enumerate(starts))
             raise CheckpointError(
-                f"DIR must be the same folder on all ranks, but the ranks start at different steps: {found}"
+                f"the ranks would start at different steps ({found}); set DIR to a folder that all ranks share"
             )
 
     def check_loss(self) -> None:

@@ -25,7 +25,7 @@ class LoadOptions:
 
     Attributes:
         batch_size: images that a worker loads at a time.
-        workers: number of worker processes, limited to one per core and image; 0 loads in this process.
+        workers: maximum number of worker processes, also limited by the number of cores; 0 loads in this process.
         timeout: seconds to wait for a worker, 0 for no limit.
         local_size: number of ranks or processes on this machine, which share its cores.
     """

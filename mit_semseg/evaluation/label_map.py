@@ -64,7 +64,7 @@ def _triton_kernel(device: torch.device) -> Callable | None:
         raise
     except Exception as error:  # Triton, the C compiler and the driver raise many types
         reason = f"{type(error).__name__}: {first_sentence(error)}"
-        logger.warning("label maps are computed without Triton, which is slower (%s)", reason)
+        logger.warning("label maps are computed without Triton, by a slower implementation (%s)", reason)
         return None
     return label_map_triton
 

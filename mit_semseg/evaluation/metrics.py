@@ -15,7 +15,7 @@ class SegmentationMetric:
         self.confusion = np.zeros((num_class, num_class), np.int64)
 
     def add(self, prediction: np.ndarray, label: np.ndarray) -> None:
-        """Count the labelled pixels of an image.
+        """Add the labelled pixels of an image to the confusion matrix.
 
         Args:
             prediction: (H, W) class indices.
@@ -137,7 +137,7 @@ def accuracy(preds: np.ndarray, label: np.ndarray) -> tuple[float, int]:
 
 
 def intersectionAndUnion(imPred: np.ndarray, imLab: np.ndarray, numClass: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pixels of intersection and union per class, two (numClass,) int64 arrays.
+    """Return the numbers of pixels of intersection and union per class, two (numClass,) int64 arrays.
 
     Unlabelled pixels (negative label) and values from `numClass` on are ignored.
     """

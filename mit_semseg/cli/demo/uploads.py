@@ -1,4 +1,4 @@
-"""Uploads of the web page: limit their size, and refuse other files of the server and URLs."""
+"""Uploads of the web page: limit their size, and refuse URLs and files that were not uploaded."""
 
 import atexit
 import os

@@ -69,7 +69,9 @@ def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> l
     """
     counts = {len(tensor.chunk(len(devices), dim)) for tensor in _list_tensors(obj)}
     if len(counts) > 1:
-        raise ValueError(f"tensors are split into {sorted(counts)} chunks; all need the same size in dimension {dim}")
+        raise ValueError(
+            f"tensors have different numbers of chunks: {sorted(counts)}; all need the same size in dimension {dim}"
+        )
     return [
         copy_to_device(map_tensors(lambda tensor, i=i: tensor.chunk(len(devices), dim)[i], obj), device)
         for i, device in enumerate(devices[: counts.pop()] if counts else devices)

@@ -159,7 +159,7 @@ def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor, slope: Te
 
 
 def channel_sums(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Tensor:
-    """Apply a function that returns n tensors (C,) to all `blocks`; concatenate the results to (n, C) float64."""
+    """Call a function that returns n tensors (C,) for each block; concatenate the results to (n, C) float64."""
     return torch.cat([torch.stack(function(*block)).double() for block in blocks(tensors, vectors)], dim=1)
 
 
@@ -175,7 +175,7 @@ def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Seq
 
 
 def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor | None, ...]]:
-    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels; on GPUs and for channels-last into one block.
+    """Yield blocks of channels of tensors (N, C, ...) and vectors (C,); a single block on GPUs or for channels last.
 
     On a CPU, allocating large intermediate results takes longer than the arithmetic.
     """

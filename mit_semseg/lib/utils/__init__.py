@@ -77,7 +77,7 @@ def available_cores() -> int:
 
 
 def prepare_streams() -> None:
-    """Escape characters that standard output or error cannot encode; replace missing streams by `os.devnull`."""
+    """Make stdout and stderr escape characters that they cannot encode; replace missing streams by `os.devnull`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # the process is a service or runs with pythonw

@@ -49,7 +49,7 @@ class PSPBilinear(PPM):
 
 
 class PSP(Decoder):
-    """`PPM` in the Cityscapes toolbox: pooled maps are concatenated first, leaky ReLU 0.01, aligned corners."""
+    """`PPM` of the Cityscapes toolbox: pooled maps precede the feature map; leaky ReLU 0.01; aligned corners."""
 
     align_corners = True
     norm_bias = 0.0
