@@ -20,4 +20,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main, "metrics are written only at the end")
+    common.run(main, "metrics are written only at the end; run the command again")

@@ -1,9 +1,9 @@
-"""torch.hub entry points: the published models (with underscores in the names) and `segmenter`.
+"""torch.hub entry points: one for each published model (with `_` instead of `-` in its name), and `segmenter`.
 
     module = torch.hub.load("mit_semseg", "ade20k_resnet50dilated_ppm_deepsup", source="local")
-    probabilities = module({"img_data": images}, segSize=(H, W))  # normalized (N, 3, h, w) -> (N, 150, H, W)
+    probabilities = module({"img_data": images}, segSize=(H, W))  # returns (N, 150, H, W)
 
-Models are `SegmentationModule`s in eval mode; `segmenter` returns a `mit_semseg.Segmenter` for image files.
+`images` are normalized, (N, 3, h, w). A model is a `SegmentationModule` in eval mode; for files use `segmenter`.
 """
 
 from mit_semseg import Segmenter as _Segmenter
@@ -26,8 +26,8 @@ def _entry_point(name: str):
         return _SegmentationModule(encoder, decoder, None).eval()
 
     load.__name__ = name.replace("-", "_")
-    load.__doc__ = f"""Return {encoder_name} with {decoder_name}, published for ADE20K.
-    With published weights, `num_class` other than 150 requires `reset_classifier`. Further options: `norm_layer`."""
+    load.__doc__ = f"""Return the encoder {encoder_name} with the decoder {decoder_name}, published for ADE20K.
+    With published weights, `num_class` other than 150 needs `reset_classifier`; `kwargs` may contain `norm_layer`."""
     return load
 
 
@@ -36,5 +36,5 @@ for _name in _PUBLISHED:
 
 
 def segmenter(name: str = "ade20k-resnet50dilated-ppm_deepsup", **kwargs) -> _Segmenter:
-    """Return a published model for image files, see `mit_semseg.Segmenter.from_pretrained`."""
+    """Return a `Segmenter` with a published model; for the options see `mit_semseg.Segmenter.from_pretrained`."""
     return _Segmenter.from_pretrained(name, **kwargs)

@@ -31,4 +31,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    common.run(main, "images segmented so far are in TEST.result")
+    common.run(main, "the images segmented so far are in TEST.result")

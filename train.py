@@ -22,7 +22,7 @@ def main() -> int:
     with distributed.join(devices.pick_devices(args.device), cfg.RUNTIME.timeout) as world, folder.locked(world):
         common.check_ranks(cfg, world)
         common.resume_after_restart(cfg, folder, world)
-        # Check before anything is loaded or logged that no other run in DIR would be overwritten.
+        # Before data is loaded or a log is written, raise an error if another run in DIR would be overwritten.
         resumed = bool(folder.find_resume(cfg.TRAIN.resume, cfg.TRAIN.start_epoch) or cfg.TRAIN.start_epoch)
         dataset, val_dataset = build.build_data(cfg)
 

@@ -1,10 +1,10 @@
-"""Run small versions of the benchmarks on the CPU and compare their ratios with results.json.
+"""Run small versions of the benchmarks on the CPU and compare their time and memory ratios with results.json.
 
     python -m benchmarks [NAME ...] [--write]
 
 This takes about eight minutes on two cores. Only ratios are compared, because they depend less on the machine than
-times. If a ratio is more than 25 % worse than in results.json, the benchmark runs again. If the ratio is still worse,
-the exit code is 1.
+times. A benchmark runs again if a ratio is more than 25 % worse than in results.json. The exit code is 1 if the better
+ratio of both runs is still more than 25 % worse.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SUITE = {
 
 
 def measure(name: str) -> dict[str, float]:
-    """Run a benchmark and return its ratios; larger is better."""
+    """Run a benchmark and return its ratios by name; larger is better."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         subprocess.run([sys.executable, HERE / f"{name}.py", *SUITE[name], "--json", path], check=True)
@@ -42,9 +42,9 @@ def measure(name: str) -> dict[str, float]:
 
 
 def ratios(name: str, row: dict) -> list[tuple[str, float]]:
-    """Return (key, ratio) for every ratio in a row; larger is better.
+    """Return a list of (key, ratio) with all ratios in a row of results; larger is better.
 
-    Columns whose name ends with "ratio" (time or memory, smaller is better) are inverted.
+    In columns named "... ratio", smaller is better; their values are inverted.
     """
     row_name = ", ".join(value for value in row.values() if isinstance(value, str) and value)
     found = []
@@ -57,9 +57,9 @@ def ratios(name: str, row: dict) -> list[tuple[str, float]]:
 
 
 def compare(measured: dict[str, float], committed: dict[str, float]) -> list[str]:
-    """Return a message for every ratio that is worse than the committed one."""
+    """Return a message for every ratio that is more than 25 % worse than in results.json."""
     return [
-        f"{key}: {committed[key] / value:.2f} times worse ({committed[key]:.2f} before, {value:.2f} now)"
+        f"{key}: {committed[key] / value:.2f} times worse ({committed[key]:.2f} in results.json, {value:.2f} now)"
         for key, value in measured.items()
         if key in committed and value * WORSE < committed[key]
     ]
@@ -74,7 +74,7 @@ def main() -> int:
     args = parser.parse_args()
     unknown = sorted(set(args.names) - set(SUITE))
     if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; choose from {', '.join(SUITE)}")
+        parser.error(f"unknown benchmark {', '.join(unknown)}; choose from {', '.join(SUITE)}")
     committed = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
     measured, worse = {}, []
     for name in args.names or SUITE:

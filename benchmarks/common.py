@@ -21,18 +21,18 @@ def parser_of(
     """Return a parser with the options that the benchmarks share.
 
     Args:
-        description: first part of the help.
+        description: text at the start of the help.
         repeats: default of `--repeats`.
-        threads: default of `--threads`; None omits the option.
-        device: False omits `--device`.
+        threads: default of `--threads`; None omits this option.
+        device: whether to add `--device`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if device:
         parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     if threads:
         parser.add_argument("--threads", type=int, default=threads, help="threads per process (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=repeats, help="measurements per row (default: %(default)s)")
-    parser.add_argument("--json", help="write the results to this file")
+    parser.add_argument("--repeats", type=int, default=repeats, help="measured calls per result (default: %(default)s)")
+    parser.add_argument("--json", help="also write the results to this file")
     return parser
 
 
@@ -45,7 +45,7 @@ def network_of(encoder: str, decoder: str) -> SegmentationModule:
 
 
 def hardware(device: torch.device) -> str:
-    """Return the name of the GPU, or of the processor and its number of threads."""
+    """Return the name of the GPU, or the name of the processor and the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     names = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
@@ -59,7 +59,7 @@ def _cpu_info() -> list[str]:
 
 @contextmanager
 def busy(cores: int) -> Iterator[None]:
-    """Keep this many processor cores busy, with one process each."""
+    """Keep `cores` processor cores busy in the context, with one process per core."""
     processes = [get_context("spawn").Process(target=_spin, daemon=True) for _ in range(cores)]
     for process in processes:
         process.start()
@@ -76,9 +76,9 @@ def _spin() -> None:
 
 
 def interleaved(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Return the median milliseconds of each function.
+    """Return the median time of each function in milliseconds.
 
-    The first call of each function is a warm-up and is not measured. Then the functions are called in turn.
+    Each function is called once as a warm-up. Then the functions are called in turn and measured, `repeats` times.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for repeat in range(repeats + 1):
@@ -93,7 +93,7 @@ def interleaved(functions: dict[str, Callable[[], object]], device: torch.device
 
 
 def grown(call: Callable[[], object], device: torch.device) -> float:
-    """Return the increase of the peak memory of this process, or of the GPU, during a call, in MiB."""
+    """Return by how many MiB a call increases the peak memory of this process (CPU) or of the GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -112,7 +112,7 @@ def _largest_resident() -> float:
 
 
 def elsewhere(function: Callable, *arguments):
-    """Call a function in a new process and return its result. Used to measure memory without earlier allocations."""
+    """Call a function in a new process, where earlier allocations do not affect its memory; return its result."""
     context = get_context("spawn")
     results = context.SimpleQueue()
     process = context.Process(target=_answer, args=(results, torch.get_num_threads(), function, arguments))
@@ -134,7 +134,7 @@ def _wait(device: torch.device) -> None:
 
 
 def table(title: str, rows: list[dict]) -> str:
-    """Format rows with the same keys as a Markdown table."""
+    """Return rows with the same keys as a Markdown table below a title."""
     head = list(rows[0])
     cells = [[f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
     lines = [head, ["---"] * len(head), *cells]
@@ -142,7 +142,7 @@ def table(title: str, rows: list[dict]) -> str:
 
 
 def write(path: str | None, name: str, device: torch.device, rows: list[dict]) -> None:
-    """Print the results as a table and write them to a JSON file."""
+    """Print the results as a table, and write them to the JSON file `path` unless it is None."""
     print(table(f"{name}: {hardware(device)}, PyTorch {torch.__version__}", rows))
     if path:
         content = {"benchmark": name, "hardware": hardware(device), "torch": torch.__version__, "rows": rows}

@@ -2,11 +2,11 @@
 
     python benchmarks/data.py [--json FILE]
 
-The images are synthetic JPEGs of 683x512 pixels. Batches have two images at the five short sides of ADE20K.
+The images are synthetic JPEGs of 683x512 pixels. Batches have two images at one of the five short sides of ADE20K.
 
 - baseline: Pillow decodes and resizes, NumPy normalizes, the batch is float32.
 - pixel-exact: Pillow decodes and resizes, the batch is uint8 and is normalized on the device.
-- fast: as pixel-exact, but PyTorch resizes. This is the default of DATASET.train_resize.
+- fast: like pixel-exact, but PyTorch resizes. DATASET.train_resize is `fast` by default.
 
 Each implementation runs in the main process with one thread, and then in a DataLoader with one worker. The
 normalization on the device is not measured.
@@ -46,7 +46,7 @@ def write_images(folder: Path) -> None:
 
 
 class Baseline(Dataset):
-    """Batches with the same images, sizes and flips as a training dataset, prepared with Pillow and NumPy."""
+    """Prepares batches with Pillow and NumPy; images, sizes and flips are the same as in a training dataset."""
 
     def __init__(self, dataset: TrainDataset):
         self.dataset = dataset
@@ -82,7 +82,7 @@ class Baseline(Dataset):
 
 
 def datasets(folder: Path) -> dict[str, Dataset]:
-    """Return the implementations by name."""
+    """Return one dataset for each implementation, by name."""
     values = {"imgSizes": (300, 375, 450, 525, 600), "imgMaxSize": 1000, "padding_constant": 8, "num_class": 150}
     made = {}
     for resize in ("pixel-exact", "fast"):

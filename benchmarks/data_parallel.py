@@ -1,9 +1,9 @@
-"""Compare two replicas in one process and two ranks with a single device, on the CPU.
+"""Compare training steps on the CPU: one device, two replicas in one process, and two ranks.
 
     python benchmarks/data_parallel.py [--json FILE]
 
-Every case computes a training step of ResNet-18 dilated with C1 for four images in total. Speed is the speedup over
-one device with one thread. Efficiency is the speed divided by the number of cores in use.
+Every case runs a training step of ResNet-18 dilated with C1 for four images in total. Speed is the speedup over one
+device with one thread. Efficiency is the speed divided by the number of cores in use.
 """
 
 import argparse
@@ -26,7 +26,7 @@ BATCH = 4
 
 
 def make_step(world: World, size: int) -> Callable[[], object]:
-    """Return a training step on this rank's images of the global batch."""
+    """Return a function that runs a training step on the images of this rank."""
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
     decoder = ModelBuilder.build_decoder("c1", num_class=150, in_channels=encoder.out_channels)
@@ -58,14 +58,14 @@ def with_threads(count: int, function: Callable[[], object]) -> Callable[[], obj
 
 
 def run_rank_1(_, args: argparse.Namespace) -> None:
-    """Run the second rank; rank 0 measures the steps."""
+    """Run the steps of rank 1 while rank 0 measures their time."""
     step = make_step(join(1, args), args.size)
     for _ in range(args.repeats + 1):
         step()
 
 
 def join(rank: int, args: argparse.Namespace) -> World:
-    """Initialize the process group with one thread per rank."""
+    """Initialize the process group, with one thread per rank."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -83,7 +83,7 @@ def main() -> None:
         "2 replicas, 1 thread each": with_threads(1, make_step(World(devices=[CPU] * 2), args.size)),
     }
     ms = interleaved(steps, CPU, args.repeats)
-    rank_1 = mp.spawn(run_rank_1, (args,), nprocs=1, join=False)  # afterwards, batch norms synchronize with rank 1
+    rank_1 = mp.spawn(run_rank_1, (args,), nprocs=1, join=False)  # last, because batch norms then synchronize
     ms |= interleaved({"2 ranks, 1 thread each": make_step(join(0, args), args.size)}, CPU, args.repeats)
     rank_1.join()
     baseline = ms["one device, 1 thread"]

@@ -5,8 +5,8 @@
 The images are synthetic and have 683x512 pixels. The networks have random weights and 150 classes. One worker loads the
 images.
 
-- baseline: Pillow and NumPy prepare the images. The network runs in float32 and channels first. The logits of all
-  classes are resized to the image, softmax is averaged over the scales, and histograms give the IoU.
+- baseline: Pillow and NumPy prepare the images. The network runs in float32, channels first. The logits of all
+  classes are resized to the image size, softmax is averaged over the scales, and histograms give the IoU.
 - ours: `evaluate` with the options of eval.py, in float32 or bfloat16.
 """
 
@@ -45,7 +45,7 @@ CPU = torch.device("cpu")
 
 
 class BaselineDataset(Dataset):
-    """Images and labels, prepared with Pillow and NumPy."""
+    """Prepares images and labels with Pillow and NumPy."""
 
     def __init__(self, dataset: ValDataset):
         self.dataset = dataset
@@ -68,7 +68,7 @@ class BaselineDataset(Dataset):
 
 
 def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
-    """Evaluate and write panels; return intersections and unions (2, CLASSES)."""
+    """Evaluate and write panels; return the pixels of intersections and unions, (2, CLASSES)."""
     totals = np.zeros((2, CLASSES))
     loader = DataLoader(BaselineDataset(dataset), batch_size=None, num_workers=1)
     with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
@@ -87,7 +87,7 @@ def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> n
 
 
 def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
-    """Call `evaluate` and write panels."""
+    """Call `evaluate` and write panels; return the result of `evaluate`."""
     with ThreadPoolExecutor(2) as pool:
 
         def save(item, label_map):
@@ -101,7 +101,7 @@ def main() -> None:
     parser = parser_of(__doc__, device=False)
     parser.add_argument("--images", type=int, default=4, help="images per measurement (default: 4)")
     parser.add_argument(
-        "--cases", type=int, nargs="+", default=range(len(CASES)), help="positions in `CASES` (default: all)"
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="indices of `CASES` to measure (default: all)"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

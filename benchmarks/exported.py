@@ -2,10 +2,10 @@
 
     python benchmarks/exported.py [--json FILE]
 
-The networks have random weights. The input is one image of 512x688 pixels, the output are logits at the size of the
-image.
+The networks have random weights. The input is one image of 512x688 pixels, and the output is logits, resized to the
+size of the image.
 
-- PyTorch, eager: the network in the form in which it is trained (float32, channels first).
+- PyTorch, eager: the network as it was built (float32, channels first).
 - PyTorch, prepared: the network as eval.py prepares it (fused batch norms, channels last), in float32 or bfloat16.
 - ONNX, ONNX int8: the files that `python -m mit_semseg.export --int8` writes, run with ONNX Runtime.
 """
@@ -26,12 +26,12 @@ from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.models.layers import resize
 
 PAIRS = (("mobilenetv2dilated", "c1_deepsup"), ("resnet18dilated", "ppm_deepsup"), ("resnet50dilated", "ppm_deepsup"))
-CALIBRATION_IMAGES = 4  # more images would not change the time of the network
+CALIBRATION_IMAGES = 4  # the number does not affect the speed of the network
 CPU = torch.device("cpu")
 
 
 def measure(encoder: str, decoder: str, folder: Path, dataset: ValDataset, repeats: int) -> dict:
-    """Return one row of the table."""
+    """Measure one network; return a row of the table."""
     module, feed = network_of(encoder, decoder), {"img_data": torch.randn(1, 3, *INPUT)}
     path, int8_path = folder / f"{encoder}.onnx", folder / f"{encoder}.int8.onnx"
     export(module, path, kind="onnx", metadata={})

@@ -1,9 +1,9 @@
-"""Count the files of the package that one call executes. A short call path is easier to follow.
+"""Count the source files of the package whose functions a call runs. Fewer files are easier to follow.
 
     python benchmarks/files_crossed.py [-v]
 
-Uses the quick-start network with random weights and synthetic scenes. Records the files whose functions run in this
-process. The exit code is 1 if a call executes more files than allowed.
+The calls use the quick-start network with random weights, and synthetic scenes. Only functions that run in this
+process count. The exit code is 1 if a call uses more files than allowed.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from mit_semseg.lib import opencv
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mit_semseg"
-LIMITS = {"train_step": 9, "fit with one step": 18, "evaluate": 12, "Segmenter(path)": 10}  # allowed files
+LIMITS = {"train_step": 9, "fit with one step": 18, "evaluate": 12, "Segmenter(path)": 10}  # number of files
 
 
 def files_of(call: Callable[[], object]) -> list[str]:
-    """Return the files of the package that a call executes, relative to the package."""
+    """Return the source files whose functions a call runs, as paths relative to the package."""
     found = set()
 
     def record(frame, event, argument):
@@ -44,7 +44,7 @@ def files_of(call: Callable[[], object]) -> list[str]:
 
 
 def measure(folder: Path) -> dict[str, list[str]]:
-    """Return the source files whose code every call executes."""
+    """Return the source files of each call, by the name of the call."""
     write_dataset(folder / "data", train=8, val=2)
     changes = ["DATASET.root_dataset", folder / "data", "DATASET.classes", folder / "data/classes.csv", "DIR", folder]
     changes += ["TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1, "TRAIN.eval_epoch", 0]
@@ -70,7 +70,7 @@ def measure(folder: Path) -> dict[str, list[str]]:
 
 
 def build_run(cfg, module, dataset, folder: Path) -> tuple:
-    """Return optimizer, folder and options of a training run."""
+    """Return the optimizer, folder and options of a training run."""
     optimizer, options = build.build_training(cfg, module, dataset.num_sample, 1)
     return optimizer, RunFolder(folder), options
 

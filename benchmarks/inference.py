@@ -2,13 +2,13 @@
 
     python benchmarks/inference.py [--device cuda] [--json FILE]
 
-The networks have random weights. The image has 512x683 pixels, at one scale, in float32.
+The networks have random weights and run in float32. The image has 512x683 pixels and one scale.
 
-- baseline: the network in the form in which it is trained (channels first). The maps of a pyramid are resized and
-  concatenated. The logits of all classes are resized to the image, then softmax and argmax.
+- baseline: the network as it was built (channels first). The maps of a pyramid are resized and concatenated. The
+  logits of all classes are resized to the image size; softmax and argmax follow.
 - ours: fused batch norms, channels last, `conv_over_pyramid`, and `label_map_from_logits`.
 
-"network" is the time of the network only, "end to end" includes the label map.
+"network" is the time of the network only; "end to end" includes the computation of the label map.
 """
 
 from unittest import mock
@@ -32,7 +32,7 @@ SIZE, INPUT = (512, 683), (512, 688)
 
 
 def implementations_of(encoder: str, decoder: str, device: torch.device) -> dict:
-    """Return the functions to measure."""
+    """Return the functions to measure, by name."""
     baseline = network_of(encoder, decoder).to(device)
     ours, feed = fuse_batchnorm(baseline), {"img_data": torch.randn(1, 3, *INPUT, device=device)}
 

@@ -2,9 +2,9 @@
 
     python benchmarks/inplace_abn.py [--device cuda] [--json FILE]
 
-Compares a training step of ResNet-101 PSPNet with batch norm and ReLU, and with in-place activated batch norm. Memory
-is the size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers. The first
-column counts the normalization and activation layers only.
+Compares two ResNet-101 PSPNets in a training step: one has batch norm and ReLU, one has in-place activated batch norm.
+Memory is the size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers.
+The first column counts only tensors saved by normalization and activation layers.
 """
 
 import torch
@@ -16,7 +16,7 @@ from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import NORMS
 
 VARIANTS = {"batch norm, ReLU": "batch", "in place": "inplace"}
-NODES = ("BatchNorm", "Relu", "InPlaceABN")  # substrings of the names of autograd nodes
+NODES = ("BatchNorm", "Relu", "InPlaceABN")  # parts of the names of autograd nodes
 
 
 def build_network(norm: str, device: torch.device) -> SegmentationModule:
@@ -30,7 +30,7 @@ def build_network(norm: str, device: torch.device) -> SegmentationModule:
 
 
 def saved_bytes(module: nn.Module, batch: dict) -> dict[str, int]:
-    """Return the bytes that the autograd graph of a training step saves."""
+    """Return the number of bytes that the autograd graph of a training step saves, by kind of layer."""
     excluded = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
     sizes: dict[str, dict[int, int]] = {"norm and activation": {}, "total": {}}
     stack, visited = [module(batch)[0].grad_fn], set()

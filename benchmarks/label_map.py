@@ -1,14 +1,14 @@
-"""Measure time and memory of computing a label map from logits.
+"""Measure the time and memory that the computation of a label map from logits needs.
 
     python benchmarks/label_map.py [--device cuda] [--json FILE]
 
-There are 150 classes and an image of 512x683 pixels, with one scale or with the five scales of ADE20K. The logits have
-stride 8. They are random (noise), or as smooth and confident as those of a trained network (smooth).
+The logits have 150 classes and stride 8, for an image of 512x683 pixels at one scale or at the five scales of ADE20K.
+They are random (noise), or as smooth and confident as those of a trained network (smooth).
 
 - baseline: resize the logits of all classes to the image, softmax, mean over the scales, argmax.
-- ours: `label_map_from_logits`, which does not store probabilities of all classes at the size of the image.
+- ours: `label_map_from_logits`, which does not store the probabilities of all classes at image size.
 
-Memory is the increase of the peak memory in a new process during one call, including the label map.
+Memory is the increase of the peak memory during one call in a new process, and includes the label map.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ SHORT_SIDES, LONGEST, STRIDE = (300, 375, 450, 525, 600), 1000, 8
 
 
 def baseline(logits: list[Tensor], size: tuple[int, int]) -> Tensor:
-    """Return the label map (H, W) of logits (C, h, w), one per scale."""
+    """Return the label map (H, W) for a list of logits (C, h, w), one for each scale."""
     total = 0
     for x in logits:
         total = total + F.interpolate(x[None], size, mode="bilinear", align_corners=False).softmax(dim=1)
@@ -38,11 +38,11 @@ IMPLEMENTATIONS = {"baseline": baseline, "ours": label_map_from_logits}
 def make_logits(
     kind: str, classes: int, size: tuple[int, int], scales: int, device: str, resized: bool = False
 ) -> list[Tensor]:
-    """Return logits (classes, h, w), one per scale.
+    """Return a list of logits (classes, h, w), one for each scale.
 
     Args:
         kind: "noise" or "smooth", see the module docstring.
-        scales: number of scales of ADE20K, largest ones. 1 is the size of the image, unless `resized` is set.
+        scales: number of scales, the largest ones of ADE20K. A single scale is the image size unless `resized` is set.
     """
     generator, logits = torch.Generator().manual_seed(0), []
     for short in SHORT_SIDES[-scales:] if scales > 1 or resized else (min(size),):
@@ -59,10 +59,10 @@ def make_logits(
 
 
 def memory(name: str, arguments: tuple, size: tuple[int, int]) -> float:
-    """Return the MiB that one call of an implementation adds to this process."""
+    """Return by how many MiB one call of an implementation increases the peak memory."""
     logits = make_logits(*arguments)
     small = [x[:2, :4, :4].contiguous() for x in logits]
-    IMPLEMENTATIONS[name](small, (8, 8))  # libraries are loaded at the first call
+    IMPLEMENTATIONS[name](small, (8, 8))  # the first call loads libraries
     return grown(lambda: IMPLEMENTATIONS[name](logits, size), logits[0].device)
 
 

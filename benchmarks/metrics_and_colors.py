@@ -1,10 +1,10 @@
-"""Measure the IoU and the class colors of one label map.
+"""Measure the time for the IoU and the class colors of one label map.
 
     python benchmarks/metrics_and_colors.py [--json FILE]
 
-The label map has 150 classes and 512x683 pixels: a random class at every pixel, or large regions as in real images.
+The label map has 150 classes and 512x683 pixels. It has a random class at every pixel, or large regions of one class.
 
-- IoU: the baseline computes three histograms (intersection, prediction, label), ours one confusion matrix.
+- IoU: the baseline computes three histograms (intersection, prediction, label), ours computes a confusion matrix.
 - Colors: the baseline loops over the classes in the label map, ours looks up the color of every pixel.
 """
 
@@ -29,7 +29,7 @@ def iou_by_confusion(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
 
 
 def histograms(prediction: np.ndarray, label: np.ndarray) -> np.ndarray:
-    """Return intersection and union per class, (2, CLASSES)."""
+    """Return the number of pixels in the intersection and union of every class, (2, CLASSES)."""
     prediction, label = prediction + 1, label + 1
     prediction = prediction * (label > 0)
     hits = prediction * (prediction == label)
@@ -53,7 +53,7 @@ def color_by_class(label_map: np.ndarray, colors: np.ndarray) -> np.ndarray:
 
 
 def label_maps(kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return prediction and label (H, W); `kind` is a key of `KINDS`."""
+    """Return a prediction and a label, both (H, W); `kind` is a key of `KINDS`."""
     rng = np.random.default_rng(0)
     if kind == "random":
         return rng.integers(0, CLASSES, SIZE), rng.integers(-1, CLASSES, SIZE)

@@ -1,9 +1,9 @@
-"""Plot time and memory of computing a label map from logits, by image size, classes and scales.
+"""Plot the time and memory that label maps need, against image size, number of classes and number of scales.
 
     python benchmarks/plots.py [--device cuda] [--out docs/images/label_map_costs.png] [--json FILE]
 
-Compares the baseline and our implementation of label_map.py for images of 0.1 to 24 megapixels, 2 to 1,000 classes and
-1 to 5 scales. The baseline is omitted where it would need more than `--max-memory` MiB.
+Compares the two implementations in label_map.py for images of 0.1 to 24 megapixels, 2 to 1,000 classes and 1 to 5
+scales. The baseline is not measured where it would need more than `--max-memory` MiB.
 """
 
 from functools import partial
@@ -27,7 +27,7 @@ COLORS = {"baseline": "tab:red", "ours": "tab:blue"}
 
 
 def measure(sweep: str, max_memory: float, repeats: int, device: torch.device) -> list[dict]:
-    """Return time and memory for every point of a sweep."""
+    """Return rows with the time and memory of each implementation at each point of a sweep."""
     rows = []
     for x, size, classes in SWEEPS[sweep]:
         for scales in (x,) if sweep == "scales" else (1, len(SHORT_SIDES)):
@@ -54,7 +54,7 @@ def measure(sweep: str, max_memory: float, repeats: int, device: torch.device) -
 
 
 def draw(rows: list[dict], title: str, path: Path) -> None:
-    """Plot one column per sweep, time above memory."""
+    """Save a figure with a column for each sweep, in which time is plotted above memory."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     figure.suptitle(title)
     for column, sweep in enumerate(SWEEPS):
@@ -87,7 +87,7 @@ def draw(rows: list[dict], title: str, path: Path) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__, repeats=3)
-    parser.add_argument("--max-memory", type=float, default=6000, help="limit of the baseline in MiB (default: 6000)")
+    parser.add_argument("--max-memory", type=float, default=6000, help="MiB that the baseline may use (default: 6000)")
     parser.add_argument("--out", default="docs/images/label_map_costs.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -3,8 +3,8 @@
     python benchmarks/pyramid.py [--device cuda] [--contiguous] [--busy CORES] [--json FILE]
 
 Measures single convolutions, as in PPM and UPerNet, and whole networks, in inference and in training. For convolutions,
-the second column is the number of multiplications of the baseline divided by that of `conv_over_pyramid`, for the
-largest of the smaller maps. Inside a network, a map is resized if this number is below `pyramid.MIN_SAVING`.
+the second column is a ratio: multiplications of the baseline, divided by those of `conv_over_pyramid`. It refers to the
+largest of the smaller maps. In networks, a map is resized if its ratio is below `pyramid.MIN_SAVING`.
 """
 
 from unittest import mock
@@ -37,7 +37,7 @@ NETWORKS = (
 
 
 def convolution(function, channels: int, size: tuple, smaller: list, training: bool, device: torch.device, layout):
-    """Return the function to measure and the ratio of multiplications, see the module docstring."""
+    """Return the function to measure, and the ratio of multiplications (see the module docstring)."""
     torch.manual_seed(0)
     conv = nn.Conv2d(channels + len(smaller) * WIDTH, WIDTH, 3, padding=1, bias=False)
     conv = conv.to(device, memory_format=layout)
@@ -79,8 +79,8 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="do not measure training")
-    parser.add_argument("--contiguous", action="store_true", help="contiguous memory format (default: channels last)")
-    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="cores to keep busy with other processes")
+    parser.add_argument("--contiguous", action="store_true", help="use contiguous tensors (default: channels last)")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="number of cores that other processes use")
     args = parser.parse_args()
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)

@@ -25,7 +25,7 @@ INPUT, SIDE = (512, 688), 2048
 
 @torch.inference_mode()
 def row_of(module: SegmentationModule, precision: str, device: torch.device, repeats: int) -> dict:
-    """Return one row of the table."""
+    """Measure one network; return a row of the table."""
     network = Predictor(module, device, InferenceOptions(precision=precision)).network
     feed = {"img_data": torch.randn(1, 3, *INPUT, device=device)}
     matrix = torch.randn(SIDE, SIDE, device=device).to(PRECISIONS[precision])

@@ -3,7 +3,7 @@
     python benchmarks/startup.py [--json FILE]
 
 Every measurement starts a new Python process. The first row compares importing torch and all parts of the package with
-importing torch. The second row compares running test.py for one image with a minimal script that loads the same weights
+importing torch only. The second row compares test.py for one image with a minimal script that loads the same weights
 and runs the network once.
 """
 

@@ -5,9 +5,9 @@
 Two ranks run the forward and backward pass of one layer at several map sizes, and a training step of ResNet-50. They
 use gloo on the CPU, or NCCL with one GPU per rank.
 
-- ratio: time of synchronized batch norm / time of the baseline.
-- ratio, collectives only: time of the baseline with as many collectives of the same size, whose results are not used /
-  time of the baseline. This is the cost of the communication.
+- ratio: time of synchronized batch norm, divided by the time of the baseline.
+- ratio, collectives only: the same ratio for the baseline with collectives of the same number and size, whose results
+  are not used. This is the cost of the communication.
 
 Then the training step is measured with two replicas in one process (on the CPU, or on two GPUs).
 """
@@ -53,7 +53,7 @@ class _UnusedCollectives(torch.autograd.Function):
 
 
 def _make_network_step(kind: str, size: int, devices: list[torch.device]):
-    """Return a training step: on one device of this rank, or on several devices of one process."""
+    """Return a function that runs a training step on one device of this rank, or on several devices of one process."""
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet50dilated", pretrained=False)
     decoder = ModelBuilder.build_decoder("c1", num_class=150, in_channels=encoder.out_channels)
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--size", type=int, default=224, help="image height and width in the training step")
     parser.add_argument("--port", type=int, default=29511)
-    parser.add_argument("--only", choices=("ranks", "replicas"), help="run only one part")
+    parser.add_argument("--only", choices=("ranks", "replicas"), help="measure only ranks or only replicas")
     args = parser.parse_args()
     if args.only != "replicas":
         mp.spawn(run_rank, (args.ranks, args), nprocs=args.ranks)

@@ -8,9 +8,9 @@ The networks have random weights, and a step has two images.
   that updates the parameters one by one.
 - float32, bfloat16: our implementation, in float32 or with TRAIN.amp bf16: channels last, `conv_over_pyramid`, cross
   entropy from logits, and a fused optimizer.
-- bfloat16, activation checkpointing: with TRAIN.activation_checkpointing in addition.
+- bfloat16, activation checkpointing: like bfloat16, with TRAIN.activation_checkpointing.
 
-Memory is the increase of the peak memory in a new process, with network, optimizer and two steps.
+Memory is the increase of the peak memory in a new process that builds network and optimizer and runs two steps.
 """
 
 from contextlib import nullcontext
@@ -36,7 +36,7 @@ RATE = 8  # downsampling rate of the label
 
 @dataclass(frozen=True)
 class Implementation:
-    """How a step is computed; the defaults are our implementation in float32."""
+    """Settings of a training step; the defaults are our implementation in float32."""
 
     ours: bool = True
     amp: bool = False
@@ -52,11 +52,11 @@ IMPLEMENTATIONS = {
 
 
 class LogSoftmaxLoss(nn.NLLLoss):
-    """Baseline loss: over log-probabilities, without `of_logits`."""
+    """Loss of the baseline, computed from log-probabilities because `of_logits` is missing."""
 
 
 class Step:
-    """Network, optimizer and batch. A call performs one training step."""
+    """A training step with its network, optimizer and batch; call it to run the step."""
 
     def __init__(self, encoder: str, decoder: str, how: Implementation, size: tuple[int, int], device: torch.device):
         torch.manual_seed(0)
@@ -91,7 +91,7 @@ class Step:
 
 
 def memory(*arguments) -> float:
-    """Return the MiB that network, optimizer and two steps add to this process."""
+    """Return by how many MiB network, optimizer and two steps increase the peak memory."""
 
     def train() -> None:
         step = Step(*arguments)
@@ -105,7 +105,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(448, 600), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument(
-        "--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="positions in `PAIRS` (default: all)"
+        "--pairs", type=int, nargs="+", default=range(len(PAIRS)), help="indices of `PAIRS` to measure (default: all)"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

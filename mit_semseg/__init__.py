@@ -1,11 +1,11 @@
-"""Semantic segmentation networks: training, evaluation and inference on ADE20K and any other labelled images."""
+"""Train and evaluate semantic segmentation networks on ADE20K or any other dataset, and segment images."""
 
 __version__ = "3.0.0"
 __all__ = ["Segmenter", "__version__"]
 
 
 def __getattr__(name: str):
-    # Imported on first access, so that `import mit_semseg` is fast.
+    # `Segmenter` is imported on first access, so that `import mit_semseg` is fast.
     if name == "Segmenter":
         from .predict.segmenter import Segmenter
 

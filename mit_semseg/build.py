@@ -1,6 +1,6 @@
-"""Build objects from a configuration: devices, datasets, network, optimizer, inference options.
+"""Build devices, datasets, network, optimizer and inference options from a configuration.
 
-Nothing below this module reads the configuration.
+The packages engine, evaluation and models do not import the configuration; this module passes options to them.
 """
 
 import logging
@@ -28,24 +28,24 @@ from .models.weight_files import read_state_dict
 
 logger = logging.getLogger(__name__)
 
-# Sections and options stored in checkpoints. START_KEYS are not stored: they only say how a run starts.
+# Checkpoints store these sections and options, except START_KEYS, which matter only at the start of a run.
 RUN_SECTIONS = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
 START_KEYS = ("TRAIN.resume", "TRAIN.start_epoch")
-COMPILE_MULTIPLE = 64  # TRAIN.compile pads batches to multiples of this, so that few sizes are compiled
+COMPILE_MULTIPLE = 64  # TRAIN.compile rounds image sides up to a multiple of this, to compile fewer sizes
 
 
 def build_module(
     cfg: Config, device: torch.device, *, checkpoint: str | None = None, resumed: bool = False
 ) -> SegmentationModule:
-    """Build the network on a device.
+    """Build the segmentation network on a device.
 
     Args:
-        checkpoint: `epoch_20.pth` for `encoder_epoch_20.pth` and `decoder_epoch_20.pth` in DIR, or the path of a file.
-            Missing weights of a published model are downloaded. In training None: MODEL options select the weights.
-        resumed: load no initial weights, because a checkpoint will be restored.
+        checkpoint: path of a checkpoint, or `epoch_20.pth` for `encoder_epoch_20.pth` and `decoder_epoch_20.pth` in
+            DIR; missing files of a published model are downloaded. None (training) uses the weights in MODEL options.
+        resumed: do not load initial weights, because the caller will restore a checkpoint.
 
     Raises:
-        UserError: weights do not exist or do not fit, or the device does not support an option.
+        UserError: weights do not exist or do not match the network, or the device does not support an option.
     """
     if not checkpoint:
         if cfg.MODEL.norm == "inplace" and device.type == "mps":
@@ -61,12 +61,12 @@ def build_module(
     files = tuple(map(str, folder.weight_files(checkpoint)))
     with folder.naming_checkpoints():
         if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(files[0])):
-            raise UserError(f"{files[0]} was not trained with MODEL.norm inplace; set MODEL.norm sync")
+            raise UserError(f"the weights {files[0]} were not trained with MODEL.norm inplace; set MODEL.norm sync")
         return _assemble(cfg, files, pretrained=False).to(device)
 
 
 def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
-    """Return the name of the configured published model if DIR does not have its weights, else ''."""
+    """Return the name of the published model that must be downloaded to DIR, or '' if no download is needed."""
     name, exists = folder.folder.name, [folder.path(part, checkpoint).is_file() for part in ("encoder", "decoder")]
     if any(exists) or name not in PUBLISHED or checkpoint != f"epoch_{PUBLISHED[name]}.pth":
         return ""
@@ -76,7 +76,7 @@ def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
 
 
 def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> SegmentationModule:
-    """Build encoder, decoder and loss. `files` are the weight files of encoder and decoder, '' for no file."""
+    """Build the network. `files` are the weight files of encoder and decoder; '' loads no weights."""
     model, train, norm = cfg.MODEL, cfg.TRAIN, NORMS[cfg.MODEL.norm]
     encoder = ModelBuilder.build_encoder(
         model.arch_encoder,
@@ -104,30 +104,30 @@ def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> Segme
         class_weights=train.class_weights,
         label_smoothing=train.label_smoothing,
         ohem_threshold=train.ohem_threshold,
-        ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # at label resolution
+        ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # unit: label pixels
     )
     return SegmentationModule(encoder, decoder, loss, train.deep_sup_scale)
 
 
 def inference_options(cfg: Config) -> InferenceOptions:
-    """Return the INFERENCE options."""
+    """Return the options in the section INFERENCE."""
     size = cfg.INFERENCE.window_size
     size = (size, size) if isinstance(size, int) else tuple(size)
     return InferenceOptions(**{**cfg.INFERENCE, "window_size": size if all(size) else None})
 
 
 def load_options(cfg: Config, batch_size: int, local_size: int) -> LoadOptions:
-    """Return the options for loading images; `local_size` processes on this machine load at the same time."""
+    """Return image loading options; `local_size` is the number of processes on this machine that load images."""
     return LoadOptions(batch_size, cfg.TRAIN.workers, cfg.RUNTIME.timeout, local_size)
 
 
 def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
-    """Return the validation set, or its first `max_images` images."""
+    """Return the validation set, limited to the first `max_images` images; 0 is no limit."""
     return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET, max_images or -1)
 
 
 def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
-    """Return the training set and, if TRAIN.eval_epoch is not 0, the validation set."""
+    """Return the training set and the validation set, which is None if TRAIN.eval_epoch is 0."""
     train, data = cfg.TRAIN, cfg.DATASET
     options = {"seed": train.seed, "side_step": COMPILE_MULTIPLE if train.compile else 1}
     dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **options).as_uint8()
@@ -137,11 +137,11 @@ def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
 def build_training(
     cfg: Config, module: SegmentationModule, images: int, batches: int
 ) -> tuple[torch.optim.Optimizer, TrainingOptions]:
-    """Set memory format, frozen layers and compilation of a network; return the optimizer and the training options.
+    """Apply TRAIN options such as channels_last to a network; return the optimizer and the training options.
 
     Args:
-        images: number of training images; with TRAIN.epoch_iters 0, an epoch is one pass over them.
-        batches: number of batches per step, on all devices and ranks together.
+        images: number of training images; with TRAIN.epoch_iters 0, an epoch is one pass over all images.
+        batches: number of batches per step, summed over micro-batches, devices and ranks.
     """
     train = cfg.TRAIN
     if train.channels_last:
@@ -172,9 +172,9 @@ def build_training(
 
 
 def auto_device(name: str | torch.device = "auto") -> torch.device:
-    """Return a device of this machine; raise a `UserError` if the name is unknown or the device does not exist.
+    """Return the named device; raise a `UserError` if the name is unknown or this machine does not have the device.
 
-    `name` is `auto` (the first GPU, or the CPU if there is none), or a name or device that `torch.device` accepts.
+    `name` is `auto` (the first GPU, or the CPU without GPUs), or an argument that `torch.device` accepts.
     """
     if name == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -184,5 +184,5 @@ def auto_device(name: str | torch.device = "auto") -> torch.device:
     with suppress(RuntimeError):
         device = as_device(name) if torch.cuda.is_available() else torch.device(name)
     if str(device) not in available:
-        raise UserError(f"device {name!r} is not available; this machine has {', '.join(available)}")
+        raise UserError(f"device {name!r} is not available; choose one of {', '.join(available)}")
     return device

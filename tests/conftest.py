@@ -12,7 +12,7 @@ offline.forbid()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 SEED = int(os.environ.get("SEED", 0))
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported
 
 pytest_plugins = ["server"]
 
@@ -25,7 +25,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _reset_logger():
-    """Undo the logger setup of scripts that ran in this process."""
+    """Remove the log handlers and log settings of earlier scripts in this process, before every test."""
     logger = logging.getLogger("mit_semseg")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)

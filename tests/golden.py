@@ -1,4 +1,4 @@
-"""Deterministic weights and inputs of the golden vectors in tests/data."""
+"""Deterministic weights and inputs, for which the golden files in tests/data store the outputs."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ def golden(name: str) -> dict:
 
 
 def fill_value(key: str, shape, gain: float) -> np.ndarray:
-    """Return the value of a state-dict entry; depends only on its key and shape."""
+    """Return a value for a state-dict entry that depends only on its key, its shape and `gain`."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     rng, leaf, shape = np.random.default_rng(seed), key.rsplit(".", 1)[-1], tuple(shape)
     if leaf == "num_batches_tracked":
@@ -30,7 +30,7 @@ def fill_value(key: str, shape, gain: float) -> np.ndarray:
 
 
 def empty(build: Callable[..., torch.nn.Module], *args, **options) -> torch.nn.Module:
-    """Build a module on the meta device, without spending time on its initialization."""
+    """Build a module on the meta device, which saves the time for its initialization."""
     with torch.device("meta"):
         return build(*args, **options)
 
@@ -42,17 +42,17 @@ def fill(module: torch.nn.Module, gain: float) -> torch.nn.Module:
 
 
 def golden_input(height: int, width: int) -> torch.Tensor:
-    """Return the (2, 3, height, width) float32 input of the golden vectors."""
+    """Return the float32 images (2, 3, height, width) for which the golden files store outputs."""
     return torch.from_numpy(np.random.default_rng(0).standard_normal((2, 3, height, width)).astype(np.float32))
 
 
 def sample(tensor: torch.Tensor, n: int) -> np.ndarray:
-    """Return the `n` values that are stored in the golden files."""
+    """Return the values of a tensor at the `n` positions that the golden files store."""
     index = np.random.default_rng(12345).integers(0, tensor.numel(), n)
     return tensor.detach().reshape(-1).numpy()[index].astype(np.float64)
 
 
 def assert_golden(tensor: torch.Tensor, gold: dict, relative: float, values: int = 64) -> None:
-    """Compare shape and stored values; the tolerance is relative to the largest absolute value."""
+    """Compare shape and stored values; the tolerance is `relative` times the largest absolute value."""
     assert list(tensor.shape) == gold["shape"]
     np.testing.assert_allclose(sample(tensor, values), gold["values"], rtol=0, atol=relative * gold["absmax"])

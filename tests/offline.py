@@ -1,4 +1,4 @@
-"""Block network access from tests; the error names the host."""
+"""Block connections of tests to other machines; the error names the host."""
 
 import ipaddress
 import sys
@@ -9,7 +9,7 @@ def _is_local(host) -> bool:
         return True
     try:
         address = ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host)
-    except ValueError:  # a host name
+    except ValueError:  # a host name is no IP address
         return False
     return address.is_loopback or address.is_unspecified
 
@@ -17,14 +17,14 @@ def _is_local(host) -> bool:
 def _hook(event: str, arguments: tuple) -> None:
     if event == "socket.getaddrinfo":
         host = arguments[0]
-    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # not a Unix socket
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # the address of a Unix socket is no tuple
         host = arguments[1][0]
     else:
         return
     if not _is_local(host):
-        raise PermissionError(f"{event} to {host}: tests do not use the network")
+        raise PermissionError(f"{event} to {host} is blocked: tests do not use the network (see tests/server.py)")
 
 
 def forbid() -> None:
-    """Block connections to other machines from this process and its forks."""
+    """Block connections to other machines in this process and in all processes forked from it."""
     sys.addaudithook(_hook)

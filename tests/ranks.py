@@ -1,4 +1,4 @@
-"""Run a function, or a script, on several ranks."""
+"""Run a function or a script on several ranks."""
 
 import os
 import socket
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from runs import ROOT, Job, forked, small
 from scenes import write_pairs
 
-# With one thread per rank, rounding does not depend on the scheduling of threads.
+# One thread per rank, so that rounding errors do not depend on the scheduling of threads.
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
@@ -29,11 +29,11 @@ def _work(rank: int, count: int, store: str, timeout: float, function: Callable,
         results.put((rank, None, traceback.format_exc()))
     results.close()
     results.join_thread()
-    os._exit(0)  # a broken process group may wait for the other ranks during shutdown
+    os._exit(0)  # a normal exit can wait for other ranks if the process group is broken
 
 
 def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
-    """Run `function(rank, *arguments)` on `count` gloo ranks; return the values, or tracebacks of errors, by rank."""
+    """Run `function(rank, *arguments)` on `count` gloo ranks; return the value or traceback of each rank."""
     results, store = forked.Queue(), folder / f"store-{function.__name__}"
     processes = [
         forked.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
@@ -48,14 +48,14 @@ def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float 
 
 
 def write_images(folder):
-    """Write images of one size, so that two batches of two images equal one batch of four."""
+    """Write a dataset whose training images have one size, so that two batches of two equal one batch of four."""
     write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
     write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
     return folder
 
 
 def changes_for(root, folder, **changes):
-    """Return the arguments of a run on several ranks."""
+    """Return the arguments of a short run on several ranks; see `small` for `changes`."""
     fixed = {
         "DATASET.imgSizes": 40,
         "DATASET.random_flip": False,
@@ -70,13 +70,13 @@ def changes_for(root, folder, **changes):
 
 
 def rank_environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Return the environment that torchrun gives a rank."""
+    """Return the environment of a rank, with the variables that torchrun sets."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
     return {**ENV, **{name: str(value) for name, value in names.items()}, "MASTER_ADDR": "127.0.0.1"}
 
 
 def start_ranks(name: str, *arguments, count: int = 2, own: Sequence[dict] = ({}, {})) -> list[Job]:
-    """Start a script on several ranks without torchrun, which is slow; `own` has further arguments for each rank."""
+    """Start a script on several ranks without torchrun (which is slow); rank r also gets the arguments `own[r]`."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,7 +84,7 @@ def start_ranks(name: str, *arguments, count: int = 2, own: Sequence[dict] = ({}
 
 
 def children(pid: int) -> list[int]:
-    """Return the IDs of the child processes; an empty list if the process has ended."""
+    """Return the IDs of the child processes of a process, or an empty list if the process has ended."""
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         return [int(child) for task in tasks for child in (task / "children").read_text().split()]

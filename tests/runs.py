@@ -1,7 +1,7 @@
 """Run the scripts in a new process or in the test process.
 
-Importing torch takes six seconds, so new processes are forked from a server that has imported it. They run the file
-as `__main__` with their own arguments, environment and output.
+Importing torch takes six seconds, so new processes are forked from a server that has imported torch. They run the
+script as `__main__` with their own arguments, environment and output.
 """
 
 import importlib
@@ -25,7 +25,7 @@ import torch
 
 from mit_semseg.cli import common
 
-offline.forbid()  # also in the fork server
+offline.forbid()  # the fork server imports this module, so this also applies there
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
@@ -55,7 +55,7 @@ forked.set_forkserver_preload(["torch._dynamo", "mit_semseg.cli.evaluate", "mit_
 def _run_as_main(
     name: str, arguments: list[str], cwd: str, env: dict[str, str], start_method: str, output: str, errors: str
 ) -> None:
-    set_start_method(start_method, force=True)  # for processes that the script starts
+    set_start_method(start_method, force=True)  # applies to processes that the script starts
     os.setsid()
     for number, path in ((1, output), (2, errors)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
@@ -79,11 +79,11 @@ class Job:
     """A script that runs in a new process and session.
 
     Args:
-        name: script in the root folder of the repository, or module.
-        arguments: command line arguments, see `words`.
-        cwd: working folder.
-        env: changes to the environment.
-        start_method: start method of multiprocessing in the script; default: the one of the test process.
+        name: a script (*.py) in the root folder of the repository, or a module.
+        arguments: command line arguments, converted by `words`.
+        cwd: working directory.
+        env: environment variables to add or replace.
+        start_method: start method of multiprocessing in the script; by default that of the test process.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Job:
         for path in self._files:
             path.touch()
         self._read = self._files[0].open(encoding="utf-8")
-        # The rounding depends on the number of threads.
+        # As many threads as in the test process, because rounding errors depend on their number.
         env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
         args = name, words(*arguments), str(cwd), env, start_method or get_start_method()
         self._process = forked.Process(target=_run_as_main, args=(*args, *map(str, self._files)))
@@ -103,16 +103,16 @@ class Job:
 
     @property
     def returncode(self) -> int | None:
-        """Exit code, -N after signal N, None while running."""
+        """Exit code; -N if signal N ended the process, None while the process runs."""
         return self._process.exitcode
 
     def lines(self, timeout: float = 120):
-        """Yield lines of standard output until the process ends; kill it after the timeout in seconds."""
+        """Yield new lines of standard output until the process ends; kill the process after `timeout` seconds."""
         line, deadline = "", time.perf_counter() + timeout
         while True:
             if time.perf_counter() > deadline:
                 self.kill()
-                raise AssertionError(f"still running after {timeout} s: {self.errors()}")
+                raise AssertionError(f"the process was still running after {timeout} s; stderr: {self.errors()}")
             ended = not self._process.is_alive()
             while part := self._read.readline():
                 line += part
@@ -124,12 +124,12 @@ class Job:
             time.sleep(0.005)
 
     def until(self, text: str) -> None:
-        """Wait for a line that contains the text."""
+        """Wait until the process prints a line that contains the text."""
         if not any(text in line for line in self.lines()):
-            raise AssertionError(f"ended before printing {text!r}: {self.errors()}")
+            raise AssertionError(f"the process ended before it printed {text!r}; stderr: {self.errors()}")
 
     def errors(self) -> str:
-        """Return the standard error so far."""
+        """Return the text that the process has written to standard error so far."""
         return self._files[1].read_text(encoding="utf-8")
 
     def send(self, number: int) -> None:
@@ -137,7 +137,7 @@ class Job:
         os.kill(self.pid, number)
 
     def end(self, timeout: float = 120, code: int | None = 0) -> subprocess.CompletedProcess:
-        """Wait for the end of the process, or kill it after the timeout in seconds; check its exit code."""
+        """Wait until the process ends, or kill it after `timeout` seconds; check the exit code, return the output."""
         self._process.join(timeout)
         self.kill()
         self._process.join()
@@ -145,30 +145,30 @@ class Job:
         return checked(subprocess.CompletedProcess([], self.returncode, output, errors), code)
 
     def kill(self) -> None:
-        """Kill the process and its children."""
+        """Kill the process and the processes in its group."""
         with suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
 
 
 def words(*arguments) -> list[str]:
-    """Return command line arguments; a dict stands for its keys and values."""
+    """Return command line arguments as strings; a dict is expanded to its keys and values."""
     groups = (sum(each.items(), ()) if isinstance(each, dict) else (each,) for each in arguments)
     return [str(word) for group in groups for word in group]
 
 
 def small(root, folder, **changes) -> dict:
-    """Return the arguments of a short run on the CPU; changes are given as `TRAIN__seed=1`."""
+    """Return the arguments of a short run on the CPU; `TRAIN__seed=1` changes the option TRAIN.seed."""
     changes = {key.replace("__", "."): value for key, value in changes.items()}
     return {"--gpu": "cpu", **SMALL, "DATASET.root_dataset": root, "DIR": folder, **changes}
 
 
 def script(name: str, *arguments, code: int = 0, **options) -> subprocess.CompletedProcess:
-    """Run a script or module in a new process and check its exit code; see `Job`."""
+    """Run a script or module in a new process (see `Job`), check its exit code, and return its output."""
     return Job(name, *arguments, **options).end(300, code)
 
 
 def load_script(name: str):
-    """Import a script in the root folder of the repository, or a module."""
+    """Import a script (*.py) in the root folder of the repository, or a module; return the module object."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location(f"script_{name.removesuffix('.py')}", ROOT / name)
@@ -178,7 +178,7 @@ def load_script(name: str):
 
 
 def in_process(name: str, *arguments) -> int:
-    """Run the main function of a script or module in the test process; return its exit code, and raise its errors.
+    """Run `main` of a script or module in the test process; return its exit code. Exceptions are not caught.
 
     To save time, no curves are plotted, and worker processes are forked instead of spawned.
     """
@@ -191,7 +191,7 @@ def in_process(name: str, *arguments) -> int:
 
 
 def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
-    """Do the same as `script`, but in the test process."""
+    """Run a script or module in the test process, check its exit code, and return its output."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as end:
         common.run(lambda: in_process(name, *arguments))
@@ -199,14 +199,14 @@ def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def checked(done: subprocess.CompletedProcess, code: int | None) -> subprocess.CompletedProcess:
-    """Check the exit code of a script, unless `code` is None, and that handled errors print no traceback."""
-    assert code in (done.returncode, None), f"{done.returncode}: {done.stdout[-2000:]}{done.stderr}"
+    """Check the exit code (None: any), and that the codes 2, 130 and 143 come without a traceback."""
+    assert code in (done.returncode, None), f"got exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr}"
     assert code not in (2, 130, 143) or "Traceback" not in done.stderr
     return done
 
 
 def weights(folder, suffix="epoch_2.pth") -> dict[str, torch.Tensor]:
-    """Return the state dicts of encoder and decoder of a run."""
+    """Return the weights of a run; the keys start with `encoder.` or `decoder.`."""
     return {
         f"{part}.{key}": value
         for part in ("encoder", "decoder")

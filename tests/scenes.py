@@ -13,7 +13,7 @@ from mit_semseg.models.layers import conv_bn_relu
 
 
 def options(**changes) -> SimpleNamespace:
-    """Return DATASET options with three numbered classes; raw value 0 is ignored."""
+    """Return DATASET options for three unnamed classes (label values 1 to 3; 0 is ignored)."""
     values = {
         "imgSizes": (40, 56),
         "imgMaxSize": 120,
@@ -29,7 +29,7 @@ def options(**changes) -> SimpleNamespace:
 
 
 def write_pairs(folder, sizes, *, values=(0, 1, 2, 3), seed=0):
-    """Write images/NN.png and annotations/NN.png with the given (width, height); labels are 4 x 4 blocks of values."""
+    """Write images/NN.png and annotations/NN.png for each (width, height); a label has 4 x 4 blocks of one value."""
     rng = np.random.default_rng(seed)
     for name in ("images", "annotations"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ class _Block(nn.Sequential):
 
 
 class TinyEncoder(nn.Module):
-    """Two feature maps at strides 4 and 8."""
+    """A small encoder with feature maps at strides 4 and 8."""
 
     out_channels, output_stride = (8, 16), 8
 

@@ -1,4 +1,4 @@
-"""A local HTTP server that can truncate files."""
+"""A local HTTP server that can truncate the files it sends."""
 
 import http.server
 import threading
@@ -10,12 +10,12 @@ import pytest
 
 @dataclass
 class Site:
-    """A served folder and its URL."""
+    """A folder that the server serves, its URL, and the requests so far."""
 
     folder: Path
     address: str = ""
-    requests: list[tuple[str, str | None]] = field(default_factory=list)  # path and Range header
-    truncate: dict[str, int] = field(default_factory=dict)  # path -> bytes after which the connection is closed
+    requests: list[tuple[str, str | None]] = field(default_factory=list)  # (path, Range header)
+    truncate: dict[str, int] = field(default_factory=dict)  # number of bytes to send, by path
 
     def __iter__(self):
         return iter((self.folder, self.address))
@@ -45,7 +45,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """Serve published files at the URL in `MIT_SEMSEG_MIRROR`; the cache is in `tmp_path`."""
+    """Serve a folder at the URL `MIT_SEMSEG_MIRROR`, and use a download cache in `tmp_path`."""
     served = Site(tmp_path / "site")
     (served.folder / "model").mkdir(parents=True)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"site": served}))

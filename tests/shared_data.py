@@ -1,4 +1,4 @@
-"""Real data in a folder next to the checkout; tests that need it are skipped if it does not exist."""
+"""Real data in the folder `shared` next to the repository; tests that need missing data are skipped."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "shared"
 
 
 def shared(path: str) -> Path:
-    """Return the path of a file or folder in the real data; skip the test if it does not exist."""
+    """Return the path of a file or folder in `FOLDER`; skip the test if this path does not exist."""
     found = FOLDER / path
     if not found.exists():
-        pytest.skip(f"needs the real data folder ({path})")
+        pytest.skip(f"needs real data: {found} does not exist")
     return found

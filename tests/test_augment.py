@@ -1,4 +1,4 @@
-"""Data augmentation: image and label are cropped alike, colors and blur leave the label unchanged."""
+"""Data augmentation crops image and label alike; color changes and blur do not change the label."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_balanced_crops_avoid_a_dominant_class():
         return np.mean([largest_class_fraction(crop) >= 0.75 for crop in crops])
 
     assert dominated(1.0) > 0.4
-    assert dominated(0.75) < 0.15  # a quarter of the positions are balanced, and ten are tried
+    assert dominated(0.75) < 0.15  # a quarter of the crops are balanced, and ten crops are tried
     assert largest_class_fraction(np.full((3, 3), IGNORE)) == 1
 
 
@@ -82,10 +82,10 @@ def test_blur_has_the_standard_deviation_of_the_gaussian():
     result = np.asarray(gaussian_blur(Image.fromarray(pixels), 3.0), float)[..., 0]
     position = np.arange(41) - 20
     variance = (result.sum(0) * position**2).sum() / result.sum()
-    # The kernel is truncated at three standard deviations; the variance of the square is 2.
+    # Truncation reduces the variance of the kernel to 97 %; the square of 5 x 5 pixels has variance 2.
     assert variance == pytest.approx(3.0**2 * 0.97 + 2.0, rel=0.1)
     assert result.sum() == pytest.approx(25 * 255, rel=0.05)
-    for size in ((1, 1), (2, 30), (3, 3)):  # smaller than the kernel
+    for size in ((1, 1), (2, 30), (3, 3)):  # images smaller than the kernel
         assert gaussian_blur(Image.new("RGB", size), 8.0).size == size
 
 

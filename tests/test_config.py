@@ -1,4 +1,4 @@
-"""Options: files of version 2 load unchanged, all errors are reported together, the shipped YAML files are valid."""
+"""Files of version 2 load unchanged, all errors are reported together, and the shipped YAML files are valid."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from mit_semseg.models import ModelBuilder
 ROOT = Path(__file__).resolve().parents[1]
 YAMLS = sorted(ROOT.glob("config/*.yaml"))
 
-# A file with every key of version 2 and the default values of version 2.
+# A configuration file of version 2 with every key and its default value.
 VERSION_2_FILE = """
 DATASET:
   {root_dataset: ./data/, list_train: ./data/training.odgt, list_val: ./data/validation.odgt, num_class: 150,
@@ -57,7 +57,7 @@ def test_cfg_is_a_yacs_node_that_callers_can_extend(tmp_path):
     config.merge_from_file(str(write(tmp_path / "a.yaml", "MINE: [1, 2.5, text, no]\nTRAIN: {fix_bn: True}")))
     config.freeze()
     assert (config.DATASET.imgSizes, config.TRAIN.fix_bn) == ((200, 300), True)
-    assert config.MINE == [1, 2.5, "text", False]  # as `yaml.safe_load` converts them
+    assert config.MINE == [1, 2.5, "text", False]  # with the types that `yaml.safe_load` gives
     with pytest.raises(AttributeError):
         config.DIR = "elsewhere"
 
@@ -170,7 +170,7 @@ def test_paths_expand_home_and_environment_variables(tmp_path, monkeypatch):
     write(tmp_path / "a.yaml", "_BASE_: ~/base.yaml")
     config = load_config("~/a.yaml", [word for key in paths for word in (key, "${HOME}/$UNSET_x")])
     assert config.TRAIN.seed == 5
-    assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # an unset variable is kept
+    assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # $UNSET_x has no value
     monkeypatch.chdir(tmp_path)
     (tmp_path / "$HOME").mkdir()
     assert load_config(None, ["DIR", "$HOME"]).DIR == "$HOME"  # an existing path is not expanded
@@ -204,15 +204,15 @@ def test_unquoted_file_pattern_is_recognized(tmp_path):
 def test_shipped_file_is_valid(path):
     config, text = load_config(path), path.read_text()
     assert f"--cfg config/{path.name}" in text
-    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(path.stem, path.stem)  # the file name of version 2
+    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(path.stem, path.stem)  # its file name in version 2
     if path.name.startswith("ade20k-"):
         assert name == f"ade20k-{config.MODEL.arch_encoder}-{config.MODEL.arch_decoder}"
         rate = 1 if "bilinear" in path.name else 8 if "dilated" in path.name else 4
         assert config.DATASET.segm_downsampling_rate == rate
-    # The last or best checkpoint of training is the one to evaluate.
+    # The best checkpoint is evaluated, or the last one if training does not validate.
     expected = "best.pth" if config.TRAIN.eval_epoch else f"epoch_{config.TRAIN.num_epoch}.pth"
     assert config.VAL.checkpoint == config.TEST.checkpoint == expected
-    # Other programs read these values with `yaml.safe_load`, without base files and defaults.
+    # Other programs read these values with `yaml.safe_load`, so the file itself must contain them.
     plain = yaml.safe_load(text)
     for key in ("DIR", "DATASET.num_class", "MODEL.fc_dim", "VAL.checkpoint", "TEST.checkpoint"):
         assert get(plain, key) == get(config, key), key

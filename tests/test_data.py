@@ -1,4 +1,4 @@
-"""Lists, class tables, image decoding, transforms, batches and their order."""
+"""Lists, class tables, image decoding, transforms, batches, and the order of batches."""
 
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def test_images_of_all_formats_are_found_in_any_case(tmp_path):
 
 
 def test_names_in_composed_and_decomposed_unicode_pair_up(tmp_path):
-    """macOS stores accented letters decomposed (NFD)."""
+    """macOS stores an accented letter in a file name as two characters (decomposed, NFD)."""
     write_pairs(tmp_path, SIZES[:1])
     (tmp_path / "images" / "00.png").rename(tmp_path / "images" / "\u00e9.png")
     (tmp_path / "annotations" / "00.png").rename(tmp_path / "annotations" / "e\u0301.png")
@@ -214,7 +214,7 @@ def test_padding_is_ignored():
     batch = pad_batch(images, labels, 8, 4)
     assert batch["img_data"].shape == (2, 3, 16, 24)
     assert batch["seg_label"].shape == (2, 4, 6)
-    # Rows 2, 6, 10, ... are sampled; the first image has ten rows.
+    # Downsampling uses rows 2, 6, 10, ...; the first image has rows 0 to 9.
     assert batch["seg_label"][0].tolist() == [[1] * 5 + [-1]] * 2 + [[-1] * 6] * 2
     assert batch["img_data"][0, :, 10:].abs().sum() == 0
 
@@ -223,7 +223,7 @@ def test_evaluation_item(root):
     item = ValDataset(root, ".", options())[3]
     assert item["img_ori"].shape == (70, 30, 3)
     assert item["seg_label"].shape == (1, 70, 30)
-    # Short side 40 gives 40x93, rounded up to 40x96. For 56, imgMaxSize limits it to 51x120, rounded up to 56x120.
+    # Short side 40 gives 40x93 (width x height), padded to 40x96. imgMaxSize reduces 56x131 to 51x120 (56x120).
     assert [tuple(x.shape) for x in item["img_data"]] == [(1, 3, 96, 40), (1, 3, 120, 56)]
     test = TestDataset([{"fpath_img": str(root / "images/03.png")}], options(), max_sample=-1)[0]
     assert sorted(test) == ["img_data", "img_ori", "info"]
@@ -262,7 +262,7 @@ def test_every_pass_uses_every_record_once(upright, batch_size, seed):
     for i in range(len(upright) * passes // batch_size - 2 * batch_size):
         assert len({upright[record] for record in order[i]}) == 1
         assert len(order[i]) == batch_size
-    # Every pass over the records of one orientation is a permutation. A batch can contain records of two passes.
+    # Each pass over the records of one orientation uses every record once. A batch can contain parts of two passes.
     for orientation in (True, False):
         members = {i for i, u in enumerate(upright) if u == orientation}
         stream = [r for i in range(len(upright) * 2) for r in order[i] if upright[r] == orientation]
@@ -280,7 +280,7 @@ def test_devices_and_shards_partition_batches_and_records(root, tmp_path):
 
     assert indices(1) == [1, 2, 3]
     assert [indices(0, rank=rank, size=2) for rank in (0, 1)] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    # Two ranks with two devices each, resumed after two steps.
+    # Batch indices of two ranks with two devices each, resumed after two steps.
     ranks = [indices(2, rank=rank, size=2, devices=[CPU, CPU]) for rank in (0, 1)]
     assert ranks == [[8, 9, 12, 13], [10, 11, 14, 15]]
     assert shards(7, 3) == [range(2), range(2, 4), range(4, 7)]

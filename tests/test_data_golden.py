@@ -1,4 +1,4 @@
-"""Scaling, padding and label sampling give the numbers that the published weights were trained with."""
+"""Scaling, padding and label sampling are the same as in the training of the published weights."""
 
 import json
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ def gold():
 
 def check(tensor, expected):
     assert list(tensor.shape) == expected["shape"]
-    # JPEG decoders differ by one level: 1/255 divided by the smallest std is 0.0175.
+    # JPEG decoders differ by one level, which is 1 / 255 / 0.224 = 0.0175 after normalization.
     np.testing.assert_allclose(sample(tensor, 64), expected["values"], rtol=0, atol=0.02)
     if "mean" in expected:
         assert tensor.double().mean().item() == pytest.approx(expected["mean"], abs=1e-3)
@@ -41,7 +41,7 @@ def test_training_batches_match_the_golden_values():
             batch = dataset.load_batch([records[f] for f in drawn["files"]], drawn["short_size"], drawn["flips"])
             check(batch["img_data"], drawn["img"])
             assert list(batch["seg_label"].shape) == drawn["label"]["shape"]
-            # The original pads with class 0, this toolkit with the ignore index; all other pixels are equal.
+            # The original code pads with class 0, this package with the ignore index; all other pixels are equal.
             ours, theirs = histogram(batch["seg_label"]), drawn["label"]["hist"]
             assert {k: v for k, v in ours.items() if k not in "-10"} == {
                 k: v for k, v in theirs.items() if k not in "-10"

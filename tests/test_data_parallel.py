@@ -1,4 +1,4 @@
-"""Scatter, replicas and gather of nested inputs, on CPU replicas and on GPUs if available."""
+"""Scattering and gathering of nested inputs, and replicas on the CPU and (if available) on GPUs."""
 
 import subprocess
 import sys
@@ -30,7 +30,7 @@ def test_gather_inverts_scatter(count):
     tensor = torch.arange(10.0).view(5, 2)
     for obj in (tensor, {"a": tensor, "b": [tensor + 1, (tensor, "text", None, 3)]}, Pair(tensor, [tensor])):
         parts = scatter(obj, [CPU] * count)
-        assert len(parts) == len(torch.ones(5).chunk(count))  # an uneven last batch uses fewer devices
+        assert len(parts) == len(torch.ones(5).chunk(count))  # five rows may use fewer devices
         assert all(type(part) is type(obj) for part in parts)
         assert repr(gather(parts, CPU)) == repr(obj)
 
@@ -51,7 +51,7 @@ def test_positional_and_keyword_tensors_are_scattered():
 
 
 def test_each_replica_gets_one_dict():
-    """Images may have different sizes, and devices may get no dict. A single dict runs in the calling thread."""
+    """Image sizes may differ, and devices without a dict are not used. A single dict runs in the calling thread."""
     calls = []
 
     class Sizes(nn.Module):
@@ -85,7 +85,7 @@ def test_replicas_share_parameters_and_replica_0_the_buffers():
 @pytest.mark.parametrize("devices", [["cpu", "cpu"], pytest.param(["cuda:0", "cuda:1"], marks=pytest.mark.gpu)])
 def test_gradients_equal_those_of_the_whole_batch(devices):
     if devices[0] != "cpu" and torch.cuda.device_count() < 2:
-        pytest.skip("fewer than two GPUs")
+        pytest.skip("needs two GPUs")
     module = tiny_module(crit=MaskedNLLLoss()).double().to(devices[0])
     images, labels = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.randint(0, 3, (4, 4, 5))
     batches = [{"img_data": images[i : i + 2], "seg_label": labels[i : i + 2]} for i in (0, 2)]
@@ -123,7 +123,7 @@ def test_patched_data_parallel_synchronizes_and_stops_on_errors():
     for kind in (nn.DataParallel, Subclass):
         parallel = kind(norm)
         patch_replication_callback(parallel)
-        patch_replication_callback(parallel)  # no effect
+        patch_replication_callback(parallel)  # a second call has no effect
         assert isinstance(parallel, kind)
         parallel.device_ids, parallel.output_device, parallel.dim = ["cpu", "cpu"], "cpu", 0
         torch.testing.assert_close(parallel(x), nn.BatchNorm2d(3)(x))
@@ -133,9 +133,9 @@ def test_patched_data_parallel_synchronizes_and_stops_on_errors():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_copies_to_a_gpu_are_complete_before_they_are_used():
-    """Other work on the copy stream delays the copies."""
+    """Matrix products on the copy stream delay the copies."""
     device = torch.device("cuda", 0)
     copy_to_device({"x": torch.ones(1)}, device)  # creates the copy stream
     matrix = torch.randn(4096, 4096, device=device)

@@ -1,4 +1,4 @@
-"""Dataset tools: the doctor, synthetic scenes, and the two shell scripts."""
+"""The dataset doctor, the synthetic scenes, and the shell scripts for the download and the demo."""
 
 import json
 import os
@@ -88,7 +88,7 @@ def test_download_script_unpacks_and_writes_lists_with_sizes(site, tmp_path):
     assert (lines[0]["width"], lines[0]["height"]) == (20, 30)
     names = sorted(path.name for path in (copy / "data").iterdir())
     assert names == ["ADEChallengeData2016", "training.odgt", "validation.odgt"]
-    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # not downloaded again
+    done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # a second download would fail
     assert done.returncode == 0, done.stderr
 
 
@@ -103,7 +103,7 @@ def test_both_download_scripts_are_identical():
 
 @pytest.mark.long
 def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, tmp_path):
-    """The local server has an image and random weights with the published shapes."""
+    """A local server provides an image, and random weights with the shapes of the published ones."""
     folder, _ = site
     name = "ade20k-resnet50dilated-ppm_deepsup"
     (folder / "model" / "pytorch" / name).mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_demo_script_uses_the_published_model_if_the_server_is_reachable(site, t
         torch.save(module.state_dict(), folder / "model" / "pytorch" / name / f"{part}_epoch_20.pth")
     images = folder / "data" / "ADEChallengeData2016" / "images" / "validation"
     images.mkdir(parents=True)
-    Image.new("RGB", (256, 8), "teal").save(images / "ADE_val_00001519.jpg")  # flat, so that it is small at every scale
+    Image.new("RGB", (256, 8), "teal").save(images / "ADE_val_00001519.jpg")  # imgMaxSize makes every scale small
     copy = tmp_path / "checkout"
     copy.mkdir()
     for part in ("mit_semseg", "config", "train.py", "eval.py", "test.py"):

@@ -1,4 +1,4 @@
-"""The web page: uploads, limits, no access to files and URLs, and the viewer in Chromium."""
+"""The web page limits uploads, reads no other files or URLs, and shows results in Chromium."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ from mit_semseg.lib.utils import UserError
 
 pytest.importorskip("gradio")
 
-NAMES = ["<b>tree</b>", "road & lane", "sky"]  # not to be parsed as HTML
+NAMES = ["<b>tree</b>", "road & lane", "sky"]  # the page must not parse names as HTML
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LIMITS = Limits(upload=1, pixels=0.05)
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
     Image.fromarray(pixels).resize((240, 180), Image.BICUBIC).save(folder / "street.png")
     (folder / "page.jpg").write_text("<html>not found</html>")
     Image.new("RGB", (400, 300)).save(folder / "large.png")
-    Image.new("RGB", (20, 20)).save(folder / "drawing.png", format="EPS")  # Pillow would start Ghostscript
+    Image.new("RGB", (20, 20)).save(folder / "drawing.png", format="EPS")  # Pillow would read EPS with Ghostscript
     (folder / "heavy.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1_100_000))
     return folder
 
@@ -72,7 +72,7 @@ def page(cfg, networks):
 
 
 def as_upload(path):
-    """Copy a file to the upload folder; return the value that the page sends for it."""
+    """Copy a file to the upload folder; return the value with which the page requests its segmentation."""
     return {"path": str(shutil.copy(path, upload_folder())), "orig_name": path.name}
 
 
@@ -92,7 +92,7 @@ def test_viewer_gets_the_result_of_the_segmenter(networks, folder):
     assert np.array_equal(decode_image(value["index"]), result.label_map)
     assert json.loads(base64.b64decode(value["json"].split("base64,")[1]))["classes"] == result.classes
     image = decode_image(value["image"])
-    assert abs(image - result.image).mean() < 4  # JPEG
+    assert abs(image - result.image).mean() < 4  # the viewer gets the image as JPEG
 
 
 @pytest.mark.parametrize("name", ["page.jpg", "large.png", "heavy.png", "drawing.png"])
@@ -105,7 +105,7 @@ def test_unusable_upload_gets_a_message_without_server_paths(networks, folder, n
 
 
 def send(page, value, function):
-    """Send a request without the page; return the answer."""
+    """Send a request without a browser; return the response of the server."""
     session = f"visitor{function}"
     body = {"data": [value, "epoch_1.pth"], "fn_index": function, "session_hash": session}
     request = urllib.request.Request(
@@ -139,7 +139,7 @@ def test_urls_in_requests_are_refused(page, functions):
     files = [
         {"path": f"{kind}://example.com/a.png", "meta": {"_type": "gradio.FileData"}} for kind in ("http", "HTTPS")
     ]
-    assert len(functions) > 1  # also the function of the examples
+    assert len(functions) > 1  # one of them is for the examples
     for value in (*files, {"nested": [{"value": files[0]}]}):
         for function in functions:
             assert "this page does not fetch URLs" in send(page, value, function)
@@ -226,7 +226,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, page):
-    """Open the page as a new visitor. Requests to other hosts and JavaScript errors fail the test."""
+    """Return a function that opens the page. Requests to other hosts and JavaScript errors fail the test."""
     contexts, urls, errors = [], [], []
 
     def visit():
@@ -256,7 +256,7 @@ def legend(tab):
 
 
 def canvas_pixels(tab):
-    """Return the shown pixels, (H, W, 3)."""
+    """Return the pixels (H, W, 3) that the viewer shows."""
     return decode_image(tab.eval_on_selector("#viewer canvas", "canvas => canvas.toDataURL('image/png')"))[..., :3]
 
 
@@ -279,7 +279,7 @@ def test_viewer_shows_and_saves_the_result(visit, networks, folder):
     assert abs(canvas_pixels(tab) - overlay).mean() < 4
     tab.click("#viewer .none")
     assert abs(canvas_pixels(tab) - result.image).mean() < 4
-    tab.click("#viewer .legend li:nth-child(1) input")  # only the largest class
+    tab.click("#viewer .legend li:nth-child(1) input")  # show only the largest class
     largest = result.label_map == result.classes[0]["index"]
     assert abs(canvas_pixels(tab) - np.where(largest[..., None], overlay, result.image)).mean() < 4
     tab.click("#viewer .all")

@@ -1,6 +1,6 @@
-"""README.md and docs/*.md: commands and Python examples run; links, files and option names exist.
+"""Commands and Python examples in README.md and docs/*.md run; linked files, anchors and option names exist.
 
-Commands run in a folder whose configurations train for a few steps. A command is not run if its comment begins with
+Commands run in a folder with configuration files for short runs. A command is not run if its comment begins with
 `needs` (a dataset or GPUs), `downloads`, or `serves` (until Ctrl-C).
 """
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
 EXECUTED = ("quickstart", "own-data", "training", "evaluation", "segmenting", "exporting")
-PUBLISHED, SMALLER = "ade20k-resnet50dilated-ppm_deepsup", "ade20k-resnet18dilated-c1_deepsup"  # the second is faster
+PUBLISHED, SMALLER = "ade20k-resnet50dilated-ppm_deepsup", "ade20k-resnet18dilated-c1_deepsup"  # SMALLER is faster
 
 
 def code_blocks(page, language):
@@ -33,7 +33,7 @@ def code_blocks(page, language):
 
 
 def commands(page):
-    """Return a list of (command, comment) for every line of shell code."""
+    """Return a list with a tuple (command, comment) for every line of shell code."""
     lines = [line for block in code_blocks(page, "bash") for line in block.splitlines()]
     lines += re.findall(r"^    ((?:python|torchrun) .+)$", page.read_text(), re.MULTILINE)
     return [tuple(part.strip() for part in line.partition(" # ")[::2]) for line in lines if line.strip()]
@@ -74,7 +74,7 @@ def test_links_and_options_exist(page):
 
 
 def test_names_exist_in_the_linked_files():
-    """docs/extending.md names places as `name` in [file](link)."""
+    """docs/extending.md refers to code as `name` in [file](link)."""
     places = re.findall(r"`([\w.]+)`\s+in\s+\[[^\]]+\]\(\.\./([\w./]+)\)", (ROOT / "docs" / "extending.md").read_text())
     assert len(places) > 30
     for name, path in places:
@@ -92,7 +92,7 @@ def test_commands_are_executed_or_say_why_not(page):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with configurations of short runs, and with the dataset of docs/own-data.md."""
+    """Return a folder with configurations for short runs, and with a dataset for docs/own-data.md."""
     folder = tmp_path_factory.mktemp("docs")
     shutil.copytree(ROOT / "config", folder / "config")
     (own_data,) = code_blocks(ROOT / "docs" / "own-data.md", "yaml")

@@ -1,4 +1,4 @@
-"""The package in notebooks, services, containers and other programs: streams, plots, libraries, side effects."""
+"""The package runs in notebooks, services and containers, and changes no state of the calling program."""
 
 import io
 import logging
@@ -42,7 +42,7 @@ def test_training_ignores_the_plot_backend_of_a_notebook(root, tmp_path, backend
 
 
 class WriteOnly:
-    """An output stream with `write` and `flush` only, as in programs that show text in a window."""
+    """An output stream with no method but `write` and `flush`, as in programs that show output in a window."""
 
     def __init__(self):
         self.text = ""
@@ -72,7 +72,7 @@ def test_scripts_run_without_a_terminal(root, tmp_path, make_stream):
 
 
 def test_tools_escape_characters_that_the_terminal_lacks(tmp_path):
-    """Class names and file names contain such characters."""
+    """Class names and file names contain characters that ASCII and cp1252 lack."""
     data = tmp_path / "дата"
     options = {"DATASET.root_dataset": data, "DATASET.list_train": "training", "DATASET.list_val": "validation"}
     options |= {"DATASET.classes": "[sky, grass, 道路, house, tree, car, sun]", "DATASET.ignore_values": "[7]"}
@@ -98,7 +98,7 @@ def test_progress_bars_do_not_depend_on_the_log_level_of_the_program(monkeypatch
 
 
 def test_models_and_datasets_work_without_opencv(tmp_path):
-    """If OpenCV lacks libGL, as in a container, the error says what to install."""
+    """If OpenCV cannot load libGL, as in many containers, the error says what to install."""
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object file')")
     code = """
 import torch
@@ -186,7 +186,7 @@ if __name__ == "__main__":
 @pytest.mark.long
 @pytest.mark.parametrize("code", [SEGMENT, TRAIN], ids=["segment", "train"])
 def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
-    """Run five programs at once. No thread of the package runs after the interpreter has ended."""
+    """Run five programs at once. A package thread that runs after the interpreter has ended would crash them."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
     started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]

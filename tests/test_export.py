@@ -1,4 +1,4 @@
-"""Exported files: equal outputs at other sizes, without this package, and in 8-bit integers."""
+"""Exported files run without this package, at any image size, and give the outputs of the network."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_file_with_other_outputs_is_deleted(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_int8_network_is_close_to_float32_in_a_third_of_the_bytes(folder, tmp_path):  # noqa: F811
-    """Unreadable images of the calibration and of the validation are skipped."""
+    """Unreadable calibration images and validation images are skipped."""
     onnx = pytest.importorskip("onnx", reason="extra `export`")
     write_pairs(tmp_path / "data", [(96, 72)] * 6, values=(0, 1, 2))
     (tmp_path / "data" / "images" / "00.png").write_bytes(b"")

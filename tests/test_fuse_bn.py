@@ -11,7 +11,7 @@ from mit_semseg.models.layers import NORMS
 
 
 def randomize_norms(module):
-    """Draw random statistics and scales, and switch to float64 and eval mode."""
+    """Set random statistics and parameters of batch norms; return the module in float64 and eval mode."""
     for layer in module.modules():
         if isinstance(layer, _BatchNorm):
             nn.init.normal_(layer.running_mean, std=0.2)

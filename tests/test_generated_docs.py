@@ -1,4 +1,4 @@
-"""docs/models.md and docs/options.md are up to date."""
+"""docs/models.md and docs/options.md equal the output of docs/generate.py."""
 
 import pytest
 import torch
@@ -9,11 +9,11 @@ from mit_semseg.models import ModelBuilder
 
 @pytest.mark.parametrize("name", PAGES)
 def test_page_is_up_to_date(name):
-    assert PAGES[name]() == (DOCS / name).read_text(), "run python docs/generate.py"
+    assert PAGES[name]() == (DOCS / name).read_text(), f"docs/{name} is out of date; run python docs/generate.py"
 
 
 def test_gflops_of_an_encoder_are_those_of_its_convolutions():
-    """A convolution performs 2 k² C_in C_out H W operations."""
+    """A k x k convolution performs 2 k² C_in C_out H W operations."""
     counts = []
 
     def count(conv, _, output):

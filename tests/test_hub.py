@@ -1,4 +1,4 @@
-"""Entry points of torch.hub."""
+"""Entry points for torch.hub in hubconf.py."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which package may import which, and that importing has no side effects."""
+"""Packages import only packages below them, and importing has no side effects."""
 
 import ast
 import os
@@ -13,7 +13,7 @@ from mit_semseg.models import ENCODERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mit_semseg"
-# Each package may import the packages before it.
+# A package may import the packages before it in this list, except for those removed below.
 LAYERS = ["lib", "config", "dataset", "models", "evaluation", "engine", "build", "predict", "cli"]
 ALLOWED = {layer: set(LAYERS[:position]) for position, layer in enumerate(LAYERS)}
 for layer in ("dataset", "models"):

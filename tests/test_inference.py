@@ -1,4 +1,4 @@
-"""Inference: sliding window, flip, scales and precision against the plain computation on the whole image."""
+"""Inference with sliding windows, flip, scales and precisions, compared with plain computations on whole images."""
 
 import copy
 
@@ -21,7 +21,7 @@ CLASSES = 4
 
 
 class LocalNetwork:
-    """A network with a receptive field of `reach` pixels: a random convolution."""
+    """A random convolution; an output pixel depends on input pixels that are at most `reach` pixels away."""
 
     align_corners = False
 
@@ -73,7 +73,7 @@ def test_windows_cover_the_length_with_the_overlap(length, window, overlap):
 
 
 def test_pixels_far_from_window_borders_equal_the_whole_image():
-    """Farther than the receptive field, 3 pixels."""
+    """Pixels are far if they are at least 3 pixels away, because the network has a reach of 3 pixels."""
     model, x, reach = LocalNetwork(reach=3), image(60, 90), 3
     expected = probabilities(model, [x], (60, 90))
     scores = probabilities(model, [x], (60, 90), window_size=(24, 30), window_overlap=0.25)
@@ -85,11 +85,11 @@ def test_pixels_far_from_window_borders_equal_the_whole_image():
                     interior.narrow(axis, border - reach, 2 * reach).fill_(False)
     assert 0.3 < interior.float().mean() < 0.9
     torch.testing.assert_close(scores[:, interior], expected[:, interior])
-    assert (scores - expected).abs().max() > 1e-3  # near the borders they differ
+    assert (scores - expected).abs().max() > 1e-3  # pixels near window borders differ
 
 
 def test_overlapping_windows_are_averaged():
-    """The expected value is the sum over all windows, divided by the number of windows per pixel."""
+    """The expected value of a pixel is the mean over all windows that contain the pixel."""
     model, x = LocalNetwork(reach=2), image(40, 33)
     height, width, overlap = 16, 20, 0.5
     total, count = torch.zeros(CLASSES, 40, 33, dtype=torch.float64), torch.zeros(40, 33)
@@ -105,7 +105,7 @@ def test_overlapping_windows_are_averaged():
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
-    """Class probabilities of all scales are resized and averaged, for any number of rows in memory."""
+    """Probabilities of all scales are resized and averaged; strips may have any number of rows."""
     monkeypatch.setattr(sliding_window, "STRIP_ROWS", rows)
     model, size = LocalNetwork(reach=1), (37, 53)
     scales = [image(*s) for s in ((24, 40), (37, 53), (80, 112))]
@@ -122,7 +122,7 @@ def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("decoder", ["c1", "psp_bilinear"])
 def test_label_map_has_the_largest_probability(decoder, flip):
-    """With and without `align_corners`, at one and at three scales."""
+    """Test decoders with and without `align_corners`, at one scale and at three scales."""
     module = tiny_module()
     module.decoder = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=(8, 16))
     torch.nn.init.normal_(module.decoder.conv_last.weight if decoder == "c1" else module.decoder.conv_last[-1].weight)
@@ -161,7 +161,7 @@ def test_windows_of_logits_are_resized_as_by_the_decoder(decoder, elements, monk
     dec = ModelBuilder.build_decoder(decoder, num_class=4, in_channels=encoder.out_channels)
     module = SegmentationModule(encoder, dec, None).double().eval()
     x, options = image(70, 90), {"window_size": (48, 40), "window_overlap": 0.3, "flip": True}
-    resized = LocalNetwork()  # softmax(log(p)) is p
+    resized = LocalNetwork()  # its logits are log(p), because softmax(log(p)) = p
     resized.logits = lambda feed: module(feed, segSize=feed["img_data"].shape[-2:]).log()
     expected = probabilities(resized, [x], (60, 75), **options)
     torch.testing.assert_close(probabilities(module, [x], (60, 75), **options), expected)
@@ -169,7 +169,7 @@ def test_windows_of_logits_are_resized_as_by_the_decoder(decoder, elements, monk
 
 @pytest.mark.parametrize("options", [{}, {"flip": True}, {"window_size": (32, 32)}])
 def test_batches_of_equal_sizes_give_the_same_label_maps(options, monkeypatch):
-    """Batches are used on GPUs; images of different sizes, and with sliding windows, are processed one by one."""
+    """On GPUs, consecutive images of equal size form a batch, but not with sliding windows."""
     sizes = [(40, 56), (40, 56), (56, 40), (40, 56)]
     items = [item_of((h, w), image(h, w, seed), image(h // 2, w // 2, seed)) for seed, (h, w) in enumerate(sizes)]
     predictor = Predictor(tiny_module().double(), options=InferenceOptions(**options))
@@ -215,7 +215,7 @@ def test_bfloat16_is_close_to_float32(decoder):
     "encoder", ["mobilenetv2dilated", "resnet50_v1", "hrnetv2", pytest.param("vgg16_dilated8", marks=pytest.mark.long)]
 )
 def test_first_convolution_and_classifier_stay_in_float32(encoder):
-    """Rounding 8-bit colors to bfloat16 would lose information."""
+    """Rounding normalized 8-bit colors to bfloat16 would lose information."""
     network = prepare(build(encoder, "c1"), precision="bf16")
     exact, rounded = (network.logits({"img_data": x}) for x in (IMAGE, IMAGE.bfloat16().float()))
     assert not torch.equal(exact, rounded)
@@ -252,7 +252,7 @@ def test_precision_that_the_device_lacks_is_refused_or_warned_about(monkeypatch,
 
 @pytest.mark.parametrize("pair", [("mobilenetv2dilated", "ppm_deepsup"), ("resnet18", "upernet"), ("hrnetv2", "c1")])
 def test_prepared_network_has_the_same_probabilities(pair):
-    """The float32 error is at most 2e-5 for logits as large as those of a trained network."""
+    """Logits are scaled to at most 10, as in trained networks; the float32 error is then at most 2e-5."""
     module = build(*pair)
     with torch.no_grad():
         last = [part for part in module.decoder.modules() if isinstance(part, torch.nn.Conv2d)][-1]

@@ -1,4 +1,4 @@
-"""Loss of untrained decoders."""
+"""Untrained decoders predict nearly equal probabilities for all classes."""
 
 import math
 
@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from mit_semseg.models import DECODERS, ModelBuilder
 
-MARGIN = 1.5  # above ln(num_class), the loss of equal probabilities
+MARGIN = 1.5  # allowed excess over ln(num_class), the loss for equal probabilities
 
 
 @pytest.mark.parametrize("num_class", [2, 11, 150])
 @pytest.mark.parametrize("name", DECODERS)
 def test_initial_loss_is_close_to_equal_probabilities(name, num_class):
-    """The feature maps are like those of a trained encoder."""
+    """The random feature maps have values like those of a trained encoder."""
     decoder = ModelBuilder.build_decoder(name, fc_dim=2048, num_class=num_class).train()
     features = [torch.randn(2, c, size, size).relu() for c, size in ((256, 24), (512, 12), (1024, 12), (2048, 12))]
     label = torch.randint(0, num_class, (2, 24, 24))

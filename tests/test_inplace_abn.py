@@ -26,7 +26,7 @@ def randn(*shape, **options):
 
 
 class Reference(nn.Module):
-    """Batch norm with the scale |weight| + eps, followed by shortcut and activation."""
+    """Batch norm with the scale |weight| + eps, then the addition of the shortcut, then the activation."""
 
     def __init__(self, norm: InPlaceABN):
         super().__init__()
@@ -51,7 +51,7 @@ def make_norm(activation, kind=InPlaceABN, **options):
 
 
 def output_and_gradients(module, tensors, factor):
-    """Return the output, and the gradients of sum(output * factor) for all inputs and parameters."""
+    """Return a list with the output, and the gradients of sum(output * factor) for all inputs and parameters."""
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     module.zero_grad()
     y = module(*tensors)
@@ -120,7 +120,7 @@ def test_only_the_output_is_saved():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("scale", "bias"), [(1.0, 0.0), (1e-3, 0.5), (0.0, 0.5)])
 def test_16_bit_gradients_are_close_to_float32(dtype, scale, bias):
-    """This includes small scales, for which the normalized values cannot be computed from a 16-bit output."""
+    """For small scales, the normalized values cannot be recomputed from a 16-bit output."""
     norm = InPlaceABNSync(4)
     nn.init.constant_(norm.weight, scale)
     nn.init.constant_(norm.bias, bias)
@@ -130,7 +130,7 @@ def test_16_bit_gradients_are_close_to_float32(dtype, scale, bias):
     assert actual[0].dtype == dtype
     for a, b in zip(actual, expected, strict=True):
         assert (a.float() - b).norm() <= 0.03 * b.norm() + 1e-3
-    assert actual[-2].abs().min() > 0  # the weight has a gradient at zero
+    assert actual[-2].abs().min() > 0  # even a weight of zero has a gradient
 
 
 def test_single_value_per_channel_can_be_trained():
@@ -138,10 +138,10 @@ def test_single_value_per_channel_can_be_trained():
     assert all(torch.isfinite(value).all() for value in values)
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 9), reason="this PyTorch version requires a CUDA driver")
+@pytest.mark.skipif(torch.__version__ < (2, 9), reason="fake CUDA tensors need a CUDA driver before PyTorch 2.9")
 @pytest.mark.parametrize("function", [SyncBatchNormFunction, InPlaceABNFunction])
 def test_replicas_on_two_gpus_keep_their_devices(function):
-    """Fake tensors stand for tensors on two GPUs."""
+    """Fake tensors replace tensors on two GPUs."""
     with FakeTensorMode():
         devices = [torch.device("cuda", i) for i in (0, 1)]
         inputs = [torch.randn(2, 4, 5, 6, device=d) for d in devices]
@@ -158,7 +158,7 @@ def test_replicas_on_two_gpus_keep_their_devices(function):
 
 
 def test_weights_of_in_place_norms_and_batch_norms_are_distinguished(tmp_path, caplog):
-    """The state dicts have equal keys, but the outputs differ."""
+    """Networks with these norms have equal state-dict keys, but different outputs."""
     inplace, plain = (nn.Sequential(nn.Conv2d(3, 4, 1), NORMS[kind](4)) for kind in ("inplace", "sync"))
     for name, module in (("inplace", inplace), ("plain", plain)):
         torch.save(module.state_dict(), tmp_path / f"{name}.pth")

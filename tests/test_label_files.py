@@ -1,4 +1,4 @@
-"""Label files: the stored values are read for any format, bit depth, photometric interpretation and orientation."""
+"""Stored label values are read for any file format, bit depth, photometric interpretation and orientation."""
 
 import struct
 import zlib
@@ -12,9 +12,9 @@ from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.doctor import inspect_dataset
 from mit_semseg.dataset.image_io import ImageFileError, image_size, read_image, read_label
 
-HEIGHT, WIDTH = 6, 13  # rows of 1, 2 and 4 bits end within a byte
+HEIGHT, WIDTH = 6, 13  # 13 pixels of 1, 2 or 4 bits do not fill the last byte
 ORIENTATION = 0x0112
-# For every EXIF orientation, the transform of (H, W) that makes an image upright.
+# For every EXIF orientation, a function that makes an array (H, W) upright.
 UPRIGHT = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -32,7 +32,7 @@ def random_values(maximum):
 
 
 def pack(values, bits, *, big_endian=True):
-    """Pack values to rows of bytes, most significant bits first."""
+    """Return values (H, W) packed into bytes row by row, most significant bits first."""
     if bits == 16:
         return values.astype(">u2" if big_endian else "<u2").tobytes()
     planes = values[..., None] >> np.arange(bits)[::-1] & 1
@@ -64,7 +64,7 @@ def tiff(values, bits, *, white_is_zero=False, orientation=1, deflate=False):
 
 
 def netpbm(values, maximum, *, plain=False):
-    """Return a PGM file, or a PBM file (bits) for maximum 0."""
+    """Return a PGM file with this maximum value, or a PBM file (one bit per pixel) if `maximum` is 0."""
     bits = 1 if not maximum else 8 if maximum < 256 else 16
     kind = (2 if plain else 5) - (not maximum)
     body = " ".join(map(str, values.ravel())).encode() if plain else pack(values, bits)
@@ -125,7 +125,7 @@ def test_exif_and_tiff_orientation_are_applied_to_images_and_labels(tmp_path, or
 
 
 def write_oriented_pairs(folder, orientations):
-    """Write square images and labels with the given (image, label) EXIF orientations."""
+    """Write a square image and label for each pair of EXIF orientations (image, label)."""
     values = Image.fromarray(np.random.default_rng(0).integers(1, 4, (16, 16)).astype(np.uint8))
     for part in ("images", "annotations"):
         (folder / part).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Label maps from logits equal the arg-max of resized scores, except for ties within rounding."""
+"""Label maps from logits equal the argmax of resized scores, unless two scores differ by a rounding error."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KINDS = ("noise", "trained", "nearly one-hot", "far apart")
 
 
 def reference_scores(logits, size, align_corners=False):
-    """Return the mean softmax of the resized logits, (C, H, W)."""
+    """Return the resized logits (C, H, W) of one scale, or the mean softmax of several scales."""
     resized = [F.interpolate(x[None], size, mode="bilinear", align_corners=align_corners)[0] for x in logits]
     return sum(x.softmax(0) for x in resized) / len(resized) if len(logits) > 1 else resized[0]
 
@@ -27,7 +27,7 @@ def logits_of(kind, classes, height, width, seed=0):
 
 
 def assert_best(labels, scores):
-    """Check that every label is the class with the best score, except for rounding."""
+    """Check that every label is the class with the largest score, except for rounding errors."""
     best = scores.amax(0)
     chosen = scores.gather(0, labels[None])[0]
     assert labels.shape == best.shape
@@ -72,7 +72,7 @@ def test_strip_size_does_not_change_the_probabilities(elements, monkeypatch):
 
 @pytest.mark.parametrize("classes", [2, 255, 256, 257, 1000])
 def test_label_map_with_many_classes(classes):
-    """More than 256 classes do not fit into a byte."""
+    """uint8 cannot store the indices of more than 256 classes."""
     logits = logits_of("noise", classes, 6, 7)
     logits[-1] += 0.5
     labels = label_map_from_logits([logits], (20, 30))

@@ -1,4 +1,4 @@
-"""The Triton kernel gives the label maps of the reference: in Triton's interpreter, and on a GPU if there is one."""
+"""The Triton kernel gives the same label maps as the reference, on a GPU or else in Triton's interpreter."""
 
 import sys
 
@@ -11,7 +11,7 @@ from mit_semseg.evaluation.label_map import bilinear_neighbors
 
 kernel = pytest.importorskip("mit_semseg.evaluation.label_map_triton", reason="Triton is part of PyTorch on Linux only")
 CLASSES, PIXELS = kernel.CLASSES, kernel.PIXELS
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # conftest.py enables the interpreter
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # see conftest.py for the interpreter
 
 
 def triton_labels(logits, size, align_corners=False):
@@ -69,7 +69,7 @@ def test_kernel_is_used_after_it_ran_once(uncached):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_large_image_needs_little_memory():
     logits = [torch.randn(150, 250, 375, device="cuda") for _ in range(3)]
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""Cityscapes and PASCAL VOC in their official folders: lists, labels, training and test.py."""
+"""Training, evaluation and test.py read Cityscapes and PASCAL VOC in their official folders."""
 
 import json
 
@@ -14,13 +14,13 @@ from mit_semseg.dataset.classes import IGNORE, class_table
 from mit_semseg.dataset.layouts import ListError
 from mit_semseg.dataset.records import load_records
 
-# Cityscapes: labelIds to train ids; all others are ignored.
+# Cityscapes label ID -> train ID; all other label IDs are ignored.
 TRAIN_IDS = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
 TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
 def write_cityscapes(root, split, names, size=(96, 48), seed=0):
-    """Write images and labels in the official layout; labels are 3 x 6 blocks of five labelIds."""
+    """Write images and labels in the official layout; a label has 3 x 6 blocks with one of five label IDs."""
     rng = np.random.default_rng(seed)
     for name in names:
         folder = split + "/" + name.split("_")[0]
@@ -30,7 +30,7 @@ def write_cityscapes(root, split, names, size=(96, 48), seed=0):
         label = np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.NEAREST))
         pixels = label[..., None] * np.array([7, 3, 5]) + rng.integers(0, 20, (*label.shape, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(root / f"leftImg8bit/{folder}/{name}_leftImg8bit.png")
-        for kind in ("labelIds", "instanceIds"):  # the second is not a label
+        for kind in ("labelIds", "instanceIds"):  # instanceIds files are not labels
             Image.fromarray(label).save(root / f"gtFine/{folder}/{name}_gtFine_{kind}.png")
 
 
@@ -76,7 +76,7 @@ def test_real_cityscapes_sample():
     (record,) = load_records("leftImg8bit/val", root)
     train_ids = {**record, "fpath_segm": record["fpath_segm"].replace("labelIds", "labelTrainIds")}
     first, second = (ValDataset(root, [r], opt)[0]["seg_label"] for r in (record, train_ids))
-    # The two files were downsampled separately, so a few pixels at class borders differ.
+    # The two label files were downsampled separately, so a few pixels at class borders differ.
     both = (first >= 0) & (second >= 0)
     assert both.float().mean() > 0.8
     assert (first == second)[both].float().mean() > 0.995

@@ -1,4 +1,4 @@
-"""Losses against PyTorch, brute force and their definitions."""
+"""Losses, compared with PyTorch, brute-force computations and their definitions."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ CLASSES, SHAPE = 5, (2, 6, 7)
 def batch():
     torch.manual_seed(0)
     logits = torch.randn(SHAPE[0], CLASSES, *SHAPE[1:], dtype=torch.float64) * 2
-    return logits.requires_grad_(), torch.randint(-1, CLASSES - 1, SHAPE)  # the last class is absent
+    return logits.requires_grad_(), torch.randint(-1, CLASSES - 1, SHAPE)  # no pixel has the last class
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -35,7 +35,7 @@ def test_cross_entropy_equals_pytorch(batch, weights, smoothing):
 @pytest.mark.parametrize("block", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
 def test_cross_entropy_of_logits_equals_pytorch(batch, weights, block, layout, monkeypatch):
-    """A block is a part of a row, several rows, an image, or the batch."""
+    """The block limits give blocks of one row, two rows, or the whole batch."""
     monkeypatch.setitem(cross_entropy.BLOCK, "cpu", block)
     logits, label = batch[0].detach().contiguous(memory_format=layout).requires_grad_(), batch[1]
     ours = MaskedNLLLoss(weight=weights).of_logits(logits, label)
@@ -66,7 +66,7 @@ def test_cross_entropy_of_logits_in_16_bits_and_without_labels(batch):
 @pytest.mark.parametrize("class_weight", [1e-6, 1e-4, 1.0, 1e5, 1e6])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, class_weight, smoothing):
-    """Class weights, loss scale and device weight are never rounded to 16 bits."""
+    """Class weights, the loss scale and the weight of a device are never rounded to 16 bits."""
     torch.manual_seed(1)
     features = torch.randn(2, 8, 24, 32)
     label = torch.randint(-1, CLASSES, (2, 24, 32))
@@ -86,7 +86,7 @@ def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, clas
     theirs = gradient(lambda x: F.cross_entropy(x.float(), label, weights, ignore_index=-1, label_smoothing=smoothing))
     assert theirs.norm() > 0
     assert (ours - theirs).norm() < 1e-3 * theirs.norm()
-    # A common factor would act like another learning rate.
+    # A wrong factor for all gradients would act like another learning rate.
     assert abs((ours * theirs).sum() / theirs.square().sum() - 1) < 1e-3
     small = theirs.abs() > 0
     assert (ours[small] != 0).double().mean() > 0.99
@@ -95,7 +95,7 @@ def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, clas
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
 def test_ohem_equals_its_definition(batch, threshold, min_kept):
-    """The loss is the mean over pixels up to the threshold, or over the hardest pixels if these are too few."""
+    """The loss is the mean over pixels with probability <= `threshold`, but at least over the `min_kept` hardest."""
     logits, label = batch
     log_probs = logits.log_softmax(1)
     pixels = [(log_probs[n, label[n, i, j], i, j]) for n, i, j in np.ndindex(*SHAPE) if label[n, i, j] >= 0]
@@ -119,13 +119,13 @@ def test_dice_equals_its_definition(batch):
 
 
 def jaccard_of(wrong, truth):
-    """Return the Jaccard loss (1 - IoU) of a class if the pixels `wrong` are predicted wrongly."""
+    """Return the Jaccard loss (1 - IoU) of a class with the pixels `truth` and the wrongly predicted pixels `wrong`."""
     union = truth | wrong
     return len(wrong) / len(union) if union else 0.0
 
 
 def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
-    """The loss is the sum of sorted errors, each multiplied by the increase of the Jaccard loss."""
+    """Errors are sorted in descending order; each is multiplied by the increase of the Jaccard loss it causes."""
     logits, label = batch
     probs, losses = logits.softmax(1).detach(), []
     for number in range(CLASSES):
@@ -143,7 +143,7 @@ def test_lovasz_is_the_extension_of_the_jaccard_loss(batch):
 
 
 def test_gradients_of_lovasz_in_16_bits_are_close_to_64():
-    """bfloat16 cannot count beyond 256 pixels."""
+    """bfloat16 cannot represent every pixel count above 256."""
     torch.manual_seed(0)
     logits, label = torch.randn(1, 4, 64, 64, dtype=torch.float64), torch.randint(0, 4, (1, 64, 64))
     gradients = []
@@ -204,7 +204,7 @@ def test_float32_agrees_with_float64(name, batch):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_do_not_synchronize_with_the_device(name):
-    """Tensors on the meta device have no values, reading one fails."""
+    """Tensors on the meta device have no values, so reading a value is an error."""
     log_probs = torch.empty(1, CLASSES, *SHAPE[1:], device="meta", requires_grad=True)
     label = torch.empty(1, *SHAPE[1:], device="meta", dtype=torch.int64)
     loss = build_loss(name, class_weights=(1.0,) * CLASSES, label_smoothing=0.1).to("meta")
@@ -236,7 +236,7 @@ def test_losses_are_deterministic_on_gpus(name, smoothing):
 @pytest.mark.parametrize("ignore", [-1, 255])
 @pytest.mark.parametrize("loss", [MaskedNLLLoss, OhemLoss, DiceLoss])
 def test_any_value_can_be_the_ignore_index(loss, ignore):
-    """Other values outside the classes raise an error."""
+    """A label that is neither a class nor the ignore index is an error."""
     x = torch.randn(2, 3, 6, 5).log_softmax(1)
     label = torch.randint(0, 3, (2, 6, 5))
     label[0, :2] = -1

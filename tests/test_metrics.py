@@ -1,4 +1,4 @@
-"""Metrics against golden numbers and brute force."""
+"""Metrics, compared with golden values and brute-force computations."""
 
 import json
 
@@ -57,7 +57,7 @@ def test_color_encode_refuses_a_class_without_color():
 
 @pytest.mark.parametrize(("given", "expected"), UTILS["parse_devices"], ids=lambda v: json.dumps(v)[:20])
 def test_parse_devices(given, expected):
-    if given == "cpu":  # the original refuses it
+    if given == "cpu":  # the original code refuses cpu
         assert parse_devices(given) == ["cpu"]
     elif isinstance(expected, str):
         with pytest.raises(ValueError, match="Can not recognize device"):
@@ -73,7 +73,7 @@ def test_average_meter(case):
     for (value, weight), expected in zip(case["updates"], case["states_val_avg_sum_count"], strict=True):
         value = np.array(value) if isinstance(value, list) else value
         meter.update(value, weight)
-        if isinstance(expected, str):  # the original divided by zero; ours keeps the value
+        if isinstance(expected, str):  # the original code divided by zero
             assert meter.average() == value
             continue
         for ours, theirs in zip((meter.val, meter.avg, meter.sum, meter.count), expected, strict=True):
@@ -94,7 +94,7 @@ MAPS = arrays.arrays(np.int64, (5, 7), elements=st.integers(-1, 3))
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(MAPS, MAPS), min_size=1, max_size=3))
 def test_summary_equals_its_definition(images):
-    """Compare with brute force over all pixels; metrics of single images can be merged."""
+    """Compare with brute force over all pixels, and merge the metrics of single images."""
     whole, parts = SegmentationMetric(4), []
     for pred, label in images:
         pred = np.maximum(pred, 0)

@@ -35,14 +35,14 @@ PAIRS = [pytest.param(e, d, marks=[pytest.mark.long] * is_long(e, d)) for e in E
 
 @pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
 def test_every_pair_trains_and_infers(encoder, decoder):
-    """Train on a single 33x33 image with a 5x5 label (the pooled map is 1x1); infer at a random odd size."""
+    """Train on one image of 33x33 pixels with a 5x5 label, then run inference at a random odd size."""
     module = network(encoder_of(encoder), decoder).train()
     batch = {"img_data": torch.randn(1, 3, 33, 33), "seg_label": torch.randint(-1, NUM_CLASS, (1, 5, 5))}
     loss, accuracy = module(batch)
     loss.backward()
     assert torch.isfinite(loss)
     assert 0 <= accuracy <= 1
-    # A parameter without gradient would block DistributedDataParallel.
+    # DistributedDataParallel needs a gradient for every parameter.
     assert [name for name, p in module.named_parameters() if p.grad is None] == []
     assert all(torch.isfinite(p.grad).all() for p in module.decoder.parameters())
     module.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""Models of versions 1.0 and 2: state-dict keys and outputs equal those of the published models."""
+"""Models of versions 1.0 and 2 have the state-dict keys and outputs of the published models."""
 
 from functools import cache, lru_cache
 
@@ -15,7 +15,7 @@ from mit_semseg.models.weights import LEGACY_SUFFIXES
 MODELS, V1 = golden("golden_models"), golden("golden_v1")
 KEYS, KEYS_V1 = golden("state_dict_keys"), golden("state_dict_keys_v1")
 DTYPES = ((torch.float32, 1e-4), (torch.float64, 1e-8))  # (dtype, relative tolerance)
-OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # name in version 1.0 -> present name
+OLD = {"resnet34": "resnet34_v1", "resnet50": "resnet50_v1"}  # name in version 1.0 -> name now
 
 
 def encoder_of(name):
@@ -85,7 +85,7 @@ def test_outputs_loss_and_accuracy_of_pair(name):
 
 @cache
 def version_1_features(name):
-    """Return an encoder of version 1.0 and its feature maps in float32 and float64."""
+    """Return an encoder of version 1.0, and a list of its feature maps in float32 and float64."""
     encoder = fill(encoder_of(OLD.get(name, name)), V1["encoders"][name]["gains"][0]).eval()
     with torch.no_grad():
         return encoder, [encoder.to(d)(golden_input(72, 104).to(d), return_feature_maps=True) for d, _ in DTYPES]
@@ -101,7 +101,7 @@ def test_keys_and_features_of_version_1(name):
 
 @pytest.mark.parametrize("name", vgg_is_long(V1["pairs"]))
 def test_outputs_of_version_1(name):
-    """The published decoders align corners; outputs without alignment are known too."""
+    """Decoders of version 1.0 use `align_corners=True`; the golden file also has outputs for False."""
     pair, (encoder_name, decoder_name) = V1["pairs"][name], name.split("+")
     gain = V1["encoders"][encoder_name]["gains"][1]
     decoder = fill(empty(ModelBuilder.build_decoder, decoder_name, fc_dim=pair["fc_dim"]), gain).eval()

@@ -1,4 +1,4 @@
-"""PSPNet and DeepLabV3 of the Cityscapes toolbox: outputs equal those of the toolbox for the same checkpoint."""
+"""PSPNet and DeepLabV3 have the same outputs as in the Cityscapes toolbox, for the same checkpoint."""
 
 from functools import partial
 
@@ -18,7 +18,7 @@ INPLACE = ({"norm_layer": partial(InPlaceABNSync, activation="none")}, {"norm_la
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request, tmp_path_factory):
-    """Return name and checkpoint file in the format of the toolbox: one state dict, without `num_batches_tracked`."""
+    """Return a name, and a checkpoint in the toolbox format (one state dict without `num_batches_tracked`)."""
     entries = {key: shape for key, shape in KEYS[request.param] if not key.endswith("num_batches_tracked")}
     state = {key: torch.from_numpy(fill_value(key, shape, 0.7)) for key, shape in entries.items()}
     path = tmp_path_factory.mktemp("toolbox") / f"{request.param}.pth"
@@ -34,7 +34,7 @@ def load(name, path, norms):
 
 @pytest.mark.parametrize("norms", [PLAIN, INPLACE], ids=["plain", "inplace"])
 def test_outputs_from_inplace_norms(network, norms):
-    """Batch norms are loaded with |weight| + eps and give the same outputs as in-place norms."""
+    """Plain batch norms get the scale |weight| + eps, and give the same outputs as in-place norms."""
     name, path = network
     encoder, decoder = load(name, path, norms)
     assert sum(p.numel() for part in (encoder, decoder) for p in part.parameters()) == GOLD[name]["params"]
@@ -46,15 +46,15 @@ def test_outputs_from_inplace_norms(network, norms):
         assert [list(x.shape) for x in maps] == [expected[f"layer{i}"] for i in (1, 2, 3, 4)]
         gold = GOLD[name]["outputs"][f"soft_{height}x{width}_iabn"]
         for output, key in zip(outputs, ("out", "dsn"), strict=True):
-            # |weight| + eps is rounded to float32 when it is loaded into batch norms.
+            # Plain batch norms store |weight| + eps, which is rounded to float32.
             assert_golden(output, gold[key], max(tolerance, 5e-7 if norms is PLAIN else 0))
         upsampled = resize(outputs[0], (height, width), align_corners=decoder.align_corners)
         histogram = torch.bincount(upsampled.argmax(1).flatten(), minlength=19)
-        assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # near ties
+        assert (histogram - torch.tensor(gold["upsampled_argmax_hist"])).abs().sum() <= 4  # nearly equal scores
 
 
 def test_outputs_from_batch_norms(network):
-    """A file with `num_batches_tracked` was trained with batch norms; its scales are not changed."""
+    """A file with `num_batches_tracked` was trained with plain batch norms, so their scales are not changed."""
     name, path = network
     state = torch.load(path, weights_only=True)
     means = [key for key in state if "running_mean" in key]

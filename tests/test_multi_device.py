@@ -1,4 +1,4 @@
-"""Training and evaluation on several devices or ranks equal those on one device."""
+"""Training and evaluation give the same results on one device, several devices and several ranks."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class Doubles(torch.utils.data.Dataset):
 
 
 def train(root, folder, batch_size, *, world=None, frozen=False, checkpointing=False, dataset=TrainDataset, **training):
-    """Return the training curves, and the state dict after 10 steps in float64."""
+    """Train for 10 steps in float64; return the training curves and the state dict."""
     torch.set_default_dtype(torch.float64)
     try:
         module = tiny_module(crit=MaskedNLLLoss())
@@ -68,7 +68,7 @@ def train_on_two_ranks(root, folder, batch_size, **changes):
     assert not isinstance(first, str), first
     assert not isinstance(second, str), second
     assert first[0] == second[0]
-    assert all((first[1][key] == second[1][key]).all() for key in first[1])  # bit for bit
+    assert all((first[1][key] == second[1][key]).all() for key in first[1])  # equal bit for bit
     return first
 
 
@@ -81,7 +81,7 @@ REPLICAS, ACCUMULATED = {"world": World(devices=[CPU] * 2)}, {"accumulate": 2}
         (False, {"one": (4, {}), "replicas": (2, REPLICAS), "ranks": (2, {})}),
         (False, {"one": (4, ACCUMULATED), "replicas": (2, REPLICAS | ACCUMULATED), "ranks": (2, ACCUMULATED)}),
         (False, {"one": (4, {}), "again": (4, {"checkpointing": True}), "ranks": (2, {"checkpointing": True})}),
-        # Accumulation equals a larger batch only with frozen norms, because statistics are those of one micro-batch.
+        # Accumulation equals a larger batch only with frozen norms, because statistics depend on the micro-batch.
         (True, {"one": (4, {}), "steps": (2, ACCUMULATED), "replicas": (2, REPLICAS), "ranks": (1, ACCUMULATED)}),
     ],
     ids=["step", "accumulation", "checkpointing", "frozen"],
@@ -105,7 +105,7 @@ def test_same_global_batch_gives_the_same_training(root, tmp_path, frozen, varia
 
 
 class PoisonedOnRank1(Poisoned):
-    poisoned = 5  # the third batch of rank 1
+    poisoned = 5  # rank 1 loads batches 1, 3, 5, ...
 
 
 def _poisoned_rank(rank, root, folder):
@@ -124,14 +124,14 @@ def test_nonfinite_loss_stops_all_ranks_and_names_the_images(root, tmp_path):
 
 
 def by_ranks(name, *arguments):
-    """Run a script on two ranks; return the output of rank 0."""
+    """Run a script on two ranks; return the standard output of rank 0."""
     first, _ = [job.end() for job in start_ranks(name, *arguments)]
     return first.stdout
 
 
 @pytest.fixture(scope="module")
 def jobs(root, tmp_path_factory):
-    """Train with the same options on two replicas of one process and on two ranks; return folder and output."""
+    """Train on two replicas of one process, then on two ranks; return the folder, and the output of the ranks."""
     folder = tmp_path_factory.mktemp("jobs")
     replicas, ranks = (changes_for(root, folder / name, TRAIN__epoch_iters=2) for name in ("replicas", "ranks"))
     script("train.py", {**replicas, "--gpu": "cpu,cpu"}, env=ENV)
@@ -146,7 +146,7 @@ def test_ranks_train_like_replicas(jobs):
     assert b["val"]["acc"] == pytest.approx(a["val"]["acc"], abs=0.02)
     log = (folder / "ranks" / "log.txt").read_text()
     assert "devices: cpu (1 threads) on each of 2 ranks" in log
-    assert log.count("epoch 1, step 1/2") == 1  # rank 0 only
+    assert log.count("epoch 1, step 1/2") == 1  # only rank 0 logs
     assert output.count("training is complete") == 1
 
 
@@ -207,7 +207,7 @@ def test_work_is_sharded_over_worker_processes(monkeypatch):
 
 
 def test_shards_of_a_rank_share_the_cores_of_its_machine(monkeypatch):
-    """Two machines with 64 cores run 16 ranks, so eight ranks share 64 cores."""
+    """Two machines with 64 cores each run 16 ranks in total, so eight ranks share 64 cores."""
     monkeypatch.setattr(World, "gather", lambda self, value, doing: [value])
     (shard,) = run_sharded(lambda shard, report: shard, World(9, 16, 1, 8), 100, (), print)
     assert shard == Shard(CPU, 9, 16, 8)
@@ -219,7 +219,7 @@ def test_shards_of_a_rank_share_the_cores_of_its_machine(monkeypatch):
 def test_every_rank_gets_its_own_device(monkeypatch):
     for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2), ("MASTER_PORT", 1)):
         monkeypatch.setenv(name, str(value))
-    assert World.from_environment() == World()  # MASTER_ADDR is missing: not torchrun
+    assert World.from_environment() == World()  # MASTER_ADDR is not set, so torchrun is not used
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     assert World.from_environment() == World(3, 4, 1, 2, 0)
     assert devices.pick_devices("cpu,cpu") == [CPU]
@@ -233,7 +233,7 @@ def test_every_rank_gets_its_own_device(monkeypatch):
 
 
 def test_rank_uses_the_gpu_that_its_launcher_assigned(monkeypatch):
-    """`srun --gpus-per-task=1` makes one GPU visible to each of eight ranks; torchrun does not."""
+    """With `srun --gpus-per-task=1`, a rank sees only its own GPU; torchrun does not hide the other GPUs."""
     for name, value in rank_environment(5, 8, 1).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

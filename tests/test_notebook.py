@@ -1,4 +1,4 @@
-"""The notebook runs."""
+"""The code of the notebook runs."""
 
 import json
 import os
@@ -12,12 +12,12 @@ from test_segmenter import write_weights
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "DemoSegmenter.ipynb"
 NAME = "ade20k-resnet50dilated-ppm_deepsup"
-SMALL = "ade20k-resnet18dilated-c1_deepsup"  # replaces NAME, to save time
+SMALL = "ade20k-resnet18dilated-c1_deepsup"  # replaces NAME to save time
 
 
 @pytest.mark.long
 def test_notebook_runs(tmp_path):
-    """The weights are in the cache."""
+    """Random weights in the download cache replace the published ones."""
     cells = json.loads(NOTEBOOK.read_text())["cells"]
     assert all(not cell.get("outputs") for cell in cells)
     code = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")

@@ -1,4 +1,4 @@
-"""Extreme values: fp16 overflow, no labelled pixel, one class, 1000 classes."""
+"""Training with fp16 overflows, without labelled pixels, with one class and with 1000 classes."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def root(tmp_path_factory):
 
 
 class OverflowDataset(TrainDataset):
-    """A training set in which the images of the batches `overflows` exceed the range of float16."""
+    """A training dataset; images exceed the range of float16 in batches whose index is in `overflows`."""
 
     def __getitem__(self, index):
         batch = super().__getitem__(index)
@@ -49,7 +49,7 @@ def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
     assert {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")} == {5}
     assert np.isfinite(trainer.history["train"]["loss"]).all()
     assert read_resume(tmp_path / "resume.pth")["overflows"] == (3, 1)
-    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # a resumed run keeps the count
+    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # resuming keeps the number
 
 
 def test_overflow_in_the_first_step_leaves_finite_momentum(root, tmp_path):
@@ -87,7 +87,7 @@ def test_25_overflows_in_a_row_stop_the_run(root, tmp_path):
     ("values", "num_class", "fraction"), [((0,), 3, 0), ((1,), 1, 1), ((0, 1), 1, 0.5), (range(1001), 1000, 1)]
 )
 def test_loss_and_metrics_are_finite_for_any_labels(tmp_path, caplog, values, num_class, fraction):
-    """Training without labelled pixels, or with a single class, gives a warning."""
+    """Training logs a warning if no pixel is labelled, or if there is only one class."""
     root, rng, opt = write_data_set(tmp_path / "data"), np.random.default_rng(0), options(num_class=num_class)
     for path in root.rglob("annotations/*.png"):
         label = rng.choice(values, Image.open(path).size[::-1])

@@ -1,4 +1,4 @@
-"""Names from version 2 that other programs import, used as in those programs."""
+"""Other programs can still import and use the names of version 2."""
 
 import importlib
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ NAMES = {
     "setup_logger unique",
 }
 
-# A script as in notebooks and blog posts: segment images with a trained encoder and decoder.
+# A script like those in notebooks and blog posts; it segments images with saved weights.
 THIRD_PARTY = """
 import csv, os, sys
 import numpy as np, torch, scipy.io

@@ -40,7 +40,7 @@ def data(tmp_path_factory):
 
 
 class Scripts:
-    """Runs the scripts in this process with small options; options are given as keywords such as TRAIN__seed."""
+    """Short runs of the scripts in this process; options are given as keywords such as TRAIN__seed."""
 
     def __init__(self, data, folder):
         self.data, self.folder, self.count = data, folder, 0
@@ -56,7 +56,7 @@ class Scripts:
         return json.loads((folder / "result" / "results.json").read_text())
 
     def segment(self, folder, **changes):
-        """Return the files that test.py writes for the validation images."""
+        """Segment the validation images with test.py; return a dict with the contents of the output files."""
         options = small(self.data, folder, **{"TEST.result": self.folder / "out", **changes})
         assert in_process("test.py", "--index", "--imgs", self.data / "val" / "images", options) == 0
         return {path.name: path.read_bytes() for path in sorted(Path(options["TEST.result"]).iterdir())}
@@ -79,7 +79,7 @@ def one_epoch(run):
 
 @pytest.fixture(scope="module")
 def results(run, baseline):
-    """Return the scores and the segmented images of the baseline."""
+    """Return the scores and the output files of the baseline run."""
     return run.evaluate(baseline), run.segment(baseline)
 
 
@@ -135,14 +135,14 @@ CHANGES_WEIGHTS = {
 }
 
 
-# Options that change the trained weights only together with others: (the other options, two values).
+# Options that change the trained weights only together with others, as (other options, two values to compare).
 CHANGES_WEIGHTS_WITH_OTHERS = {
     "DATASET.cat_max_ratio": ({"DATASET.crop_size": 24}, (1, 0.5)),
     "TRAIN.ohem_threshold": ({"TRAIN.loss": "ohem", "TRAIN.ohem_min_kept": 1}, (0.2, 1)),
     "TRAIN.ohem_min_kept": ({"TRAIN.loss": "ohem", "TRAIN.ohem_threshold": 0.1}, (1, 100_000)),
 }
 
-# Options that change the scores and the segmented images.
+# Options that change the scores and the output files.
 CHANGES_RESULTS = {"INFERENCE.flip": True, "INFERENCE.window_size": [32, 40]}
 
 
@@ -230,7 +230,7 @@ def test_option_inference_compile(run, baseline, results, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
     assert run.evaluate(baseline, INFERENCE__compile=True)["mean_iou"] == results[0]["mean_iou"]
-    assert len(compiled) == 1  # the real compiler takes half a minute, see test_inference.py
+    assert len(compiled) == 1  # test_inference.py tests the real compiler, which is slow
 
 
 def test_option_dir(run):
@@ -307,7 +307,7 @@ def loader_of(run, **changes):
 def test_option_train_workers(run, baseline):
     counts = [loader_of(run, TRAIN__workers=n).num_workers for n in (0, 1, 10_000)]
     assert counts[:2] == [0, 1]
-    assert 1 <= counts[2] < 10_000  # at most the number of cores
+    assert 1 <= counts[2] < 10_000  # limited by the number of cores
     assert same(weights(run.train(TRAIN__workers=1)), weights(baseline))
 
 
@@ -322,7 +322,7 @@ def test_option_train_disp_iter(run):
 
 
 def test_option_train_deterministic(run, baseline, monkeypatch):
-    """The weights on the CPU are the same; an operation without a deterministic implementation is an error."""
+    """The weights do not change on the CPU; operations without a deterministic implementation raise an error."""
     enabled, loss = [], MaskedNLLLoss.of_logits
 
     def record(*args):
@@ -343,7 +343,7 @@ def test_option_train_deterministic(run, baseline, monkeypatch):
 
 
 def test_option_train_activation_checkpointing(run, baseline):
-    """The weights are the same; see test_activation_checkpoint.py for the memory."""
+    """The weights do not change; test_activation_checkpoint.py tests the memory."""
     assert same(weights(run.train(TRAIN__activation_checkpointing=True)), weights(baseline))
     for changes in ({"MODEL.norm": "inplace"}, {"--gpu": "cpu,cpu"}):
         with pytest.raises(UserError, match=r"TRAIN\.activation_checkpointing"):
@@ -351,7 +351,7 @@ def test_option_train_activation_checkpointing(run, baseline):
 
 
 def test_option_train_compile(run, monkeypatch):
-    """`torch.compile`, replaced here because it takes half a minute, is called for the encoder and few image sizes."""
+    """The encoder is compiled for few image sizes. The test replaces `torch.compile`, which takes half a minute."""
     sizes = []
 
     def compiler(function, **_):
@@ -366,7 +366,7 @@ def test_option_train_compile(run, monkeypatch):
 
 
 def test_option_train_channels_last(run):
-    cfg = load_config(None, words(small(run.data, run.folder, TRAIN__channels_last=True))[2:])  # without --gpu
+    cfg = load_config(None, words(small(run.data, run.folder, TRAIN__channels_last=True))[2:])  # remove --gpu cpu
     module = build.build_module(cfg, torch.device("cpu"))
     assert not module.decoder.cbr[0].weight.is_contiguous(memory_format=torch.channels_last)
     build.build_training(cfg, module, 12, 1)
@@ -374,7 +374,7 @@ def test_option_train_channels_last(run):
     once = {"TRAIN.disp_iter": 1, "TRAIN.num_epoch": 1, "TRAIN.epoch_iters": 1}
     folders = [run.train(TRAIN__channels_last=value, **once) for value in (False, True)]
     first, second = (history_of(folder)["train"]["loss"][0] for folder in folders)
-    assert first == pytest.approx(second, rel=1e-3)  # sums in another order
+    assert first == pytest.approx(second, rel=1e-3)  # sums have another order
 
 
 def test_option_train_eval_epoch(run, baseline):
@@ -382,7 +382,7 @@ def test_option_train_eval_epoch(run, baseline):
     assert (folder / "decoder_best.pth").is_file()
     assert not (baseline / "decoder_best.pth").exists()
     assert history_of(folder, 2)["val"]["epoch"] == [2]
-    assert same(weights(folder), weights(baseline))  # validation does not change the training
+    assert same(weights(folder), weights(baseline))  # validation does not change training
 
 
 def test_option_train_checkpoint_iters(run, monkeypatch):
@@ -417,7 +417,7 @@ def test_option_train_tensorboard(run):
 
 @pytest.fixture
 def batch_sizes(monkeypatch):
-    """Record the batch sizes that test.py and eval.py use; return the list."""
+    """Return a list to which test.py and eval.py append their batch sizes."""
     sizes = []
     for module in (evaluator, segmenter):
 

@@ -33,7 +33,7 @@ def test_file_is_downloaded_once(served, tmp_path, sha256, capfd):
         assert download(f"{served.address}/a.bin", path, sha256=sha256) == path
     assert path.read_bytes() == CONTENT
     assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
-    assert path.stat().st_mode & 0o044 == 0o044  # readable for other users
+    assert path.stat().st_mode & 0o044 == 0o044  # other users can read the file
     assert len(served.requests) == 1
     assert capfd.readouterr() == ("", "")
 
@@ -142,6 +142,6 @@ def test_script_downloads_a_published_model_to_its_folder(site, tmp_path, monkey
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "a.png")
     words = ["--imgs", tmp_path / "a.png", "--cfg", ROOT / "config" / f"{name}.yaml", "--gpu", "cpu"]
     words += ["DATASET.imgSizes", "(40,)", "TEST.result", tmp_path / "out", "DIR", tmp_path / name]
-    for _ in range(2):  # the second run does not download
+    for _ in range(2):  # the second run must not download
         here("test.py", *words)
         assert len(site.requests) == 2

@@ -1,4 +1,4 @@
-"""README.md: commands, examples and tables agree with the repository. For links and option names see test_docs.py."""
+"""Commands, examples and tables in README.md agree with the repository. test_docs.py tests links and options."""
 
 import re
 
@@ -26,7 +26,7 @@ def test_yaml_example_loads(tmp_path):
 
 
 def test_published_results_are_those_of_the_configurations():
-    """docs/models.md has the metrics from the comments of the configuration files."""
+    """The metrics are also in docs/models.md, which is generated from comments in the configuration files."""
     models = dict(re.findall(r"`(ade20k-[\w-]+)`(.*)", (ROOT / "docs" / "models.md").read_text()))
     rows = dict(re.findall(r"^\| [^|]+ \| `(ade20k-[\w-]+)`(.*)", README, re.MULTILINE))
     assert len(rows) == 9

@@ -1,4 +1,4 @@
-"""Checkpoints: files of a run, bit-identical resuming, signals, and the lock of the folder."""
+"""Files of a run, bit-identical resuming, stop signals, and the lock of the run folder."""
 
 import errno
 import os
@@ -37,7 +37,7 @@ def test_files_of_a_run(root, tmp_path):
 
 @pytest.mark.parametrize("stop", range(1, 8))
 def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
-    """The run fails when it loads the batch after `stop` steps, and is started again."""
+    """The run fails when it loads the batch after step `stop`, and is then started again."""
 
     class Failing(TrainDataset):
         def __getitem__(self, index):
@@ -50,7 +50,7 @@ def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
     dataset = Failing(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(KeyboardInterrupt):
         run(root, tmp_path / "cut", training=training, val_dataset=val, dataset=dataset)
-    # Without a checkpoint the run starts from scratch; with one, initial weights do not matter.
+    # Initial weights (and their seed) matter only if the run failed before its first checkpoint.
     seed = 0 if stop < training["checkpoint_iters"] else 9
     resumed, got = run(root, tmp_path / "cut", seed=seed, training=training, val_dataset=val, resume="auto")
     assert same(got, expected)
@@ -81,7 +81,7 @@ def test_resume_uses_new_rates_and_refuses_another_model_or_optimizer(root, tmp_
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("first", [False, True])
 def test_resume_with_another_memory_format_keeps_the_optimizer_state(root, tmp_path, name, first):
-    """Changing TRAIN.channels_last changes the weights by rounding only."""
+    """A change of TRAIN.channels_last changes the weights only by rounding errors."""
     lr = {"SGD": 0.05, "AdamW": 0.001}[name]
 
     def train(folder, formats):
@@ -134,7 +134,7 @@ def test_temporary_files_of_an_interrupted_run_are_removed(root, tmp_path):
 
 
 def test_second_run_in_a_folder_is_refused(root, tmp_path):
-    """The runs start at the same time; when the running one is killed, another run can start."""
+    """Two runs start at the same time, and one is refused. After the other was killed, a new run can start."""
     options = small(root, tmp_path / "run", TRAIN__num_epoch=1000, TRAIN__workers=1, TRAIN__resume="auto")
     jobs = [Job("train.py", options) for _ in range(2)]
     deadline = time.monotonic() + 120
@@ -239,7 +239,7 @@ def test_signal_saves_the_last_step_and_resume_is_bit_identical(root, tmp_path, 
     options = small(root, tmp_path / "run", **SIGNAL_OPTIONS)
     job = Job("train.py", options)
     job.until("epoch 1, step 3/14")
-    os.killpg(job.pid, number)  # a terminal signals all processes; the DataLoader worker must not react
+    os.killpg(job.pid, number)  # like Ctrl-C, which the DataLoader worker must ignore
     done = job.end(60, code)
     assert done.stdout.count(f"{signal.Signals(number).name}: stopping") == 1
     assert "TRAIN.resume auto" in done.stderr
@@ -254,14 +254,14 @@ def test_signal_saves_the_last_step_and_resume_is_bit_identical(root, tmp_path, 
 
 @pytest.fixture
 def handle_sigint():
-    """Return a function that sets the handler of SIGINT for a test."""
+    """Return a function that sets the handler of SIGINT until the end of a test."""
     before = signal.getsignal(signal.SIGINT)
     yield lambda handler: signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGINT, before)
 
 
 def test_ignored_signal_stays_ignored(handle_sigint):
-    """A shell starts background processes with SIGINT ignored."""
+    """Shells start background processes with SIGINT ignored."""
     handle_sigint(signal.SIG_IGN)
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The scripts: from lists and folders to checkpoints, metrics and label maps."""
+"""The scripts read lists and folders, and write checkpoints, metrics and label maps."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from mit_semseg.lib.utils import UserError
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the options of a training run."""
+    """Train a network; return the options of the run."""
     folder = write_data_set(tmp_path_factory.mktemp("trained"))
     options = small(folder, folder / "run")
     here("train.py", options)
@@ -59,7 +59,7 @@ def test_number_of_workers_does_not_change_the_scores(trained):
 def test_failed_or_killed_worker_ends_the_evaluation(trained):
     options = {**trained, "--gpu": "cpu,cpu"}
     assert "epoch_9.pth" in here("eval_multipro.py", {**options, "VAL.checkpoint": "epoch_9.pth"}, code=2).stderr
-    # The worker is killed when it starts, because its interpreter first imports sitecustomize.py.
+    # Python imports sitecustomize.py when it starts; this file kills the worker.
     folder = Path(trained["DIR"]) / "killer"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(
@@ -70,7 +70,7 @@ def test_failed_or_killed_worker_ends_the_evaluation(trained):
 
 
 def test_evaluation_equals_brute_force(tmp_path):
-    """Average the softmax at image resolution over the scales, take the arg-max, and count the pixels."""
+    """The brute force averages the softmax over scales at image size, takes the argmax, and counts pixels."""
     write_pairs(tmp_path, [(50, 40), (40, 56)], seed=3)
     dataset, module = ValDataset(tmp_path, ".", options()), tiny_module().eval()
     predictor = Predictor(module)
@@ -156,7 +156,7 @@ def test_results_of_earlier_runs_are_no_input(trained, photos, tmp_path):
 
 
 def test_file_names_that_are_not_valid_text(trained, tmp_path):
-    """Names from an old archive are escaped in the output, and unchanged in JSON files and lists."""
+    """Names that are not UTF-8 are escaped in the report, and unchanged in JSON files and lists."""
     folder = tmp_path / "data"
     write_pairs(folder, [(40, 50)] * 2)
     name = os.fsdecode(b"M\xfcller.png")
@@ -176,7 +176,7 @@ def test_file_names_that_are_not_valid_text(trained, tmp_path):
 
 @pytest.mark.parametrize(("imgs", "message"), [("nowhere.jpg", "nowhere.jpg"), ("*.x", "*.x"), (".", "z.png")])
 def test_wrong_input_gives_one_sentence(trained, photos, imgs, message):
-    """The input is a missing file, an empty glob, or a file that an output would overwrite."""
+    """The input is a missing file, a pattern without matches, or a file that an output would overwrite."""
     (photos / "z.png").write_bytes((photos / "b.PNG").read_bytes())
     errors = segment(trained, photos, photos if imgs == "." else photos / imgs, code=2).stderr
     assert errors.startswith("error: ")

@@ -1,4 +1,4 @@
-"""`Segmenter`: image inputs, results, devices, published networks."""
+"""Inputs, results, devices and published networks of `Segmenter`."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Synchronized batch norm over replicas and ranks, compared with `nn.BatchNorm*d` of the whole batch."""
+"""Synchronized batch norm over replicas and ranks, compared with `nn.BatchNorm*d` on the whole batch."""
 
 import copy
 import threading
@@ -28,9 +28,9 @@ SYNCHRONIZED = SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBat
 
 
 def norm_pair(dimensions=2, channels=3, *, eps=1e-14, clamp_variance=True, **options):
-    """Return a synchronized and a plain norm with equal parameters, float64.
+    """Return a synchronized and a plain batch norm in float64 with equal parameters.
 
-    With the default eps the divisors sqrt(max(var, eps)) and sqrt(var + eps) are equal.
+    The default eps is so small that the divisors sqrt(max(var, eps)) and sqrt(var + eps) are equal.
     """
     plain = getattr(nn, f"BatchNorm{dimensions}d")(channels, eps, **options).double()
     kind = SYNCHRONIZED[dimensions - 1]
@@ -43,7 +43,7 @@ def norm_pair(dimensions=2, channels=3, *, eps=1e-14, clamp_variance=True, **opt
 
 
 def outputs_and_gradients(norm, chunks, factors):
-    """Return outputs and gradients of sum(output * factor); a plain norm gets the chunks as one batch."""
+    """Return the outputs, and the gradients of sum(output * factor); a plain norm gets one concatenated batch."""
     norm.zero_grad()
     chunks = [c.detach().clone(memory_format=torch.preserve_format).requires_grad_() for c in chunks]
     if isinstance(norm, SYNCHRONIZED):
@@ -55,7 +55,7 @@ def outputs_and_gradients(norm, chunks, factors):
 
 
 def assert_equal_training(synchronized, plain, sizes, shape, mean=0.0, std=1.0, steps=2, order=torch.contiguous_format):
-    """Compare outputs, gradients and buffers; `sizes` are the batch sizes of the replicas."""
+    """Compare the outputs, gradients and buffers of two norms; `sizes` are the batch sizes of the replicas."""
     for step in range(steps):
         torch.manual_seed(step)
         x = [torch.randn(n, plain.num_features, *shape, dtype=torch.float64) * std + mean for n in sizes]
@@ -96,7 +96,7 @@ def test_channels_last_is_preserved():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_inputs_have_float32_statistics(dtype):
-    """For mean 60 and standard deviation 1, 16-bit statistics would have no correct digit."""
+    """With mean 60 and standard deviation 1, statistics computed in 16 bits would have no correct digit."""
     synchronized, plain = norm_pair(eps=1e-5)
     synchronized.float()
     chunks = [(torch.randn(4, 3, 16, 16) + 60).to(dtype) for _ in range(2)]
@@ -124,7 +124,7 @@ def test_replicas_inherit_autocast_and_gradient_mode():
 
 
 def test_variance_is_accurate_and_not_negative_for_large_means():
-    """float32 cannot represent the mean exactly; the first channel is constant."""
+    """The first channel is constant, and float32 cannot represent its value exactly."""
     x = torch.full((8, 2, 16, 16), 7e4 + 1 / 3, dtype=torch.float64)
     x[:, 1] += torch.randn(8, 16, 16)
     norm = SynchronizedBatchNorm2d(2, clamp_variance=False)
@@ -136,7 +136,7 @@ def test_variance_is_accurate_and_not_negative_for_large_means():
 
 @pytest.mark.parametrize("case", golden("golden_syncbn")["cases"], ids=lambda c: c["name"])
 def test_golden_vectors(case):
-    """Outputs and gradients equal those of the published layer, running statistics those of plain batch norm."""
+    """Outputs and gradients equal those of the original layer; running statistics equal those of `nn.BatchNorm2d`."""
     dtype = {"torch.float64": torch.float64, "torch.float32": torch.float32}[case["dtype"]]
     shape, rng = case["shape"], np.random.default_rng(11)
     norm = SynchronizedBatchNorm2d(shape[1], eps=case["eps"], momentum=case["momentum"])
@@ -145,7 +145,7 @@ def test_golden_vectors(case):
         norm.bias.copy_(torch.from_numpy(rng.normal(0, 0.1, shape[1])))
     norm.to(dtype)
     scale, shift = (np.array(case[name]).reshape(1, -1, 1, 1) for name in ("scale", "shift"))
-    # For large means, cancellation makes the outputs of the published layer wrong in float32, so they are skipped.
+    # For large means, cancellation makes float32 results of the original layer wrong, so these are not compared.
     cancelled = case["name"].startswith("big_mean")
     tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype is torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
     for number, step in enumerate(case["steps"]):
@@ -194,7 +194,7 @@ def test_conversion_is_reversible():
 
 
 class FaultyReplica(nn.Module):
-    """Replica 1 raises, or sleeps before or after the second norm."""
+    """A module in which replica 1 raises an error, or sleeps before or after the second norm."""
 
     def __init__(self, fault):
         super().__init__()
@@ -233,7 +233,7 @@ def test_failed_replica_stops_the_others(fault, error, message):
 
 
 def _pair_and_chunks(count, shift, options):
-    """Return the same norms, inputs and output factors on every rank."""
+    """Return two norms, inputs and output factors, which are the same on every rank."""
     torch.manual_seed(0)
     pair = norm_pair(**options)
     chunks = [torch.randn(2 + i, 3, 4, 5, dtype=torch.float64) + shift for i in range(count)]

@@ -1,4 +1,4 @@
-"""Training: optimizer, schedule, frozen norms, mixed precision, losses that diverge."""
+"""Optimizer, learning rate schedule, frozen norms, mixed precision, and losses that are not finite."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def test_weight_decay_applies_to_matrices_only():
 
 
 def test_sgd_step_equals_its_definition():
-    """v = 0.9 v + g + decay w; w -= lr v, with one learning rate for the encoder and one for the decoder."""
+    """The definition is v = 0.9 v + g + decay w, w -= lr v; encoder and decoder have different learning rates lr."""
     module = tiny_module().double()
     optimizer = build_optimizer(module.encoder, module.decoder, rates=(0.1, 0.3), weight_decay=0.01)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -113,7 +113,7 @@ def test_mixed_precision_trains(root, tmp_path, amp):
 
 
 class Poisoned(TrainDataset):
-    """A training set in which one batch contains NaN."""
+    """A training dataset in which one batch contains NaN."""
 
     poisoned = 6
 
@@ -125,7 +125,7 @@ class Poisoned(TrainDataset):
 
 
 def test_nonfinite_loss_stops_the_run_and_names_images_and_checkpoint(root, tmp_path):
-    """The run stops at the next log line. The step is not applied, and no later checkpoint is saved."""
+    """The run stops at the next log line. The step changes no weights, and no later checkpoint is saved."""
     dataset = Poisoned(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(TrainingStopped) as error:
         run(root, tmp_path, dataset=dataset, training={"epoch_iters": 5, "disp_iter": 4, "checkpoint_iters": 0})
@@ -149,7 +149,7 @@ def test_step_with_nonfinite_loss_changes_no_weight(tmp_path, amp):
 
 
 def test_metrics_do_not_depend_on_how_often_they_are_read(root, tmp_path):
-    """The mean over an epoch equals the mean of its steps, and the weights are equal bit for bit."""
+    """The loss of four steps equals the mean of four logged losses, and the weights are equal bit for bit."""
     every_step, weights_a = run(root, tmp_path / "a", training={"disp_iter": 1})
     once, weights_b = run(root, tmp_path / "b", training={"disp_iter": 4})
     losses = every_step.history["train"]["loss"]
@@ -177,7 +177,7 @@ def test_encoder_with_learning_rate_0_keeps_weights_and_statistics(root, tmp_pat
 
 @pytest.mark.parametrize(("devices", "steps"), [("cpu", 2), ("cpu,cpu", 1)])
 def test_epoch_iters_0_is_one_pass_over_the_images(root, tmp_path, devices, steps):
-    """In batches of three, four images are two steps on one device, and one step on two devices."""
+    """With batches of three, four images need two steps on one device, and one step on two devices."""
     changes = {"--gpu": devices, "TRAIN.epoch_iters": 0, "TRAIN.batch_size_per_gpu": 3}
     done = here("train.py", small(root, tmp_path, **changes))
     assert f"epoch 2, step {steps}/{steps}, " in done.stdout
@@ -194,7 +194,7 @@ def test_terminal_shows_changed_options_and_log_file_all(root, tmp_path):
 
 
 def test_labels_of_a_single_class_give_a_warning(tmp_path):
-    """For labels 0 (background) and 1, the default class table ignores 0, so that one class is left."""
+    """With labels 0 (background) and 1, only one class is left, because the default class table ignores 0."""
     root = write_data_set(tmp_path / "data")
     for path in root.glob("*/annotations/*.png"):
         Image.fromarray((np.array(Image.open(path)) > 1).astype(np.uint8)).save(path)

@@ -1,4 +1,4 @@
-"""Video segmentation: frame count, size and duration are kept; wrong headers, errors, interruption."""
+"""Segmented videos keep frame count, size and duration, and unusable input is an error."""
 
 import signal
 import time
@@ -30,7 +30,7 @@ def write_clip(path, frames, rate=RATE, codec="mp4v", backend=cv2.CAP_ANY):
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """A moving square on noise."""
+    """Write a video with a moving square on noise; return its path."""
     rng = np.random.default_rng(0)
     frames = [rng.integers(0, 60, (*SIZE[::-1], 3), dtype=np.uint8) for _ in range(FRAMES)]
     for number, frame in enumerate(frames):
@@ -61,7 +61,7 @@ def test_video_has_the_frames_size_and_rate_of_its_source(clip, folder, segmente
         expected = np.asarray(segmenter(cv2.cvtColor(original, cv2.COLOR_BGR2RGB)).overlay(0.5, legend=False))
         assert (
             np.abs(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB).astype(int) - expected).mean() < 12
-        )  # error of the compression
+        )  # compression changes pixels
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_signal_keeps_the_frames_so_far(folder, tmp_path, number, code):  # noqa
     noise = (rng.integers(0, 256, (240, 320, 3), dtype=np.uint8) for _ in range(200))
     clip, out = write_clip(tmp_path / "long.mp4", noise), tmp_path / "out"
     job = Job("test.py", "--imgs", clip, "--cfg", folder / "own.yaml", "--gpu", "cpu", "TEST.result", out)
-    while sum(path.stat().st_size for path in out.glob("*")) < 30_000:  # after 10 frames, which fill the file buffer
+    while sum(path.stat().st_size for path in out.glob("*")) < 30_000:  # about 10 frames fill the file buffer
         assert job.returncode is None, job.errors()
         time.sleep(0.01)
     job.send(number)
@@ -82,7 +82,7 @@ def test_signal_keeps_the_frames_so_far(folder, tmp_path, number, code):  # noqa
 
 
 class PatchedCapture:
-    """A `cv2.VideoCapture` of the clip with changed properties."""
+    """A `cv2.VideoCapture` that opens the clip as camera 3, and replaces properties of the clip."""
 
     def __init__(self, source, clip, properties):
         path = str(clip) if source in (3, str(clip)) else source
@@ -99,11 +99,11 @@ class PatchedCapture:
 @pytest.mark.parametrize(
     ("source", "count", "header_rate", "times", "rate"),
     [
-        ("3", 0, 0, (), DEFAULT_RATE),  # a camera
+        ("3", 0, 0, (), DEFAULT_RATE),  # camera 3
         ("clip", 1, 5, (), RATE),
         ("clip", -1, 5, (), RATE),
         ("clip", 60, 5, (), RATE),
-        ("clip", FRAMES, 5, (0, 100, 200, 300, 400, 500, 1500, 2500, 3500, 4500), 2),  # a variable rate
+        ("clip", FRAMES, 5, (0, 100, 200, 300, 400, 500, 1500, 2500, 3500, 4500), 2),  # a variable frame rate
     ],
 )
 def test_duration_is_kept_for_wrong_headers_and_variable_rates(
@@ -126,7 +126,7 @@ def test_duration_is_kept_for_wrong_headers_and_variable_rates(
     [((81, 61), 25, cv2.CAP_OPENCV_MJPEG), (SIZE, 119.8834, cv2.CAP_ANY), (SIZE, 1 / 7, cv2.CAP_ANY)],
 )
 def test_odd_sizes_and_unusual_rates_are_kept(segmenter, tmp_path, size, rate, backend):
-    """Motion JPEG, the source, can have any size and rate; MPEG-4, the output, cannot."""
+    """The source (Motion JPEG) can have any size and frame rate, but the output (MPEG-4) cannot."""
     frame = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     path = write_clip(tmp_path / "source.avi", [frame] * 3, rate, "MJPG", backend)
     segment_video(segmenter, str(path), tmp_path / "out.mp4")

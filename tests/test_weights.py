@@ -82,7 +82,7 @@ def test_different_number_of_classes_needs_reset_classifier(tmp_path):
 
 
 def test_file_saved_on_a_gpu_loads_without_one(encoder_file, tmp_path):
-    """The test rewrites the device in the file to cuda:0."""
+    """The test replaces the device `cpu` in the file by `cuda:0`."""
     moved, cpu, gpu = tmp_path / "gpu.pth", b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
     with zipfile.ZipFile(encoder_file) as old, zipfile.ZipFile(moved, "w", zipfile.ZIP_STORED) as new:
         for name in old.namelist():
@@ -154,7 +154,7 @@ def test_file_without_state_dict_is_named(tmp_path, content, description):
 
 
 def test_flipped_bit_is_detected(encoder_file):
-    """The file is refused, or its tensors are those that were saved, for any flipped bit."""
+    """After any bit was flipped, the file is refused, or all tensors are unchanged."""
     content, rng = encoder_file.read_bytes(), random.Random(0)
     saved, refused = read_checkpoint(encoder_file), 0
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""Devices from the command line."""
+"""Parse and check the devices that are given on the command line."""
 
 import os
 import re
@@ -12,17 +12,17 @@ from ..lib.utils import UserError
 
 
 class NotSupportedCliException(UserError, ValueError):
-    """A device name of unknown form."""
+    """A device name cannot be parsed."""
 
 
 def parse_devices(input_devices: str) -> list[str]:
-    """Return the device names of a list such as `0-3`, `0,2`, `gpu0-gpu3` or `cpu`.
+    """Parse a list of devices such as `0-3`, `0,2`, `gpu0-gpu3` or `cpu`.
 
     Returns:
-        `["gpu0", "gpu1", ...]` or `["cpu"]`, without repetitions.
+        Device names without repetitions, e.g. `["gpu0", "gpu1"]` or `["cpu"]`.
 
     Raises:
-        NotSupportedCliException: an entry has another form.
+        NotSupportedCliException: an entry of the list cannot be parsed.
     """
     devices: list[str] = []
     for entry in input_devices.split(","):
@@ -43,7 +43,7 @@ def parse_devices(input_devices: str) -> list[str]:
 
 
 def process_range(xpu: str, inp: Sequence[str | int]) -> list[str]:
-    """Return the device names of a range, e.g. gpu0, gpu1, gpu2 for `process_range("gpu", ("0", "2"))`."""
+    """Return the device names in a range, e.g. `["gpu0", "gpu1", "gpu2"]` for `process_range("gpu", ("0", "2"))`."""
     low, high = sorted(map(int, inp))
     return [f"{xpu}{number}" for number in range(low, high + 1)]
 
@@ -52,12 +52,13 @@ def pick_devices(text: str | None) -> list[torch.device]:
     """Return the devices of this process.
 
     Args:
-        text: value of --gpus: a list as in `parse_devices`, in which `cpu` may be repeated for several replicas or
-            processes; one PyTorch name such as `cuda:1` or `mps`; or None or `auto` for the first GPU, or the CPU if
-            there is none. In a job of torchrun, the local rank selects one device of the list, by default of all GPUs.
+        text: value of --gpus. This is a list for `parse_devices`, in which `cpu` can be repeated to get several
+            replicas or processes; a PyTorch device such as `cuda:1` or `mps`; or None or `auto` for the first GPU, or
+            the CPU if there is no GPU. In a torchrun job, a rank gets the list element at its local rank, and None
+            stands for the list of all GPUs.
 
     Raises:
-        UserError: a GPU does not exist, or there are fewer GPUs than ranks.
+        UserError: a GPU does not exist, GPUs and `cpu` are combined, or there are more ranks than GPUs.
     """
     world, text = World.from_environment(), None if text == "auto" else text
     if world.size > 1:
@@ -77,14 +78,14 @@ def _device_of_rank(text: str | None, world: World) -> torch.device:
     names = (gpus or ["cpu"]) if text is None else parse_devices(text)
     if names == ["cpu"]:
         return torch.device("cpu")
-    # A launcher such as `srun --gpus-per-task=1` shows each rank its own GPU; torchrun shows all GPUs to all ranks.
+    # With `srun --gpus-per-task=1`, each rank can use only its own GPU; with torchrun, each rank can use all GPUs.
     assigned = "CUDA_VISIBLE_DEVICES" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if names == ["gpu0"] == gpus and assigned:
         return _device("gpu0")
     if len(names) < world.local_size or "cpu" in names:
         raise UserError(
-            f"torchrun has started {world.local_size} processes on this machine, one per GPU, but the devices are "
-            f"{', '.join(names)}; start fewer processes (--nproc_per_node), or give --gpus cpu"
+            f"torchrun has started {world.local_size} processes on this machine, and each needs a GPU, but "
+            f"the device list is {', '.join(names)}; start fewer processes (--nproc_per_node), or give --gpus cpu"
         )
     return _device(names[world.local_rank])
 
@@ -93,12 +94,12 @@ def _device(name: str) -> torch.device:
     index, count = int(name.removeprefix("gpu")), torch.cuda.device_count()
     if index >= count:
         available = f"GPUs 0 to {count - 1}" if count else "no GPU that PyTorch can use"
-        raise UserError(f"--gpus {name} is not available; this machine has {available}; omit the option, or give cpu")
+        raise UserError(f"--gpus {name} is not available; this machine has {available}; omit --gpus, or give cpu")
     return torch.device("cuda", index)
 
 
 def describe_all(world: World) -> str:
-    """Describe the devices for the log, with GPU names or the number of CPU threads."""
+    """Return a description of the devices for the log, with GPU names or the number of CPU threads."""
     threads = f"{torch.get_num_threads()} threads"
     names = [f"{d} ({torch.cuda.get_device_name(d) if d.type == 'cuda' else threads})" for d in world.devices]
     return ", ".join(names) + (f" on each of {world.size} ranks" if world.size > 1 else "")

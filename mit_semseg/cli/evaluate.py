@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint and write its report, for eval.py and eval_multipro.py."""
+"""Evaluate a checkpoint and write a report; used by eval.py and eval_multipro.py."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def run(cfg: Config, world: World, config_path: str | None) -> int:
     """Evaluate VAL.checkpoint, print the metrics, write the report to DIR/result, and return the exit code.
 
-    Pixel counts are added over all devices, so that the metrics do not depend on the number of devices.
+    Pixel counts are summed over all devices, so the metrics do not depend on the number of devices.
     """
     logger.info("devices: %s", describe_all(world))
     dataset = build_val_dataset(cfg)
@@ -41,7 +41,7 @@ def run(cfg: Config, world: World, config_path: str | None) -> int:
 def evaluate_shard(
     shard: Shard, report_image: Callable[[str], None], cfg: Config, dataset: ValDataset, stems: dict[str, Path]
 ) -> Evaluation:
-    """Evaluate a shard of the validation set, and write the panels of the images in `stems` (see `report`)."""
+    """Evaluate a shard of the validation set. Unless `stems` is empty, also write a panel for every image."""
 
     def write_panel(item, prediction):
         save_png(result_panel(item, prediction, dataset.table), Path(cfg.DIR, "result", f"{stems[item['info']]}.png"))
@@ -65,7 +65,7 @@ def evaluate_shard(
 def report(cfg: Config, config_path: str | None, evaluation: Evaluation, stems: dict[str, Path]) -> None:
     """Print the metrics and write results.json, report.html and confusion.png to DIR/result.
 
-    `stems` is a dict from image path to the path of its panel, without suffix, relative to DIR/result.
+    `stems` maps image paths to paths of panels, which have no suffix and are relative to DIR/result.
     """
     print(evaluation.report())
     folder = Path(cfg.DIR, "result")

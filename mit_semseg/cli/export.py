@@ -1,8 +1,8 @@
-"""Export a trained network to a file that runs without this package.
+"""Export a trained network to a file that can be used without this package.
 
     python -m mit_semseg.export --cfg config/NAME.yaml --format onnx [--out FILE] [KEY VALUE ...]
 
-The input is a batch of normalized images (N, 3, H, W) of any size from 32x32. The output is logits (N, C, H, W) or,
+The input is a batch of normalized images (N, 3, H, W) of at least 32x32 pixels. The output is logits (N, C, H, W) or,
 with `--output labels`, class indices (N, H, W). The file also contains the class names and the normalization.
 """
 
@@ -28,10 +28,10 @@ from .quantize import OnnxNetwork, evaluate_files, quantize
 
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
 OUTPUTS = ("logits", "labels")
-OPSET = 18  # the first ONNX opset with antialiased resizing
-EXAMPLE_SHAPE = (2, 3, 72, 104)  # for tracing; batch, height and width are dynamic
+OPSET = 18  # lowest ONNX opset version with antialiased resizing
+EXAMPLE_SHAPE = (2, 3, 72, 104)  # shape of the example input for tracing; N, H and W are dynamic
 TEST_SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))
-TOLERANCE = 1e-4  # maximum difference of the outputs, see `compare`
+TOLERANCE = 1e-4  # maximum allowed difference returned by `compare`
 
 
 class ExportError(UserError, RuntimeError):
@@ -54,10 +54,10 @@ class ExportedNetwork(nn.Module):
 
 
 def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", metadata: dict[str, str]) -> float:
-    """Export a `SegmentationModule` to a file and return the result of `compare`.
+    """Export a `SegmentationModule` to a file and return the output difference measured by `compare`.
 
     `kind` is a key of `FORMATS`, `output` is one of `OUTPUTS`, and `metadata` is stored in the file. Raise an
-    `ExportError` if a package is missing or the outputs of the file differ.
+    `ExportError` if a package is missing, or if the outputs of file and network differ by more than `TOLERANCE`.
     """
     network = ExportedNetwork(module, output).eval()
     with atomic_write(path) as partial:
@@ -65,17 +65,17 @@ def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", 
         difference = compare(network, exported)
         if difference > TOLERANCE:
             raise ExportError(
-                f"{path}: outputs of the {kind} file and of the network differ by {difference:.1e}, but at most "
-                f"{TOLERANCE:.0e} is allowed; the file was deleted. Try another PyTorch version"
+                f"{path} was not written, because outputs of file and network differ by {difference:.1e}, which is "
+                f"more than {TOLERANCE:.0e}; try another PyTorch version or another --format than {kind}"
             )
     return difference
 
 
 @torch.inference_mode()
 def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
-    """Return the largest difference between the outputs for random inputs of `TEST_SHAPES`.
+    """Return the largest difference between the outputs of `network` and `exported` for inputs of `TEST_SHAPES`.
 
-    It is relative to the largest logit; for class indices it is the fraction of pixels that differ.
+    Differences of logits are divided by the largest logit. For class indices, return the fraction of unequal pixels.
     """
     differences = []
     for seed, shape in enumerate(TEST_SHAPES):
@@ -91,14 +91,14 @@ def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
 
 
 def _trace_arguments() -> dict:
-    """Return the example input and its dynamic dimensions, as keyword arguments of the export functions."""
+    """Return keyword arguments for the export functions: the example input and its dynamic dimensions."""
     auto = torch.export.Dim.AUTO
     example = torch.randn(EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
     return {"args": (example,), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
 
 
 def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
-    """Write a file and return the program loaded from it."""
+    """Write a `torch.export` file and return the program loaded from this file."""
     program = torch.export.export(network, **_trace_arguments())
     with open(path, "w+b") as file:
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
@@ -109,7 +109,7 @@ def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> 
 def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
     try:
         import onnx
-        import onnxruntime  # noqa: F401  (check before the export that it is installed)
+        import onnxruntime  # noqa: F401  (imported only to check that it is installed)
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ExportError(f'{error.name} is not installed; run pip install -e ".[export]"') from None
@@ -124,7 +124,7 @@ def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Cal
 
 
 def make_metadata(cfg: Config, output: str) -> dict[str, str]:
-    """Return the metadata of an exported file, plain text or JSON: input, normalization, output and classes."""
+    """Return metadata for an exported file (input, normalization, output, classes), each as plain text or JSON."""
     caffe, table = cfg.DATASET.normalization == "caffe", class_table_from_options(cfg.DATASET)
     metadata = {
         "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
@@ -148,10 +148,10 @@ def main() -> None:
     parser.add_argument("--output", choices=OUTPUTS, default="logits", help="network output (default: logits)")
     text = "output file (default: network.onnx or network.pt2 in DIR)"
     parser.add_argument("--out", metavar="FILE", type=expand_path, help=text)
-    text = "also write an ONNX file quantized to 8-bit integers, and compare the mean IoU of both files"
+    text = "also write an ONNX file quantized to 8-bit integers, and print the mean IoU of both ONNX files"
     parser.add_argument("--int8", action="store_true", help=text)
     for name, default, kind in (("calibration", 32, "training"), ("scored", 100, "validation")):
-        text = f"with --int8: number of {kind} images that are used (default: {default})"
+        text = f"with --int8: number of {kind} images to use (default: {default})"
         parser.add_argument(f"--{name}", type=int, metavar="N", default=default, help=text)
     add_verbosity(parser)
     add_config_arguments(parser, DEFAULT_CONFIG)
@@ -164,7 +164,7 @@ def main() -> None:
     options = {"kind": args.format, "output": args.output, "metadata": make_metadata(cfg, args.output)}
     difference = export(module, path, **options)
     shapes = ", ".join("x".join(map(str, shape)) for shape in TEST_SHAPES)
-    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): outputs differ by at most {difference:.1e} at {shapes}")
+    print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): maximum output error {difference:.1e} for inputs {shapes}")
     if datasets:
         calibration, validation = datasets
         int8_path = path.with_suffix(f".int8{path.suffix}")
@@ -180,7 +180,7 @@ def main() -> None:
 
 
 def _int8_datasets(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, ValDataset]:
-    """Return the images for calibration and evaluation. Wrong options are reported before a file is written."""
+    """Check the options for --int8, and return the datasets for calibration and for evaluation."""
     if args.format != "onnx" or args.output != "logits":
         raise ExportError("--int8 requires --format onnx and --output logits")
     for name in ("calibration", "scored"):

@@ -16,7 +16,7 @@ COLORS = {logging.WARNING: "33", logging.ERROR: "31"}  # ANSI yellow and red
 
 
 class _LogFile(logging.FileHandler):
-    """A log file. If it cannot be written (full disk), prints one warning instead of a traceback per line."""
+    """A log file. Prints one warning if writing fails (full disk), instead of a traceback for every line."""
 
     _failed = False
 
@@ -32,7 +32,7 @@ class _ColorFormatter(logging.Formatter):
 
 
 def colored(text: str, level: int) -> str:
-    """Add the terminal color of a log level to a text."""
+    """Return a text with the terminal color of a log level, if the level has a color."""
     return f"\033[{COLORS[level]}m{text}\033[0m" if level in COLORS else text
 
 
@@ -44,12 +44,12 @@ def takes_colors(stream) -> bool:
 def setup_logger(
     distributed_rank: int = 0, filename: str | None = "log.txt", level: int = logging.INFO
 ) -> logging.Logger:
-    """Log to the terminal and append to a log file.
+    """Configure the logger of the package to print to the terminal and append to a log file.
 
     Args:
         distributed_rank: rank of this process. Ranks above 0 log only warnings and errors, with their rank.
-        filename: path of the log file, None for no file.
-        level: log level of the terminal. The file always has INFO messages.
+        filename: path of the log file; None for no log file.
+        level: log level of the terminal. The log level of the file is `level` or INFO, whichever is lower.
 
     Returns:
         The logger of the package.
@@ -78,7 +78,7 @@ def setup_logger(
 
 
 def log_options(log: logging.Logger, cfg: Config) -> None:
-    """Log the options that differ from the defaults, and all options to the log file only."""
+    """Log the options that differ from the defaults, and write all options to the log file."""
     log.info("all options:\n%s", cfg.dump(), extra={"file_only": True})
     changed = "".join(f"\n  {key} {value}" for key, value in cfg.differences().items())
     log.info("options that differ from the defaults:%s", changed or " none")

@@ -1,4 +1,4 @@
-"""Plots of training curves and confusion matrices, without pyplot, which would select a backend."""
+"""Plots of training curves and confusion matrices. pyplot is not imported, because it would select a backend."""
 
 import logging
 import warnings
@@ -13,16 +13,16 @@ from ..lib.utils import WriteError, atomic_write
 
 logger = logging.getLogger(__name__)
 
-MATRIX_CLASSES = 40  # number of classes in the plot of the confusion matrix
-FONT = "DejaVu Sans"  # included in matplotlib; Latin, Greek, Cyrillic, Arabic
+MATRIX_CLASSES = 40  # maximum number of classes in the confusion matrix plot
+FONT = "DejaVu Sans"  # included in matplotlib; contains Latin, Greek, Cyrillic and Arabic letters
 
 
 @contextmanager
 def log_plot_errors(name: str) -> Iterator[None]:
-    """Log errors in the context, except write errors: training must not fail because of a plot."""
+    """Context that logs errors of the plot `name`, so that training continues. Only a `WriteError` is raised."""
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # one per character that no installed font has
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # warns of a character missing in all installed fonts
             yield
     except WriteError:
         raise
@@ -31,10 +31,10 @@ def log_plot_errors(name: str) -> Iterator[None]:
 
 
 def save_curves(history: dict, path: Path) -> None:
-    """Plot `train` (dict of the lists epoch, loss, acc) and optional `val` (epoch, mean_iou, acc) to a PNG file."""
+    """Plot `history` to a PNG file: `train` (lists epoch, loss, acc), optionally `val` (lists epoch, mean_iou, acc)."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4))  # fixed margins, because an automatic layout takes as long as the drawing
+    figure = Figure(figsize=(11, 4))  # margins are fixed, because an automatic layout would double the time
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.78, bottom=0.13, top=0.91, wspace=0.2)
     train, val = history["train"], history.get("val", {})
@@ -55,7 +55,7 @@ def save_curves(history: dict, path: Path) -> None:
 
 
 def save_confusion(evaluation: Evaluation, path: Path) -> None:
-    """Plot the row-normalized confusion matrix of the most frequent classes to a PNG file."""
+    """Plot the row-normalized confusion matrix of the `MATRIX_CLASSES` most frequent classes to a PNG file."""
     from matplotlib.figure import Figure
 
     confusion = evaluation.metric.confusion
@@ -77,7 +77,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
 
 
 def _find_fonts(text: str) -> list[str]:
-    """Return the names of installed fonts that together cover a text, `FONT` first."""
+    """Return `FONT` and the names of other installed fonts for the characters of `text` that `FONT` lacks."""
     from matplotlib.font_manager import fontManager
     from matplotlib.ft2font import FT2Font
 

@@ -1,4 +1,4 @@
-"""Quantize exported ONNX networks to 8-bit integers."""
+"""Quantize an exported ONNX network to 8-bit integers, and evaluate ONNX files."""
 
 import logging
 import tempfile
@@ -20,7 +20,7 @@ OPERATORS = ["Conv", "Relu", "Clip", "Add", "MaxPool", "Concat"]  # ONNX operato
 
 
 class OnnxNetwork:
-    """An ONNX file with the methods of a `SegmentationModule` that inference uses."""
+    """An ONNX file as network for `Predictor`, with the required method `logits` and attribute `align_corners`."""
 
     def __init__(self, path: Path, *, align_corners: bool = False):
         import onnxruntime
@@ -31,14 +31,15 @@ class OnnxNetwork:
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def logits(self, feed: dict) -> Tensor:
-        """Return logits (N, C, H, W) for `img_data` (N, 3, H, W)."""
+        """Return logits (N, C, H, W) for the normalized images `feed["img_data"]` (N, 3, H, W)."""
         return torch.from_numpy(self._session.run(None, {"image": feed["img_data"].contiguous().numpy()})[0])
 
 
 def quantize(source: Path, path: Path, dataset: ValDataset) -> None:
-    """Write an int8 copy of an ONNX file: QDQ format, unsigned activations, signed weights per output channel.
+    """Write an int8 copy of an ONNX file in QDQ format, with unsigned activations and signed weights.
 
-    The images of `dataset` calibrate the activation ranges. The last convolution (classifier) stays in float32.
+    Weights have a scale per output channel. Ranges of activations are calibrated with the images of `dataset`. The last
+    convolution (classifier) is not quantized.
     """
     import onnx
     from onnxruntime import quantization
@@ -82,7 +83,7 @@ def _calibration_inputs(dataset: ValDataset) -> Iterator[dict[str, np.ndarray]]:
 def evaluate_files(
     paths: Sequence[Path], dataset: ValDataset, align_corners: bool, inference: InferenceOptions
 ) -> list[Evaluation]:
-    """Evaluate ONNX files on a validation set, as eval.py evaluates networks."""
+    """Evaluate every ONNX file on a validation set, with the same metrics as eval.py."""
     evaluations = []
     for path in paths:
         predictor = Predictor(OnnxNetwork(path, align_corners=align_corners), "cpu", inference)

@@ -12,8 +12,8 @@ from ..evaluation.evaluator import Evaluation, ImageScore
 from ..lib.utils import UTF8, atomic_write
 from .plots import log_plot_errors, save_confusion
 
-MAX_PAIRS = 20  # number of confused pairs in the report
-MAX_IMAGES = 12  # number of worst images and of best images in the report
+MAX_PAIRS = 20  # maximum number of class pairs in the table of confused classes
+MAX_IMAGES = 12  # maximum number of worst images, and of best images, in the report
 
 HEAD = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
 STYLE = """
@@ -51,9 +51,9 @@ for (const header of document.querySelectorAll("table.sortable th")) header.oncl
 
 
 def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[tuple[int, int]]:
-    """Return at most `limit` (label, prediction) pairs with the most wrong pixels, most frequent first.
+    """Return at most `limit` pairs (label, wrong prediction), in descending order of the number of pixels.
 
-    `confusion` (C, C) counts pixels, with labels in rows and predictions in columns.
+    `confusion` (C, C) contains numbers of pixels, with labels in rows and predictions in columns.
     """
     wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
     order = np.argsort(wrong, axis=None)[::-1][:limit]
@@ -63,7 +63,7 @@ def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[tuple[
 def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str]) -> None:
     """Write `report.html` and `confusion.png` to a folder.
 
-    `panels` is a dict from image name to the path of its panel, relative to `folder`.
+    `panels` maps image names to paths of panels, which are relative to `folder`.
     """
     with log_plot_errors("confusion.png"):
         save_confusion(evaluation, folder / "confusion.png")
@@ -102,7 +102,7 @@ def _metrics(evaluation: Evaluation) -> str:
 
 
 def _sortable(columns: Sequence[str], rows: Sequence[Sequence[tuple[object, str]]]) -> str:
-    """Return an HTML table that a click on a column header sorts. A cell is (value for sorting, HTML)."""
+    """Return an HTML table that can be sorted by clicking a column header. Each cell is (sort value, HTML)."""
     classes = [' class="text"' if isinstance(value, str) else "" for value, _ in rows[0]]
     head = "".join(f"<th{kind}>{name}</th>" for name, kind in zip(columns, classes, strict=True))
     body = ""
@@ -130,8 +130,8 @@ def _classes(evaluation: Evaluation) -> str:
         recall = _percent(float(confusion[index, index] / max(pixels, 1)))
         rows.append([(name, label), (iou, bar), recall, _percent(float(pixels / total))])
     note = (
-        "Click a column header to sort. Accuracy (recall) is the fraction of the class's pixels that were predicted "
-        "correctly. Classes without labelled pixels are gray."
+        "Click a column header to sort. Accuracy (recall) is the fraction of the class's labelled pixels that are "
+        "predicted correctly. The names of classes without labelled pixels are gray."
     )
     return f"<h2>Classes</h2><p>{note}</p>" + _sortable(("class", "IoU", "accuracy", "fraction of all pixels"), rows)
 
@@ -143,7 +143,7 @@ def _confusions(evaluation: Evaluation) -> str:
         names = [(evaluation.table.labels[i], escape(evaluation.table.labels[i])) for i in pair]
         rows.append([*names, (pixels, f"{pixels:,}"), _percent(float(pixels / confusion[pair[0]].sum()))])
     columns = "label", "prediction", "pixels", "fraction of the label's pixels"
-    table = _sortable(columns, rows) if rows else "<p>None: every labelled pixel is correct.</p>"
+    table = _sortable(columns, rows) if rows else "<p>No class was confused with another class.</p>"
     caption = "<figcaption>Confusion matrix: labels in rows, predictions in columns, normalized by row.</figcaption>"
     image = '<img src="confusion.png" alt="Confusion matrix">'
     return f"<h2>Most confused classes</h2>{table}<figure>{image}{caption}</figure>"

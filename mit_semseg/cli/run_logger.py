@@ -17,7 +17,7 @@ from .plots import log_plot_errors, save_curves
 
 logger = logging.getLogger(__name__)
 
-TENSORBOARD_IMAGES = 4  # number of panels per validation
+TENSORBOARD_IMAGES = 4  # maximum number of panels per validation in TensorBoard
 
 
 class RunLogger:
@@ -27,7 +27,7 @@ class RunLogger:
         folder: DIR of the run.
         table: class names and colors.
         tensorboard: write events to `folder`/tensorboard.
-        images: paths of all validation images, to write their panels to `folder`/vis/epoch_N; empty for no panels.
+        images: paths of all validation images, whose panels are written to `folder`/vis/epoch_N; empty for no panels.
         main: whether this is rank 0. Other ranks write only panels.
     """
 
@@ -39,7 +39,7 @@ class RunLogger:
             try:
                 import torch.utils.tensorboard  # noqa: F401
             except ImportError:
-                raise UserError("TRAIN.tensorboard True needs TensorBoard; run pip install tensorboard") from None
+                raise UserError("TRAIN.tensorboard True requires TensorBoard; run pip install tensorboard") from None
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
         with self._stop_on_write_error():
@@ -47,7 +47,7 @@ class RunLogger:
                 self._writer.add_scalar(f"train/{name}", value, step)
 
     def log_image(self, epoch: int, item: dict, prediction: np.ndarray) -> None:
-        """Write the panel of a validation item and keep the first panels for TensorBoard; see `result_panel`."""
+        """Write the panel of a validation item (see `result_panel`); keep the first `TENSORBOARD_IMAGES` panels."""
         keep = self._tensorboard and len(self._panels) < TENSORBOARD_IMAGES
         panel = result_panel(item, prediction, self.table) if keep or self._stems else None
         if keep:
@@ -56,7 +56,7 @@ class RunLogger:
             save_png(panel, self.folder / "vis" / f"epoch_{epoch}" / f"{self._stems[item['info']]}.png")
 
     def log_epoch(self, epoch: int, history: dict, evaluation: Evaluation | None) -> None:
-        """Write `curves.png`, and send the metrics and panels of a validation to TensorBoard."""
+        """On rank 0, write `curves.png`, and write validation metrics and panels to TensorBoard."""
         if not self.main:
             return
         with log_plot_errors("curves.png"):
@@ -76,18 +76,18 @@ class RunLogger:
 
     @cached_property
     def _writer(self):
-        """`SummaryWriter`, created on first use because a new run first deletes the events of the previous run."""
+        """`SummaryWriter`. It is created on first use, because a new run first deletes earlier events in `folder`."""
         from torch.utils.tensorboard import SummaryWriter
 
         return SummaryWriter(str(self.folder / "tensorboard"))
 
     @contextmanager
     def _stop_on_write_error(self) -> Iterator[None]:
-        """Context that disables TensorBoard if its events cannot be written, e.g. because the disk is full."""
+        """Context that disables TensorBoard if events cannot be written, e.g. because the disk is full."""
         try:
             yield
         except OSError as error:
-            logger.warning("TensorBoard events cannot be written, training continues without them: %s", error)
+            logger.warning("TensorBoard events cannot be written (%s); training continues without TensorBoard", error)
             self._tensorboard = False
 
     def __enter__(self) -> "RunLogger":

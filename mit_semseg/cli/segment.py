@@ -1,4 +1,4 @@
-"""Segment images or a video, for test.py."""
+"""Segment images or a video; used by test.py."""
 
 import argparse
 import logging
@@ -23,26 +23,26 @@ from .workers import Shard, background_writer, run_sharded
 
 logger = logging.getLogger(__name__)
 
-MIN_FRACTION = 0.001  # classes with a smaller fraction of the pixels are not printed
+MIN_FRACTION = 0.001  # classes below this fraction of all pixels are not printed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that select the output files, and those for videos."""
+    """Add the options for output files and for videos."""
     for name, text in {
-        "overlay": "also write the image blended with the class colors, with a legend",
-        "index": "also write class indices as a grayscale PNG",
-        "labels": "also write the label values of the dataset as a grayscale PNG, e.g. Cityscapes labelIds",
-        "json": "also write the classes in the image and their fractions of the pixels as JSON",
+        "overlay": "also write the image blended with the class colors, next to a legend",
+        "index": "also write the class index of every pixel as a grayscale PNG",
+        "labels": "also write a grayscale PNG with the label values that the dataset uses, e.g. Cityscapes labelIds",
+        "json": "also write a JSON file with the classes in the image and the fraction of pixels of each class",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     text = "do not write the panel [image | prediction]"
     parser.add_argument("--no-panel", dest="panel", action="store_false", help=text)
-    text = "for videos: weight of the previous frames, 0 to below 1 (default: 0)"
+    text = "for videos: weight of previous frames in the averaged logits, from 0 (off, default) to below 1"
     parser.add_argument("--smoothing", type=float, metavar="WEIGHT", default=0, help=text)
 
 
 def suffixes_of(args: argparse.Namespace) -> list[str]:
-    """Return the suffixes of the output files (see `Result.save_as`); check the options for images and videos."""
+    """Check the options for images and videos, and return the suffixes of output files (see `Result.save_as`)."""
     suffixes = [suffix for suffix, name in SUFFIXES.items() if getattr(args, name)]
     if is_video(args.imgs):
         if suffixes != [".png"]:
@@ -50,20 +50,20 @@ def suffixes_of(args: argparse.Namespace) -> list[str]:
         if not 0 <= args.smoothing < 1:
             raise UserError(f"--smoothing {args.smoothing:g} is out of range; use a value from 0 to below 1")
     elif args.smoothing:
-        raise UserError(f"--smoothing {args.smoothing:g} applies only to videos, and {args.imgs} is not a video")
+        raise UserError(f"{args.imgs} is not a video; omit --smoothing {args.smoothing:g}, which is for videos only")
     if not suffixes:
-        raise UserError("--no-panel leaves no file to write; add --overlay, --index, --labels or --json")
+        raise UserError("--no-panel disables the only output file; add --overlay, --index, --labels or --json")
     return suffixes
 
 
 def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
     """Segment images with TEST.checkpoint, write the output files to TEST.result, and return the exit code.
 
-    `inputs` is an image, a folder or a glob pattern; `suffixes` are those of the output files.
+    `inputs` is an image, a folder or a glob pattern; `suffixes` selects the output files (see `Result.save_as`).
     """
     logger.info("devices: %s", describe_all(world))
     found = find_inputs(inputs, Path(cfg.TEST.result), suffixes) if world.is_main else None
-    stems = world.gather(found, "looking for images")[0]  # one list for all ranks
+    stems = world.gather(found, "looking for images")[0]  # all ranks use the list found by rank 0
     with progress_bar(total=len(stems), desc="segmenting", unit="img", shown=world.is_main) as bar:
 
         def on_report(text: str) -> None:
@@ -85,7 +85,7 @@ def segment_shard(
 ) -> list[str]:
     """Segment a shard of the images, write the output files, and return a message for every unreadable image.
 
-    `stems` is a dict from image path to output path without suffix.
+    `stems` maps image paths to output paths without suffix.
     """
     own = shards(len(stems), shard.count)[shard.index]
     segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, shard.device)
@@ -113,11 +113,11 @@ def segment_shard(
 
 
 def run_video(cfg: Config, source: str, device: torch.device, smoothing: float) -> int:
-    """Segment a video or camera with TEST.checkpoint, write a video to TEST.result, and return the exit code.
+    """Segment a video file or camera with TEST.checkpoint, write a video to TEST.result, and return the exit code.
 
-    Ctrl-C and SIGTERM raise after the frames segmented until then have been saved.
+    After Ctrl-C or SIGTERM, the frames segmented so far are saved; then `KeyboardInterrupt` is raised.
     """
-    refuse_torchrun(f"torchrun cannot segment a video; run python test.py --imgs {source} without torchrun")
+    refuse_torchrun(f"{source}: a video cannot be segmented with torchrun; start test.py with python instead")
     logger.info("device: %s", device)
     segmenter = Segmenter.from_cfg(cfg, cfg.TEST.checkpoint, device)
     path = output_path(source, Path(cfg.TEST.result))

@@ -1,4 +1,4 @@
-"""Distribute a list of images over the ranks of a job or over worker processes, and write files in a thread."""
+"""Distribute images over ranks or worker processes, and write files in a background thread."""
 
 import logging
 import multiprocessing
@@ -21,12 +21,12 @@ from .logs import setup_logger
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING_WRITES = 4  # few, because each keeps an image in memory
+MAX_PENDING_WRITES = 4  # low, because each pending write keeps an image in memory
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a list, for one of several ranks or worker processes."""
+    """A shard of a list of images, and the device of the rank or worker process that processes this shard."""
 
     device: torch.device
     index: int = 0
@@ -35,23 +35,23 @@ class Shard:
 
 
 class WorkerError(UserError, RuntimeError):
-    """A worker process was killed. The message names its device and images."""
+    """A worker process was killed. The message contains the device and the image numbers of this process."""
 
 
-Work = Callable[..., Any]  # work(shard, report, *arguments) -> result; it calls report(text) after every image
+Work = Callable[..., Any]  # work(shard, report, *arguments) -> result; `work` calls report(text) after every image
 
 
 def run_sharded(work: Work, world: World, length: int, arguments: Sequence, on_report: Callable[[str], None]) -> list:
-    """Run a function on every shard of a list and return the results in the order of the shards.
+    """Run `work` on every shard of a list and return the results in the order of the shards.
 
-    In a job of several ranks, every rank runs the function on one shard. Without ranks, every device has a worker
-    process and a shard; a single device needs no worker process. If a worker process fails, the others are killed.
+    With several ranks, each rank runs `work` on one shard, and gets all results. A single process starts one worker
+    process per device, or runs `work` itself if there is one device. If a worker process fails, all are killed.
 
     Args:
-        work: function that can be pickled, called as `work(shard, report, *arguments)`.
+        work: picklable function, which is called as `work(shard, report, *arguments)`.
         world: ranks and devices.
         length: length of the list.
-        arguments: further arguments of `work`, which can be pickled.
+        arguments: further arguments of `work`, all picklable.
         on_report: called in this process with every text that `work` passes to `report`.
     """
     if world.size > 1:
@@ -66,8 +66,8 @@ def run_sharded(work: Work, world: World, length: int, arguments: Sequence, on_r
 def _run_in_workers(
     work: Work, devices: Sequence[torch.device], length: int, arguments: Sequence, on_report: Callable[[str], None]
 ) -> list:
-    """Start one process per device; each sends its reports and its result through its own pipe."""
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be used after a fork
+    """Run `work` in one process per device. Each process sends reports and a result through a separate pipe."""
+    context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
     count, level = len(devices), logger.getEffectiveLevel()
     threads = max(1, available_cores() // count)
     processes, pipes, results, done = [], {}, [None] * count, [0] * count
@@ -77,9 +77,9 @@ def _run_in_workers(
             pipes[pipe] = index
             processes.append(context.Process(target=_run_worker, args=(worker_pipe, index, level, threads)))
             processes[-1].start()
-            worker_pipe.close()  # now the pipe is closed when the worker ends
+            worker_pipe.close()  # otherwise `recv` would not fail after the worker has ended
         for pipe, index in pipes.items():
-            with suppress(BrokenPipeError):  # a killed worker; `recv` reports it
+            with suppress(BrokenPipeError):  # the worker was killed; `recv` below reports this
                 pipe.send((work, Shard(devices[index], index, count, count), arguments))
         while pipes:
             for pipe in wait(list(pipes)):
@@ -90,7 +90,7 @@ def _run_in_workers(
                     images = shards(length, count)[index]
                     raise WorkerError(
                         f"the worker process on {devices[index]} for images {images.start + 1} to {images.stop} was "
-                        f"killed after {done[index]} images (out of memory?)"
+                        f"killed after {done[index]} images; if this machine was out of memory, use fewer devices"
                     ) from None
                 if kind == "report":
                     done[index] += 1
@@ -103,13 +103,13 @@ def _run_in_workers(
         return results
     finally:
         for process in processes:
-            if pipes:  # after an error
+            if pipes:  # an error has ended the loop above
                 process.kill()
             process.join()
 
 
 def _run_worker(pipe: Connection, index: int, level: int, threads: int) -> None:
-    """Send ("report", text) for every image, then ("result", value) or ("error", (exception, its traceback))."""
+    """Send ("report", text) after every image, and finally ("result", value) or ("error", (exception, traceback))."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
     setup_logger(index, None, level)
     torch.set_num_threads(threads)
@@ -123,10 +123,10 @@ def _run_worker(pipe: Connection, index: int, level: int, threads: int) -> None:
 
 @contextmanager
 def background_writer() -> Iterator[Callable[..., None]]:
-    """Yield `submit(function, *arguments)`, which runs functions in order in a thread, to write files meanwhile.
+    """Yield `submit(function, *arguments)`, which calls functions in a background thread, in the order of submission.
 
-    `submit` blocks while too many calls are pending. An exception of a function is raised by a later `submit` or at the
-    end of the context.
+    `submit` blocks while `MAX_PENDING_WRITES` calls are pending. An exception in the thread is raised again by a later
+    `submit`, or at the end of the context.
     """
     pending: deque[Future] = deque()
 

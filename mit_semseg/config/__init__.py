@@ -1,4 +1,4 @@
-"""Options: defaults, checks, YAML files and command lines."""
+"""Define options, check their values, and read them from YAML files and command lines."""
 
 from . import defaults
 from .defaults import OPTIONS
@@ -7,4 +7,4 @@ from .validation import ConfigError
 
 __all__ = ["OPTIONS", "Config", "ConfigError", "add_config_arguments", "cfg", "load_config"]
 
-defaults._C = cfg  # name in version 2
+defaults._C = cfg  # version 2 stored the global configuration under this name

@@ -1,4 +1,4 @@
-"""All options: name, default, allowed values and meaning."""
+"""Names, defaults, allowed values and help texts of all options."""
 
 from dataclasses import dataclass
 from math import inf
@@ -10,11 +10,11 @@ class Option:
 
     default: object
     help: str
-    low: float = -inf  # inclusive bounds of a number, or of every number in a list
-    high: float = inf
-    choices: tuple = ()
-    kinds: tuple[type, ...] = ()  # allowed types, tried in this order; (): the type of the default
-    fractions: bool = False  # whether the numbers in a list may be fractions
+    low: float = -inf  # smallest allowed number; in a list, this applies to every number
+    high: float = inf  # largest allowed number
+    choices: tuple = ()  # allowed values; () for options without a fixed set of values
+    kinds: tuple[type, ...] = ()  # allowed types, tried in this order; if empty, the type of the default
+    fractions: bool = False  # whether numbers in a list may be non-integer
     path: bool = False  # whether `~` and environment variables are expanded
 
     @property

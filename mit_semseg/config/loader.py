@@ -16,19 +16,19 @@ from .validation import ConfigError, check_combinations, convert, unknown_option
 
 BASE_KEY = "_BASE_"
 SECTIONS = {key.split(".")[0] for key in OPTIONS if "." in key}
-Setting = tuple[str, object, str]  # name of the option, value, origin (file or command line)
+Setting = tuple[str, object, str]  # name of an option, its value, and the file (or "command line") that sets it
 
 
 class Config(CfgNode):
-    """A yacs node whose merge methods check all options and raise ConfigError."""
+    """A yacs node. Its merge methods check all options and raise ConfigError if one of them is invalid."""
 
     def option(self, key: str) -> object:
-        """Return the value of an option by its full name, e.g. `TRAIN.seed`."""
+        """Return the value of an option. `key` is its full name, e.g. `TRAIN.seed`."""
         node, name = _locate(self, key)
         return node[name]
 
     def differences(self) -> dict[str, object]:
-        """Return a dict from name to value of all options that differ from their defaults."""
+        """Return `{name: value}` for all options whose values are not the defaults."""
         return {key: self.option(key) for key, option in OPTIONS.items() if self.option(key) != option.default}
 
     def merge_from_file(self, cfg_filename: str | os.PathLike) -> None:
@@ -39,7 +39,7 @@ class Config(CfgNode):
 
 
 def _locate(config: Config, key: str) -> tuple[Config, str]:
-    """Return the node of an option and its name in the node."""
+    """Return the node that contains an option (created if missing), and the option's name in this node."""
     section, _, name = key.rpartition(".")
     return (config.setdefault(section, Config()) if section else config), name
 
@@ -56,10 +56,10 @@ cfg = _default_config()
 
 
 def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ()) -> Config:
-    """Return a frozen configuration: the defaults, changed by a YAML file and then by a command line.
+    """Return a frozen configuration. The YAML file overrides the defaults, and `opts` overrides the file.
 
-    `opts` is `[key, value, ...]` or `["key=value", ...]`. Raise ConfigError with all unknown options, invalid values
-    and conflicts. Changes of the global `cfg` have no effect.
+    `opts` is `[key, value, ...]` or `["key=value", ...]`. Raise ConfigError, which lists all problems, if there
+    are unknown options, invalid values or conflicts. Changes to the global `cfg` do not affect the result.
     """
     config = _default_config()
     settings = _read_yaml(Path(expand_path(os.fspath(path)))) if path else []
@@ -69,21 +69,21 @@ def load_config(path: str | os.PathLike | None = None, opts: Iterable[str] = ())
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """Add the arguments of `load_config` to a parser: `--cfg FILE`, and `KEY VALUE ...` at the end."""
-    text = f"YAML file (default: {default or 'none'})"
+    """Add the arguments `--cfg FILE` and `KEY VALUE ...` to a parser. `load_config` takes their values."""
+    text = f"YAML file with options (default: {default or 'none'})"
     parser.add_argument("--cfg", metavar="FILE", type=expand_path, default=default, help=text)
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="options, e.g. TRAIN.num_epoch 10")
 
 
 def _merge(config: Config, settings: list[Setting]) -> None:
-    """Check all settings, then apply them."""
+    """Apply all settings if they are valid; otherwise change nothing and raise ConfigError."""
     problems, accepted = [], {}
     for key, value, origin in settings:
         try:
             if key in OPTIONS:
                 accepted[key] = convert(key, value)
             elif key in config and key not in SECTIONS:
-                accepted[key] = _resolve(value)  # an attribute that the caller has added
+                accepted[key] = _resolve(value)  # not an option, but added to the node by the caller
             else:
                 problems.append(f"{unknown_option(key, value)} [{origin}]")
         except ValueError as error:
@@ -97,7 +97,7 @@ def _merge(config: Config, settings: list[Setting]) -> None:
 
 
 def _resolve(value: object) -> object:
-    """Convert text, also in lists, as `yaml.safe_load` does; leave invalid YAML unchanged."""
+    """Parse text, also inside lists, with `yaml.safe_load`. Return invalid YAML unchanged."""
     if isinstance(value, list):
         return [_resolve(item) for item in value]
     with suppress(yaml.YAMLError, ValueError):
@@ -119,13 +119,13 @@ def _read_list(opts: list[str]) -> list[Setting]:
 
 
 def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> list[Setting]:
-    """Return the settings of the base file, then those of the file. `children` are files that have this base file."""
+    """Return the settings of the `_BASE_` file, followed by those of `path`. `children`: files based on `path`."""
     chain = (*children, Path(os.path.abspath(path)))
     if chain[-1] in children:
         raise ConfigError([f"{path}: {BASE_KEY} files form a cycle: {' -> '.join(p.name for p in chain)}"])
     try:
-        # The base loader reads every scalar as text, so class names such as `no` and `010` stay text. `convert` parses
-        # the text according to the type of the option.
+        # `BaseLoader` returns every scalar as text, so class names such as `no` and `010` are not converted. Later,
+        # `convert` parses the text according to the type of the option.
         content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
     except FileNotFoundError:
         files = (str(file) for folder in (path.parent, Path("config")) for file in folder.glob("*.y*ml"))
@@ -133,7 +133,7 @@ def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> list[Setting]:
     except Exception as error:  # PyYAML raises exceptions of many types for invalid files
         raise ConfigError([f"{path}: cannot be read as YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(content, Mapping):
-        raise ConfigError([f"{path}: expected sections such as TRAIN: and MODEL:, got {type(content).__name__}"])
+        raise ConfigError([f"{path}: expected sections such as TRAIN and MODEL, got {type(content).__name__}"])
     base = content.pop(BASE_KEY, None)
     settings = _read_yaml(path.parent / expand_path(str(base)), chain) if base else []
     for section, value in content.items():

@@ -1,4 +1,4 @@
-"""Check the values of options and their combinations."""
+"""Check option values and combinations of options."""
 
 import math
 import re
@@ -11,13 +11,13 @@ import yaml
 from ..lib.utils import UserError, closest, expand_path
 from .defaults import OPTIONS, Option
 
-MIN_WINDOW = 32  # pixels; the largest output stride
+MIN_WINDOW = 32  # in pixels; equal to the largest output stride
 TYPE_NAMES = {bool: "True or False", int: "an integer", float: "a number", str: "text", tuple: "a list"}
 BOOL_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class ConfigError(UserError, ValueError):
-    """All errors of a configuration; `problems` has a message for each."""
+    """A configuration is invalid. `problems` has one message per error."""
 
     def __init__(self, problems: list[str]):
         super().__init__("\n".join(["invalid configuration:", *(f"  - {problem}" for problem in problems)]))
@@ -33,13 +33,13 @@ def unknown_option(key: str, value: object) -> str:
 
 
 def convert(key: str, value: object) -> object:
-    """Convert a value to the type of an option, also from text. Raise ValueError if the value is not allowed."""
+    """Convert a value or its text form to the type of an option. Raise ValueError if the value is not allowed."""
     option = OPTIONS[key]
     candidates = (_convert_to(kind, value, option) for kind in option.types)
     result = next((candidate for candidate in candidates if candidate is not None), None)
     if result is None:
         names = " or ".join(TYPE_NAMES[kind] for kind in option.types)
-        raise ValueError(f"{key}: {value!r} is not {names} (default {option.default!r})")
+        raise ValueError(f"{key}: expected {names}, got {value!r} (default {option.default!r})")
     if option.choices:
         spellings = {str(choice).lower(): choice for choice in option.choices}
         if str(result).lower() in spellings:
@@ -49,16 +49,16 @@ def convert(key: str, value: object) -> object:
     if isinstance(result, str):
         return expand_path(result) if option.path else result
     if result == () and option.default:
-        raise ValueError(f"{key}: the list must have at least one number")
+        raise ValueError(f"{key}: the list is empty; it must have at least one number")
     for number in result if isinstance(result, tuple) else (result,):
         if not isinstance(number, str) and not option.low <= number <= option.high:
             bounds = f"at least {option.low:g}" if math.isinf(option.high) else f"{option.low:g} to {option.high:g}"
-            raise ValueError(f"{key}: {number!r} is out of range; allowed: {bounds}")
+            raise ValueError(f"{key}: expected {bounds}, got {number!r}")
     return result
 
 
 def _convert_to(kind: type, value: object, option: Option) -> object | None:
-    """Convert a value to a type; return None if this is not possible."""
+    """Return a value converted to the type `kind`, or None if it cannot be converted."""
     if kind is str:
         return value if isinstance(value, str) else None
     if kind is tuple:
@@ -73,12 +73,12 @@ def _convert_to(kind: type, value: object, option: Option) -> object | None:
         return value if isinstance(value, bool) else None
     number = _parse_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, (int, float)) or not abs(number) <= sys.float_info.max:
-        return None  # also for NaN and infinity
+        return None  # also rejects NaN and infinity
     return kind(number) if kind(number) == number else None
 
 
 def _parse_list(text: str) -> list | None:
-    """Parse `[a, b]` or `(a, b)` to a list of strings; return None for other text."""
+    """Parse text such as `[a, b]` or `(a, b)` into a list of strings. Return None for other text."""
     match = re.fullmatch(r"\s*(?:\[(.*)\]|\((.*)\))\s*", text, re.DOTALL)
     with suppress(yaml.YAMLError, RecursionError):
         return yaml.load(f"[{match[1] or match[2] or ''}]", yaml.BaseLoader) if match else None
@@ -93,7 +93,7 @@ def _parse_number(text: str) -> float | None:
 
 
 def check_combinations(values: Mapping[str, object]) -> list[str]:
-    """Return a message for every conflict between options. `values` maps the names of all options to their values."""
+    """Return one message per conflict between options. `values` maps the name of every option to its value."""
     return [*_check_dataset(values), *_check_model_and_run(values), *_check_unused(values)]
 
 
@@ -101,20 +101,20 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
     pad, rate = v["DATASET.padding_constant"], v["DATASET.segm_downsampling_rate"]
     scale, crop, sizes = v["DATASET.random_scale"], v["DATASET.crop_size"], v["DATASET.imgSizes"]
     if isinstance(crop, tuple) and (len(crop) != 2 or not all(crop)):
-        yield f"DATASET.crop_size {crop} must be one number, or height and width"
+        yield f"DATASET.crop_size {crop} must be one number, or two positive numbers (height, width)"
     if scale and (len(scale) != 2 or scale[0] > scale[1]):
-        yield f"DATASET.random_scale {scale} must be the smallest and the largest factor, e.g. (0.5, 2.0)"
+        yield f"DATASET.random_scale {scale} must be (smallest factor, largest factor), e.g. (0.5, 2.0)"
     if pad % rate:
         fix = f"set padding_constant {math.ceil(pad / rate) * rate}"
         yield f"DATASET.padding_constant {pad} must be a multiple of DATASET.segm_downsampling_rate {rate}; {fix}"
     if min(sizes if isinstance(sizes, (list, tuple)) else (sizes,)) > v["DATASET.imgMaxSize"]:
-        yield f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} must be at least the smallest of DATASET.imgSizes {sizes}"
+        yield f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} must be at least the minimum of DATASET.imgSizes {sizes}"
 
     names, num_class, weights = v["DATASET.classes"], v["DATASET.num_class"], v["TRAIN.class_weights"]
     if not isinstance(names, str) and len(names) != num_class:
         yield f"DATASET.classes has {len(names)} names, but DATASET.num_class is {num_class}; change one option"
     if v["DATASET.ignore_values"] and isinstance(names, str):
-        yield "DATASET.ignore_values needs a list of names in DATASET.classes; in a CSV file, use rows without a name"
+        yield "DATASET.ignore_values works only with a list in DATASET.classes; in a CSV file, use rows without a name"
     if weights and len(weights) != num_class:
         yield f"TRAIN.class_weights has {len(weights)} numbers, but DATASET.num_class is {num_class}; change one option"
 
@@ -122,16 +122,16 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
 def _check_model_and_run(v: Mapping[str, object]) -> Iterator[str]:
     encoder, stride, inplace = v["MODEL.arch_encoder"], v["MODEL.output_stride"], v["MODEL.norm"] == "inplace"
     if encoder.startswith("vgg") and stride not in (0, 8):
-        yield f"MODEL.output_stride {stride}: {encoder} supports only 8"
+        yield f"MODEL.output_stride {stride}: {encoder} supports only output stride 8"
     if stride == 4 and encoder != "hrnetv2":
         yield f"MODEL.output_stride 4 works only with hrnetv2, not with {encoder}; set 8, 16 or 32"
     if v["MODEL.reset_classifier"] and not v["MODEL.weights_decoder"]:
-        yield "MODEL.reset_classifier True needs a file with pretrained weights in MODEL.weights_decoder"
+        yield "MODEL.reset_classifier True needs a file with decoder weights; set MODEL.weights_decoder"
     if inplace and v["TRAIN.amp"] != "off":
         yield f"MODEL.norm inplace does not support TRAIN.amp {v['TRAIN.amp']}; set TRAIN.amp off or MODEL.norm sync"
     if v["TRAIN.activation_checkpointing"]:
         if inplace or encoder.startswith("vgg"):
-            yield "TRAIN.activation_checkpointing True does not work with MODEL.norm inplace or VGG encoders"
+            yield "TRAIN.activation_checkpointing does not support MODEL.norm inplace or VGG encoders; set it to False"
         if v["TRAIN.compile"]:
             yield "TRAIN.compile and TRAIN.activation_checkpointing cannot be combined; set one of them to False"
 
@@ -148,11 +148,11 @@ def _check_model_and_run(v: Mapping[str, object]) -> Iterator[str]:
     window = v["INFERENCE.window_size"]
     sides = window if isinstance(window, tuple) else (window,) * 2
     if len(sides) != 2 or (any(sides) and min(sides) < MIN_WINDOW):
-        yield f"INFERENCE.window_size {window} must be one number, or height and width, of at least {MIN_WINDOW} pixels"
+        yield f"INFERENCE.window_size {window} must be 0, or a side or (height, width) of at least {MIN_WINDOW} pixels"
 
 
 def _check_unused(v: Mapping[str, object]) -> Iterator[str]:
-    """Yield a message for every changed option that has no effect."""
+    """Yield one message per option that differs from its default but has no effect."""
     losses = v["TRAIN.loss"].split("+")
     cross_entropy = "ce" in losses or "ohem" in losses, "TRAIN.loss ce, ohem, ce+dice or ce+lovasz"
     ohem = "ohem" in losses, "TRAIN.loss ohem"

@@ -1,4 +1,4 @@
-"""Datasets: lists of images, decoding, augmentation, batches."""
+"""Find and decode images and labels, augment them, and build batches."""
 
 from .base import BaseDataset, img_transform, round2nearest_multiple
 from .classes import ClassTable, class_table

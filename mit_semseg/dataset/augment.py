@@ -1,4 +1,4 @@
-"""Data augmentation: random crops, color jitter and blur. All random numbers come from the caller's generator."""
+"""Data augmentation with random crops, color jitter and blur. Random numbers come from the caller's generator."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from PIL import Image
 from .classes import IGNORE
 
 CROP_TRIES = 10
-HUE_FRACTION = 0.2  # hue jitter as a fraction of the jitter strength, because hue changes are the most visible
+HUE_FRACTION = 0.2  # maximum hue shift divided by `jitter`; small, because hue changes are the most visible
 MIN_SIGMA = 0.1  # standard deviation of the weakest blur, in pixels
-Encode = Callable[[np.ndarray], np.ndarray]  # function from raw label values to class indices
+Encode = Callable[[np.ndarray], np.ndarray]  # function that converts raw label values to class indices
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Crop, color jitter and blur for training images after the resize. The defaults change nothing.
+    """Random crop, color jitter and blur of resized training images. By default, images are not changed.
 
     Attributes:
-        crop: (height, width) of a random crop, or None. Smaller images are not cropped.
-        max_ratio: a crop is drawn again, at most `CROP_TRIES` times, while one class has at least this fraction of its
-            labelled pixels (`cat_max_ratio` in OpenMMLab). 1 accepts every crop.
+        crop: (height, width) of the random crop; None: no crop. Smaller sides of an image are not cropped.
+        max_ratio: at most `CROP_TRIES` crops are drawn until every class has less than this fraction of the labelled
+            pixels in the crop (`cat_max_ratio` in OpenMMLab). 1 accepts every crop.
         jitter: maximum relative change of brightness, contrast and saturation.
         blur: maximum standard deviation of the Gaussian blur in pixels. Half of the images are blurred.
     """
@@ -34,7 +34,7 @@ class Augmentation:
 
     @classmethod
     def from_options(cls, options) -> "Augmentation":
-        """Build from the DATASET options; attributes that `options` lacks have their default."""
+        """Build an Augmentation from the DATASET options. Missing options have their defaults."""
         crop = getattr(options, "crop_size", 0)
         crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
         return cls(
@@ -47,9 +47,9 @@ class Augmentation:
     def __call__(
         self, image: Image.Image, label: np.ndarray, encode: Encode, rng: Generator
     ) -> tuple[Image.Image, np.ndarray]:
-        """Augment a resized RGB image. Return the image and its class indices (h, w) int64.
+        """Augment a resized RGB image and its label. Return the new image and class indices (h, w) int64.
 
-        `label` has raw values (H, W). `encode` converts them to class indices, after cropping.
+        `label` (H, W) has raw label values. After cropping, `encode` converts them to class indices.
         """
         if self.crop:
             box, classes = random_crop(label, encode, self.crop, rng, self.max_ratio)
@@ -68,7 +68,7 @@ class Augmentation:
 def random_crop(
     label: np.ndarray, encode: Encode, size: tuple[int, int], rng: Generator, max_ratio: float = 1.0
 ) -> tuple[tuple[int, int, int, int], np.ndarray]:
-    """Crop a raw label (H, W), see `Augmentation`. Return (left, top, right, bottom) and class indices of the crop."""
+    """Crop a raw label (H, W), see `Augmentation`. Return (left, top, right, bottom) and class indices in this box."""
     height, width = (min(side, wanted) for side, wanted in zip(label.shape, size, strict=True))
     for _ in range(CROP_TRIES):
         top = int(rng.integers(label.shape[0] - height + 1))
@@ -80,7 +80,7 @@ def random_crop(
 
 
 def largest_class_fraction(classes: np.ndarray) -> float:
-    """Return the fraction of the most frequent class among the labelled pixels; 1 if no pixel is labelled."""
+    """Return the fraction of labelled pixels that have the most frequent class, or 1 if no pixel is labelled."""
     counts = np.bincount(classes[classes != IGNORE].ravel(), minlength=1)
     return counts.max() / counts.sum() if counts.sum() else 1.0
 
@@ -88,8 +88,8 @@ def largest_class_fraction(classes: np.ndarray) -> float:
 def adjust_colors(
     image: Image.Image, brightness: float, contrast: float, saturation: float, hue: float, order=(0, 1, 2, 3)
 ) -> Image.Image:
-    """Multiply brightness, contrast and saturation by factors and shift the hue by -0.5..0.5, in the given order."""
-    from torchvision.transforms.v2 import functional as F  # the import takes a second and is rarely needed
+    """Apply these changes in `order`: factors for brightness, contrast and saturation, and a hue shift of -0.5..0.5."""
+    from torchvision.transforms.v2 import functional as F  # a slow import (one second) that is rarely needed
 
     functions = F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue
     amounts = brightness, contrast, saturation, hue
@@ -99,9 +99,9 @@ def adjust_colors(
 
 
 def gaussian_blur(image: Image.Image, sigma: float) -> Image.Image:
-    """Blur with a Gaussian of standard deviation `sigma` pixels, truncated at three standard deviations."""
+    """Blur an image with a Gaussian of standard deviation `sigma` in pixels, truncated at three standard deviations."""
     from torchvision.transforms.v2 import functional as F
 
-    # The kernel radius must be smaller than the image, because the image is padded by reflection.
+    # Reflection padding needs a kernel radius that is smaller than the width and height of the image.
     radius = max(0, min(int(np.ceil(3 * sigma)), *(side - 1 for side in image.size)))
     return F.gaussian_blur(image, [2 * radius + 1, 2 * radius + 1], [float(sigma), float(sigma)])

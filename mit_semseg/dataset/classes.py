@@ -1,4 +1,4 @@
-"""Class tables: names, colors, and the mapping between raw label values and class indices."""
+"""Class tables, which contain class names, colors, and the class index of every raw label value."""
 
 import csv
 import io
@@ -16,10 +16,10 @@ from ..lib.utils import UserError
 
 TABLE_FOLDER = Path(__file__).parent / "tables"
 BUILT_IN_TABLES = ("ade20k", "cityscapes", "pascal_voc")
-IGNORE = -1  # ignore index: losses and metrics skip these pixels
+IGNORE = -1  # ignore index; losses and metrics skip pixels with this index
 UNKNOWN = -2  # index of raw values that are not in the table
-RAW_VALUES = 65536
-# Default colors. Any two differ by at least 60 in RGB (Euclidean distance) and by as much as possible in CIELAB.
+RAW_VALUES = 65536  # number of possible raw label values (16 bits)
+# Default colors. The Euclidean distance of any two is at least 60 in RGB, and as large as possible in CIELAB.
 PALETTE = (
     "2d69d2", "f0871e", "2d963c", "d22d2d", "ffd2e1", "00ffff", "5a3c2d", "a51e78", "f0f078", "007896",
     "87780f", "e196ff", "87b496", "69ffb4", "d28769", "785a87", "005a3c", "96c3ff", "ff87b4", "96003c",
@@ -39,12 +39,12 @@ class ClassTableError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class ClassTable:
-    """Classes of a dataset, in the order of the class indices."""
+    """Names, colors and label values of the classes in a dataset, ordered by class index."""
 
     names: tuple[str, ...]
     colors: np.ndarray  # (num_class, 3) uint8, RGB
-    index: np.ndarray  # (65536,) int64, class index of every raw label value; -1: ignored, -2: not in the table
-    raw: np.ndarray  # (num_class,) int32, the first raw label value of every class
+    index: np.ndarray  # (65536,) int64, class index of every raw label value; -1 if ignored, -2 if not in the table
+    raw: np.ndarray  # (num_class,) int32, the first listed raw label value of every class
     variants: Mapping[str, "ClassTable"] = field(default_factory=dict)  # tables for files whose name ends with the key
 
     def __len__(self) -> int:
@@ -52,25 +52,25 @@ class ClassTable:
 
     @cached_property
     def labels(self) -> tuple[str, ...]:
-        """Names without synonyms, which ADE20K lists after a semicolon, if the short names are unique."""
+        """Class names without synonyms (after `;` in ADE20K). If a short name is not unique, the full name is used."""
         short = [name.split(";")[0] for name in self.names]
         counts = Counter(short)
         return tuple(name if counts[s] > 1 else s for name, s in zip(self.names, short, strict=True))
 
     def for_file(self, path: str | os.PathLike) -> "ClassTable":
-        """Return the table for a label file: a variant for the end of its name, or this table."""
+        """Return the variant that matches the end of a label file's name, or this table if none matches."""
         return next((table for suffix, table in self.variants.items() if str(path).endswith(suffix)), self)
 
     def decode(self, indices: np.ndarray) -> np.ndarray:
-        """Convert class indices (H, W) >= 0 to raw label values: uint8, or uint16 if the table has values above 255."""
+        """Convert class indices (H, W) >= 0 to raw label values: uint8, or uint16 for a table with values above 255."""
         return self.raw.astype(np.uint8 if self.raw.max() < 256 else np.uint16)[indices]
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
-        """Convert raw label values (H, W) to class indices int64; -1: ignored, -2: not in the table."""
+        """Convert raw label values (H, W) to class indices int64 (-1 if ignored, -2 if not in the table)."""
         return self.index.take(raw)
 
     def describe_raw_values(self) -> str:
-        """Return the raw values for error messages, e.g. `0-10, ignored 11`."""
+        """Return a text with all raw label values in the table, e.g. `0-10, ignored 11`."""
         parts = []
         for prefix, mask in (("", self.index >= 0), ("ignored ", self.index == IGNORE)):
             if mask.any():
@@ -87,9 +87,9 @@ def class_table(
 
     Args:
         classes: one of `BUILT_IN_TABLES`, the path of a CSV file, a list of names, or ''. With '' and 150 classes, the
-            table is ADE20K; with another number, raw value 0 is ignored and the classes have the raw values 1 to
-            `num_class`. 'cityscapes' is for files with labelIds and for files *labelTrainIds.png with train ids.
-        ignore_values: raw values to ignore. The other raw values, in ascending order, belong to the names of a list.
+            table is ADE20K. With '' and another number of classes, raw value 0 is ignored, and raw values 1 to
+            `num_class` are the classes. 'cityscapes' reads *labelTrainIds.png as train ids, other files as label ids.
+        ignore_values: raw values to ignore. Names in a list are assigned to the other raw values in ascending order.
     """
     if not isinstance(classes, str):
         table = _table_from_names([str(name) for name in classes], ignore_values)
@@ -107,16 +107,16 @@ def class_table(
 
 
 def class_table_from_options(options) -> ClassTable:
-    """Build a class table from the DATASET options; attributes that `options` lacks have their default."""
+    """Build a class table from the DATASET options. Missing options have their defaults."""
     names = ("classes", "num_class", "ignore_values")
     return class_table(**{name: getattr(options, name) for name in names if hasattr(options, name)})
 
 
 def read_csv(path: Path) -> ClassTable:
-    """Read a CSV file with the columns `raw`, `name` and optionally `color` (#rrggbb).
+    """Read a class table from a CSV file with the columns `raw`, `name` and optionally `color` (#rrggbb).
 
-    Raw values with the same name belong to one class. Raw values without a name are ignored. The file may also have
-    the columns `Idx` and `Name`, as ADE20K's object150_info.csv; then raw value 0 is ignored.
+    Raw values with the same name belong to one class. Raw values without a name are ignored. The columns may also
+    be called `Idx` and `Name`, as in ADE20K's object150_info.csv; then raw value 0 is ignored.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -170,11 +170,11 @@ def _make_table(names: Sequence[str], name_of_raw: dict[int, str], colors: Seque
 
 
 def distinct_colors(count: int) -> np.ndarray:
-    """Return RGB colors (count, 3) uint8: `PALETTE`, then the grid colors that are farthest from all previous ones."""
+    """Return RGB colors (count, 3) uint8: `PALETTE`, then repeatedly the grid color farthest from all colors in use."""
     steps = np.arange(0, 256, 15)
     grid = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
-    colors = [(0, 0, 0), *(tuple(bytes.fromhex(color)) for color in PALETTE)]  # black is for ignored pixels
-    distance = np.full(len(grid), np.inf)  # squared distance to the nearest color in use
+    colors = [(0, 0, 0), *(tuple(bytes.fromhex(color)) for color in PALETTE)]  # black is reserved for ignored pixels
+    distance = np.full(len(grid), np.inf)  # squared distance of every grid color to the nearest color in use
     for i in range(min(count, len(grid)) + 1):
         if i == len(colors):
             colors.append(grid[distance.argmax()])

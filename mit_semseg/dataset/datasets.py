@@ -1,4 +1,4 @@
-"""Datasets: training batches, and images resized to the scales of evaluation."""
+"""Datasets that return training batches, or images resized to every scale of evaluation."""
 
 import copy
 import logging
@@ -24,7 +24,7 @@ from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up,
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLACEMENTS = 100  # replacements tried for an unusable image, for landscape and for portrait images
+MAX_REPLACEMENTS = 100  # maximum number of replacements tried for an unusable image, per orientation
 
 
 class ImageListDataset(Dataset):
@@ -33,12 +33,12 @@ class ImageListDataset(Dataset):
     Args:
         root_dataset: base folder for the paths in the list.
         odgt: list of images, see `load_records`.
-        opt: object with imgSizes, imgMaxSize, padding_constant, and optionally the other DATASET options.
-        max_sample, start_idx, end_idx: use the first `max_sample` records, then this slice; -1 sets no limit.
+        opt: object with imgSizes, imgMaxSize and padding_constant, and optionally other DATASET options.
+        max_sample, start_idx, end_idx: use records `start_idx:end_idx` of the first `max_sample`; -1 sets no limit.
 
     Attributes:
-        records: the entries of the list, see `Record`.
-        skipped: a message for every line or file of the list that was skipped (DATASET.on_error skip).
+        records: one `Record` per image.
+        skipped: with DATASET.on_error skip, one message per skipped line or file of the list.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageListDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        """Return the dict of `load` and the image path `info`; for a skipped image, a dict of `info` and `error`."""
+        """Return the dict from `load` plus the path `info`. For a skipped image, return only `info` and `error`."""
         record = self.records[index]
         try:
             return {**self.load(record), "info": record["fpath_img"]}
@@ -79,35 +79,36 @@ class ImageListDataset(Dataset):
         return dataset
 
     def as_uint8(self):
-        """Return a copy with uint8 `img_data`, for fast copies to a device; `images_to_device` normalizes it there."""
+        """Return a copy of this dataset with uint8 `img_data`; `images_to_device` normalizes it on the device."""
         return self._copy(uint8=True)
 
     def with_skipping(self):
-        """Return a copy that skips unusable images (DATASET.on_error skip)."""
+        """Return a copy of this dataset that skips unusable images, as with DATASET.on_error skip."""
         return self._copy(skip=True)
 
     def shard(self, index: int, count: int):
-        """Split the records into `count` contiguous shards. Return a copy with shard `index`."""
+        """Split the records into `count` contiguous shards. Return a dataset with the records of shard `index`."""
         positions = shards(len(self.records), count)[index]
         records = self.records[positions.start : positions.stop]
         return self._copy(records=records, skipped=self.skipped if index == 0 else [])
 
     def subsample(self, count: int):
-        """Return a copy with at most `count` records. They are evenly spaced, because neighbors are often similar."""
+        """Return a dataset with at most `count` evenly spaced records, because neighbors are often similar."""
         count = min(count, len(self.records))
         return self._copy(records=[self.records[i * len(self.records) // count] for i in range(count)])
 
     def path(self, record: dict, key: str) -> Path:
-        """Return the path of an image (key `fpath_img`) or label (`fpath_segm`)."""
+        """Return the path of a record's image (`key` fpath_img) or label (`key` fpath_segm)."""
         if key not in record:
-            raise ListError(f"the record of {record.get('fpath_img')} has no {key}")
+            raise ListError(f"the record of {record.get('fpath_img')} has no {key}; add it to the list")
         return Path(self.root_dataset, record[key])
 
     def multi_scale(self, image: Image.Image) -> dict:
-        """Resize an RGB image to all scales of evaluation, with sides rounded up to a multiple of padding_constant.
+        """Resize an RGB image to every scale of evaluation. Sides are rounded up to multiples of padding_constant.
 
-        Return a dict: `img_ori` is the image as array (H, W, 3) uint8, `img_data` a list of normalized tensors
-        (1, 3, h, w). After `as_uint8`, all are uint8 tensors, and `normalization` is added for `images_to_device`.
+        Return a dict: `img_ori` is the image, an array (H, W, 3) uint8; `img_data` is a list of normalized tensors
+        (1, 3, h, w). After `as_uint8`, `img_ori` and the items of `img_data` are uint8 tensors, and the dict contains
+        `normalization` for `images_to_device`.
         """
         scales = []
         for short_side in self.img_sizes:
@@ -127,21 +128,21 @@ class ImageListDataset(Dataset):
 
 
 class LabelledDataset(ImageListDataset):
-    """Base class for datasets over a list of images with labels. Takes the arguments of `ImageListDataset`."""
+    """Base class for datasets of labelled images. Takes the arguments of `ImageListDataset`."""
 
     def __init__(self, root_dataset: str | os.PathLike, odgt, opt, *args, **kwargs):
         super().__init__(root_dataset, odgt, opt, *args, **kwargs)
         self.table = class_table_from_options(opt)
         self.palette = getattr(opt, "palette_labels", False)
-        # In shared memory, so that only one worker logs the warning.
+        # A flag in shared memory, so that only one worker logs the warning about orientations.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
 
     def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image, ClassTable]:
         """Load an image (RGB), its raw label (mode L or I;16) and the class table of the label.
 
-        EXIF orientations are applied; if they differ, a warning is logged, once per dataset. Raise ImageFileError if a
-        file cannot be used, the sizes differ, or label values are not in the class table, and ListError if the record
-        has no label.
+        EXIF orientations are applied. A warning is logged once per dataset if they differ between image and label.
+        Raise ListError if the record has no label, and ImageFileError if a file cannot be used, image and label have
+        different sizes, or a label value is not in the class table.
         """
         label_path = self.path(record, "fpath_segm")
         image = read_image(self.path(record, "fpath_img"))
@@ -155,23 +156,23 @@ class LabelledDataset(ImageListDataset):
             values, known = shorten_list([str(value) for value in unknown], 8), table.describe_raw_values()
             raise ImageFileError(
                 f"{label_path}: label values {values} are not in the class table ({known}); correct the label, or add "
-                f"the values to DATASET.classes (to ignore them: a CSV row without a name, or DATASET.ignore_values)"
+                f"the values to DATASET.classes. To ignore them, use CSV rows without names, or DATASET.ignore_values"
             )
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)
-            message = "%s: %s; this is logged once, python -m mit_semseg.dataset.doctor lists all such images"
+            message = "%s: %s; this is logged once. To list all such images, run python -m mit_semseg.dataset.doctor"
             logger.warning(message, record["fpath_img"], mismatch)
         return image, label, table
 
 
 class TrainDataset(LabelledDataset):
-    """Endless sequence of training batches. Item `i` is the batch of one device and depends on `seed` and `i` alone.
+    """Endless sequence of training batches for one device. Item `i` depends only on the arguments and `i`.
 
     Args:
-        root_dataset, odgt, opt: see `ImageListDataset`; `opt` also needs segm_downsampling_rate, which must divide
-            padding_constant.
+        root_dataset, odgt, opt: see `ImageListDataset`. `opt` also needs segm_downsampling_rate; padding_constant must
+            be a multiple of segm_downsampling_rate.
         batch_per_gpu: number of images per batch.
-        side_step: height and width of a batch are rounded up to a multiple of this number and of padding_constant.
+        side_step: without crops, sides of a batch are rounded up to a common multiple of this and padding_constant.
     """
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
@@ -186,20 +187,20 @@ class TrainDataset(LabelledDataset):
         self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
 
     def _is_upright(self, record: dict) -> bool:
-        if self.augmentation.crop:  # all crops have the same size, so orientations can be mixed
+        if self.augmentation.crop:  # crops have the same size, so a batch can mix orientations
             return False
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
         with suppress(ImageFileError) if self.skip else nullcontext():
             width, height = image_size(self.path(record, "fpath_img"))
             return height > width
-        return False  # the image is skipped when it is loaded
+        return False  # unreadable; `load_batch` will skip the image
 
     def __len__(self) -> int:
         return int(1e10)  # the training set is endless
 
     def __getitem__(self, index: int) -> dict:
-        """Return batch `index`, see `load_batch`."""
+        """Return batch `index`, a dict as described in `load_batch`."""
         rng = np.random.default_rng((self.seed, 1, index))
         short_side = int(rng.choice(self.img_sizes))
         flips = rng.random(self.batch_per_gpu) < 0.5 if self.random_flip else [False] * self.batch_per_gpu
@@ -208,11 +209,12 @@ class TrainDataset(LabelledDataset):
     def load_batch(
         self, records: Sequence[dict], short_side: int, flips: Sequence[bool], rng: np.random.Generator | None = None
     ) -> dict:
-        """Load N records. `flips` tells which ones are flipped; `short_side` is not used with DATASET.random_scale.
+        """Load a batch of N records. `flips` marks records to flip. DATASET.random_scale overrides `short_side`.
 
-        Return a dict of `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 ignored, and `info`, the N
-        paths. After `as_uint8`, `img_data` is uint8, and `sizes`, the N (height, width), and `normalization` are added.
-        With DATASET.on_error skip, unusable records are replaced, and `skipped` has a message for each.
+        Return a dict: `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 for ignored pixels, and
+        `info`, a list of N image paths. After `as_uint8`, `img_data` is uint8, and the dict also has `normalization`
+        and `sizes`, a list of N (height, width). With DATASET.on_error skip, unusable records are replaced, and
+        `skipped` has one message per unusable record.
         """
         rng = rng or np.random.default_rng(self.seed)
         images, labels, paths, skipped = [], [], [], []
@@ -238,7 +240,7 @@ class TrainDataset(LabelledDataset):
         return batch
 
     def _load_usable_pair(self, wanted: dict, rng: np.random.Generator, skipped: list[str]) -> tuple:
-        """Load a record, or with `skip` the first usable replacement. Return the record, then `load_pair` of it."""
+        """Load `wanted`. With `skip`, replace the record if it is unusable. Return (record, image, label, table)."""
         for record in self._candidates(wanted, rng):
             try:
                 return record, *self.load_pair(record)
@@ -246,13 +248,13 @@ class TrainDataset(LabelledDataset):
                 if not self.skip:
                     raise
                 skipped.append(str(error))
-        raise ImageFileError(f"DATASET.on_error skip: {len(skipped)} unusable images in a row, the last: {skipped[-1]}")
+        raise ImageFileError(f"DATASET.on_error skip: no image is usable; last of {len(skipped)} errors: {skipped[-1]}")
 
     def _candidates(self, wanted: dict, rng: np.random.Generator) -> Iterator[dict]:
-        """Yield a record, then random replacements: first records with the same orientation, then the others."""
+        """Yield `wanted`, then random replacements. Records with the same orientation precede other records."""
         yield wanted
         same = self.order.upright == self._is_upright(wanted)
-        child = rng.spawn(1)[0]  # does not change the numbers that `rng` draws later
+        child = rng.spawn(1)[0]  # `spawn` does not change the numbers that `rng` draws later
         for mask in (same, ~same):
             for index in child.permutation(np.flatnonzero(mask))[:MAX_REPLACEMENTS]:
                 if self.records[index] is not wanted:
@@ -263,7 +265,7 @@ class ValDataset(LabelledDataset):
     """Labelled images, resized to every scale of evaluation. Takes the arguments of `ImageListDataset`."""
 
     def load(self, record: dict) -> dict:
-        """Return the dict of `multi_scale`, and `seg_label` (1, H, W) int64 with -1 ignored."""
+        """Return the dict from `multi_scale` plus `seg_label` (1, H, W) int64 with -1 for ignored pixels."""
         image, label, table = self.load_pair(record)
         classes = torch.from_numpy(table.encode(np.asarray(label)))
         return {**self.multi_scale(image), "seg_label": classes.unsqueeze(0)}
@@ -278,5 +280,5 @@ class TestDataset(ImageListDataset):
         super().__init__("", odgt, opt, max_sample, start_idx, end_idx)
 
     def load(self, record: dict) -> dict:
-        """Return the dict of `multi_scale`."""
+        """Read the image and return the dict from `multi_scale`."""
         return self.multi_scale(read_image(record["fpath_img"]))

@@ -2,8 +2,8 @@
 
     python -m mit_semseg.dataset.doctor --cfg config/NAME.yaml [KEY VALUE ...]
 
-Prints image sizes, orientations, the fraction of every class, every file and line that cannot be used, and unusual
-properties of usable files. Exit codes: 0 if all files can be used, 1 if some cannot, 2 if a list cannot be read.
+Prints image sizes, orientations, the fraction of pixels per class, unusable files and list lines, and unusual
+properties of usable files. Exit codes: 0 if all files can be used, 1 if some cannot, 2 if an option or list is invalid.
 """
 
 import argparse
@@ -25,24 +25,24 @@ from .datasets import ValDataset
 from .image_io import orientation_mismatch, unusual_properties
 from .records import load_records
 
-MAX_EXAMPLES = 3  # problems printed per group
+MAX_EXAMPLES = 3  # maximum number of printed problems with the same cause
 _FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no partner .*|[0-9]+x?")
 
 
 @dataclass
 class DatasetReport:
-    """Result of checking one list."""
+    """Results of the checks of one image list."""
 
     source: str  # name of the list
     table: ClassTable
-    images: int
-    sizes: Counter = field(default_factory=Counter)  # number of usable images of each (width, height)
-    problems: list[str] = field(default_factory=list)  # messages about unusable files and lines
-    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # property -> paths of images
+    images: int  # number of records in the list
+    sizes: Counter = field(default_factory=Counter)  # number of usable images per (width, height)
+    problems: list[str] = field(default_factory=list)  # one message per unusable file or line
+    notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # unusual property -> image paths
 
     def __post_init__(self):
-        self.pixels = np.zeros(len(self.table) + 1, np.int64)  # pixels of each class, ignored pixels last
-        self.images_per_class = np.zeros(len(self.table) + 1, np.int64)
+        self.pixels = np.zeros(len(self.table) + 1, np.int64)  # number of pixels per class, then ignored pixels
+        self.images_per_class = np.zeros(len(self.table) + 1, np.int64)  # number of images with pixels of each class
 
     def format(self) -> str:
         """Return the report as text."""
@@ -72,7 +72,7 @@ class DatasetReport:
 
 
 def group_by_cause(problems: Sequence[str]) -> list[str]:
-    """Group problems that differ only in file names and numbers; keep the first `MAX_EXAMPLES` of each group."""
+    """Group problems that differ only in file names and numbers. Return at most `MAX_EXAMPLES` of each group."""
     causes: dict[str, list[str]] = defaultdict(list)
     for problem in problems:
         causes[_FILES_AND_NUMBERS.sub("", problem)].append(problem)
@@ -85,14 +85,14 @@ def group_by_cause(problems: Sequence[str]) -> list[str]:
 
 
 def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]] | UserError:
-    """Return image size, number of pixels of each class (ignored pixels last) and notes, or the error."""
+    """Return (size, number of pixels per class with ignored pixels last, notes), or the error of an unusable record."""
     try:
         image, label, table = dataset.load_pair(record)
     except UserError as error:
         return error
     size = record.get("width", image.width), record.get("height", image.height)
     if size != image.size:
-        return UserError(f"{record['fpath_img']}: the list has size {size}, but the file has {image.size}")
+        return UserError(f"{record['fpath_img']}: the list has size {size}, the file {image.size}; correct the list")
     notes = unusual_properties(dataset.path(record, "fpath_img"))
     if mismatch := orientation_mismatch(image, label):
         notes.append(mismatch)
@@ -103,7 +103,7 @@ def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int],
 
 
 def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
-    """Load every image and label of a dataset. `source` is the name of the list in the report."""
+    """Load and check every image and label of a dataset. The report shows `source` as the name of the list."""
     report, records = DatasetReport(source, dataset.table, len(dataset.records)), dataset.records
     with ThreadPoolExecutor() as pool:
         results = pool.map(partial(_inspect_record, dataset), records)
@@ -122,7 +122,7 @@ def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
 
 
 def main() -> int:
-    """Check the training and validation lists of a configuration and return the exit code."""
+    """Check the training list and the validation list of a configuration. Return the exit code."""
     prepare_streams()
     parser = argparse.ArgumentParser("python -m mit_semseg.dataset.doctor", description="Check all images and labels.")
     add_config_arguments(parser)

@@ -10,11 +10,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..lib.utils import UserError
 
-# EXIF orientation: tag, value of an upright image, values that swap width and height.
+# EXIF orientation: tag number, value of upright images, values of images with swapped width and height.
 ORIENTATION_TAG, UPRIGHT, TRANSPOSED = 0x0112, 1, (5, 6, 7, 8)
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257  # tag numbers
 MAX_8_BIT, MAX_16_BIT = 255, 65535
-SMALL_SIDE = 16  # pixels; the doctor reports images with a smaller side
+SMALL_SIDE = 16  # in pixels; doctor.py reports images with a smaller side
 Source = str | os.PathLike | BinaryIO
 
 
@@ -26,11 +26,11 @@ class ImageFileError(UserError, ValueError):
 def _open(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     name = name or source
     try:
-        # `Image.open(path)` would memory-map uncompressed files, with the wrong row length if the TIFF orientation
-        # swaps width and height.
+        # `Image.open(path)` would memory-map uncompressed files. Then the row length is wrong for TIFF files whose
+        # orientation swaps width and height.
         opened = open(source, "rb") if isinstance(source, (str, os.PathLike)) else nullcontext(source)  # noqa: SIM115
     except FileNotFoundError:
-        hint = "; the list has Windows paths, replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""
+        hint = "; the list has Windows paths; replace \\ by /" if "\\" in str(name) and os.sep == "/" else ""
         raise ImageFileError(f"{name}: file not found{hint}") from None
     except (OSError, ValueError) as error:
         raise ImageFileError(f"{name}: cannot be opened ({_reason(error)})") from None
@@ -53,13 +53,13 @@ def _reason(error: Exception) -> str:
 
 
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
-    """Read (width, height) from the header, with the orientation applied. `formats`: names of allowed formats."""
+    """Read (width, height) from the header and apply the EXIF orientation. `formats`: names of the allowed formats."""
     with _open(path, formats=formats) as image:
         width, height = image.size
         if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
-            return width, height  # `getexif` would decode the pixels to find an EXIF chunk at the end of the file
+            return width, height  # `getexif` would decode all pixels to find EXIF data at the end of the file
         try:
-            if image.format == "TIFF":  # in some versions of Pillow, `size` is already transposed
+            if image.format == "TIFF":  # in some versions of Pillow, the orientation is already applied to `size`
                 width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
             transposed = _orientation(image) in TRANSPOSED
         except Exception as error:
@@ -72,17 +72,17 @@ def _orientation(image: Image.Image) -> int:
 
 
 def read_image(path: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Image.Image:
-    """Decode an image to 8-bit RGB: apply the EXIF orientation, replace transparency by white, scale 16-bit gray.
+    """Decode an image to 8-bit RGB. Apply the EXIF orientation, use a white background, and scale 16-bit gray.
 
-    `info["orientation"]` of the returned image is the applied EXIF orientation (1: upright). `name` is the name for
-    error messages, by default the path. Raise ImageFileError if the file cannot be read, or has floating point pixels.
+    `info["orientation"]` of the returned image is the applied EXIF orientation (1: upright). `name` replaces the path
+    in error messages. Raise ImageFileError if the file cannot be read, or its pixels are not integers of 1 to 16 bits.
     """
     with _open(path, name, formats) as image:
         return as_rgb(image, name or str(path))
 
 
 def as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Convert an open image to RGB, see `read_image`."""
+    """Convert an open Pillow image to RGB as `read_image` does. `name` is for error messages."""
     try:
         orientation = _orientation(image)
         rgb = _convert_to_rgb(ImageOps.exif_transpose(image))
@@ -98,10 +98,10 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16-bit gray; `convert` would clip it at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > MAX_16_BIT:
-            raise ImageFileError(f"gray values {values.min()}..{values.max()} exceed 16 bits; save an 8-bit image")
+            raise ImageFileError(f"gray values {values.min()}..{values.max()} are not 16-bit; save an 8-bit image")
         return Image.fromarray((values * MAX_8_BIT / MAX_16_BIT).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ImageFileError("floating point pixels are not supported; save an 8-bit image")
@@ -114,46 +114,46 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 def orientation_mismatch(image: Image.Image, label: Image.Image) -> str:
     """Return a message if the EXIF orientations of an image and its label differ, else ''."""
     first, second = image.info["orientation"], label.info["orientation"]
-    return f"EXIF orientation {first} of the image, {second} of its label" if first != second else ""
+    return f"EXIF orientation {first} of the image, but {second} of its label" if first != second else ""
 
 
 def unusual_properties(path: str | os.PathLike) -> list[str]:
-    """Return messages about unusual properties of a readable image and how `read_image` handles them."""
+    """Return messages that name unusual properties of a readable image and their handling by `read_image`."""
     found = []
     try:
         with _open(path) as image:
             if image.mode != "RGB":
-                found.append(f"mode {image.mode}, converted to RGB")
+                found.append(f"mode {image.mode} is converted to RGB")
             if min(image.size) < SMALL_SIDE:
-                found.append(f"a side below {SMALL_SIDE} pixels")
+                found.append(f"width or height is below {SMALL_SIDE} pixels")
             if getattr(image, "n_frames", 1) > 1:
-                found.append("several frames or pages, only the first is used")
+                found.append("several frames or pages; only the first one is used")
             if _orientation(image) != UPRIGHT:
-                found.append("EXIF orientation, applied")
+                found.append("an EXIF orientation is applied")
             if image.mode.startswith("I") and image.getextrema()[1] <= MAX_16_BIT // 2:
-                found.append(f"16-bit gray with all values below {MAX_16_BIT // 2 + 1}, therefore dark")
+                found.append(f"dark 16-bit gray image; all values are below {MAX_16_BIT // 2 + 1}")
         with _open(path) as image:
-            image.verify()  # compares checksums, which decoding does not
+            image.verify()  # compares checksums, which decoding ignores
     except Exception as error:
-        found.append(f"readable, but its format is invalid ({_reason(error)})")
+        found.append(f"readable, but not a valid file ({_reason(error)})")
     return found
 
 
-LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")  # lossless; PPM includes PGM and PBM
-LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # names of compression methods
+LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")  # lossless formats; PPM includes PGM and PBM
+LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # lossy compression methods
 _NOT_GRAY = {
     "P": "a palette (mode P); set DATASET.palette_labels True if the palette indices are the label values",
-    "LA": "an alpha channel (mode LA); save the gray channel: Image.open(f).getchannel('L').save('label.png')",
-    "F": "floating point pixels (mode F); convert them to integers: "
+    "LA": "an alpha channel (mode LA); save the gray channel with Image.open(f).getchannel('L').save('label.png')",
+    "F": "floating point pixels (mode F); convert them to integers with "
     "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save('label.png')",
 }
 
 
 def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image:
-    """Read the stored values of a label file: gray values of at most 16 bits, or palette indices if `palette`.
+    """Read the stored values of a label file: gray with at most 16 bits or, if `palette` is True, palette indices.
 
     Return an image of mode L, or of mode I;16 if there are values above 255. `info["orientation"]` is the applied EXIF
-    orientation. Raise ImageFileError if the file is damaged, has a lossy format, or has other pixels.
+    orientation. Raise ImageFileError if the file is damaged, has a lossy format, or has pixels of another type.
     """
     with _open(path) as image:
         compression = image.info.get("compression", "")
@@ -174,7 +174,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
         if low < 0 or high > MAX_16_BIT:
             raise ImageFileError(f"{path}: label values {low}..{high} are not in 0..{MAX_16_BIT}")
         label = Image.fromarray(values.astype(np.uint8 if high <= MAX_8_BIT else np.uint16, copy=False))
-        if image.format != "TIFF" and orientation != UPRIGHT:  # Pillow transposes a TIFF image when it decodes it
+        if image.format != "TIFF" and orientation != UPRIGHT:  # Pillow has already transposed TIFF images
             label.getexif()[ORIENTATION_TAG] = orientation
             label = ImageOps.exif_transpose(label)
     label.info["orientation"] = orientation
@@ -182,7 +182,7 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:
-    """Undo Pillow's scaling and inversion of gray values; `codec` and `arguments` describe the encoded pixels."""
+    """Undo Pillow's scaling and inversion of gray values. `codec` and `arguments` are those in `image.tile[0]`."""
     values = np.asarray(image)
     if codec in ("ppm", "ppm_plain") and image.mode != "1":
         maximum = MAX_8_BIT if image.mode == "L" else MAX_16_BIT

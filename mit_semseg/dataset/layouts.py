@@ -1,4 +1,4 @@
-"""Dataset layouts on disk: find images, pair images with labels, read PASCAL VOC split lists."""
+"""Find images on disk, pair them with labels, and read PASCAL VOC split lists."""
 
 import os
 import unicodedata
@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..lib.utils import UserError
 
-Record = dict  # fpath_img; optionally fpath_segm, width and height
+Record = dict  # has the key fpath_img, and optionally fpath_segm, width and height
 
 
 class ListError(UserError, ValueError):
@@ -19,44 +19,44 @@ class ListError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Layout:
-    """An image folder and an annotation folder. An image and its label have the same relative path up to a suffix."""
+    """Folder names and suffixes. Paths of an image and its label in the folders differ only in suffix and extension."""
 
-    images: str
-    annotations: str
+    images: str  # name of the image folder
+    annotations: str  # name of the annotation folder
     image_suffix: str = ""  # common end of all image names before the extension
-    label_suffixes: tuple[str, ...] = ("",)  # the same for labels, in order of preference; other files are not labels
+    label_suffixes: tuple[str, ...] = ("",)  # common ends of label names, in order of preference; skip other files
 
 
 LAYOUTS = (
     Layout("images", "annotations"),
     Layout("leftImg8bit", "gtFine", "_leftImg8bit", ("_gtFine_labelIds", "_gtFine_labelTrainIds")),  # Cityscapes
 )
-# Video files that OpenCV reads. Pillow registers some of these extensions but cannot read the files.
+# Extensions of videos that OpenCV reads. Pillow registers some of them, but cannot read such files.
 VIDEO_ENDINGS = (
     ".mp4", ".m4v", ".avi", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".asf", ".flv", ".3gp", ".3g2", ".ts",
     ".mts", ".m2ts", ".ogv", ".vob", ".mjpeg", ".mxf",
 )  # fmt: skip
-VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # PASCAL VOC folders
+VOC_IMAGES, VOC_LABELS, VOC_LISTS = "JPEGImages", "SegmentationClass", "ImageSets"  # folder names in PASCAL VOC
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file. Raise ListError if it cannot be read."""
+    """Return the lines of a text file. Raise ListError if the file cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` also splits at U+2028 in file names
+        return path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` would also split file names at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise ListError(f"list {path} cannot be read: {error}") from None
 
 
 def _pairing_key(path: Path) -> str:
-    """Return a path without extension in the Unicode form NFC, because macOS decomposes accented letters (NFD)."""
+    """Return a path without extension in Unicode form NFC, because macOS stores accented letters in form NFD."""
     return unicodedata.normalize("NFC", path.with_suffix("").as_posix())
 
 
 def read_voc_split(path: Path, root: str | os.PathLike = "") -> tuple[list[Record], list[str]]:
-    """Read a PASCAL VOC split list in a folder ImageSets. Return the records and a message for every missing file.
+    """Read a PASCAL VOC split list below a folder ImageSets. Return records, and one message per missing file.
 
-    A line starts with a file name without extension, or with the paths of an image and its label as in the augmented
-    dataset (SBD).
+    Each line starts with an image name without extension, or with the paths of an image and its label, as in lists of
+    the augmented dataset (SBD).
     """
     base = next(parent.parent for parent in path.absolute().parents if parent.name == VOC_LISTS)
     images, labels = (_files_by_key(base / folder, "", []) for folder in (VOC_IMAGES, VOC_LABELS))
@@ -73,7 +73,7 @@ def read_voc_split(path: Path, root: str | os.PathLike = "") -> tuple[list[Recor
 
 
 def scan_folders(folder: Path, root: str | os.PathLike = "") -> tuple[list[Record], list[str]]:
-    """Pair the images of a folder with their labels. Return the records and a message for every unpaired file."""
+    """Pair the images of a folder with their labels. Return records, and messages about files without a valid pair."""
     images, annotations, layout = _find_layout(folder)
     problems: list[str] = []
     image_files, label_files = _files_by_key(images, layout.image_suffix, problems, required=True), {}
@@ -90,7 +90,7 @@ def scan_folders(folder: Path, root: str | os.PathLike = "") -> tuple[list[Recor
 
 
 def _find_layout(folder: Path) -> tuple[Path, Path, Layout]:
-    """Return the image folder, the annotation folder and their layout."""
+    """Find the image folder and annotation folder that belong to `folder`. Return these two and their layout."""
     parts = folder.parts
     for layout in LAYOUTS:
         candidates = [(folder / layout.images, folder / layout.annotations)]
@@ -99,30 +99,30 @@ def _find_layout(folder: Path) -> tuple[Path, Path, Layout]:
         for images, annotations in candidates:
             if images.is_dir() and annotations.is_dir():
                 return images, annotations, layout
-    names = " or ".join(f"{layout.images}/ and {layout.annotations}/" for layout in LAYOUTS)
-    raise ListError(f"{folder} must contain {names}, or be an image folder next to its annotation folder")
+    names = ", or ".join(f"{layout.images}/ and {layout.annotations}/" for layout in LAYOUTS)
+    raise ListError(f"{folder} must contain {names}, or be the image folder of such a pair")
 
 
 def _files_by_key(folder: Path, suffix: str, problems: list[str], *, required: bool = False) -> dict[str, Path]:
-    """Return a dict from relative path, without suffix and extension, to file. Add messages to `problems`.
+    """Return a dict that maps relative paths without suffix and extension to files. Add messages to `problems`.
 
-    Files without the suffix are skipped; if the suffix is `required`, a message is added for each.
+    Skip files without the suffix, and add a message for each of them if `required` is True.
     """
     files: dict[str, Path] = {}
     for path in find_images(folder):
         key = _pairing_key(path.relative_to(folder))
         if not key.endswith(suffix):
             if required:
-                problems.append(f"{path} does not end with {suffix}")
+                problems.append(f"{path} does not end with {suffix} before the extension")
             continue
         other = files.setdefault(key.removesuffix(suffix), path)
         if other != path:
-            problems.append(f"{other} and {path} have the same name except for the extension")
+            problems.append(f"{other} and {path} have the same name except for the extension; remove one")
     return files
 
 
 def _make_record(image: Path, label: Path, root: str | os.PathLike) -> Record:
-    """Return a record with paths relative to `root`, or absolute paths of files outside of it."""
+    """Return a record with paths relative to `root`. Paths of files outside `root` are absolute."""
     paths = [str(image), str(label)]
     if root:
         root, paths = os.path.abspath(root), [os.path.abspath(path) for path in paths]
@@ -131,13 +131,13 @@ def _make_record(image: Path, label: Path, root: str | os.PathLike) -> Record:
 
 
 def find_images(folder: str | os.PathLike) -> list[Path]:
-    """Return all files below a folder, sorted, whose extension Pillow can read; see `find_files`."""
+    """Return the sorted paths of all image files below a folder. Files are selected by extension, see `find_files`."""
     readable = {ending for ending, format in Image.registered_extensions().items() if format in Image.OPEN}
     return find_files(folder, readable.difference(VIDEO_ENDINGS))
 
 
 def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
-    """Return a sorted list of the files below a folder with one of the extensions (".png"). Skip hidden files."""
+    """Return the sorted paths of files below a folder that have one of the extensions (".png"). Skip hidden files."""
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -146,6 +146,6 @@ def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]
 
 
 def find_recursive(root_dir: str, ext: str = ".jpg") -> list[str]:
-    """Return a sorted list of all files below a folder whose names end with `ext` in upper or lower case."""
+    """Return a sorted list of all files below a folder whose names end with `ext`, ignoring case."""
     files = (os.path.join(parent, name) for parent, _, names in os.walk(root_dir) for name in names)
     return sorted(file for file in files if file.lower().endswith(ext.lower()))

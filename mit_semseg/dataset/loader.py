@@ -1,4 +1,4 @@
-"""Data loading: start and stop DataLoader workers, report their failures, copy batches to a device."""
+"""Start and stop DataLoader workers, report their failures, and copy batches to a device."""
 
 import errno
 import multiprocessing
@@ -21,17 +21,17 @@ except ImportError:  # not available on Windows
     resource = None
 
 MAX_OPEN_FILES = 65536
-LESS_MEMORY = "use fewer workers (TRAIN.workers) or more shared memory (docker run --shm-size 8g)"
+LESS_MEMORY = "reduce TRAIN.workers, or increase the shared memory (docker run --shm-size 8g)"
 
 
 class LoaderError(UserError, RuntimeError):
-    """A DataLoader worker was killed or timed out, or shared memory or file descriptors ran out."""
+    """A DataLoader worker was killed or timed out, shared memory is full, or too many files are open."""
 
 
 def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_size: int = 1, **options) -> DataLoader:
-    """Build a DataLoader with at most one worker per CPU core; the `local_size` ranks of this machine share its cores.
+    """Build a DataLoader with at most one worker per CPU core. `local_size` ranks share the cores of the machine.
 
-    Workers are not seeded, so the dataset must not use global random numbers. `timeout` is in seconds; 0 waits forever.
+    Datasets must not use global random state, as workers ignore TRAIN.seed. `timeout` is in seconds; 0 sets no limit.
     """
     workers = min(workers, max(1, available_cores() // local_size))
     if workers and resource:  # every tensor that a worker sends needs a file descriptor
@@ -42,21 +42,21 @@ def make_loader(dataset: Dataset, *, workers: int, timeout: float = 0, local_siz
         dataset,
         num_workers=workers,
         timeout=timeout if workers else 0,
-        generator=torch.Generator(),  # the base seed must not change the global random state
+        generator=torch.Generator(),  # drawing the base seed must not change the global random state
         worker_init_fn=_ignore_interrupts,
         **options,
     )
 
 
 def _ignore_interrupts(worker_id: int) -> None:
-    """Ignore Ctrl+C in a worker; the main process stops its workers."""
+    """Ignore Ctrl+C in a worker, because the main process stops the workers."""
     if hasattr(os, "setpgrp"):  # not available on Windows
         os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def iterate(loader: DataLoader) -> Iterator:
-    """Yield the batches of a loader; kill its workers at the end. Raise LoaderError if a worker fails."""
+    """Yield all batches, then kill workers. Turn errors about workers, shared memory or open files into LoaderError."""
     workers = set()
     try:
         others = set(multiprocessing.active_children())
@@ -68,8 +68,8 @@ def iterate(loader: DataLoader) -> Iterator:
             raise LoaderError(f"loading data: {reason}") from error
         raise
     finally:
-        for worker in workers:  # PyTorch sends SIGTERM, which does not end a process after SIGSTOP
-            with suppress(RuntimeError):  # raised by PyTorch's SIGCHLD handler
+        for worker in workers:  # PyTorch sends only SIGTERM, which does not end a suspended process
+            with suppress(RuntimeError):  # PyTorch's SIGCHLD handler can raise this error
                 if worker.is_alive():
                     worker.kill()
                     worker.join()
@@ -77,9 +77,9 @@ def iterate(loader: DataLoader) -> Iterator:
 
 @contextmanager
 def worker_errors() -> Iterator[None]:
-    """Context for a loop over `iterate` that converts errors about workers to `LoaderError`.
+    """Context manager for a loop over `iterate`. Converts errors about failed workers to LoaderError.
 
-    PyTorch's signal handler can raise these errors anywhere in the loop.
+    PyTorch's signal handler can raise these errors at any statement in the loop.
     """
     try:
         yield
@@ -91,7 +91,7 @@ def worker_errors() -> Iterator[None]:
 
 def _resource_failure(error: Exception) -> str:
     if os.strerror(errno.EMFILE) in str(error):
-        return "too many open files; raise the limit (ulimit -n 4096) or use fewer workers (TRAIN.workers)"
+        return "too many open files; increase the limit (ulimit -n 4096), or reduce TRAIN.workers"
     if "shared memory" in str(error) or os.strerror(errno.ENOSPC) in str(error):
         return f"shared memory (/dev/shm) is full; {LESS_MEMORY}"
     return ""
@@ -100,17 +100,17 @@ def _resource_failure(error: Exception) -> str:
 def _worker_failure(error: Exception) -> str:
     message = str(error) or type(error).__name__
     if "DataLoader timed out" in message and not isinstance(error, LoaderError):
-        return f"a worker hangs ({message}); check the disk, or raise RUNTIME.timeout"
-    # A worker that is killed while it sends a batch closes the connection. Errors of the dataset start with "Caught".
+        return f"a worker hangs ({message}); check the disk, or increase RUNTIME.timeout"
+    # If a worker is killed while it sends a batch, the connection breaks. Dataset errors start with "Caught".
     lost_connection = isinstance(error, (ConnectionError, EOFError)) and not message.startswith("Caught")
     if lost_connection or message.startswith("DataLoader worker (pid"):
         cause = message.partition(". ")[0].strip()
-        return f"a worker was killed ({cause}), probably out of memory or shared memory; {LESS_MEMORY}"
+        return f"a worker was killed ({cause}); it probably ran out of memory or shared memory; {LESS_MEMORY}"
     return ""
 
 
 def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
-    """Copy `img_data` to a device: a batch (N, 3, H, W), or a list with one tensor per scale. Normalize uint8 there."""
+    """Copy `img_data` to a device; normalize uint8 images there. Return (N, 3, H, W), or a list with one per scale."""
     images, device = batch["img_data"], torch.device(device)
     if device.type != "cpu":
         images = copy_to_device(images, device)

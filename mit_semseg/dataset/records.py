@@ -1,4 +1,4 @@
-"""Lists of images: load records from lists and folders, write odgt files."""
+"""Load records from image lists and folders, and write records to odgt files."""
 
 import json
 import math
@@ -15,18 +15,18 @@ from .layouts import VOC_LISTS, ListError, Record, read_lines, read_voc_split, s
 def load_records(
     source: str | os.PathLike | Iterable[Mapping], root: str | os.PathLike = "", problems: list[str] | None = None
 ) -> list[Record]:
-    """Load the records of a list, a folder or an iterable.
+    """Load records from a list file, a folder or an iterable.
 
     Args:
         source: one of
-            - an odgt file: per line one JSON object, or the paths of an image and its label;
+            - an odgt file, in which each line is a JSON object, or the paths of an image and its label;
             - a PASCAL VOC split list (`ImageSets/.../NAME.txt`);
-            - a folder that contains `images/` and `annotations/`, or a folder below `images/` with the same path below
-              `annotations/`; also `leftImg8bit/` and `gtFine/` (Cityscapes);
-            - records.
+            - a folder that contains `images/` and `annotations/` (for Cityscapes, `leftImg8bit/` and `gtFine/`);
+            - such an image folder, or a subfolder that also exists in the annotation folder;
+            - an iterable of records.
         root: base folder for the paths in records.
-        problems: list to which a message is added for every invalid line and every missing or unpaired file. If None,
-            or if there is no valid record, ListError is raised instead.
+        problems: list that receives a message for every invalid line and every missing or unpaired file. If None,
+            such lines and files raise ListError. If there is no valid record, ListError is always raised.
     """
     if not isinstance(source, (str, os.PathLike)):
         records = [dict(record) for record in source]
@@ -37,7 +37,7 @@ def load_records(
     if found and (problems is None or not records):
         raise ListError(f"list {source} has {len(found)} invalid lines or files: {shorten_list(found, 3)}")
     if not records:
-        raise ListError(f"list {source} is empty")
+        raise ListError(f"list {source} is empty; it must contain at least one image")
     if problems is not None:
         problems += found
     return records
@@ -45,7 +45,7 @@ def load_records(
 
 def _read_source(path: Path, root: str | os.PathLike) -> tuple[list[Record], list[str]]:
     in_root = Path(root, path)
-    # Folders and split lists are searched in `root` first, odgt files in the working directory first.
+    # Search folders and split lists in `root` first, but odgt files in the working directory first.
     for candidate in (in_root, path):
         if candidate.is_dir():
             return scan_folders(candidate, root)
@@ -58,7 +58,7 @@ def _read_source(path: Path, root: str | os.PathLike) -> tuple[list[Record], lis
     if not folder.is_dir():
         raise ListError(f"DATASET.root_dataset: folder {folder} not found; it should contain {path}")
     raise ListError(
-        f"list or folder {path} not found in {folder} and {Path.cwd()}; set DATASET.list_train and DATASET.list_val as "
+        f"list or folder {path} not found in {folder} or {Path.cwd()}; set DATASET.list_train and DATASET.list_val as "
         f"described in docs/own-data.md; for ADE20K run ./download_ade20k.sh"
     )
 
@@ -71,7 +71,7 @@ def _check_record(record: Mapping, where: str) -> None:
             raise ListError(f"{where}: {key} {record[key]!r} is not a path")
     for key in ("width", "height"):
         if not isinstance(record.get(key, 1), (int, float)) or not 0 <= record.get(key, 1) < math.inf:
-            raise ListError(f"{where}: {key} {record[key]!r} must be a number of pixels, or be removed")
+            raise ListError(f"{where}: {key} {record[key]!r} is not a number of pixels; correct or remove it")
 
 
 def _parse_line(line: str, where: str) -> Record:
@@ -83,8 +83,8 @@ def _parse_line(line: str, where: str) -> Record:
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", error)
         expected = "a JSON object or the paths of an image and its label"
-        hint = f"PASCAL VOC lists must be in a folder {VOC_LISTS}"
-        raise ListError(f"{where}: expected {expected} (JSON: {reason}); {hint}") from None
+        hint = f"PASCAL VOC lists must be in a folder named {VOC_LISTS}"
+        raise ListError(f"{where}: expected {expected} (JSON error: {reason}); {hint}") from None
     if not isinstance(record, dict):
         raise ListError(f"{where}: expected a JSON object, got {type(record).__name__}")
     _check_record(record, where)
@@ -103,7 +103,7 @@ def _read_odgt(path: Path) -> tuple[list[Record], list[str]]:
 
 
 def add_sizes(records: Iterable[Mapping], root: str | os.PathLike = "") -> list[Record]:
-    """Return copies of the records with `width` and `height` from the image headers, unless an image is unreadable."""
+    """Return copies of records with `width` and `height` from the image headers (not added for unreadable images)."""
     records = [dict(record) for record in records]
     for record in progress_bar(records, desc="reading image sizes", unit="img", leave=False):
         with suppress(ImageFileError):  # reported when the image is decoded

@@ -1,4 +1,4 @@
-"""Assignment of images to batches and to shards."""
+"""Assign records to batches, and split a list of records into shards."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -7,14 +7,14 @@ import numpy as np
 
 
 class OrientationBatches:
-    """Endless sequence of batches of record indices. All images of a batch have the same orientation.
+    """Endless sequence of batches. A batch is a tuple of record indices; all its images have the same orientation.
 
-    In every pass over the dataset, the records are shuffled and put into two buckets, portrait and landscape. A full
-    bucket is a batch. The records left in the buckets go into the first batches of the next pass. Batch `i` depends on
-    the arguments and `i` alone, so any number of workers and a resumed run see the same batches.
+    In every pass over the dataset, the records are shuffled and put into two buckets: portrait, and landscape or
+    square. When a bucket has `batch_size` records, they become a batch. Records left in the buckets are used in the
+    next pass. Batch `i` depends only on the arguments and `i`, not on the number of workers or on a resume.
 
     Args:
-        upright: for every record, whether the image is higher than wide.
+        upright: one value per record, True if the image is higher than wide.
     """
 
     def __init__(self, upright: Sequence[bool], batch_size: int, seed: int = 0):
@@ -41,7 +41,7 @@ class OrientationBatches:
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
         """Return the record indices of batch `index` >= 0."""
-        if index < self._first:  # an earlier pass
+        if index < self._first:  # in an earlier pass; start again from the first pass
             self._restart()
         while index >= self._first + len(self._batches):
             self._next_pass()
@@ -49,6 +49,6 @@ class OrientationBatches:
 
 
 def shards(length: int, count: int) -> list[range]:
-    """Split `length` positions into `count` contiguous ranges. Their lengths differ by at most one."""
+    """Split `range(length)` into `count` contiguous ranges whose lengths differ by at most one."""
     bounds = [length * i // count for i in range(count + 1)]
     return [range(start, stop) for start, stop in pairwise(bounds)]

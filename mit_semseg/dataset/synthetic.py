@@ -3,7 +3,7 @@
     python -m mit_semseg.dataset.synthetic FOLDER [--train 120] [--val 20] [--size 320x240] [--seed 0]
 
 Writes FOLDER/{training,validation}/{images,annotations} and FOLDER/classes.csv. Every image shows sky, grass, a road,
-houses, trees and cars, and often a sun, with random light and noise.
+houses, trees and cars; most images show a sun. Light and noise are random.
 """
 
 import argparse
@@ -15,15 +15,15 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from ..lib.utils import UserError, atomic_write, expand_path, prepare_streams
 
-# Raw label values are 1 to 7. 0 marks a thin unlabelled border between classes, as in PASCAL VOC.
+# Raw label values 1 to 7 are classes. 0 marks thin unlabelled borders between classes; PASCAL VOC has such borders.
 CLASSES = ("sky", "grass", "road", "house", "tree", "car", "sun")
 COLORS = ("#78b4e6", "#6eaa50", "#828282", "#be6450", "#1e6e3c", "#2850c8", "#fadc28")
 SKY, GRASS, ROAD, HOUSE, TREE, CAR, SUN = range(1, 8)
-SUPERSAMPLE = 2  # factor by which scenes are drawn larger and then downsampled, to antialias edges
+SUPERSAMPLE = 2  # scenes are drawn this many times larger and then downsampled, to antialias edges
 
 
 class _Scene:
-    """An image and its label. Every method draws one kind of object in both."""
+    """An image and its label. Methods such as `car` draw an object in the image and in the label."""
 
     def __init__(self, rng: np.random.Generator, width: int, height: int):
         self.rng, self.width, self.height = rng, width * SUPERSAMPLE, height * SUPERSAMPLE
@@ -37,7 +37,7 @@ class _Scene:
         return tuple(int(v) for v in np.clip(np.array(mean) + self.rng.integers(-spread, spread + 1, 3), 0, 255))
 
     def shape(self, kind: str, box, color, value: int) -> None:
-        """Draw a shape (rectangle, ellipse or polygon): `color` in the image, `value` in the label."""
+        """Draw a rectangle, ellipse or polygon (`kind`) with `color` in the image and with `value` in the label."""
         getattr(self.image_draw, kind)(box, fill=self.color(color))
         getattr(self.label_draw, kind)(box, fill=value)
 
@@ -99,7 +99,7 @@ class _Scene:
             self.shape("ellipse", (cx - r, y - r, cx + r, y + r), (30, 30, 30), CAR)
 
     def finish(self, size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-        """Resize image and label to `size`; add light and noise to the image, and unlabelled borders to the label."""
+        """Resize image and label to `size`. Add light and noise to the image, and unlabelled borders to the label."""
         image = self.image.resize(size, Image.Resampling.BILINEAR)
         label = self.label.resize(size, Image.Resampling.NEAREST)
         width, height = size
@@ -113,7 +113,7 @@ class _Scene:
 
 
 def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tuple[Image.Image, Image.Image]:
-    """Generate an RGB image and its label (mode L, raw values of `CLASSES`); the seed determines the scene."""
+    """Return an RGB image and its label (mode L, values 0 to 7). Equal arguments give equal scenes."""
     rng = np.random.default_rng(seed)
     scene = _Scene(rng, width, height)
     if rng.random() < 0.7:
@@ -130,7 +130,7 @@ def make_scene(seed: tuple[int, ...], width: int = 320, height: int = 240) -> tu
 def write_dataset(
     folder: str | Path, *, train: int = 120, val: int = 20, size: tuple[int, int] = (320, 240), seed: int = 0
 ) -> None:
-    """Write a dataset of scenes of `size` (width, height); in every third image, width and height are swapped."""
+    """Write a dataset of scenes with `size` (width, height). Every third scene has width and height swapped."""
     folder = Path(folder)
     for number, (split, count) in enumerate((("training", train), ("validation", val))):
         for i in range(count):
@@ -153,7 +153,7 @@ def _parse_size(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Write a dataset from the command line."""
+    """Parse the command line and write the dataset."""
     prepare_streams()
     parser = argparse.ArgumentParser("python -m mit_semseg.dataset.synthetic", description="Write synthetic scenes.")
     parser.add_argument("folder", metavar="FOLDER", type=expand_path, help="folder for images, labels and classes.csv")

@@ -1,4 +1,4 @@
-"""Resize, pad and normalize images and labels. The published weights need exactly these computations."""
+"""Resize, pad and normalize images and labels as in the training of the published weights."""
 
 from collections.abc import Sequence
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from .classes import IGNORE
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0..1
+MEAN = (0.485, 0.456, 0.406)  # ImageNet mean of R, G and B, for pixel values in 0..1
 STD = (0.229, 0.224, 0.225)
-CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # ImageNet, BGR in 0..255
+CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # ImageNet mean of B, G and R, for pixel values in 0..255
 
 
 def imresize(im: Image.Image, size: tuple[int, int], interp: str = "bilinear") -> Image.Image:
-    """Resize to (width, height) with a Pillow filter: nearest, or antialiased bilinear or bicubic."""
+    """Resize to (width, height) with Pillow's nearest filter, or its antialiased bilinear or bicubic filter."""
     return im.resize(size, Image.Resampling[interp.upper()])
 
 
 def imresize_fast(im: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize an RGB image with PyTorch's antialiased bilinear filter in 8-bit arithmetic.
+    """Resize an RGB image to (width, height) with PyTorch's antialiased bilinear filter in 8-bit arithmetic.
 
-    It takes a quarter of the time of `imresize`. Pixel values differ by at most one level.
+    This takes a quarter of the time that `imresize` takes. Pixel values differ from its result by at most 1.
     """
-    # The strides of this batch of one image are channels last, so the result has that memory format, too.
+    # `permute` makes this batch channels last, and `interpolate` keeps the memory format.
     x = torch.from_numpy(np.array(im)).unsqueeze(0).permute(0, 3, 1, 2)
     x = F.interpolate(x, size[::-1], mode="bilinear", antialias=True)
     return Image.fromarray(x[0].permute(1, 2, 0).numpy())
@@ -47,11 +47,11 @@ def to_uint8_tensor(image: Image.Image) -> Tensor:
 
 
 def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int, int]] | None = None) -> Tensor:
-    """Normalize RGB images (N, 3, H, W) uint8 on any device to float32 in the same memory format.
+    """Normalize RGB images (N, 3, H, W) uint8 on any device. Return float32 images in the same memory format.
 
     Args:
         kind: 'imagenet' for (RGB / 255 - mean) / std, or 'caffe' for BGR - mean.
-        sizes: (height, width) of each image; pixels outside are padding and become zero. None: no padding.
+        sizes: (height, width) of each image without padding. Padding becomes zero. None: images are not padded.
     """
     if kind not in ("imagenet", "caffe"):
         raise ValueError(f"unknown normalization {kind!r}; choose imagenet or caffe")
@@ -75,7 +75,7 @@ def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:
 
 
 def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
-    """Pad class indices (H, W) with the ignore index to a multiple of `rate`, then downsample like Pillow's NEAREST."""
+    """Pad class indices (H, W) with the ignore index to multiples of `rate`; downsample as Pillow's NEAREST does."""
     small = np.full([-(-side // rate) for side in label.shape], IGNORE, label.dtype)
     samples = label[rate // 2 :: rate, rate // 2 :: rate]
     small[: samples.shape[0], : samples.shape[1]] = samples
@@ -85,11 +85,11 @@ def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
 def pad_batch(
     images: Sequence[Tensor], labels: Sequence[np.ndarray], multiple: int, rate: int, size: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Pad images (3, h, w), float32 or uint8, and their labels (h, w) to a common size, and downsample the labels.
+    """Pad images (3, h, w) float32 or uint8 and their labels (h, w) to one size; downsample the labels by `rate`.
 
-    The batch has the given (height, width), or the size of the largest image rounded up to `multiple`. Return a dict of
-    `img_data` (N, 3, H, W), padded with zeros, channels last if uint8, and `seg_label` (N, ceil(H / rate),
-    ceil(W / rate)) int64, padded with the ignore index.
+    If `size` is None, (H, W) is the maximum height and width, rounded up to multiples of `multiple`. Return a dict:
+    `img_data` (N, 3, H, W) is padded with zeros, and channels last if uint8. `seg_label` (N, ceil(H / rate),
+    ceil(W / rate)) int64 is padded with the ignore index.
     """
     height, width = size or (round_up(max(x.shape[i] for x in images), multiple) for i in (1, 2))
     memory_format = torch.channels_last if images[0].dtype == torch.uint8 else torch.contiguous_format

@@ -1,4 +1,4 @@
-"""Training: trainer, losses, optimizer, checkpoints, ranks."""
+"""Trainer, losses, optimizers, checkpoints and process groups."""
 
 from .checkpoint import CheckpointError, RunFolder
 from .distributed import World

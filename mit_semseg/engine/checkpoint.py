@@ -1,4 +1,4 @@
-"""Files of a training run: weights and history of every epoch, the best weights, and the checkpoint to resume from."""
+"""Save, load and lock the files of a training run: weights, history and the checkpoint to resume from."""
 
 import logging
 import os
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LOCK_TIMEOUT = 15.0  # seconds; DataLoader workers of a killed run hold its lock for some seconds
+LOCK_TIMEOUT = 15.0  # seconds to wait for the lock; DataLoader workers of a killed run keep it for a while
 STATE = ("step", "best_iou", "history", "metrics", "encoder", "decoder", "optimizer", "optimizer_name", "scaler")
 PARTS = ("encoder", "decoder", "history")
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A run that cannot be started or resumed."""
+    """A training run cannot start or resume, or a checkpoint cannot be loaded."""
 
 
 def new_history() -> dict:
-    """Return empty training and validation curves; `epoch` is the number of epochs done, possibly fractional."""
+    """Return empty training and validation curves. `epoch` is the position of every point, in epochs, e.g. 2.5."""
     return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
 
 
 def save_atomic(obj, path: Path) -> None:
-    """`torch.save` to a temporary file that then replaces `path`."""
+    """Save an object with `torch.save` to a temporary file, then rename this file to `path`."""
     with atomic_write(path) as partial:
         _save(obj, partial)
 
@@ -51,10 +51,10 @@ def _save(obj, path: Path) -> None:
 
 
 class RunFolder:
-    """Folder of a training run, the option DIR.
+    """Folder of a training run (option DIR).
 
-    It contains state dicts `encoder_<suffix>` and `decoder_<suffix>`, where the suffix is `epoch_N.pth` or `best.pth`,
-    curves `history_epoch_N.pth`, and `resume.pth`, the checkpoint to resume from.
+    State dicts are in `encoder_<suffix>` and `decoder_<suffix>`, where the suffix is `epoch_N.pth` or `best.pth`. The
+    curves are in `history_epoch_N.pth`. The checkpoint to resume from is `resume.pth`.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -62,69 +62,69 @@ class RunFolder:
         self.resume = self.folder / "resume.pth"
 
     def path(self, part: str, suffix: str) -> Path:
-        """Return the path of `encoder`, `decoder` or `history` with a suffix such as `epoch_20.pth`."""
+        """Return the path of a file. `part` is encoder, decoder or history; `suffix` is for example `epoch_20.pth`."""
         return self.folder / f"{part}_{suffix}"
 
     def epochs(self) -> list[int]:
-        """Return the epochs whose weights are in the folder, ascending."""
+        """Return the numbers of the epochs whose weights are in the folder, in ascending order."""
         names = (re.fullmatch(r"decoder_epoch_(\d+)\.pth", p.name) for p in self.folder.glob("decoder_epoch_*.pth"))
         return sorted(int(match[1]) for match in names if match)
 
     def weight_files(self, suffix: str) -> tuple[Path, Path]:
-        """Return the paths of encoder and decoder.
+        """Return the path of the encoder weights and the path of the decoder weights.
 
         Args:
-            suffix: for example `epoch_20.pth`; or the path of a file with both, which is then returned twice.
+            suffix: for example `epoch_20.pth`; or the path of a file with the whole network, which is returned twice.
 
         Raises:
-            CheckpointError: a file does not exist; the message lists the existing checkpoints.
+            CheckpointError: a file does not exist, or the file at the given path contains only a part of a network.
         """
         paths, whole = (self.path("encoder", suffix), self.path("decoder", suffix)), Path(suffix)
         if not any(path.is_file() for path in paths) and whole.is_file():
             if not is_whole_network(whole):
                 raise CheckpointError(
-                    f"{whole} does not contain both encoder and decoder; use the suffix of a checkpoint in "
-                    f"{self.folder}, e.g. epoch_20.pth"
+                    f"{whole} does not contain a whole network; for encoder and decoder files in {self.folder}, give "
+                    f"only the suffix, e.g. epoch_20.pth"
                 )
             return whole, whole
         if len(whole.parts) > 1:
-            raise CheckpointError(f"checkpoint {whole.absolute()} does not exist")
+            raise CheckpointError(f"checkpoint {whole.absolute()} does not exist; give an existing file")
         for path in paths:
             if not path.is_file():
                 found = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
-                choices = f"choose one of {', '.join(found)}" if found else "the folder has no checkpoints"
+                choices = f"choose one of {', '.join(found)}" if found else f"{self.folder} contains no checkpoints"
                 raise CheckpointError(f"checkpoint {path.absolute()} does not exist; {choices}")
         return paths
 
     def describe_saved(self) -> str:
-        """Return a list of the saved checkpoints as text, for error messages."""
+        """Return text for error messages that lists the saved checkpoints."""
         names = [*(f"epoch_{epoch}.pth" for epoch in self.epochs()), *(["resume.pth"] if self.resume.is_file() else [])]
-        return f"{self.folder} contains {shorten_list(names[::-1])}" if names else "nothing was saved yet"
+        return f"{self.folder} contains {shorten_list(names[::-1])}" if names else "no checkpoint was saved yet"
 
     @contextmanager
     def naming_checkpoints(self) -> Iterator[None]:
-        """Context in which errors about damaged checkpoints also name the other checkpoints in the folder."""
+        """Context that converts `WeightsError` to `CheckpointError` and adds a list of the saved checkpoints."""
         try:
             yield
         except WeightsError as error:
             raise CheckpointError(f"{error}; {self.describe_saved()}") from None
 
     def find_resume(self, mode: str, start_epoch: int = 0) -> Path | None:
-        """Return the checkpoint to resume from, or None to start from scratch or after `start_epoch`.
+        """Return the checkpoint to resume from, or None for a run that starts from scratch or from `start_epoch`.
 
         Args:
-            mode: 'auto', 'off', 'restart', or the path of a checkpoint.
-            start_epoch: epoch after which training continues, 0 to start from scratch.
+            mode: TRAIN.resume, which is 'auto', 'off', 'restart' or the path of a checkpoint.
+            start_epoch: TRAIN.start_epoch, the saved epoch from which training continues; 0 if only `mode` applies.
 
         Raises:
-            CheckpointError: the run would overwrite files of another run, or the checkpoint does not exist.
+            CheckpointError: files of an existing run would be overwritten, or the checkpoint does not exist.
         """
         epochs, exists = self.epochs(), self.resume.is_file()
         if start_epoch:
             if epochs and epochs[-1] > start_epoch:
                 raise CheckpointError(
-                    f"TRAIN.start_epoch {start_epoch} would overwrite epochs up to {epochs[-1]} in {self.folder}; move "
-                    f"their files to another folder, or set TRAIN.start_epoch {epochs[-1]}"
+                    f"TRAIN.start_epoch {start_epoch} would overwrite later epochs in {self.folder} (the last is "
+                    f"{epochs[-1]}); move their files to another folder, or set TRAIN.start_epoch {epochs[-1]}"
                 )
             return None
         if mode == "restart":
@@ -133,27 +133,27 @@ class RunFolder:
             if epochs and not exists:
                 raise CheckpointError(
                     f"{self.folder} has weights up to epoch {epochs[-1]} but no resume.pth; to continue from these "
-                    f"weights, set TRAIN.resume off and TRAIN.start_epoch {epochs[-1]}; to overwrite them, set "
-                    f"TRAIN.resume restart"
+                    f"weights, set TRAIN.resume off and TRAIN.start_epoch {epochs[-1]}; to delete all saved weights "
+                    f"and start from scratch, set TRAIN.resume restart"
                 )
             return self.resume if exists else None
         if mode != "off" and not Path(mode).is_file():
-            raise CheckpointError(f"TRAIN.resume: file {mode} does not exist; give a file, auto, off or restart")
+            raise CheckpointError(f"TRAIN.resume: file {mode} does not exist; set a file, auto, off or restart")
         if (exists or epochs) and (mode == "off" or Path(mode).resolve() != self.resume.resolve()):
             raise CheckpointError(
-                f"{self.folder} already contains a run; set TRAIN.resume auto to resume it, TRAIN.resume restart to "
-                f"overwrite it, or another DIR"
+                f"{self.folder} already contains a run; set TRAIN.resume auto to resume this run, TRAIN.resume restart "
+                f"to delete this run and start from scratch, or another DIR"
             )
         return None if mode == "off" else Path(mode)
 
     def check_epoch_length(self, step: int, epoch_iters: int) -> None:
-        """Raise `CheckpointError` if `epoch_iters` has become larger, so that saved epochs would be overwritten."""
+        """Raise `CheckpointError` if a larger `epoch_iters` than in the saved run would overwrite saved epochs."""
         epochs, epoch = self.epochs(), step // epoch_iters
         if epochs and epochs[-1] > epoch:
             raise CheckpointError(
                 f"{self.folder} has weights up to epoch {epochs[-1]}, but step {step} with TRAIN.epoch_iters "
-                f"{epoch_iters} is in epoch {epoch + 1}; use TRAIN.epoch_iters of the saved run, or move those files "
-                f"to another folder"
+                f"{epoch_iters} is in epoch {epoch + 1}; set TRAIN.epoch_iters as in the saved run, or move the "
+                f"weights of later epochs to another folder"
             )
 
     def save_weights(self, module, suffix: str) -> None:
@@ -166,7 +166,7 @@ class RunFolder:
             _save(module.decoder.state_dict(), decoder)
 
     def load_epoch(self, module, epoch: int) -> dict:
-        """Load the weights of an epoch and return its history, which is empty if there is no history file."""
+        """Load the weights of an epoch into a network. Return the saved history, or an empty history without a file."""
         suffix = f"epoch_{epoch}.pth"
         with self.naming_checkpoints():
             for part, path in zip(("encoder", "decoder"), self.weight_files(suffix), strict=True):
@@ -179,25 +179,25 @@ class RunFolder:
         }
 
     def remove_run(self) -> None:
-        """Remove all files of the run in the folder, except its log."""
+        """Remove all files of the run from the folder, except the log."""
         weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best"))
         for pattern in (*weights, self.resume.name, "curves.png", "vis/epoch_*/**/*.png", "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
     def remove_partial(self) -> None:
-        """Remove temporary files of an interrupted run; the folder must be locked."""
+        """Remove the temporary files of an interrupted run. The caller must have locked the folder."""
         for pattern in ("*.pth.*.partial", "curves.png.*.partial", "vis/epoch_*/**/*.partial"):
             for path in self.folder.glob(pattern):
-                logger.info("removing %s of an interrupted run", path)
+                logger.info("removing temporary file %s of an interrupted run", path)
                 path.unlink()
 
     @contextmanager
     def locked(self, world: World) -> Iterator[None]:
-        """Context in which the folder is locked for one training run; used on every rank.
+        """Context that locks the folder for one training run; all ranks must enter the context.
 
         Raises:
-            CheckpointError: another run holds the lock; the message names its process and host.
+            CheckpointError: another run holds the lock; the message names the process and host of that run.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock, holder, other = FileLock(self.folder / ".lock"), self.folder / ".lock_holder", ""
@@ -209,8 +209,8 @@ class RunFolder:
                 other = holder.read_text(**UTF8) if holder.is_file() else "unknown"
         if other := world.gather(other, "locking DIR")[0]:
             raise CheckpointError(
-                f"another training run (process {other}) uses {self.folder}; wait for it, stop it, or set another DIR. "
-                f"To start several ranks of one run, use torchrun"
+                f"another training run (process {other}) uses {self.folder}; wait until that run ends, stop that run, "
+                f"or set another DIR. To start several ranks of one run, use torchrun"
             )
         try:
             yield
@@ -221,16 +221,16 @@ class RunFolder:
 
 
 def read_resume(path: Path) -> dict:
-    """Read a checkpoint to resume from; raise `CheckpointError` if it is damaged or not such a checkpoint."""
+    """Read a checkpoint to resume from; raise `CheckpointError` if the file is damaged or of another kind."""
     with RunFolder(path.parent).naming_checkpoints():
         state = read_checkpoint(path)
     if not isinstance(state, dict) or not set(STATE) <= set(state):
-        raise CheckpointError(f"{path} is not a checkpoint to resume from; give a resume.pth file of a training run")
+        raise CheckpointError(f"{path} is not a checkpoint to resume from; set TRAIN.resume to a resume.pth file")
     return state
 
 
 def trainer_state(trainer: "Trainer") -> dict:
-    """Return all state for a bit-identical resume; random numbers depend on seed and step only and have no state."""
+    """Return the state for a bit-identical resume. Random numbers have no state because seed and step define them."""
     return {
         "step": trainer.step,
         "best_iou": trainer.best_iou,
@@ -251,22 +251,23 @@ def trainer_state(trainer: "Trainer") -> dict:
 
 
 def restore_trainer(trainer: "Trainer", state: dict) -> None:
-    """Restore a `trainer_state`. Learning rates, momentum and weight decay are taken from the new options instead.
+    """Restore the result of `trainer_state`. Learning rates, momentum and weight decay keep their current values.
 
     Raises:
-        CheckpointError: the state is from another model or optimizer.
+        CheckpointError: the state was saved with another model or optimizer.
     """
     saved, options = state.get("options", {}), trainer.options.run_options
     norms = [values.get("MODEL.norm", "sync") for values in (saved, options)]
     try:
-        if norms[0] != norms[1] and "inplace" in norms:  # equal keys, but another function
+        if norms[0] != norms[1] and "inplace" in norms:  # the state dict keys are equal, but the layers differ
             raise RuntimeError
         trainer.module.encoder.load_state_dict(state["encoder"])
         trainer.module.decoder.load_state_dict(state["decoder"])
     except RuntimeError:
         raise CheckpointError(
-            f"the checkpoint is from another model (saved: {_describe_model(saved)}; now: {_describe_model(options)}); "
-            f"set the MODEL options and DATASET.num_class to the saved values, or TRAIN.resume restart"
+            f"the checkpoint was saved with another model (saved: {_describe_model(saved)}; now: "
+            f"{_describe_model(options)}); set the MODEL options and DATASET.num_class to the saved values, or start "
+            f"from scratch with TRAIN.resume restart"
         ) from None
     _restore_optimizer(trainer.optimizer, state)
     if state["scaler"] and state.get("amp") == trainer.options.amp:
@@ -278,7 +279,7 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
     batches = trainer.world.num_devices * trainer.options.accumulate
     if state["batches"] != batches:
         logger.warning(
-            "the checkpoint was saved with %d batches per step (devices times TRAIN.accumulate), now there are %d; "
+            "the checkpoint was saved with %d batches per step (devices times TRAIN.accumulate), but this run has %d; "
             "consider changing the learning rates",
             state["batches"],
             batches,
@@ -293,12 +294,12 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     sizes = [[len(group["params"]) for group in groups["param_groups"]] for groups in (own, saved)]
     if sizes[0] != sizes[1] or state["optimizer_name"] != name:
         raise CheckpointError(
-            f"the checkpoint is from another optimizer (saved: {state['optimizer_name']} of {sum(sizes[1])} tensors; "
-            f"now: {name} of {sum(sizes[0])}); set TRAIN.optim and TRAIN.fix_bn as in the saved run, or TRAIN.resume "
-            f"restart"
+            f"the checkpoint was saved with another optimizer (saved: {state['optimizer_name']} for {sum(sizes[1])} "
+            f"tensors; now: {name} for {sum(sizes[0])} tensors); set TRAIN.optim and TRAIN.fix_bn as in the saved run, "
+            f"or start from scratch with TRAIN.resume restart"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
-    # Fused kernels need the memory format of the parameter, which may have changed (TRAIN.channels_last).
+    # Fused optimizers need the state in the memory format of the parameter, which depends on TRAIN.channels_last.
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
@@ -306,7 +307,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def _describe_model(options: Mapping[str, object]) -> str:
-    """Describe the model of saved options, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes`."""
+    """Return a description of the model, e.g. `mobilenetv2dilated + c1_deepsup, 11 classes, MODEL.norm sync`."""
     if "MODEL.arch_encoder" not in options:
         return "unknown"
     name = f"{options['MODEL.arch_encoder']} + {options['MODEL.arch_decoder']}, {options['DATASET.num_class']} classes"

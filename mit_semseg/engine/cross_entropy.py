@@ -1,8 +1,8 @@
 """Cross entropy of logits without storing log-probabilities.
 
-`log_softmax` followed by `nll_loss` stores the log-probabilities in float32 and allocates two gradients of that size.
-Here only the logits are stored, in their own dtype. Forward and backward pass compute the softmax in blocks; the
-gradient is the softmax minus one at the target class (Bishop, "Pattern Recognition and Machine Learning", 4.109).
+`log_softmax` followed by `nll_loss` stores the log-probabilities in float32 and allocates two gradients of the same
+size. This module stores only the logits, in their own dtype. The forward and the backward pass compute the softmax in
+blocks. The gradient is softmax minus one-hot target (Bishop, "Pattern Recognition and Machine Learning", 4.109).
 """
 
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits per block: 2 MiB in float32 on a CPU, which fit into its caches.
+# Number of logits per block. On a CPU, a block has 2 MiB in float32, which fit into the caches.
 BLOCK = {"cpu": 2**19, "other": 2**26}
 
 
 class _NLLSum(torch.autograd.Function):
-    """See `nll_sum`."""
+    """Autograd function of `nll_sum`."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, label: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -36,8 +36,8 @@ class _NLLSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, true, importance = ctx.saved_tensors
-        # Multiply the factors in float32 and round once: class weights and loss scales span many orders of magnitude,
-        # and an error in a factor of all pixels would scale the whole gradient.
+        # Multiply in float32 and round only the product: class weights and loss scales can be very large or small, and
+        # a rounding error in a factor that is equal for all pixels would scale the whole gradient.
         factor = importance * upstream
         gradient = torch.empty_like(logits)
         for images, rows in _blocks(logits):
@@ -51,22 +51,22 @@ class _NLLSum(torch.autograd.Function):
 def nll_sum(logits: Tensor, label: Tensor, weight: Tensor | None = None, ignore_index: int = -1) -> Tensor:
     """Return the negative log-likelihood of the labels, summed over the labelled pixels.
 
-    Equals `F.cross_entropy(logits, label, weight, ignore_index=ignore_index, reduction="sum")`, up to rounding.
+    Up to rounding, this equals `F.cross_entropy(logits, label, weight, ignore_index=ignore_index, reduction="sum")`.
 
     Args:
         logits: (N, C, H, W) logits.
-        label: (N, H, W) int64.
-        weight: (C,) class weights; None for equal weights.
+        label: (N, H, W) int64 class indices.
+        weight: (C,) class weights; None gives all classes weight 1.
         ignore_index: label of ignored pixels.
 
     Returns:
-        A scalar, at least float32.
+        A scalar tensor, float64 for float64 logits, else float32.
     """
     return _NLLSum.apply(logits, label, weight, ignore_index)
 
 
 def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of images and rows."""
+    """Yield (slice of images, slice of rows) for every block of the logits (N, C, H, W)."""
     count, classes, height, width = logits.shape
     most = BLOCK.get(logits.device.type, BLOCK["other"])
     rows = max(1, min(height, most // max(1, classes * width)))

@@ -1,6 +1,6 @@
-"""Ranks of a job started by torchrun: rank and world size, collectives over plain values, and their timeouts.
+"""Process group of a job that torchrun has started, and collectives that exchange Python values.
 
-Every rank drives one device. Without torchrun the world has a single rank, which may drive several devices.
+Every rank uses one device. Without torchrun there is only one rank, which may use several devices.
 """
 
 import os
@@ -22,19 +22,19 @@ from ..lib.nn.batchnorm import SynchronizedBatchNorm
 from ..lib.nn.sync_stats import is_communication_error
 from ..lib.utils import UserError, first_sentence
 
-DEFAULT_TIMEOUT = 1800.0  # seconds, as in gloo
-PROBE_SECONDS = 5.0  # timeout of the barrier that finds unresponsive ranks
+DEFAULT_TIMEOUT = 1800.0  # seconds, the default of gloo in PyTorch
+PROBE_SECONDS = 5.0  # timeout of the barrier that finds ranks that do not respond
 
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a job, and the devices of this rank; by default a single rank on the CPU.
+    """Rank, world size and devices of this process. The default is a single rank on the CPU.
 
     Attributes:
-        rank, size: rank and world size.
-        local_rank, local_size: rank and number of ranks on this machine.
+        rank, size: rank of this process, and world size.
+        local_rank, local_size: rank among the ranks on this machine, and number of ranks on this machine.
         restarts: number of times that torchrun has restarted the job.
-        devices: devices of this rank; each gets one batch per step. The CPU may be listed several times.
+        devices: devices of this rank; each device gets its own batches. The CPU may be listed several times.
         timeout: timeout of collectives in seconds.
     """
 
@@ -48,7 +48,7 @@ class World:
 
     @classmethod
     def from_environment(cls, **attributes) -> "World":
-        """Read torchrun's environment variables; set `devices` and `timeout` as `attributes`."""
+        """Return the world described by torchrun's environment variables; `attributes` are `devices` and `timeout`."""
         env = os.environ
         if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(env):
             return cls(**attributes)
@@ -58,27 +58,27 @@ class World:
 
     @property
     def num_devices(self) -> int:
-        """Number of devices of all ranks."""
+        """Number of devices, summed over all ranks."""
         return len(self.devices) * self.size
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and reports."""
+        """Whether this is rank 0, which writes the checkpoints and the log."""
         return self.rank == 0
 
     @property
     def job(self) -> str:
-        """Identifier that is the same after a restart of the job: torchrun's --rdzv_id, or its process ID."""
+        """Identifier that a restart by torchrun does not change: --rdzv_id, or host and process ID of torchrun."""
         run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
         return f"{socket.gethostname()}:{os.getppid()}" if run_id in ("", "none") else run_id
 
     @cached_property
     def _groups(self) -> list[dist.ProcessGroup]:
-        """Two gloo groups: for plain values (gradients may use NCCL), and for `probe`."""
+        """Two gloo process groups, even if gradients use NCCL: one for Python values, and one for `probe`."""
         return [dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout)) for _ in range(2)]
 
     def sum(self, values: Sequence[float], doing: str) -> list[float]:
-        """Return the sum of each value over all ranks; `doing` describes the operation in errors.
+        """Return the values, each summed over all ranks; `doing` describes the operation in error messages.
 
         Raises:
             ProcessGroupError: a rank ended or timed out.
@@ -91,7 +91,7 @@ class World:
         return total.tolist()
 
     def gather(self, value, doing: str) -> list:
-        """Return the values of all ranks, ordered by rank. A value can be any picklable object; see `sum`."""
+        """Return a list with the value of every rank, ordered by rank. `value` must be picklable; see `sum`."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -103,7 +103,7 @@ class World:
         """Check that all ranks have the same values.
 
         Raises:
-            UserError: on all ranks, with the names and values that differ.
+            UserError: values differ. All ranks raise the error, and the message lists these values.
         """
         gathered = self.gather({name: str(value) for name, value in values.items()}, "comparing the options")
         different = [name for name in gathered[0] if len({ranks.get(name) for ranks in gathered}) > 1]
@@ -112,7 +112,7 @@ class World:
                 f"{name} ({', '.join(f'rank {rank}: {values.get(name)}' for rank, values in enumerate(gathered))})"
                 for name in different
             )
-            raise UserError(f"all ranks need the same command line, but these values differ: {'; '.join(lists)}")
+            raise UserError(f"start all ranks with the same command line; these values differ: {'; '.join(lists)}")
 
     @contextmanager
     def communicating(self, doing: str) -> Iterator[None]:
@@ -126,7 +126,7 @@ class World:
             raise ProcessGroupError(f"{doing}: {error if known else first_sentence(error)}") from error
 
     def probe(self) -> str:
-        """Return a description of the ranks that do not respond, or ''; for use after a collective has failed."""
+        """Return a description of the ranks that do not respond, or ''. Call this after a collective has failed."""
         try:
             dist.monitored_barrier(self._groups[1], timedelta(seconds=PROBE_SECONDS), wait_all_ranks=True)
         except RuntimeError as error:
@@ -136,7 +136,7 @@ class World:
 
 @contextmanager
 def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> Iterator[World]:
-    """Context with the process group of torchrun (NCCL for GPUs, gloo for CPUs); without torchrun, of one rank.
+    """Context that yields the `World`; several ranks get a process group (NCCL for GPUs, gloo for CPUs).
 
     Raises:
         ProcessGroupError: another rank ended or timed out.
@@ -150,16 +150,16 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
     try:
         backend, limit = "nccl" if devices[0].type == "cuda" else "gloo", timedelta(seconds=timeout)
         store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # torchrun keeps its store when it restarts the job. Without a prefix, ranks would read addresses of killed
-        # ranks from it.
+        # torchrun keeps its store when it restarts the job. Without the prefix, ranks would read the addresses of
+        # killed ranks from the store.
         store = dist.PrefixStore(f"restart{world.restarts}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         _ = world._groups
     except RuntimeError as error:
         raise ProcessGroupError(
             f"rank {world.rank} could not connect to the other {world.size - 1} ranks at "
-            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_sentence(error)}); on several machines "
-            f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network interface"
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({first_sentence(error)}); on several "
+            f"machines, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the name of the network interface"
         ) from error
     try:
         yield world
@@ -173,7 +173,7 @@ def join(devices: Sequence[torch.device], timeout: float = DEFAULT_TIMEOUT) -> I
 
 @contextmanager
 def first_on_machine(world: World) -> Iterator[None]:
-    """Context that runs its block on the first rank of every machine, then on the other ranks (for downloads)."""
+    """Context whose block runs first on one rank of every machine, then on the other ranks, e.g. for a download."""
     if world.local_rank:
         world.gather(None, "waiting for the first rank of the machine")
     yield
@@ -185,21 +185,21 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     """Wrap a module for data parallel training.
 
     Returns:
-        One device: the module itself. Several devices in one process: `UserScatteredDataParallel`, which takes a list
-        of one batch per device and sums gradients over its replicas. Several ranks: `DistributedDataParallel`, which
-        copies the parameters of rank 0 and averages gradients over the ranks in the backward pass.
+        For one device, the module itself. For several devices in one process, `UserScatteredDataParallel`, which takes
+        a list with one batch per device and sums gradients over its replicas. For several ranks,
+        `DistributedDataParallel`, which copies the parameters of rank 0 and averages gradients over the ranks.
 
     Raises:
-        UserError: activation checkpointing or compilation with several devices in one process.
-        ValueError: several ranks with several devices each.
+        UserError: activation checkpointing or compilation is enabled for several devices in one process.
+        ValueError: there are several ranks, and this rank has several devices.
     """
     if len(world.devices) > 1:
         if world.size > 1:
-            raise ValueError(f"expected one device per rank for {world.size} ranks, got {len(world.devices)}")
+            raise ValueError(f"expected one device on each of {world.size} ranks, got {len(world.devices)} devices")
         for option, attribute in (("activation_checkpointing",) * 2, ("compile", "compiled")):
             if any(getattr(part, attribute, False) for part in module.modules()):
                 raise UserError(
-                    f"TRAIN.{option} does not work with several devices in one process: start one process per device "
+                    f"TRAIN.{option} does not work with several devices in one process; start one process per device "
                     f"(torchrun --nproc_per_node=N), or set TRAIN.{option} False"
                 )
         return UserScatteredDataParallel(module, world.devices, timeout=world.timeout)
@@ -207,9 +207,9 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
         return module
     for name, part in module.named_modules():
         if isinstance(part, SynchronizedBatchNorm):
-            part.layer_name = name  # for error messages
-    # Buffers are not broadcast in every step: synchronized statistics are equal on all ranks, local statistics are
-    # broadcast before validation. PyTorch has renamed the option.
+            part.layer_name = name  # used in error messages
+    # Do not broadcast buffers in every step: synchronized statistics are equal on all ranks, and local statistics are
+    # broadcast before validation. The name of the option depends on the PyTorch version.
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     with world.communicating("comparing the networks"):
@@ -217,7 +217,7 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:
-    """Copy the buffers of rank 0 to all ranks. Running statistics of local batch norms differ between ranks."""
+    """Copy the buffers of rank 0 to all ranks. Statistics of unsynchronized batch norms differ between ranks."""
     if world.size > 1:
         with world.communicating("broadcasting running statistics"):
             for buffer in module.buffers():

@@ -1,7 +1,7 @@
-"""Losses over log-probabilities (N, C, H, W) and labels (N, H, W) int64; cross entropy also over logits.
+"""Losses of log-probabilities (N, C, H, W) and int64 labels (N, H, W); cross entropy also accepts logits.
 
-All are scalars, ignore the pixels of `ignore_index`, do not synchronize with the device, and are zero, with gradients,
-for a batch without labelled pixels.
+A loss is a scalar tensor, ignores pixels with label `ignore_index`, and does not synchronize with the device. For a
+batch without labelled pixels, the loss and its gradients are zero.
 """
 
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from .cross_entropy import nll_sum
 class MaskedNLLLoss(nn.Module):
     """Negative log-likelihood, averaged over the labelled pixels.
 
-    Equals `nn.CrossEntropyLoss` of the logits, except that a batch without labelled pixels gives zero instead of NaN.
+    The loss equals `nn.CrossEntropyLoss` of the logits, but is 0 instead of NaN for a batch without labelled pixels.
 
     Args:
-        weight: (C,) class weights.
-        label_smoothing: fraction of the target spread over all classes, 0..1 (Szegedy et al., 2016).
+        weight: (C,) class weights; None gives all classes weight 1.
+        label_smoothing: fraction of the target probability given to all classes equally, 0..1 (Szegedy et al., 2016).
     """
 
     def __init__(
@@ -32,10 +32,10 @@ class MaskedNLLLoss(nn.Module):
         self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         weight = None if weight is None else torch.as_tensor(weight, dtype=torch.float32)
         self.register_buffer("weight", weight, persistent=False)
-        self._host_weight = weight  # labels are counted on the host
+        self._host_weight = weight  # for labels on the CPU, see `normalizer`
 
     def of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of logits without storing log-probabilities."""
+        """Return the loss of logits. Log-probabilities are stored only for label smoothing."""
         if self.label_smoothing:
             return self(F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)), label)
         return nll_sum(logits, label, self.weight, self.ignore_index) / _nonzero(self.normalizer(label))
@@ -44,21 +44,21 @@ class MaskedNLLLoss(nn.Module):
         log_probs = at_least_float32(log_probs)
         labelled = label != self.ignore_index
         weight = None if self.weight is None else self.weight.to(log_probs)
-        # `gather` has a deterministic CUDA implementation, `F.nll_loss` does not.
+        # `gather` has a deterministic CUDA implementation, but `F.nll_loss` has none.
         target = label.where(labelled, 0)
         chosen = log_probs.gather(1, target.unsqueeze(1)).squeeze(1).where(labelled, 0)
         total = -(chosen if weight is None else chosen * weight[target]).sum()
         count = self.normalizer(label)
         if self.label_smoothing:
-            # The smoothed target is multiplied by the class weights, as in PyTorch. A matrix product is not used,
-            # because autocast would compute it in float16 or bfloat16.
+            # As in PyTorch, the class weights also multiply the smoothed target. A matrix product is not used,
+            # because autocast would compute matrix products in float16 or bfloat16.
             smooth = (log_probs if weight is None else log_probs * weight.view(-1, 1, 1)).mean(1)
             total = (1 - self.label_smoothing) * total - self.label_smoothing * (smooth * labelled).sum()
-            total = total * (count > 0)  # all labelled pixels may have class weight 0
+            total = total * (count > 0)  # 0 if all labelled pixels have class weight 0
         return total / _nonzero(count)
 
     def normalizer(self, label: Tensor) -> Tensor:
-        """Return the divisor of the loss of a batch: the sum of the weights of its labelled pixels."""
+        """Return the sum of class weights over the labelled pixels, by which the loss of a batch is divided."""
         labelled = label != self.ignore_index
         if self.weight is None:
             return labelled.sum()
@@ -70,8 +70,8 @@ class OhemLoss(nn.Module):
     """Negative log-likelihood, averaged over the hard pixels (online hard example mining, Shrivastava et al., 2016).
 
     Args:
-        threshold: a pixel is hard if the probability of its class is at most `threshold`.
-        min_kept: minimum number of pixels per batch; if fewer are hard, the hardest `min_kept` pixels are used.
+        threshold: a pixel is hard if the network gives its label a probability of at most `threshold`.
+        min_kept: minimum number of pixels used per batch; if fewer pixels are hard, the hardest `min_kept` are used.
         ignore_index, weight, label_smoothing: see `MaskedNLLLoss`.
     """
 
@@ -84,8 +84,8 @@ class OhemLoss(nn.Module):
         with torch.no_grad():
             labelled = label != self.ignore_index
             probs = log_probs.gather(1, label.where(labelled, 0).unsqueeze(1)).squeeze(1).exp()
-            probs = probs.where(labelled, 2)  # ignored pixels sort after all others
-            # `topk` has a deterministic CUDA implementation, `kthvalue` does not.
+            probs = probs.where(labelled, 2)  # above 1, so that `topk` selects ignored pixels last
+            # `topk` has a deterministic CUDA implementation, but `kthvalue` has none.
             hardest = probs.flatten().topk(min(self.min_kept, probs.numel()), largest=False, sorted=False).values
             limit = hardest.max().clamp(min=self.threshold)
             hard = torch.where(probs <= limit, label, self.ignore_index)
@@ -95,8 +95,8 @@ class OhemLoss(nn.Module):
 class DiceLoss(nn.Module):
     """One minus the soft Dice coefficient 2 sum(p y) / (sum(p) + sum(y)), averaged over the classes in the label.
 
-    Milletari et al., "V-Net", 2016, with sums instead of sums of squares in the denominator. Sums are over all labelled
-    pixels of the batch.
+    See Milletari et al., "V-Net", 2016; the denominator here has no squares. p is the probability of a class and y is 1
+    for the labelled class, else 0. Sums include all labelled pixels of the batch.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -114,9 +114,9 @@ class DiceLoss(nn.Module):
 
 
 class LovaszLoss(nn.Module):
-    """Lovász-Softmax, a surrogate of one minus the mean IoU of the classes in the label.
+    """Lovász-Softmax loss, a surrogate for one minus the mean IoU over the classes in the label.
 
-    Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018, computed over all labelled pixels of the batch.
+    See Berman, Rannen Triki & Blaschko, "The Lovász-Softmax loss", 2018. All labelled pixels of the batch are used.
     """
 
     def __init__(self, ignore_index: int = -1):
@@ -138,8 +138,8 @@ class LovaszLoss(nn.Module):
 
 
 def _jaccard_gradient(truth: Tensor) -> Tensor:
-    """Return the increase of the Jaccard loss (1 - IoU) per pixel, sorted by error (algorithm 1 of the paper)."""
-    # Integers: `cumsum` of floats has no deterministic CUDA implementation.
+    """Return the increase of the Jaccard loss per pixel (algorithm 1); `truth` must be sorted by descending error."""
+    # Sum integers, because `cumsum` of floats has no deterministic CUDA implementation.
     total, hits = truth.sum(), truth.long().cumsum(0).to(truth)
     position = torch.arange(1, len(truth) + 1, device=truth.device, dtype=truth.dtype)
     loss = 1 - (total - hits) / _nonzero(total + position - hits)
@@ -178,28 +178,28 @@ def build_loss(
     ohem_threshold: float = 0.7,
     ohem_min_kept: int = 100_000,
 ) -> nn.Module:
-    """Return a loss by name.
+    """Return the loss with the given name.
 
     Args:
         name: a key of `LOSSES`.
-        class_weights, label_smoothing: options of cross entropy, see `MaskedNLLLoss`; () for equal weights.
+        class_weights, label_smoothing: options of cross entropy, see `MaskedNLLLoss`; () gives all classes weight 1.
         ohem_threshold, ohem_min_kept: see `OhemLoss`.
 
     Raises:
-        ValueError: unknown name.
+        ValueError: the name is unknown.
     """
     nll = {"weight": class_weights or None, "label_smoothing": label_smoothing}
     return lookup(LOSSES, name, "loss")(nll, (ohem_threshold, ohem_min_kept))
 
 
 def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
-    """Return the scalar weight of a batch's loss in the mean over devices and ranks.
+    """Return the weight (scalar tensor) of a batch in the mean loss over devices and ranks.
 
-    The weight is `loss.normalizer(label)`. It makes the mean independent of the distribution of images over devices.
-    For losses without this method (OHEM, Dice, Lovász) it is the number of labelled pixels.
+    The weight is `loss.normalizer(label)`, so that the mean does not depend on how images are distributed over devices.
+    For losses without a method `normalizer` (OHEM, Dice, Lovász), the weight is the number of labelled pixels.
 
     Args:
-        loss: loss of (log-probabilities, labels).
+        loss: loss from `build_loss`; None returns the number of labelled pixels.
         label: (N, H, W) int64, negative where ignored.
     """
     normalizer = getattr(loss, "normalizer", None)
@@ -207,7 +207,7 @@ def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
 
 
 def _nonzero(count: Tensor) -> Tensor:
-    """Replace a divisor of 0 by 1."""
+    """Return 1 where `count` is 0, else `count`."""
     return torch.where(count > 0, count, 1)
 
 

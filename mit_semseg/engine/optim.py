@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedule, frozen batch norms."""
+"""Create optimizers, compute the learning rate schedule, and freeze batch norms."""
 
 import torch
 from torch import nn
@@ -22,16 +22,16 @@ def build_optimizer(
     beta1: float = 0.9,
     weight_decay: float = 1e-4,
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over encoder and decoder.
+    """Return an optimizer for the parameters of encoder and decoder.
 
     Args:
         name: a key of `OPTIMIZERS`.
         rates: initial learning rates of encoder and decoder.
-        beta1: momentum of SGD, first beta of AdamW.
-        weight_decay: weight decay of convolution and linear weights; norms and biases have none.
+        beta1: momentum of SGD, or beta1 of AdamW.
+        weight_decay: weight decay of convolution and linear weights; it is 0 for norms and biases.
 
     Raises:
-        ValueError: unknown name, or all parameters are frozen.
+        ValueError: the name is unknown, or all parameters are frozen.
     """
     groups = []
     for part, module, lr in zip(("encoder", "decoder"), (encoder, decoder), rates, strict=True):
@@ -41,15 +41,15 @@ def build_optimizer(
             if group:
                 groups.append({"params": group, "lr": lr, "initial_lr": lr, "weight_decay": decay, "part": part})
     if not groups:
-        raise ValueError("all parameters of encoder and decoder are frozen; set requires_grad for some of them")
+        raise ValueError("all parameters of encoder and decoder are frozen; set requires_grad True for some parameters")
     return lookup(OPTIMIZERS, name, "optimizer")(groups, beta1)
 
 
 def lr_factor(step: int, options: TrainingOptions) -> float:
-    """Return (learning rate at `step`) / (initial learning rate).
+    """Return the factor by which initial learning rates are multiplied at `step`.
 
-    Linear warm-up over `warmup_iters` steps, multiplied by the poly schedule (1 - step / total) ** lr_pow of Chen et
-    al., "DeepLab", 2016.
+    The factor is a linear warmup over `warmup_iters` steps times the polynomial schedule
+    (1 - step / total_steps) ** lr_pow of Chen et al., "DeepLab", 2016.
     """
     warmup = min(1.0, (step + 1) / options.warmup_iters) if options.warmup_iters else 1.0
     return warmup * max(0.0, 1 - step / options.total_steps) ** options.lr_pow
@@ -62,12 +62,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the current learning rates by part, `encoder` and `decoder`; a frozen part is omitted."""
+    """Return the current learning rates with the keys `encoder` and `decoder`; a frozen part has no key."""
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
 def freeze_batch_norm(module: nn.Module) -> None:
-    """Freeze running statistics and parameters of all batch norms; they stay frozen after `module.train()`."""
+    """Freeze running statistics and parameters of all batch norms; `module.train()` does not unfreeze them."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.eval()

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during training: finish the current step, save a checkpoint, then stop."""
+"""Handle SIGINT and SIGTERM during training: save a checkpoint after the current step, then stop."""
 
 import logging
 import signal
@@ -10,9 +10,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Context that records the first signal and passes the second to the original handler.
+    """Context that records the first signal and calls the original handler for the second signal.
 
-    It does not handle signals that are ignored, and does nothing outside the main thread.
+    Signals that the process ignores stay ignored. In other threads than the main thread, the context does nothing.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class StopSignals:
 
     @property
     def received(self) -> bool:
-        """Whether a signal has arrived."""
+        """Whether a signal was received."""
         return self._received is not None
 
     def __enter__(self) -> "StopSignals":
@@ -38,10 +38,10 @@ class StopSignals:
         if self.received:
             self._call_handler(number, frame)
         self._received = number
-        logger.warning("%s: stopping after this step (repeat to stop immediately)", signal.Signals(number).name)
+        logger.warning("%s: stopping after this step; a second signal stops immediately", signal.Signals(number).name)
 
     def raise_received(self) -> None:
-        """Call the original handler of the recorded signal, if any; it usually raises `KeyboardInterrupt`."""
+        """If a signal was recorded, call the original handler, which usually raises `KeyboardInterrupt`."""
         if self._received is not None:
             self._call_handler(self._received, None)
 

@@ -15,13 +15,13 @@ from .distributed import World
 from .losses import batch_weight
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Texts in errors of operations without a deterministic implementation.
+# Parts of PyTorch's error messages about operations without a deterministic implementation.
 NONDETERMINISTIC = ("does not have a deterministic implementation", "Deterministic behavior was enabled")
 WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # https://docs.nvidia.com/cuda/cublas/#results-reproducibility
 
 
 class NondeterministicError(UserError, RuntimeError):
-    """An operation that has no deterministic implementation on its device."""
+    """An operation has no deterministic implementation on the device."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TrainingOptions:
     """Options of a training run, named as in the TRAIN section of the configuration.
 
     Attributes:
-        run_options: all options, stored in checkpoints; a resumed run logs the changed ones.
+        run_options: options that are stored in checkpoints; a resumed run logs the options that have changed.
     """
 
     num_epoch: int = 20
@@ -51,18 +51,18 @@ class TrainingOptions:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the run."""
+        """Number of steps in the whole run."""
         return self.num_epoch * self.epoch_iters
 
 
 class LossWeights:
-    """Weights of this rank's losses and accuracies in the mean over all labelled pixels of all devices and ranks.
+    """Weights for the mean loss and the mean accuracy over the labelled pixels of a step, on all devices and ranks.
 
-    The constructor is a collective: it exchanges pixel counts, and signals to stop, between the ranks.
+    The constructor is a collective, in which the ranks exchange pixel counts and whether they received a stop signal.
 
     Attributes:
-        loss, accuracy: weights [micro-batch][device]; the sum over all ranks is 1.
-        labelled: number of labelled pixels of all ranks.
+        loss, accuracy: weights of this rank's batches, [micro-batch][device]; the sum over all ranks is 1.
+        labelled: number of labelled pixels, summed over all ranks.
         stop: whether any rank has received a signal to stop.
     """
 
@@ -83,11 +83,12 @@ class LossWeights:
 
 
 class RunningMetrics:
-    """Loss and pixel accuracy since the last log line, accumulated on the device. Only `read` and `nonfinite`
-    synchronize with the device.
+    """Loss and pixel accuracy since the last log line, accumulated on the device.
+
+    Only `read` and `nonfinite` synchronize with the device.
 
     Attributes:
-        totals: (3,) sum of losses, sum of accuracies, number of steps.
+        totals: tensor of 3 elements: sum of losses, sum of accuracies, and number of steps.
     """
 
     def __init__(self, device: torch.device):
@@ -96,7 +97,7 @@ class RunningMetrics:
         self._nonfinite_losses: Tensor | None = None
 
     def add(self, step: int, losses: Tensor, means: Tensor) -> None:
-        """Add a step: the losses (B,) of this rank's batches, and mean loss and accuracy (2,) over all ranks."""
+        """Add a step. `losses` (B,) are of this rank's B batches; `means` (2,) are loss and accuracy over all ranks."""
         self.totals[:2] += means
         self.totals[2] += 1
         first = (self._nonfinite_step < 0) & ~means[0].isfinite()
@@ -111,13 +112,13 @@ class RunningMetrics:
         return loss / max(steps, 1), accuracy / max(steps, 1), round(steps)
 
     def nonfinite(self) -> tuple[int, list[float]]:
-        """Return the first step whose loss is not finite (-1: none) and the losses of this rank in that step."""
+        """Return the number of the first step whose loss is not finite, or -1, and this rank's losses in that step."""
         step = int(self._nonfinite_step)
         return step, self._nonfinite_losses.tolist() if step >= 0 else []
 
 
 class StepTimer:
-    """Durations since the last log line, without saving and validation, which come before `start`."""
+    """Measures step durations since the last log line. Call `start` after saving and validation, which do not count."""
 
     def __init__(self):
         self.reset()
@@ -137,19 +138,19 @@ class StepTimer:
         self._steps += 1
 
     def means(self) -> tuple[float, float]:
-        """Return seconds per step, and seconds per step spent waiting for data."""
+        """Return the mean duration of a step and the mean time that a step waited for data, in seconds."""
         return self._step_seconds / max(self._steps, 1), self._data_seconds / max(self._steps, 1)
 
 
 def weighted_sum(weights: Sequence[float], values: torch.Tensor) -> torch.Tensor:
-    """Return the weighted sum of the values of all devices, without copying the weights to a device."""
+    """Return the weighted sum of `values`, one per device, without copying the weights to a device."""
     return sum(weight * value for weight, value in zip(weights, values.reshape(-1), strict=True))
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
-    """Seed the random numbers of a step (dropout), so that a resumed run draws the same numbers.
+    """Seed the random number generators for a step, so that dropout is the same in a resumed run.
 
-    Every GPU has its own seed. CPU replicas of one rank share a generator, so their numbers depend on thread timing.
+    Every GPU gets its own seed. CPU replicas of one rank share a generator, so their dropout depends on thread timing.
     """
     first = len(world.devices) * world.rank
     for position, device in enumerate(world.devices, first):
@@ -163,10 +164,10 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 @contextmanager
 def deterministic_algorithms(enabled: bool) -> Iterator[None]:
-    """Context in which operations have bit-identical results on the same hardware.
+    """Context in which repeated operations have bit-identical results on the same hardware.
 
     Raises:
-        NondeterministicError: an operation has no deterministic implementation on its device.
+        NondeterministicError: an operation has no deterministic implementation on the device.
     """
     if not enabled:
         yield

@@ -1,4 +1,4 @@
-"""The trainer: owns the model, the optimizer and the counters of a training run, and contains the training loop."""
+"""The trainer, which runs the training loop and holds the model, the optimizer and the counters of a run."""
 
 import faulthandler
 import logging
@@ -44,15 +44,15 @@ from .train_step import (
 
 logger = logging.getLogger(__name__)
 
-MAX_OVERFLOWS = 25  # fp16 steps skipped in a row; each one halves the loss scale
+MAX_OVERFLOWS = 25  # the run stops after this many skipped fp16 steps in a row; each step halves the loss scale
 
 
 class TrainingStopped(UserError, RuntimeError):
-    """Training cannot continue; the message names the step, the images and the last checkpoint."""
+    """Training cannot continue. The message names the step and the saved checkpoints."""
 
 
 class Trainer:
-    """Trains a network, validates it and saves checkpoints. Every rank has a trainer; rank 0 writes the files.
+    """Trains a network, validates it and saves checkpoints. Every rank has a trainer; rank 0 saves the checkpoints.
 
     Args:
         module: `SegmentationModule` on the first device of `world`.
@@ -62,7 +62,7 @@ class Trainer:
         world: ranks and devices, see `distributed.join`. By default this process trains on the CPU.
 
     Attributes:
-        step: number of training steps done.
+        step: number of completed training steps.
         history: training and validation curves, see `checkpoint.new_history`.
         best_iou: best validation mean IoU so far, -1 before the first validation.
         skipped: dict whose keys are messages about unusable images (DATASET.on_error skip).
@@ -79,8 +79,8 @@ class Trainer:
         self.module, self.optimizer, self.folder, self.options = module, optimizer, folder, options
         self.world = world or World()
         self.device = self.world.devices[0]
-        self.model = module  # the module wrapped for data parallel training, see `parallelize`
-        # Also used without fp16, with scale 1: it skips the update if a gradient is not finite, without synchronizing.
+        self.model = module  # `fit` replaces this with the result of `parallelize`
+        # Without fp16, the scale stays 1. The scaler skips updates with nonfinite gradients, without synchronizing.
         fp16 = options.amp == "fp16"
         constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
@@ -88,7 +88,7 @@ class Trainer:
         self.metrics, self.timer = RunningMetrics(self.device), StepTimer()
         self.overflows, self.overflows_in_a_row = 0, 0
         self.labelled_pixels, self.classes_seen = 0.0, set()
-        self.image_names: dict[int, list[Sequence[str]]] = {}  # step -> names per batch, since the last log line
+        self.image_names: dict[int, list[Sequence[str]]] = {}  # step -> image names of every batch
         self.skipped: dict[str, None] = {}
         self.signals = StopSignals()
         self.resumed_in_place = False
@@ -97,7 +97,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """Number of complete epochs."""
+        """Number of completed epochs."""
         return self.step // self.options.epoch_iters
 
     def fit(
@@ -111,11 +111,11 @@ class Trainer:
     ) -> None:
         """Train until the last epoch and save a checkpoint after every epoch.
 
-        SIGINT or SIGTERM on any rank stops all ranks after the same step and saves a checkpoint. All other failures
-        raise a `UserError` that names the image, checkpoint, step, worker or rank.
+        After SIGINT or SIGTERM on any rank, all ranks stop after the same step, and rank 0 saves a checkpoint. Other
+        failures raise a `UserError` that names the image, checkpoint, step, worker or rank that failed.
 
         Args:
-            dataset: training batches; element i is one batch of one device.
+            dataset: training batches; every element is a batch for one device.
             val_dataset: validation set, evaluated every `eval_epoch` epochs and sharded over the ranks.
             resume: 'auto', 'off', 'restart' or the path of a checkpoint, see `RunFolder.find_resume`.
             inference: inference options for validation.
@@ -158,14 +158,14 @@ class Trainer:
         self.finish()
 
     def train_step(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
-        """Update the weights once. Every labelled pixel of all devices and ranks has the same weight in the gradient.
+        """Update the weights once, with the gradient of the mean loss over all devices and ranks.
 
-        If the loss or a gradient is not finite, the update is skipped on the device; `log` and `save` report it.
+        If the loss or a gradient is not finite, the update is skipped. `check_loss` later reports a nonfinite loss.
 
         Args:
-            micro_batches: a list per micro-batch (gradient accumulation) with one batch dict per device: `img_data`
-                (N, 3, H, W) and `seg_label` (N, h, w) on that device.
-            weights: loss and accuracy weights of the batches.
+            micro_batches: for every micro-batch (gradient accumulation), a list with one dict per device, which
+                contains `img_data` (N, 3, H, W) and `seg_label` (N, h, w) on this device.
+            weights: weights of the losses and accuracies of these batches.
         """
         options, size = self.options, self.world.size
         fp16 = options.amp == "fp16"
@@ -174,14 +174,14 @@ class Trainer:
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
             last = i == len(micro_batches) - 1
-            with nullcontext() if last or size == 1 else self.model.no_sync():  # gradients are summed over ranks once
+            with nullcontext() if last or size == 1 else self.model.no_sync():  # exchange gradients once per step
                 with torch.autocast(self.device.type, AMP_DTYPES.get(options.amp), enabled=options.amp != "off"):
                     loss, accuracy = self.model(batches if len(batches) > 1 else batches[0])
                 losses.append(loss.detach().reshape(-1))
                 loss = weighted_sum(weights.loss[i], loss.float())
-                # NaN for a loss that is not finite: all gradients become NaN, and the scaler skips the update.
+                # NaN if the loss is not finite; all gradients are then NaN, and the scaler skips the update.
                 finite = 1 + 0 * loss.detach()
-                # DistributedDataParallel averages gradients over the ranks; the sum is `size` times the mean.
+                # DistributedDataParallel averages gradients over the ranks; `size` turns the mean into a sum.
                 self.scaler.scale(loss * finite * size).backward()
             means += torch.stack([loss.detach(), weighted_sum(weights.accuracy[i], accuracy)])
         if options.clip_grad:
@@ -195,7 +195,7 @@ class Trainer:
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
     def _undo_overflow(self, scale: float, buffers: Sequence[torch.Tensor]) -> bool:
-        """With fp16, restore the running statistics if the scaler has skipped the update; return whether it has.
+        """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
@@ -216,7 +216,7 @@ class Trainer:
         return True
 
     def make_loader(self, dataset: TrainDataset) -> torch.utils.data.DataLoader:
-        """Return a loader for the batches of this rank's devices, starting at the current step."""
+        """Return a loader that yields the batches for this rank's devices, starting at the current step."""
         options, world, count = self.options, self.world, len(self.world.devices)
         rounds = range(self.step * options.accumulate, options.total_steps * options.accumulate)
         loader = make_loader(
@@ -232,7 +232,7 @@ class Trainer:
         return loader
 
     def to_devices(self, batches: Sequence[dict]) -> list[dict]:
-        """Copy one batch to each device and normalize its images."""
+        """Copy one batch to each device and normalize the images there."""
         order = torch.channels_last if self.options.channels_last else torch.contiguous_format
         moved = []
         for batch, device in zip(batches, self.world.devices, strict=True):
@@ -241,7 +241,7 @@ class Trainer:
         return moved
 
     def note_batches(self, micro_batches: Sequence[Sequence[dict]], weights: LossWeights) -> None:
-        """Record the batch statistics of a step for the next log line."""
+        """Record image names, skipped images, labelled pixels and classes of a step for the next log line."""
         batches = list(chain.from_iterable(micro_batches))
         self.image_names[self.step + 1] = [batch.get("info", ()) for batch in batches]
         self.report_skipped(chain.from_iterable(batch.get("skipped", ()) for batch in batches))
@@ -257,14 +257,14 @@ class Trainer:
             faulthandler.dump_traceback_later(0.9 * self.world.timeout, file=sys.__stderr__)
 
     def report_skipped(self, messages: Iterable[str]) -> None:
-        """Log each message about an unusable image once, and keep it for the end of the run."""
+        """Log each message about an unusable image once, and store it for `finish`."""
         for message in messages:
             if message not in self.skipped:
                 logger.warning("skipped: %s", message)
                 self.skipped[message] = None
 
     def start(self, resume: str) -> None:
-        """Prepare the folder and, depending on `resume`, restore the run in it; see `fit`."""
+        """Prepare the folder and restore the checkpoint that is selected by `resume`, if any; see `fit`."""
         options, folder = self.options, self.folder
         path = folder.find_resume(resume, options.start_epoch)
         if self.world.is_main:
@@ -275,7 +275,7 @@ class Trainer:
             self.best_iou = max(self.history["val"]["mean_iou"], default=self.best_iou)
             self.step = options.start_epoch * options.epoch_iters
             logger.info(
-                "resuming after epoch %d: loaded weights and history, created a new optimizer", options.start_epoch
+                "resuming after epoch %d with saved weights and history and a new optimizer", options.start_epoch
             )
         elif path:
             restore_trainer(self, read_resume(path))
@@ -283,7 +283,7 @@ class Trainer:
             folder.check_epoch_length(self.step, options.epoch_iters)
             logger.info("resuming %s at step %d of %d", path, self.step, options.total_steps)
             if self.step >= options.total_steps:
-                logger.info("the run in %s is complete: nothing to train", folder.folder)
+                logger.info("the run in %s is complete, so there is nothing to train", folder.folder)
         elif resume == "restart" and self.world.is_main:
             folder.remove_run()
         starts = self.world.gather((str(folder.folder.absolute()), self.step), "comparing the first step")
@@ -294,7 +294,7 @@ class Trainer:
             )
 
     def check_loss(self) -> None:
-        """Raise `TrainingStopped` on all ranks if a loss since the last check was not finite; synchronizes."""
+        """Wait for the device; raise `TrainingStopped` on all ranks if a loss since the last call was not finite."""
         step, losses = self.metrics.nonfinite()
         names = self.image_names.get(step, ())
         own = [(loss, batch) for loss, batch in zip(losses, names, strict=False) if not abs(loss) < float("inf")]
@@ -302,13 +302,13 @@ class Trainer:
         if step < 0:
             return
         found = list(chain.from_iterable(self.world.gather(own, "naming the batch")))
-        loss = found[0][0] if found else float("inf")  # only the sum of the losses is infinite
+        loss = found[0][0] if found else float("inf")  # all losses are finite, but their sum is not
         images = ", ".join(name for _, batch in found for name in batch) or "(unknown)"
         epoch, iteration = divmod(step - 1, self.options.epoch_iters)
         raise TrainingStopped(
-            f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): the loss is {loss} for the batch {images}; "
-            f"{self.folder.describe_saved()}. Nothing was saved after this step. Try a smaller learning rate, "
-            f"TRAIN.warmup_iters or TRAIN.clip_grad"
+            f"step {step} (epoch {epoch + 1}, iteration {iteration + 1}): the loss is {loss} for the images {images}; "
+            f"{self.folder.describe_saved()}. Nothing was saved after this step. Set a smaller learning "
+            f"rate, or set TRAIN.warmup_iters or TRAIN.clip_grad"
         )
 
     def log(self) -> None:
@@ -319,7 +319,7 @@ class Trainer:
             logger.info("step %d: all steps since the last log line overflowed in fp16 and were skipped", self.step)
             return
         if not self.labelled_pixels:
-            logger.warning("step %d: no pixel is labelled since the last log line, so nothing is learned", self.step)
+            logger.warning("step %d: no labelled pixel since the last log line, so the model learns nothing", self.step)
         if len(self.classes_seen) == 1 and not self.history["train"]["epoch"]:
             logger.warning(ONE_CLASS_WARNING.format(f"number {min(self.classes_seen)} so far"))
         epoch, iters = (self.step - 1) // self.options.epoch_iters, self.options.epoch_iters
@@ -347,7 +347,7 @@ class Trainer:
             self.run_logger.log_step(self.step, {"loss": loss, "accuracy": accuracy, **rates})
 
     def save(self) -> None:
-        """Save the checkpoint to resume from, after `check_loss`."""
+        """Call `check_loss`, then save the checkpoint to resume from."""
         self.check_loss()
         if self.world.is_main:
             save_atomic(trainer_state(self), self.folder.resume)
@@ -355,7 +355,7 @@ class Trainer:
     def end_epoch(self) -> None:
         """Save checkpoint, weights and history of an epoch, and validate every `eval_epoch` epochs.
 
-        If the run is killed during this function, the resumed run calls it again.
+        If the run is killed during this function, the resumed run calls this function again.
         """
         self.save()
         self._save_weights(f"epoch_{self.epoch}.pth")
@@ -369,7 +369,7 @@ class Trainer:
             self.run_logger.log_epoch(self.epoch, self.history, evaluation)
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation set, sharded over the ranks; extend the history and save the best weights."""
+        """Evaluate on the validation set, sharded over the ranks; extend the history and update the best weights."""
         broadcast_buffers(self.module, self.world)
 
         def on_result(item, prediction):
@@ -410,13 +410,13 @@ class Trainer:
             self.folder.save_weights(self.module, suffix)
 
     def stop(self) -> None:
-        """Raise `KeyboardInterrupt` on all ranks because one has received a signal."""
+        """Wait until rank 0 has saved, then raise `KeyboardInterrupt` on all ranks because one received a signal."""
         self.world.gather(None, "waiting for rank 0 to save")
         self.signals.raise_received()
         raise KeyboardInterrupt  # the signal was sent to another rank
 
     def finish(self) -> None:
-        """Wait until rank 0 has saved its files, and log the images that were skipped."""
+        """Wait until rank 0 has saved its files, then log the images that any rank has skipped."""
         faulthandler.cancel_dump_traceback_later()
         for messages in self.world.gather(list(self.skipped), "waiting for rank 0 to save"):
             self.skipped |= dict.fromkeys(messages)

@@ -1,4 +1,4 @@
-"""Inference, metrics and evaluation."""
+"""Inference, metrics, and evaluation on a validation set."""
 
 from .evaluator import evaluate
 from .inference import InferenceOptions, Predictor

@@ -1,4 +1,4 @@
-"""Evaluation of a network on a validation set, for eval.py and for validation during training."""
+"""Evaluate a network on a validation set, in eval.py or during training."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +21,13 @@ from .metrics import SegmentationMetric, Summary
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """Image loading options.
+    """Options for loading images.
 
     Attributes:
-        batch_size: images that a worker loads at a time.
+        batch_size: number of images that a worker loads and sends together.
         workers: maximum number of worker processes, also limited by the number of cores; 0 loads in this process.
         timeout: seconds to wait for a worker, 0 for no limit.
-        local_size: number of ranks or processes on this machine, which share its cores.
+        local_size: number of ranks or processes that share the cores of this machine.
     """
 
     batch_size: int = 1
@@ -41,10 +41,10 @@ class ImageScore:
     """Metrics of one image.
 
     Attributes:
-        name: path of the image in the list.
+        name: path of the image, as in the list.
         mean_iou: mean IoU over the classes in the label, 0..1.
         accuracy: pixel accuracy, 0..1.
-        labelled: False if no pixel is labelled; the metrics are then 0.
+        labelled: whether any pixel is labelled; otherwise, the metrics are 0.
     """
 
     name: str
@@ -55,14 +55,14 @@ class ImageScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Result of an evaluation of a validation set or of one shard of it.
+    """Result for a validation set, or for one shard of a validation set.
 
     Attributes:
-        metric: pixel counts.
+        metric: confusion matrix of all evaluated images.
         images: number of evaluated images.
-        seconds: duration.
-        table: class names.
-        scores: metrics per image.
+        seconds: duration of the evaluation.
+        table: class table with the class names.
+        scores: metrics of every image.
         skipped: messages about unusable images (DATASET.on_error skip).
     """
 
@@ -75,12 +75,12 @@ class Evaluation:
 
     @cached_property
     def summary(self) -> Summary:
-        """Metrics over all images."""
+        """Metrics over the pixels of all images."""
         return self.metric.summary()
 
     @classmethod
     def merge(cls, shards: Sequence["Evaluation"]) -> "Evaluation":
-        """Merge shards that were evaluated at the same time.
+        """Merge the results of shards that were evaluated in parallel.
 
         Raises:
             ImageFileError: every image is unusable.
@@ -99,16 +99,16 @@ class Evaluation:
         """Reason why the metrics are meaningless, or ''."""
         present = np.flatnonzero(self.summary.present)
         if not len(present):
-            return "no pixel is labelled, so the metrics are meaningless."
+            return "no pixel is labelled, so the metrics are meaningless; check the label files."
         return ONE_CLASS_WARNING.format(self.table.names[present[0]]) if len(present) == 1 else ""
 
     @property
     def images_per_second(self) -> float:
-        """Images per second, including loading and metrics."""
+        """Number of evaluated images per second; the time includes loading and metrics."""
         return self.images / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict:
-        """Return plain values for a JSON file; metrics are in 0..1."""
+        """Return a dict for a JSON file; metrics are in 0..1."""
         s = self.summary
         return {
             "mean_iou": s.mean_iou,
@@ -128,7 +128,7 @@ class Evaluation:
         }
 
     def report(self) -> str:
-        """Return the metrics as text, IoU per class first."""
+        """Return the metrics as text that starts with the IoU of every class."""
         s, names = self.summary, self.table.labels
         width = max(map(len, names))
         lines = [
@@ -154,14 +154,14 @@ class Evaluation:
 
 
 def read_items(dataset, device: torch.device | str, loading: LoadOptions | None = None) -> Iterator[dict]:
-    """Yield the items of a dataset in order, loaded ahead by workers.
+    """Yield the items of a dataset in order; workers load the next items in advance.
 
-    Use it in `loader.worker_errors`, which converts errors of workers.
+    Call this function in the context `loader.worker_errors`, which converts errors of workers.
 
     Args:
-        dataset: `ValDataset` or `TestDataset`, whose images are normalized on the device; or another dataset of items.
-        device: device of the images.
-        loading: image loading options.
+        dataset: `ValDataset` or `TestDataset`, whose images are normalized on the device; other items are not changed.
+        device: device to which images are copied.
+        loading: options for loading images.
     """
     loading = loading or LoadOptions()
     loader = make_loader(
@@ -192,11 +192,11 @@ def evaluate(
     The network gets one image at a time, because the batch size affects the rounding of results.
 
     Args:
-        predictor: the network.
-        dataset: images and labels.
-        loading: image loading options.
+        predictor: network prepared for inference.
+        dataset: validation set with images and labels.
+        loading: options for loading images.
         progress: show a progress bar on a terminal.
-        on_result: called with every item and its label map (H, W), or None for a skipped image.
+        on_result: called with every item and the predicted label map (H, W), which is None for a skipped image.
 
     Raises:
         ImageFileError, ListError: an image or label is unusable and the dataset does not skip it.

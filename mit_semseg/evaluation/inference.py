@@ -1,4 +1,4 @@
-"""Inference: prepare a network, apply it at several scales and flips, return label maps."""
+"""Prepare a network for inference and compute label maps from several scales and flips of an image."""
 
 import copy
 import logging
@@ -21,19 +21,19 @@ from .sliding_window import sliding_window_strips
 logger = logging.getLogger(__name__)
 
 PRECISIONS = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86 and 64-bit Arm processors in /proc/cpuinfo
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # flags of x86 and 64-bit Arm processors in /proc/cpuinfo
 
 
 @dataclass(frozen=True)
 class InferenceOptions:
-    """Inference options.
+    """Options for inference.
 
     Attributes:
-        flip: average with the horizontally flipped image.
-        window_size: (height, width) of the sliding window; None for the whole image.
-        window_overlap: minimum overlap of neighboring windows as a fraction of the window, 0 to below 1.
-        precision: a key of `PRECISIONS`. `fp32` disables TF32, which `auto` leaves enabled in convolutions on NVIDIA
-            GPUs, as PyTorch does.
+        flip: average the probabilities of the image and of the horizontally flipped image.
+        window_size: (height, width) of the sliding window; None uses the whole image.
+        window_overlap: minimum overlap of neighboring windows as a fraction of the window size, at least 0 and below 1.
+        precision: a key of `PRECISIONS`. `auto` is float32 with PyTorch's setting for TF32 convolutions on NVIDIA GPUs.
+            `fp32` is float32 without TF32.
         compile: compile the encoder with `torch.compile`, once per image size.
     """
 
@@ -48,10 +48,10 @@ class Predictor:
     """A network prepared for inference on a device.
 
     Args:
-        model: a `SegmentationModule` on the device, of which a copy is prepared (see `prepare`); or another object with
-            its method `logits` and attribute `align_corners`, which is used unchanged.
+        model: a `SegmentationModule` on the device, which is copied and prepared (see `prepare`); or another object
+            with the method `logits` and the attribute `align_corners`, which is used unchanged.
         device: device of the model.
-        options: inference options.
+        options: options for inference.
     """
 
     def __init__(self, model, device: torch.device | str = "cpu", options: InferenceOptions | None = None):
@@ -62,8 +62,8 @@ class Predictor:
         """Return the class with the largest probability at every pixel.
 
         Args:
-            item: element of a `ValDataset` or `TestDataset`: `img_ori` (H, W, 3), and `img_data`, a list of normalized
-                images (1, 3, h, w), one per scale.
+            item: element of a `ValDataset` or `TestDataset`. `img_ori` is the image (H, W, 3); `img_data` is a list of
+                normalized images (1, 3, h, w), one per scale.
 
         Returns:
             (H, W) int64 class indices.
@@ -74,8 +74,8 @@ class Predictor:
         return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in self._strips(item["img_data"], size)])
 
     def label_maps(self, items: Sequence[dict]) -> Iterator[np.ndarray]:
-        """Yield the label map of every item. On a GPU, consecutive images of equal size form a batch; a batch may be
-        rounded differently than single images."""
+        """Yield the label map of every item. On a GPU, consecutive images of equal size form a batch, so rounding may
+        differ from `label_map`."""
         if self.device.type != "cuda" or self.options.window_size is not None:
             yield from map(self.label_map, items)
             return
@@ -97,7 +97,7 @@ class Predictor:
             count: number of classes.
 
         Returns:
-            Class indices (count, H, W) int64 and probabilities (count, H, W) float32, largest first.
+            Class indices (count, H, W) int64 and probabilities (count, H, W) float32, by descending probability.
         """
         best = [strip.topk(count, dim=0) for strip in self._strips(item["img_data"], tuple(item["img_ori"].shape[:2]))]
         return (
@@ -106,7 +106,7 @@ class Predictor:
         )
 
     def logits(self, item: dict) -> list[Tensor]:
-        """Return logits (C, h, w), float32 or float64, one per scale and flip; see `label_map`."""
+        """Return one tensor of logits (C, h, w), float32 or float64, per scale and flip; `item`: see `label_map`."""
         return [x[0] for x in self._logits(item["img_data"])]
 
     @torch.inference_mode()
@@ -124,7 +124,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _logits(self, scales: Sequence[Tensor]) -> list[Tensor]:
-        """Return logits (N, C, h, w), float32 or float64, one per scale and flip."""
+        """Return one tensor of logits (N, C, h, w), float32 or float64, per scale and flip."""
         logits = []
         with self._arithmetic():
             for x in (scale.to(self.device, non_blocking=True) for scale in scales):
@@ -135,7 +135,7 @@ class Predictor:
 
     @torch.inference_mode()
     def _strips(self, scales: Sequence[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        """Yield class probabilities (C, n, width) from top to bottom."""
+        """Yield strips (C, n, width) of class probabilities, from top to bottom."""
         align_corners = self.network.align_corners
         if self.options.window_size is None:
             yield from probability_strips([x[0] for x in self._logits(scales)], size, align_corners=align_corners)
@@ -155,13 +155,13 @@ class Predictor:
 
 
 def prepare(module: nn.Module, device: torch.device | str, options: InferenceOptions) -> nn.Module:
-    """Return a copy of a network for inference: batch norms fused, then converted to the precision and compiled.
+    """Return a copy of a network with fused batch norms, with the precision and the compilation set in `options`.
 
     Args:
         module: a `SegmentationModule` on the device.
 
     Raises:
-        UserError: fp16 on a CPU, or bf16 on a GPU that does not support it.
+        UserError: the precision is fp16 on a CPU, or bf16 on a GPU that does not support bfloat16.
     """
     kind, precision = torch.device(device).type, options.precision
     if precision == "fp16" and kind == "cpu":
@@ -176,10 +176,10 @@ def prepare(module: nn.Module, device: torch.device | str, options: InferenceOpt
         )
     network = fuse_batchnorm(module)
     if PRECISIONS[precision] != torch.float32:
-        logger.info("inference in %s; the classes of some pixels may differ from those in float32", precision)
+        logger.info("inference in %s; some pixels may get another class than in float32", precision)
         _convert_to_16_bit(network, PRECISIONS[precision])
     if options.compile:
-        network.encoder.compile()  # not the decoder: it takes little time and caches matrices per image size
+        network.encoder.compile()  # the decoder is not compiled, because it is fast and caches matrices per image size
     return network
 
 
@@ -197,8 +197,8 @@ class _Float32Layer(nn.Module):
 def _convert_to_16_bit(network: nn.Module, dtype: torch.dtype) -> None:
     """Convert a network to a 16-bit type, except the first convolution and the classifier.
 
-    In 16 bits, the first convolution would round the colors of the image, and the classifier would return equal logits
-    for classes with similar logits.
+    In 16 bits, the input of the first convolution would be rounded to fewer colors, and the classifier would often
+    return equal logits for two classes.
     """
 
     def convolutions(module: nn.Module) -> list[str]:
@@ -224,7 +224,7 @@ def lacks_bfloat16(device: torch.device | str) -> bool:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Return whether the processor has bfloat16 instructions (read from /proc/cpuinfo; True on Apple silicon)."""
+    """Return whether the processor has bfloat16 instructions according to /proc/cpuinfo; True on Apple silicon."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return platform.machine() == "arm64"
@@ -234,7 +234,7 @@ def cpu_has_bfloat16() -> bool:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """Disable TF32 in cuDNN convolutions within the context. PyTorch 2.9 renamed the option."""
+    """Context that disables TF32 in cuDNN convolutions. The setting has another name from PyTorch 2.9 on."""
     cudnn = torch.backends.cudnn
     new, old = ("fp32_precision", "ieee"), ("allow_tf32", False)
     switch, (name, strict) = (cudnn.conv, new) if hasattr(cudnn, "conv") else (cudnn, old)

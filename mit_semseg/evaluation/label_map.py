@@ -1,8 +1,8 @@
 """Label maps from logits, without storing all class probabilities at image resolution.
 
 A direct implementation resizes all logits to the image, applies softmax, averages over scales and takes the argmax.
-With 150 classes this needs 600 bytes per pixel for each scale. Here only a few rows are at image resolution at a time.
-The label maps are equal, except where two classes have equal probabilities up to rounding.
+With 150 classes, this needs 600 bytes per pixel for each scale. This module resizes only a few rows at a time. Its
+label maps may differ only at pixels where two classes have equal probabilities up to rounding.
 """
 
 import logging
@@ -24,25 +24,25 @@ from ..lib.utils import first_sentence
 logger = logging.getLogger(__name__)
 _opencv_lock = threading.Lock()
 
-STRIP_ELEMENTS = 2**21  # probabilities per strip on a CPU, see `probability_strips`
-SAFE_RANGE = 100.0  # largest range of logits without underflow, see `_ResizedLogits`
+STRIP_ELEMENTS = 2**21  # maximum number of probabilities per strip on a CPU, see `probability_strips`
+SAFE_RANGE = 100.0  # maximum difference of logits for which softmax cannot divide by zero, see `_ResizedLogits`
 
 
 def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Return the class with the largest mean probability at every pixel.
 
     Args:
-        logits: (C, h, w) floating point, one per scale and flip, on one device; h and w may differ.
+        logits: floating point tensors (C, h, w), one per scale and flip, on one device; h and w may differ per scale.
         size: (height, width) of the image.
-        align_corners: of `F.interpolate`, for resizing the logits.
+        align_corners: argument of `F.interpolate` for resizing the logits.
 
     Returns:
-        (height, width) int64 on the device of the logits; the smallest class index for equal probabilities.
+        (height, width) int64 on the device of the logits. If probabilities are equal, the smallest class index is used.
     """
     logits = [x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
     device = logits[0].device
     if device.type == "cpu":
-        with _single_opencv_thread():  # every thread of the pool calls OpenCV
+        with _single_opencv_thread():  # `_label_map_cpu` calls OpenCV in several threads
             return torch.from_numpy(_label_map_cpu([x.float().numpy() for x in logits], size, align_corners))
     if device.type == "cuda" and (kernel := _triton_kernel(device)):
         neighbors = [
@@ -55,14 +55,14 @@ def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, al
 
 @cache
 def _triton_kernel(device: torch.device) -> Callable | None:
-    """Return the Triton kernel, or None if Triton is not installed or cannot compile it (no C compiler, old GPU)."""
+    """Return the Triton kernel, or None if Triton is missing or cannot compile the kernel (no C compiler, old GPU)."""
     try:
         from .label_map_triton import label_map_triton
 
         label_map_triton([torch.zeros(2, 1, 1, device=device)], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # Triton, the C compiler and the driver raise many types
+    except Exception as error:  # Triton, the C compiler and the driver raise many types of errors
         reason = f"{type(error).__name__}: {first_sentence(error)}"
         logger.warning("label maps are computed without Triton, by a slower implementation (%s)", reason)
         return None
@@ -71,7 +71,7 @@ def _triton_kernel(device: torch.device) -> Callable | None:
 
 @contextmanager
 def _single_opencv_thread() -> Iterator[None]:
-    """Context in which OpenCV uses one thread. The setting is global, so a lock admits one caller at a time."""
+    """Context in which OpenCV uses one thread. The setting is global, so a lock excludes other callers."""
     with _opencv_lock:
         before = cv2.getNumThreads()
         cv2.setNumThreads(1)
@@ -82,7 +82,7 @@ def _single_opencv_thread() -> Iterator[None]:
 
 
 def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
-    """Return the label map (H, W) int64; every thread computes a band of rows."""
+    """Return the label map (H, W) int64; several threads compute one band of rows each."""
     views, labels = [_ResizedLogits(x, size, align_corners) for x in logits], np.empty(size, np.int64)
     threads = min(torch.get_num_threads(), size[0])
     bands = pairwise(size[0] * i // threads for i in range(threads + 1))
@@ -92,21 +92,21 @@ def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_co
 
 
 def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels: np.ndarray) -> None:
-    """Compute the rows from `start` to `stop` one at a time, so that the data of a row stay in the CPU caches.
+    """Compute rows `start` to `stop` - 1 of `labels`, row by row to keep the data in the CPU caches.
 
-    OpenCV's functions are several times faster than NumPy's here; its exponential has a relative error of 1.2e-7.
+    The functions of OpenCV are several times faster here than those of NumPy. `cv2.exp` has a relative error of 1.2e-7.
     """
     shape = views[0].classes, labels.shape[1]
     total, scores = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rows: list[dict[int, np.ndarray]] = [{} for _ in views]
     last = shape[0] - 1
-    # `from_end` is largest for the first of several equal classes. This is much faster than `argmax`.
+    # `from_end` is largest for the first of several classes with equal scores; a maximum is much faster than `argmax`.
     from_end = np.arange(last, -1, -1, dtype=np.min_scalar_type(last))[:, None]
     for number in range(start, stop):
         for i, (view, cached) in enumerate(zip(views, rows, strict=True)):
             out = scores if i else total
             view.write_row(number, out, cached)
-            if len(views) > 1:  # softmax does not change the order of the classes of a single view
+            if len(views) > 1:  # softmax would not change the argmax of a single view
                 if not view.safe:
                     np.subtract(out, cv2.reduce(out, 0, cv2.REDUCE_MAX), out=out)
                 cv2.exp(out, dst=out)
@@ -117,16 +117,16 @@ def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels
 
 
 class _ResizedLogits:
-    """Logits (C, h, w) minus their maximum over the classes, resized to the image (H, W) row by row.
+    """Logits (C, h, w) of a view (a scale, flipped or not) minus their maximum, resized row by row to (H, W).
 
     Attributes:
-        safe: whether at least one exponential per pixel does not underflow. The maximum at every source position is 0,
-            and a pixel is the weighted mean of four positions, one of which has a weight of at least 1/4. If no logit
-            is below -100, the maximum of a pixel is therefore at least -75, and exp(-75) is a normal float32.
+        safe: whether softmax cannot divide by zero. The largest logit at every source position is 0. A pixel is the
+            weighted mean of four positions, and the largest weight is at least 1/4. If no logit is below -100, the
+            largest logit of a pixel is therefore at least -75, and exp(-75) does not underflow in float32.
     """
 
     def __init__(self, logits: np.ndarray, size: tuple[int, int], align_corners: bool):
-        self.logits = logits - logits.max(axis=0)  # resizing is linear, so the order of the classes does not change
+        self.logits = logits - logits.max(axis=0)  # the order of classes does not change, because resizing is linear
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
         self.classes, self.height, width = logits.shape
         low, weight = bilinear_neighbors(self.height, size[0], align_corners)
@@ -136,13 +136,13 @@ class _ResizedLogits:
         self.right_weight = weight.float().numpy()
 
     def write_row(self, number: int, out: np.ndarray, cached: dict[int, np.ndarray]) -> None:
-        """Write row `number` of the resized logits to `out` (C, W); `cached` keeps source rows for the next call."""
+        """Write row `number` of the resized logits to `out` (C, W); `cached` stores source rows for later calls."""
         low, weight = self.low[number], self.weight[number]
         above, below = (self._source_row(min(n, self.height - 1), cached) for n in (low, low + 1))
         cv2.addWeighted(above, 1 - weight, below, weight, 0, dst=out)
 
     def _source_row(self, number: int, cached: dict[int, np.ndarray]) -> np.ndarray:
-        """Return row `number` of the logits, resized to the width of the image: (C, W)."""
+        """Return row `number` of the logits, resized horizontally to (C, W)."""
         if number not in cached:
             for old in [n for n in cached if n < number - 1]:
                 del cached[old]
@@ -158,14 +158,14 @@ class _ResizedLogits:
 def probability_strips(
     logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False, exact: bool = True
 ) -> Iterator[Tensor]:
-    """Yield class probabilities, averaged over scales and flips, from top to bottom.
+    """Yield strips of class probabilities, averaged over scales and flips, from top to bottom.
 
     Args:
         logits, size, align_corners: see `label_map_from_logits`.
-        exact: False omits the softmax for a single scale without flip; the order of the classes is the same.
+        exact: False yields logits instead of probabilities for a single scale without flip; the argmax is the same.
 
     Yields:
-        (C, n, width), together (C, height, width).
+        Tensors (C, n, width) for n rows each, `height` rows in total.
     """
     height, width = size
     elements = STRIP_ELEMENTS if logits[0].device.type == "cpu" else 32 * STRIP_ELEMENTS
@@ -181,7 +181,7 @@ def probability_strips(
 
 
 def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
-    """Return the rows from `top` to `bottom` of `x` (C, h, w) after bilinear resizing to (C, *size)."""
+    """Return rows `top` to `bottom` - 1 of `x` (C, h, w) after bilinear resizing to (C, *size)."""
     low, weight = bilinear_neighbors(x.size(1), size[0], align_corners)
     low, weight = low[top:bottom].to(x.device), weight[top:bottom].to(x).view(-1, 1)
     rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], weight)
@@ -191,10 +191,10 @@ def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_c
 
 
 def bilinear_neighbors(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the lower neighbor and the weight of the upper neighbor for every position of a bilinear resize.
+    """For every resized position, return the lower source neighbor and the weight of the upper source neighbor.
 
     Args:
-        source, target: lengths before and after resizing.
+        source, target: lengths before and after resizing, in pixels.
 
     Returns:
         Lower neighbors (target,) int64 and weights (target,) float64.

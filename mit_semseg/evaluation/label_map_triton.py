@@ -1,7 +1,7 @@
-"""Label map from logits in one Triton kernel: resize, softmax, mean over the views, argmax.
+"""Compute a label map in one Triton kernel: resize logits, apply softmax, average over views, take the argmax.
 
-A view is one scale, flipped or not. Every program computes some pixels of a row and loops over blocks of classes. With
-several views it loops twice: first for the softmax denominators, then for the mean probabilities.
+A view is one scale, flipped or not. Every Triton program computes `PIXELS` pixels of a row in a loop over blocks of
+classes. With several views, an additional first loop computes the softmax denominators.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ CLASSES, PIXELS = 16, 64  # block size of a Triton program; a block of this size
 
 @triton.jit
 def _neighbors(sides, lows, weights, view, positions, count):
-    """Return lower neighbors, upper neighbors and weights of the upper neighbors for output positions in a view."""
+    """Return lower neighbors, upper neighbors and weights of upper neighbors in a view for output positions."""
     low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
     weight = tl.load(weights + view * count + positions, mask=positions < count, other=0.0)
     return low, tl.minimum(low + 1, tl.load(sides + view) - 1), weight
@@ -28,7 +28,7 @@ def _neighbors(sides, lows, weights, view, positions, count):
 def _resized(
     logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
 ):  # fmt: skip
-    """Return the resized logits (classes, pixels) of a block; -inf for class indices from C on."""
+    """Return the resized logits (classes, pixels) of a block; -inf for class indices >= C."""
     above, below, weight_y = _neighbors(heights, lows_y, weights_y, view, y, H)
     left, right, weight_x = _neighbors(widths, lows_x, weights_x, view, xs, W)
     width, inside = tl.load(widths + view), (classes < C)[:, None]
@@ -49,7 +49,7 @@ def _kernel(
     y = tl.program_id(0)
     xs = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     slots = tl.arange(0, SLOTS)[:, None]
-    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # log of the softmax denominator of every view
+    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # logarithm of softmax denominators, one row per view
     if VIEWS > 1:
         for view in range(VIEWS):
             largest = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
@@ -90,15 +90,15 @@ def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], neighbors:
     """Return the class with the largest mean probability at every pixel, see `label_map.label_map_from_logits`.
 
     Args:
-        logits: (C, h, w) float32 per view, on one GPU.
+        logits: float32 tensors (C, h, w), one per view, all on one GPU.
         size: (height, width) of the image.
-        neighbors: per view, `bilinear_neighbors` of rows and columns.
+        neighbors: for every view, the results of `bilinear_neighbors` for rows and for columns.
 
     Returns:
         (height, width) int64.
     """
     (height, width), device = size, logits[0].device
-    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # classes innermost
+    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # the class index varies fastest
     starts = torch.tensor([0, *accumulate(x.numel() for x in logits)])[:-1].to(device)
     sides = torch.tensor([x.shape[1:] for x in logits], dtype=torch.int32).T.contiguous().to(device)
     lows, weights = (
@@ -107,7 +107,7 @@ def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], neighbors:
     )
     labels = torch.empty(size, dtype=torch.int64, device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _kernel[(height, triton.cdiv(width, PIXELS))](  # the second grid dimension is limited to 65,535
+        _kernel[(height, triton.cdiv(width, PIXELS))](  # rows are first, because the second dimension is at most 65,535
             flat, starts, *sides, lows[0], weights[0], lows[1], weights[1], labels, len(logits[0]), height, width,
             VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES, PIXELS=PIXELS,
         )  # fmt: skip

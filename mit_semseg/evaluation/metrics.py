@@ -1,10 +1,10 @@
-"""Segmentation metrics from pixel counts, which can be summed over images and ranks."""
+"""Segmentation metrics, computed from pixel counts that can be summed over images and ranks."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
-EPS = 1e-10  # added to denominators, as in version 2
+EPS = 1e-10  # added to denominators, as in version 2 of mit_semseg
 
 
 class SegmentationMetric:
@@ -22,10 +22,10 @@ class SegmentationMetric:
             label: (H, W) class indices, negative where ignored.
 
         Raises:
-            ValueError: different shapes, or a class outside 0..num_class - 1.
+            ValueError: the shapes differ, or a class index is outside 0..num_class - 1.
         """
         if prediction.shape != label.shape:
-            raise ValueError(f"prediction {prediction.shape} and label {label.shape} differ in shape")
+            raise ValueError(f"prediction has shape {prediction.shape}, but label has shape {label.shape}")
         if not label.size:
             return
         classes = self.num_class
@@ -33,8 +33,8 @@ class SegmentationMetric:
         if lowest < 0 or highest >= classes:
             name = "prediction" if lowest < 0 or prediction.max() >= classes else "label"
             value = lowest if lowest < 0 else highest
-            raise ValueError(f"{name} contains class {value}, but the classes are 0 to {classes - 1}")
-        # Count pairs (label + 1, prediction); the first row counts ignored pixels.
+            raise ValueError(f"{name} contains class index {value}, but num_class {classes} allows 0 to {classes - 1}")
+        # Count the pairs (label + 1, prediction). Row 0 counts ignored pixels.
         pairs = np.maximum(label, -1, dtype=np.int64)
         pairs += 1
         pairs *= classes
@@ -43,13 +43,13 @@ class SegmentationMetric:
         self.confusion += counts.reshape(classes + 1, classes)[1:]
 
     def merge(self, other: "SegmentationMetric") -> None:
-        """Add the counts of another metric of the same classes."""
+        """Add the counts of another metric, which must have the same number of classes."""
         if other.num_class != self.num_class:
-            raise ValueError(f"cannot merge counts of {other.num_class} and {self.num_class} classes")
+            raise ValueError(f"cannot merge metrics with {other.num_class} and with {self.num_class} classes")
         self.confusion += other.confusion
 
     def summary(self) -> "Summary":
-        """Return the metrics of all pixels counted so far."""
+        """Return the metrics over all images added so far."""
         hits = np.diag(self.confusion)
         labelled, predicted = self.confusion.sum(1), self.confusion.sum(0)
         union = labelled + predicted - hits
@@ -68,10 +68,10 @@ class SegmentationMetric:
 
 @dataclass(frozen=True)
 class Summary:
-    """Metrics in 0..1.
+    """Metrics, all in 0..1 except `pixels`.
 
     Attributes:
-        iou: (num_class,) intersection over union per class, 0 for a class without labelled and predicted pixels.
+        iou: (num_class,) intersection over union per class, 0 for a class in neither labels nor predictions.
         present: (num_class,) whether the labels contain the class.
         mean_iou: mean IoU over all classes; classes that are not in the labels are included with IoU 0.
         mean_iou_present: mean IoU over the classes in the labels.
@@ -130,16 +130,16 @@ def unique(ar, return_index: bool = False, return_inverse: bool = False, return_
 
 
 def accuracy(preds: np.ndarray, label: np.ndarray) -> tuple[float, int]:
-    """Return the fraction of labelled (label >= 0) pixels that are correct, and the number of labelled pixels."""
+    """Return the fraction of correct pixels among labelled pixels (label >= 0), and the number of labelled pixels."""
     valid = label >= 0
     count = valid.sum()
     return float((valid & (preds == label)).sum()) / (count + EPS), count
 
 
 def intersectionAndUnion(imPred: np.ndarray, imLab: np.ndarray, numClass: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of pixels of intersection and union per class, two (numClass,) int64 arrays.
+    """Return the number of pixels in the intersection and in the union of every class, two (numClass,) int64 arrays.
 
-    Unlabelled pixels (negative label) and values from `numClass` on are ignored.
+    Pixels with a negative label, and class indices >= `numClass`, are ignored.
     """
     pred, label = np.asarray(imPred), np.asarray(imLab)
     valid = label >= 0

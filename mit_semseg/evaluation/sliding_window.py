@@ -1,4 +1,4 @@
-"""Sliding window inference: class probabilities from top to bottom, with only a few rows in memory."""
+"""Sliding window inference, which yields class probabilities in strips of rows to limit memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,14 +10,14 @@ from torch import Tensor
 from .label_map import bilinear_neighbors, resize_rows
 
 STRIP_ROWS = 64
-STRIP_ELEMENTS = 2**24  # probabilities per strip: 64 MiB
+STRIP_ELEMENTS = 2**24  # maximum number of probabilities per strip, 64 MiB in float32
 
-# Image region (1, 3, h, w) -> logits (C, h', w'), one entry per flip.
+# Function from an image region (1, 3, h, w) to a list of logits (C, h', w'), one element per flip.
 LogitsOfRegion = Callable[[Tensor], Sequence[Tensor]]
 
 
 class Window(NamedTuple):
-    """Logits (C, h, w) of a sliding window, and its position and size in the image, in pixels."""
+    """Logits (C, h, w) of a sliding window; position and size of the window in pixels of the resized image."""
 
     logits: Tensor
     top: int
@@ -37,18 +37,18 @@ def sliding_window_strips(
 ) -> Iterator[Tensor]:
     """Yield class probabilities of an image, averaged over overlapping windows, flips and scales.
 
-    Probabilities are averaged at the resolution of each scale, then resized (bilinear) to the image.
+    For each scale, averages over windows and flips are computed first, then resized bilinearly to the image size.
 
     Args:
-        logits_of: applies the network to a region of a scale.
-        scales: (1, 3, h, w) normalized images, one per scale.
+        logits_of: function that applies the network to a region of a resized image.
+        scales: normalized images (1, 3, h, w), one per scale.
         size: (height, width) of the image.
-        window: (height, width) of the sliding window; a scale smaller than the window is one window.
-        overlap: minimum overlap of neighboring windows as a fraction of the window, 0 to below 1.
-        align_corners: of `F.interpolate`, for resizing logits to a window.
+        window: (height, width) of the sliding window; each side is limited to the side of the resized image.
+        overlap: minimum overlap of neighboring windows as a fraction of the window size, at least 0 and below 1.
+        align_corners: argument of `F.interpolate` for resizing the logits of a window.
 
     Yields:
-        (C, n, width) from top to bottom, together (C, height, width).
+        Tensors (C, n, width) for n rows each, from top to bottom, `height` rows in total.
     """
     sources = [
         _ResizedStrips(_window_strips(logits_of, x, window, overlap, align_corners), x.shape[-2:], size) for x in scales
@@ -69,7 +69,7 @@ def _strip_rows(classes: int, width: int) -> int:
 def _window_strips(
     logits_of: LogitsOfRegion, x: Tensor, window: tuple[int, int], overlap: float, align_corners: bool
 ) -> Iterator[Tensor]:
-    """Yield class probabilities (C, n, w) of one scale (1, 3, h, w), each strip once all its windows are computed."""
+    """Yield strips (C, n, w) of class probabilities for one scale `x` (1, 3, h, w)."""
     height, width = (min(side, limit) for side, limit in zip(x.shape[-2:], window, strict=True))
     tops, lefts = window_starts(x.size(-2), height, overlap), window_starts(x.size(-1), width, overlap)
     open_windows: list[Window] = []
@@ -84,7 +84,7 @@ def _window_strips(
 
 
 def _mean_rows(windows: Sequence[Window], start: int, stop: int, width: int, align_corners: bool) -> Tensor:
-    """Return the mean class probabilities (C, stop - start, width) of all windows that contain these rows."""
+    """Return rows `start` to `stop` - 1 of the class probabilities (C, stop - start, width), averaged over windows."""
     like = windows[0].logits
     total, count = like.new_zeros(len(like), stop - start, width), like.new_zeros(stop - start, width)
     for window in windows:
@@ -103,7 +103,7 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Return the start positions of windows that cover `length`; the last window ends at `length`.
 
     Args:
-        length: height or width of the image.
+        length: height or width of the resized image.
         window: height or width of a window, at most `length`.
         overlap: see `sliding_window_strips`.
     """
@@ -112,15 +112,15 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 
 
 class _ResizedStrips:
-    """Resizes strips (C, n, w) of probabilities, which arrive from top to bottom, from `source` to `target` size."""
+    """Resizes probabilities from `source` to `target` size, given as strips (C, n, w) from top to bottom."""
 
     def __init__(self, strips: Iterator[Tensor], source: tuple[int, int], target: tuple[int, int]):
         self._strips, self._source, self._target = strips, tuple(source), tuple(target)
-        self._buffer, self._first = next(strips), 0  # source rows from number `_first` on
+        self._buffer, self._first = next(strips), 0  # the buffer starts at source row `_first`
         self.classes = len(self._buffer)
 
     def rows(self, top: int, bottom: int) -> Tensor:
-        """Return rows `top` to `bottom` after resizing, (C, bottom - top, width); call it from top to bottom."""
+        """Return resized rows `top` to `bottom` - 1, (C, bottom - top, width). Call this from top to bottom."""
         low, weight = (values[top:bottom] for values in bilinear_neighbors(self._source[0], self._target[0]))
         high = (low + 1).clamp(max=self._source[0] - 1)
         self._fill(int(low[0]), int(high[-1]))

@@ -10,9 +10,9 @@ def __getattr__(name: str):
         import cv2
     except ImportError as error:
         raise UserError(
-            f"cannot import OpenCV ({error}); run `pip install opencv-python`. If libGL is missing (containers), run "
+            f"cannot import OpenCV ({error}); run `pip install opencv-python`. If libGL is missing in a container, run "
             "`pip uninstall opencv-python` and `pip install opencv-python-headless`"
         ) from None
-    # Copy the names of cv2, so that later accesses do not call this function.
+    # Copy the attributes of cv2, so that later accesses do not call this function.
     globals().update({key: value for key, value in vars(cv2).items() if not key.startswith("__")})
     return getattr(cv2, name)

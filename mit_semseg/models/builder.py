@@ -1,4 +1,4 @@
-"""Encoders and decoders by name, with their weights."""
+"""Build encoders and decoders by name, and load their weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -29,7 +29,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet101dilated": partial(resnet101, output_stride=8),
     "resnext101": resnext101,
     "hrnetv2": HRNetV2,
-    # Version 1.0
+    # Encoders of version 1.0
     "vgg16_dilated8": vgg16,
     "vgg19_dilated8": vgg19,
     "resnet34_v1": partial(resnet34, stem=64),
@@ -38,7 +38,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "resnet50_v1": partial(resnet50, stem=64),
     "resnet50_dilated16": partial(resnet50, stem=64, output_stride=16),
     "resnet50_dilated8": partial(resnet50, stem=64, output_stride=8),
-    # Cityscapes toolbox
+    # Encoder of the Cityscapes toolbox
     "resnet101_cityscapes": partial(resnet101, output_stride=8, full_dilation=True),
 }
 
@@ -49,12 +49,12 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
     "upernet_lite": UPerNetLite,
-    # Cityscapes toolbox: DeepLabV3 and PSPNet
+    # DeepLabV3 and PSPNet of the Cityscapes toolbox
     "aspp": ASPP,
     "aspp_deepsup": partial(ASPP, deepsup=True),
     "psp": PSP,
     "psp_deepsup": partial(PSP, deepsup=True),
-    # Version 1.0
+    # Decoders of version 1.0
     "c1_bilinear": C1Bilinear,
     "c5_bilinear": C5Bilinear,
     "psp_bilinear": PSPBilinear,
@@ -62,11 +62,11 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
 
 
 class UnknownNameError(UserError, ValueError):
-    """A name is not in a table."""
+    """There is no encoder, decoder, loss or optimizer of this name."""
 
 
 def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:
-    """Return `table[name]`, or raise an UnknownNameError with the valid names; `kind` is e.g. 'encoder'."""
+    """Return `table[name]`, or raise an UnknownNameError that lists the valid names; `kind` is e.g. 'encoder'."""
     if name not in table:
         raise UnknownNameError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}{closest(name, table)}")
     return table[name]
@@ -87,14 +87,14 @@ class ModelBuilder:
         """Build an encoder.
 
         Args:
-            arch: name in `ENCODERS`, in upper or lower case. `resnet34` and `resnet50` with version 1.0 weights become
+            arch: name in `ENCODERS`; case is ignored. With `weights` of version 1.0, `resnet34` and `resnet50` mean
                 `resnet34_v1` and `resnet50_v1`.
-            fc_dim: ignored, accepted for compatibility.
-            weights: file with a state dict of the encoder; '' loads ImageNet weights, downloaded if needed.
+            fc_dim: ignored; accepted for compatibility with version 2.
+            weights: file with a state dict of the encoder; '' loads ImageNet weights and downloads them if needed.
             pretrained: if False and `weights` is '', start from random weights.
             kwargs: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default.
 
-        Raises a ValueError for an unknown name or output stride, and a WeightsError if the weights cannot be loaded.
+        Raises a ValueError for an invalid name or output stride, and a WeightsError if the weights cannot be loaded.
         """
         arch = arch.lower()
         state = read_state_dict(weights) if weights else None
@@ -123,11 +123,11 @@ class ModelBuilder:
         """Build a decoder.
 
         Args:
-            arch: name in `DECODERS`, in upper or lower case.
-            fc_dim: channels of the last feature map; ignored if `in_channels` is given.
-            weights: file with a state dict of the decoder; '' starts from random weights.
+            arch: name in `DECODERS`; case is ignored.
+            fc_dim: number of channels of the last feature map; ignored if `in_channels` is given.
+            weights: file with a state dict of the decoder; '' means random weights.
             use_softmax: return probabilities instead of log-probabilities if the decoder is called without `segSize`.
-            in_channels: channels of every feature map, the encoder's `out_channels`. Required for UPerNet unless the
+            in_channels: channels of each feature map, i.e. `encoder.out_channels`. Required for UPerNet unless the
                 encoder is ResNet-50, ResNet-101 or ResNeXt-101.
             reset_classifier: start from a random classifier if `weights` has a different number of classes.
             kwargs: options of `Decoder`, e.g. the encoder's `output_stride` and `norm_layer`.
@@ -136,7 +136,7 @@ class ModelBuilder:
         """
         arch = arch.lower()
         if in_channels is None:
-            # As in ResNets: the second to last map, used by deep supervision, has half the channels of the last one.
+            # Assume a ResNet: the second to last map (for deep supervision) has half as many channels as the last map.
             in_channels = (256, 512, 1024 if "upernet" in arch else fc_dim // 2, fc_dim)
         decoder = lookup(DECODERS, arch, "decoder")(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
@@ -145,7 +145,7 @@ class ModelBuilder:
 
 
 def constructor(arch: str) -> Callable[..., nn.Module]:
-    """Return a constructor with the version 2 signature for an encoder."""
+    """Return a function that builds the encoder `arch` from the arguments of its version 2 constructor."""
 
     def construct(pretrained: bool = False, **kwargs) -> nn.Module:
         return ModelBuilder.build_encoder(arch, pretrained=pretrained, **kwargs)

@@ -1,4 +1,4 @@
-"""Fusion of batch norms into the preceding convolutions, for inference."""
+"""Fuse batch norms into the preceding convolutions, for inference."""
 
 import copy
 from collections.abc import Iterator
@@ -12,9 +12,9 @@ from ..lib.nn import InPlaceABN
 
 
 def fuse_batchnorm(module: nn.Module) -> nn.Module:
-    """Return a copy for inference with batch norms fused into convolutions, in channels_last memory format.
+    """Return an inference copy of `module` in channels_last memory format, with batch norms fused into convolutions.
 
-    `module` consists of `nn.Sequential`s and of blocks in which `bnN` follows `convN`.
+    A batch norm is fused if it follows a convolution in an `nn.Sequential`, or if they are named `bnN` and `convN`.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent, conv, norm in list(_conv_norm_pairs(fused)):
@@ -24,7 +24,7 @@ def fuse_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (parent, name of a convolution, name of the norm that follows)."""
+    """Yield (parent module, name of a convolution, name of the batch norm applied to its output)."""
     for parent in module.modules():
         children = dict(parent.named_children())
         if isinstance(parent, nn.Sequential):

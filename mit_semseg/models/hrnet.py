@@ -1,4 +1,4 @@
-"""Deprecated names from version 2."""
+"""Deprecated import path from version 2."""
 
 from .builder import constructor
 from .encoders.hrnet import HighResolutionModule, HRNetV2  # noqa: F401

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
 
-NormLayer = Callable[[int], nn.Module]  # number of channels -> normalization layer
-# clamp_variance=False divides by sqrt(var + eps) in training and evaluation, on one device and on many.
+NormLayer = Callable[[int], nn.Module]  # function from number of channels to normalization layer
+# With clamp_variance=False, norms always divide by sqrt(var + eps), also in synchronized training.
 DEFAULT_NORM: NormLayer = partial(SynchronizedBatchNorm2d, clamp_variance=False)
-LEAKY_SLOPE = 0.01  # negative slope of leaky ReLU
+LEAKY_SLOPE = 0.01  # slope of leaky ReLU for negative inputs
 NORMS: dict[str, NormLayer] = {
     "batch": partial(SynchronizedBatchNorm2d, clamp_variance=False, synchronized=False),
     "sync": DEFAULT_NORM,
@@ -25,7 +25,7 @@ POOL_SCALES = (1, 2, 3, 6)  # bins per side in pyramid pooling (Zhao et al., "Py
 def conv2d(
     in_channels: int, out_channels: int, kernel_size: int, *, stride=1, dilation=1, groups=1, bias=False
 ) -> nn.Conv2d:
-    """Return a convolution with "same" padding (for stride 1), without bias by default."""
+    """Return a convolution, by default without bias; with stride 1 and odd `kernel_size`, it keeps height and width."""
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
@@ -50,14 +50,14 @@ def conv_bn(
 def norm_act(norm_layer: NormLayer, channels: int, activation: str = "relu") -> tuple[nn.Module, nn.Module]:
     """Return a normalization layer and the activation that follows it; `activation` is a name in `ACTIVATIONS`.
 
-    An in-place norm with an activation replaces ReLU and leaky ReLU; the second module is then `nn.Identity`.
+    If the norm is in-place and has its own activation, ReLU and leaky ReLU are replaced by `nn.Identity`.
     """
     norm = norm_layer(channels)
     if is_activated(norm) and activation == "relu6":
         norm = norm.without_activation()
     if is_activated(norm):
         return norm, nn.Identity()
-    inplace = not isinstance(norm, InPlaceABN)  # the backward pass of InPlaceABN needs its output
+    inplace = not isinstance(norm, InPlaceABN)  # InPlaceABN needs its unmodified output in the backward pass
     return norm, ACTIVATIONS[activation](inplace=inplace)
 
 
@@ -67,12 +67,12 @@ def is_activated(norm: nn.Module) -> bool:
 
 
 def norm_add_relu(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
-    """Return relu(norm(x) + shortcut); an in-place norm replaces ReLU by its activation."""
+    """Return relu(norm(x) + shortcut); if `norm` has its own activation, use that instead of ReLU."""
     return norm(x, shortcut) if is_activated(norm) else F.relu(norm(x) + shortcut, inplace=True)
 
 
 def pooling_branches(channels: int, width: int, norm_layer: NormLayer, activation: str = "relu") -> nn.ModuleList:
-    """Return the branches of pyramid pooling: average pooling, then a 1x1 convolution to `width` channels."""
+    """Return the branches of pyramid pooling; each averages over bins, then applies a 1x1 convolution block."""
     conv = partial(conv_bn_relu, channels, width, 1, activation=activation, norm_layer=norm_layer)
     return nn.ModuleList(nn.Sequential(AveragePooling(bins), *conv()) for bins in POOL_SCALES)
 
@@ -91,7 +91,7 @@ class AveragePooling(nn.Module):
 def average_pool(x: Tensor, bins: int) -> Tensor:
     """Compute `F.adaptive_avg_pool2d(x, bins)` for (N, C, H, W) as two matrix products.
 
-    Unlike in PyTorch, the backward pass is deterministic on GPUs, and export with dynamic sizes is supported.
+    Unlike PyTorch's function, it has a deterministic backward pass on GPUs and supports export with dynamic sizes.
     """
     n, c, height, width = x.shape
     symbolic = is_symbolic(height, width)
@@ -99,31 +99,31 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     rows, columns = (matrix(side, bins, x.device).to(x.dtype) for side in (height, width))
     if symbolic or x.is_contiguous():
         return rows @ (x @ columns.T)
-    x = x.permute(0, 2, 3, 1)  # channels_last: multiply without copying to contiguous memory
+    x = x.permute(0, 2, 3, 1)  # channels_last memory is multiplied without a copy to contiguous memory
     x = (rows @ x.reshape(n, height, width * c)).view(n, bins, width, c)
     return (columns @ x).permute(0, 3, 1, 2)
 
 
 def _pooling_matrix(side: int, bins: int, device: torch.device) -> Tensor:
-    """Return the weight of each input position in each bin, (bins, side) float64."""
+    """Return a float64 matrix (bins, side) with the weight of each input position in each bin."""
     index, position = torch.arange(bins, device=device), torch.arange(side, device=device)
     start, stop = (index * side // bins)[:, None], (((index + 1) * side + bins - 1) // bins)[:, None]
     return ((position >= start) & (position < stop)).double() / (stop - start)
 
 
-@lru_cache(maxsize=64)  # a few KB each
+@lru_cache(maxsize=64)  # each matrix takes a few KB
 def _cached_pooling_matrix(side: int, bins: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # inference tensors cannot be used in training
         return to_device(_pooling_matrix(side, bins, torch.device("cpu")), device)
 
 
 def to_device(matrix: Tensor, device: torch.device) -> Tensor:
-    """Move a float64 matrix to a device; as float32 on MPS, which has no float64."""
+    """Move a float64 matrix to a device; convert it to float32 for MPS, which does not support float64."""
     return matrix.float().to(device) if device.type == "mps" else matrix.to(device)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert 16-bit logits to float32, for precise resizing, softmax and sums."""
+    """Convert float16 or bfloat16 logits to float32, so that resizing, softmax and sums are accurate."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
@@ -135,7 +135,7 @@ def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)
 
 
 def is_symbolic(*sizes: int) -> bool:
-    """Return whether a size is symbolic, as in `torch.export` with dynamic shapes."""
+    """Return whether any of the sizes is symbolic, as in `torch.export` with dynamic shapes."""
     return any(type(size) is not int for size in sizes)
 
 
@@ -147,10 +147,10 @@ def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> 
 
 
 def dilation_of_stage(stride: int, input_stride: int, output_stride: int) -> tuple[int, int, int]:
-    """Replace the stride of a stage by dilation once the output stride of the network is reached.
+    """Return (stride, dilation of the strided convolution, dilation of the other convolutions) of a stage.
 
-    Returns (stride, dilation of the strided convolution, dilation of the other convolutions). The strided convolution
-    of a dilated stage keeps the dilation of the previous stage, as in the published models.
+    If `input_stride * stride` exceeds `output_stride`, dilation replaces the stride. The convolution that loses its
+    stride then has the dilation of the previous stage, as in the published models.
     """
     first = max(1, input_stride // output_stride)
     others = max(1, input_stride * stride // output_stride)
@@ -160,8 +160,8 @@ def dilation_of_stage(stride: int, input_stride: int, output_stride: int) -> tup
 def init_layer(layer: nn.Module, *, mode: str = "fan_out", norm_bias: float = 0.0) -> None:
     """Initialize a convolution (Kaiming normal, bias 0) or a normalization layer (weight 1, bias `norm_bias`).
 
-    `mode` is 'fan_out' for encoders (He et al., 2015) and 'fan_in' for decoders, because with 'fan_out' the scale of
-    the classifier weights would depend on the number of classes.
+    `mode` is 'fan_out' for encoders (He et al., 2015) and 'fan_in' for decoders. With 'fan_out', the scale of the
+    classifier weights would depend on the number of classes.
     """
     if isinstance(layer, nn.Conv2d):
         nn.init.kaiming_normal_(layer.weight, mode=mode, nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Deprecated names from version 2."""
+"""Deprecated import path from version 2."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Deprecated names from version 2: encoders and decoders with the version 2 signature."""
+"""Deprecated import path from version 2: encoders and decoders with their version 2 arguments."""
 
 from collections.abc import Sequence
 from functools import partialmethod
@@ -13,11 +13,11 @@ from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
 from .segmentation import SegmentationModule as SegmentationModule
 from .segmentation import SegmentationModuleBase as SegmentationModuleBase
 
-CHANNELS = (256, 512, 1024, 2048)  # channels of the feature maps in ResNet-50
+CHANNELS = (256, 512, 1024, 2048)  # number of channels of each feature map in ResNet-50
 
 
 def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int) -> None:
-    """Replace the strides of the last two stages by dilation."""
+    """Replace strides in `stages`, the last two stages, by dilation, so that the encoder has this output stride."""
     encoder.output_stride = check_output_stride(output_stride, (8, 16))
     for stage, input_stride in zip(stages, (8, 16), strict=True):
         stride, first, others = dilation_of_stage(2, input_stride, output_stride)
@@ -30,7 +30,7 @@ def _dilate(encoder: nn.Module, stages: Sequence[nn.Module], output_stride: int)
 
 
 class Resnet(ResNet):
-    """Encoder with the layers of an existing ResNet."""
+    """Encoder that shares the layers of an existing ResNet."""
 
     def __init__(self, orig_resnet: ResNet):
         nn.Module.__init__(self)
@@ -38,7 +38,7 @@ class Resnet(ResNet):
 
 
 class ResnetDilated(Resnet):
-    """Encoder with the layers of an existing ResNet, dilated to output stride 8 or 16."""
+    """Encoder that shares the layers of an existing ResNet, and dilates them for output stride 8 or 16."""
 
     def __init__(self, orig_resnet: ResNet, dilate_scale: int = 8):
         super().__init__(orig_resnet)
@@ -46,7 +46,7 @@ class ResnetDilated(Resnet):
 
 
 class MobileNetV2Dilated(MobileNetV2):
-    """Encoder with the layers of an existing MobileNetV2, dilated to output stride 8 or 16."""
+    """Encoder that shares the layers of an existing MobileNetV2, and dilates them for output stride 8 or 16."""
 
     def __init__(self, orig_net: MobileNetV2, dilate_scale: int = 8):
         nn.Module.__init__(self)
@@ -56,7 +56,7 @@ class MobileNetV2Dilated(MobileNetV2):
 
 
 class C1(decoders.C1):
-    """`decoders.C1` with the version 2 signature: `fc_dim` is the number of channels of the last feature map."""
+    """`decoders.C1` with its version 2 arguments; `fc_dim` is the number of channels of the last feature map."""
 
     def __init__(self, num_class: int = 150, fc_dim: int = 2048, use_softmax: bool = False, *, deepsup: bool = False):
         super().__init__((fc_dim // 2, fc_dim), num_class, use_softmax=use_softmax, deepsup=deepsup)
@@ -69,7 +69,7 @@ class C1DeepSup(C1):
 
 
 class PPM(decoders.PPM):
-    """`decoders.PPM` with the version 2 signature: `fc_dim` is the number of channels of the last feature map."""
+    """`decoders.PPM` with its version 2 arguments; `fc_dim` is the number of channels of the last feature map."""
 
     def __init__(self, num_class=150, fc_dim=4096, use_softmax=False, pool_scales=POOL_SCALES, *, deepsup=False):
         _check(pool_scales)
@@ -83,7 +83,7 @@ class PPMDeepsup(PPM):
 
 
 class UPerNet(decoders.UPerNet):
-    """`decoders.UPerNet` with the version 2 signature: the feature maps have (*fpn_inplanes[:-1], fc_dim) channels."""
+    """`decoders.UPerNet` with its version 2 arguments; the feature maps have (*fpn_inplanes[:-1], fc_dim) channels."""
 
     def __init__(
         self, num_class=150, fc_dim=2048, use_softmax=False, pool_scales=POOL_SCALES, fpn_inplanes=CHANNELS, fpn_dim=256

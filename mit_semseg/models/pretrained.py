@@ -1,4 +1,4 @@
-"""Download and conversion of published and ImageNet weights."""
+"""Download published models and ImageNet weights, and convert them to our state dicts."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 SERVER = "http://sceneparsing.csail.mit.edu/model"
 TORCHVISION = "https://download.pytorch.org/models"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
-TIMEOUT = 15  # seconds to connect, and between two packets
-LOCK = threading.Lock()  # threads use the same temporary file
+TIMEOUT = 15  # seconds to wait for a connection, and for the next data
+LOCK = threading.Lock()  # threads would write to the same temporary file
 
 IMAGENET_FILES = {
     "resnet18": "resnet18-imagenet.pth",
@@ -33,7 +33,7 @@ IMAGENET_FILES = {
     "vgg19_dilated8": "vgg19-dcbb9e9d.pth",
 }
 
-# Published models and their last epoch
+# Published models -> epoch number in their file names
 PUBLISHED = {
     "ade20k-mobilenetv2dilated-c1_deepsup": 20,
     "ade20k-resnet18dilated-c1_deepsup": 20,
@@ -45,7 +45,7 @@ PUBLISHED = {
     "ade20k-hrnetv2-c1": 30,
 }
 
-# SHA-256 of the encoder and decoder file, or its first digits
+# SHA-256 digests (or their first digits) of the encoder file and the decoder file
 SHA256 = {
     "ade20k-resnet18dilated-ppm_deepsup": (
         "adcdcbf7530eaf358f2bdeee13186c0d09e7a039bff842715b84395c841738b9",
@@ -59,20 +59,20 @@ SHA256 = {
 
 
 def cache_dir() -> Path:
-    """Return the folder of downloaded weights: `MIT_SEMSEG_HOME`, or `mit_semseg` in the user's cache directory."""
+    """Return the folder for downloaded weights: `$MIT_SEMSEG_HOME`, by default `mit_semseg` in the user's cache."""
     user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(os.path.expanduser(os.environ.get("MIT_SEMSEG_HOME") or f"{user_cache}/mit_semseg"))
 
 
 def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Path:
-    """Download a file unless it exists; `path` is created only after a complete and verified download.
+    """Download `url` to `path` unless it exists; return `path`. Incomplete or wrong files are deleted.
 
-    For an http URL without port, https is tried first. `sha256` is a hexadecimal digest or its first digits. If the
-    download fails, raises a WeightsError with `advice` in its message.
+    For an http URL without port, https is tried first. `sha256` is a hexadecimal digest or its first digits; '' means
+    that the digest is unknown. Raises a WeightsError, with `advice` in its message, if the download fails.
     """
     if path.is_file():
         return path
-    import pooch  # slow to import
+    import pooch  # imported here because the import is slow
 
     parts = urlsplit(url)
     urls = [parts._replace(scheme="https").geturl(), url] if parts.scheme == "http" and not parts.port else [url]
@@ -83,7 +83,7 @@ def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Pat
                 if not (digest := pooch.file_hash(partial)).startswith(sha256.lower()):
                     raise ValueError(f"SHA-256 is {digest}, expected {sha256}")
             break
-        except Exception as error:  # connection, server, disk or digest
+        except Exception as error:  # error of the connection, server or disk, or wrong digest
             reason = " ".join(str(error).split())[:300]
     else:
         raise WeightsError(
@@ -91,7 +91,7 @@ def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Pat
             "to the URL of a mirror"
         )
     if attempt.startswith("http:") and not sha256:
-        logger.warning("%s was downloaded over unencrypted http and has no known SHA-256", url)
+        logger.warning("%s was downloaded over unencrypted http and not verified, because its SHA-256 is unknown", url)
     return path
 
 
@@ -100,7 +100,7 @@ def _imagenet_file(arch: str) -> str | None:
 
 
 def has_imagenet_weights(arch: str) -> bool:
-    """Return whether ImageNet weights of an encoder are published."""
+    """Return whether ImageNet weights are published for the encoder `arch`."""
     return _imagenet_file(arch) is not None
 
 
@@ -111,21 +111,21 @@ def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
     """
     file, vgg = _imagenet_file(arch), arch.startswith("vgg")
     advice = (
-        "set a file (MODEL.weights_encoder, or weights= of build_encoder), start from random weights "
+        "give a file with weights (MODEL.weights_encoder, or weights= of build_encoder), or start from random weights "
         "(MODEL.pretrained False, or pretrained=False)"
     )
     if file is None:
         raise WeightsError(f"no ImageNet weights are published for {arch}: {advice}")
     folder = TORCHVISION if vgg and not os.environ.get(MIRROR_VARIABLE) else f"{_server()}/pretrained_resnet"
-    digest = Path(file).stem.rpartition("-")[2] if vgg else ""  # torchvision's file names end with the digest
-    path = download(f"{folder}/{file}", cache_dir() / file, sha256=digest, advice=f"{advice}, ")
+    digest = Path(file).stem.rpartition("-")[2] if vgg else ""  # the names of torchvision's files end with the digest
+    path = download(f"{folder}/{file}", cache_dir() / file, sha256=digest, advice=f"{advice}, or ")
     state, own = read_state_dict(path), encoder.state_dict()
     state = convert_torchvision_vgg(state, own) if vgg else {key: state[key] for key in state if key in own}
     load_weights(encoder, path, state=state, name=f"encoder {arch}")
 
 
 def convert_torchvision_vgg(state: dict[str, Tensor], own_keys: Iterable[str]) -> dict[str, Tensor]:
-    """Convert a state dict of torchvision's VGG; its convolutions get their names from `own_keys`, in this order."""
+    """Convert a state dict of torchvision's VGG; `own_keys` lists the keys of our convolutions in the same order."""
     theirs, ours = ([key for key in keys if key.startswith("features.")] for keys in (state, own_keys))
     converted = {own: state[key] for own, key in zip(ours, theirs, strict=True)}
     for layer, name, shape in (("classifier.0", "conv6", (512, 7, 7)), ("classifier.3", "conv7", (4096, 1, 1))):
@@ -135,7 +135,7 @@ def convert_torchvision_vgg(state: dict[str, Tensor], own_keys: Iterable[str]) -
 
 
 def published_options(name: str) -> list[str]:
-    """Return the configuration of a published model as `[key, value, ...]`."""
+    """Return the configuration options of a published model as `[key, value, key, value, ...]`."""
     encoder, decoder = name.split("-")[1:]
     padding, downsampling = (32, 4) if encoder == "hrnetv2" or decoder == "upernet" else (8, 8)
     return (
@@ -145,7 +145,7 @@ def published_options(name: str) -> list[str]:
 
 
 def download_published(name: str, folder: str | os.PathLike | None = None) -> tuple[Path, Path]:
-    """Return the encoder and decoder files of a published model, downloaded to `folder` or the cache if missing.
+    """Return the paths (encoder, decoder) of a published model in `folder` or the cache; download missing files.
 
     Raises a WeightsError if the name is unknown or the download fails.
     """

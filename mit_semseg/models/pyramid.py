@@ -1,8 +1,8 @@
-"""Convolution over the concatenation of a feature map and smaller maps, without resizing the smaller maps.
+"""Convolve a feature map concatenated with smaller maps, which are resized after the convolution, not before.
 
 Bilinear resizing and convolution are linear, so their order can be changed. First, each tap of the kernel is applied to
-the small map. Then two small matrices, one for rows and one for columns, resize and shift the outputs. The pooled maps
-of PPM have only 1, 4, 9 and 36 positions, so this saves most of the multiplications.
+every smaller map. Then two matrices, one for rows and one for columns, resize and shift the outputs. The pooled maps
+of PPM have only 1, 4, 9 and 36 positions, so this order saves most of the multiplications.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .layers import is_symbolic, resize, to_device
 
-MIN_SAVING = 2.0  # maps for which `_saving` is smaller are resized before the convolution
+MIN_SAVING = 2.0  # a map with a smaller `_saving` is resized before the convolution
 
 
 def pyramid_sequential(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tensor], **options) -> Tensor:
@@ -29,9 +29,9 @@ def pyramid_sequential(layers: nn.Sequential, x: Tensor, smaller: Sequence[Tenso
 def conv_over_pyramid(
     conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:
-    """Compute `conv(cat([x, *resized smaller maps]))`, up to rounding; `smaller_first` puts `x` last.
+    """Compute `conv(cat([x, *resized smaller maps]))`, up to rounding; with `smaller_first`, `x` is last.
 
-    `conv` has stride 1, no dilation and zero "same" padding; `x` is (N, C, h, w), and smaller maps are (N, c, a, b).
+    `x`: (N, C, h, w). Smaller maps: (N, c, a, b). `conv` has stride 1, dilation 1 and zero padding that keeps the size.
     """
     if is_symbolic(*x.shape[-2:]):
         return conv_over_resized(conv, x, smaller, align_corners=align_corners, smaller_first=smaller_first)
@@ -54,26 +54,26 @@ def conv_over_pyramid(
     y = F.conv2d(x, x_weight, conv.bias, padding=conv.padding)
     if not rows:
         return y
-    # One matrix product per row: one per channel would need many more thread barriers, which are slow on busy cores.
+    # Multiply once per row: a product per channel needs many more thread barriers, which are slow on busy cores.
     return y + (torch.cat(columns, dim=1) @ torch.cat(rows, dim=2)).permute(0, 3, 1, 2)
 
 
 def conv_over_resized(
     conv: nn.Conv2d, x: Tensor, smaller: Sequence[Tensor], *, align_corners: bool = False, smaller_first: bool = False
 ) -> Tensor:
-    """Resize, concatenate and convolve: the reference implementation of `conv_over_pyramid`."""
+    """Compute the same as `conv_over_pyramid`, by resizing before the convolution."""
     resized = [resize(t, x.shape[-2:], align_corners=align_corners) for t in smaller]
     return conv(torch.cat([*resized, x] if smaller_first else [x, *resized], dim=1))
 
 
 def _saving(t: Tensor, size: tuple[int, int], kernel: tuple[int, int]) -> float:
-    """Return (multiplications if `t` is resized first) / (multiplications if it is convolved first)."""
+    """Return the factor by which resizing `t` after the convolution reduces the number of multiplications."""
     (c, a, b), (height, width), (k, m) = t.shape[1:], size, kernel
     return k * m * c * height * width / (k * m * c * a * b + height * k * a * m * b + height * width * m * b)
 
 
 def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> Tensor:
-    """Apply taps (O, c, k, m) to (N, c, a, b), resize the rows, sum over vertical taps: (N, height, m * b, O)."""
+    """Apply taps (O, c, k, m) to `t` (N, c, a, b), resize a to `height`, sum over k; return (N, height, m * b, O)."""
     n, _, a, b = t.shape
     outputs, _, k, m = weight.shape
     taps = torch.einsum("ncab,ocij->niajbo", t, weight).reshape(n, k * a, m * b * outputs)
@@ -81,9 +81,9 @@ def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> 
     return (matrix.to(taps.dtype) @ taps).view(n, height, m * b, outputs)
 
 
-@lru_cache(maxsize=64)  # at most about 100 KB each
+@lru_cache(maxsize=64)  # each matrix takes at most about 100 KB
 def _resize_matrix(source: int, target: int, taps: int, align_corners: bool, device: torch.device) -> Tensor:
-    """Return the weight of each (tap, source position) in each target position, (target, taps * source) float64."""
+    """Return a float64 matrix (target, taps * source): weights of taps and source positions in each target position."""
     with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be used in training
         unit = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)
         resized = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)

@@ -1,4 +1,4 @@
-"""Deprecated names from version 2."""
+"""Deprecated import path from version 2."""
 
 from .builder import constructor
 from .encoders.resnet import ResNet as ResNeXt  # noqa: F401

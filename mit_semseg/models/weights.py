@@ -1,4 +1,4 @@
-"""Strict loading of weights into encoders and decoders."""
+"""Load weights into encoders and decoders; keys and shapes must match."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ from .weight_files import WeightsError, read_state_dict
 
 logger = logging.getLogger(__name__)
 
-# Batch-norm buffers that the published checkpoints have and our models do not
+# Suffixes of batch-norm buffers that occur in published checkpoints but not in our models
 LEGACY_SUFFIXES = ("._tmp_running_mean", "._tmp_running_var", "._running_iter")
 OPTIONAL_SUFFIX = ".num_batches_tracked"
 
-# Checkpoints of the Cityscapes toolbox hold encoder and decoder: prefixes of their decoder keys -> our prefixes
-TOOLBOX_KEY = "head.1.weight"
-TOOLBOX_DECODER = {
+# Checkpoints of the Cityscapes toolbox (see `decoders.ppm`) hold encoder and decoder
+TOOLBOX_KEY = "head.1.weight"  # occurs only in these checkpoints
+TOOLBOX_DECODER = {  # prefixes of decoder keys in these checkpoints -> prefixes of our keys
     "head.0.": "",
     "head.1.": "conv_last.",
     "dsn.0.": "cbr_deepsup.0.",
@@ -32,17 +32,17 @@ TOOLBOX_DECODER = {
 def load_weights(
     module: nn.Module, path: str | os.PathLike, *, state=None, name="model", part="", reset_classifier: bool = False
 ) -> dict[str, list[str]]:
-    """Load a state dict strictly.
+    """Load a state dict from a file; its keys and shapes must match those of the module.
 
-    Only buffers with `LEGACY_SUFFIXES` may be unexpected, and only `num_batches_tracked` may be missing.
+    There are two exceptions: buffers with `LEGACY_SUFFIXES` are ignored, and `num_batches_tracked` may be missing.
 
     Args:
-        state: content of the file if it was already read.
-        part: 'encoder' or 'decoder', the part to load from a file that holds both (Cityscapes toolbox).
-        reset_classifier: skip the classifier if the file has a different number of classes.
+        state: state dict in the file, if the caller has already read it.
+        part: 'encoder' or 'decoder'; selects the entries of this part if the file is of the Cityscapes toolbox.
+        reset_classifier: skip the classifier in the file if its number of classes differs from that of the module.
 
-    Returns a dict with the names of 'loaded', 'legacy' (ignored), 'missing' and 'skipped' (classifier) entries.
-    Raises a WeightsError if the file cannot be read or does not fit; `module` is then unchanged.
+    Returns a dict with four lists of keys: 'loaded', 'legacy' (ignored), 'missing' and 'skipped' (classifier).
+    Raises a WeightsError if the file cannot be read or does not match `module`, which is then unchanged.
     """
     own, matching, legacy, skipped, unexpected, mismatched = module.state_dict(), {}, [], [], [], []
     state = _adapt_to_norms(module, read_state_dict(path) if state is None else state, path, name, part)
@@ -62,14 +62,14 @@ def load_weights(
         text = "; ".join(f"{problem}: {shorten_list(names)}" for problem, names in problems.items() if names)
         if not missing and not unexpected and all(line.startswith("conv_last") for line in mismatched):
             text += (
-                "; the number of classes differs: set DATASET.num_class to that of the file, or train a new classifier "
+                "; the number of classes differs; set DATASET.num_class to that of the file, or train a new classifier "
                 "with MODEL.reset_classifier True (reset_classifier=True)"
             )
-        raise WeightsError(f"{path} does not fit {name}: {text}")
+        raise WeightsError(f"{path} does not match {name}: {text}")
     module.load_state_dict(matching, strict=False)
     report = {"loaded": list(matching), "legacy": legacy, "missing": counters, "skipped": skipped}
     counts = ", ".join(f"{len(keys)} {kind} ({shorten_list(keys)})" for kind, keys in report.items() if keys)
-    logger.info("%s: entries in %s: %s", name, path, counts)
+    logger.info("%s: state-dict entries from %s: %s", name, path, counts)
     return report
 
 
@@ -79,14 +79,14 @@ def is_version_1(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:
-    """Return whether a file holds encoder and decoder, like checkpoints of the Cityscapes toolbox."""
+    """Return whether a file is a checkpoint of the Cityscapes toolbox, which contains encoder and decoder."""
     return TOOLBOX_KEY in read_state_dict(path)
 
 
 def _adapt_to_norms(
     module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike, name: str, part: str
 ) -> Mapping[str, Tensor]:
-    """Return the entries of `part`; convert in-place norms of the Cityscapes toolbox if the module has batch norms."""
+    """Return the entries of `part`, with in-place norms of the toolbox converted if the module has batch norms."""
     norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
     if has_inplace_norms(state):
         if norms:
@@ -101,11 +101,11 @@ def _adapt_to_norms(
         state = _toolbox_part(state, part)
     if not norms:
         return _absolute_scales(state, module) if inplace else state
-    # In the toolbox, in-place norms of the decoder have an activation, those of the encoder have none.
+    # In the toolbox, in-place norms have an activation in the decoder, but not in the encoder.
     if not inplace or (part == "encoder" and any(norm.activation != "none" for norm in norms)):
         logger.warning(
-            "%s was trained without in-place norms (leaky ReLU, |weight|); the outputs of %s will differ from "
-            "those in training until it is fine-tuned. Set MODEL.norm sync to keep the outputs",
+            "%s was not trained with in-place norms and leaky ReLU; %s has them, and its outputs will differ until "
+            "fine-tuning. Set MODEL.norm sync to keep the original outputs",
             path,
             name,
         )
@@ -113,7 +113,7 @@ def _adapt_to_norms(
 
 
 def _toolbox_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
-    """Return the entries of the encoder or decoder in a checkpoint of the Cityscapes toolbox, with our keys."""
+    """Return the encoder or decoder entries of a Cityscapes toolbox checkpoint, renamed to our keys."""
     selected = {}
     for key, value in state.items():
         prefix = next((prefix for prefix in TOOLBOX_DECODER if key.startswith(prefix)), "")
@@ -123,7 +123,7 @@ def _toolbox_part(state: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
 
 
 def _absolute_scales(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """Replace the weight of each norm by |weight| + eps, the scale of in-place norms."""
+    """Return `state` with the weight of each norm replaced by |weight| + eps, the scale that in-place norms use."""
     modules, converted = dict(module.named_modules()), dict(state)
     for key in state:
         name, _, leaf = key.rpartition(".")

@@ -24,14 +24,14 @@ class UnsupportedImageError(UserError, TypeError):
 
 
 def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
-    """Return the path of an image, or `name` if it has no path, and the image in RGB.
+    """Return the tuple (path, RGB image). If the image has no path, `name` replaces the path.
 
     `source` is a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
     (3, H, W), uint8 or floating point in 0..1.
 
     Raises:
         ImageFileError: the file is missing or cannot be decoded.
-        UnsupportedImageError: unsupported type, shape, dtype or range.
+        UnsupportedImageError: the type, shape, dtype or value range is not supported.
     """
     if isinstance(source, (str, Path)):
         if str(source).startswith(("http://", "https://")):
@@ -47,7 +47,7 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
         if x.is_floating_point():
             if x.numel() and not (x.min() >= 0 and x.max() <= 1):
                 raise UnsupportedImageError(
-                    f"got a tensor with values {x.min():g}..{x.max():g}; expected 0..1, before normalization"
+                    f"got a tensor with values {x.min():g}..{x.max():g}, expected 0..1; do not normalize the image"
                 )
             x = (x * 255).round().to(torch.uint8)
         if x.dim() == 3 and len(x) == 3:
@@ -56,7 +56,7 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
         pixels = source
     if pixels is not None and pixels.dtype == np.uint8 and pixels.size:
         return name, Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
-    kind = f"{tuple(source.shape)} of {source.dtype}" if hasattr(source, "shape") else type(source).__name__
+    kind = f"shape {tuple(source.shape)}, dtype {source.dtype}" if hasattr(source, "shape") else type(source).__name__
     raise UnsupportedImageError(
         f"got {kind}; expected a path, bytes, a PIL image, an array (H, W, 3) or (H, W) uint8 in RGB order, or a "
         "tensor (3, H, W), uint8 or floating point in 0..1"
@@ -64,17 +64,17 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
 
 
 def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return a dict from image path to output path without suffix; no two images have an output file in common.
+    """Return a dict from image paths to output paths without suffix. No output file belongs to two images.
 
-    Videos and output files of earlier runs are skipped.
+    In folders and glob patterns, videos and output files of earlier runs are skipped.
 
     Args:
         pattern: value of `--imgs`: an image, a folder (searched recursively), or a glob pattern.
-        folder: output folder. It gets the subfolders of `pattern`.
+        folder: output folder. Subfolders of the input folder are created in it.
         suffixes: suffixes of the output files, see `Result.save_as`.
 
     Raises:
-        UserError: there are no images, or an output file exists that was not written by this program.
+        UserError: there are no images, or an existing file that another program has written would be overwritten.
     """
     path = Path(pattern)
     if path.is_file():
@@ -96,12 +96,12 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
 
 
 def _keep_images(files: Sequence[Path]) -> list[Path]:
-    """Return the files without videos and output files of earlier runs, and log what was skipped."""
+    """Return the files that are neither videos nor output files of earlier runs; log the skipped files."""
     videos = [path for path in files if path.suffix.lower() in VIDEO_ENDINGS]
     images = [path for path in files if path.suffix.lower() not in VIDEO_ENDINGS and not is_output_file(path)]
     if results := len(files) - len(videos) - len(images):
         logger.info("skipped %d output files of earlier runs", results)
     if videos:
         names = shorten_list([str(path) for path in videos], 3)
-        logger.warning("skipped %d videos (%s); segment them one by one: --imgs %s", len(videos), names, videos[0])
+        logger.warning("skipped %d videos (%s); segment them separately, e.g. --imgs %s", len(videos), names, videos[0])
     return images

@@ -1,4 +1,4 @@
-"""Results of segmentation, and the files they are saved to."""
+"""Segmentation results, and the files to which they are saved."""
 
 import json
 from collections import Counter
@@ -15,10 +15,10 @@ from ..dataset import ClassTable
 from ..lib.utils import UTF8, UserError, atomic_write
 from .visualize import OPACITY, class_fractions, colorEncode, overlay, panel
 
-# Suffixes of the output files, see `Result.save_as`, and the options of test.py that select them.
+# Suffixes of output files (see `Result.save_as`), each with the name of the test.py argument that selects it.
 SUFFIXES = {".png": "panel", "_overlay.png": "overlay", "_index.png": "index", "_label.png": "labels", ".json": "json"}
-SOFTWARE = "mit_semseg"  # PNG tag that identifies files of this program
-PNG_LEVEL = 1  # takes half the time of Pillow's default 6; files are 10 % larger
+SOFTWARE = "mit_semseg"  # value of the PNG tag that identifies files of this program
+PNG_LEVEL = 1  # compression level; compared with Pillow's default 6, half the time and 10 % larger files
 
 
 @dataclass(frozen=True)
@@ -30,49 +30,49 @@ class Result:
     label_map: np.ndarray  # (H, W) int64 class indices
     table: ClassTable  # class names and colors
     _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
-    stem: Path | None = field(default=None, repr=False)  # output path without suffix, for `save`; None: the image name
+    stem: Path | None = field(default=None, repr=False)  # relative output path without suffix for `save`, or None
 
     @property
     def classes(self) -> list[dict]:
-        """Classes in the image, largest first; see `class_fractions`."""
+        """Classes in the image, in descending order of size; see `class_fractions`."""
         return class_fractions(self.label_map, self.table)
 
     def overlay(self, alpha: float = OPACITY, *, legend: bool = True) -> Image.Image:
-        """Blend the image with the class colors (weight `alpha`, 0..1), and add a legend on the right."""
+        """Blend the image with the class colors (weight `alpha`, 0..1); `legend` adds a legend on the right."""
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be in 0..1, got {alpha}")
         return overlay(self.image, self.label_map, self.table, alpha, legend=legend)
 
     def panel(self) -> Image.Image:
-        """Draw the image and the colored label map side by side."""
+        """Return a panel with the image and the colored label map side by side."""
         return panel([self.image, colorEncode(self.label_map, self.table.colors)])
 
     def probabilities(self, top: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `top` most probable classes of every pixel. This runs the network again.
+        """Run the network again, and return the `top` most probable classes of every pixel.
 
         Returns:
-            Class indices (top, H, W) int64 and probabilities (top, H, W) float32, largest first.
+            Class indices (top, H, W) int64 and probabilities (top, H, W) float32, from most to least probable.
         """
         if not 1 <= top <= len(self.table):
             raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
         return self._top_classes(self.image, top)
 
     def save(self, folder: str | Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
-        """Save files to a folder under the name of the image; see `save_as`."""
+        """Save output files, which are named after the image, to a folder and return their paths; see `save_as`."""
         stem = self.stem or unique_stems([Path(self.path).name or "image"]).popitem()[1]
         return self.save_as(Path(folder, stem), suffixes)
 
     def save_as(self, stem: Path, suffixes: Sequence[str]) -> list[Path]:
-        """Save `<stem><suffix>` for every suffix and return the paths.
+        """Save one file `<stem><suffix>` for every suffix, and return the paths of these files.
 
         Args:
             stem: path without suffix.
             suffixes: `.png` (panel), `_overlay.png` (overlay with legend), `_index.png` (class indices as 8-bit gray,
-                or 16-bit for more than 256 classes), `_label.png` (raw label values of the dataset, as evaluation
-                servers expect) or `.json` (see `as_dict`).
+                or 16-bit for more than 256 classes), `_label.png` (raw label values of the dataset, for
+                evaluation servers) or `.json` (see `as_dict`).
 
         Raises:
-            UserError: a file exists that was not written by this program.
+            UserError: a file with one of these paths exists and was not written by this program.
         """
         paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
         check_overwriting(self.path, paths)
@@ -85,7 +85,7 @@ class Result:
         return paths
 
     def render(self, suffix: str) -> Image.Image:
-        """Render the image that `save_as` writes for a suffix."""
+        """Return the image that `save_as` writes for a suffix."""
         if suffix == "_overlay.png":
             return self.overlay()
         if suffix == "_index.png":
@@ -101,7 +101,7 @@ class Result:
 
 
 def with_unique_stems(results: Sequence[Result]) -> list[Result]:
-    """Return the results with unique stems for `save`. If file names are equal, the stems contain the folders."""
+    """Return the results with unique stems for `save`. If two file names are equal, all stems contain folders."""
     names = [Path(result.path).name for result in results]
     if len(set(names)) < len({result.path for result in results}):
         names = [result.path for result in results]
@@ -110,7 +110,7 @@ def with_unique_stems(results: Sequence[Result]) -> list[Result]:
 
 
 def unique_stems(names: Sequence[str]) -> dict[str, Path]:
-    """Return a dict from image name to output path without suffix; no two images have an output file in common.
+    """Return a dict from image names to stems (output paths without suffix). No output file belongs to two images.
 
     The stem of `a.jpg` is `a`. If there are `b.jpg` and `b.png`, their stems are `b.jpg` and `b.png`. Folders are kept,
     and `..` is replaced by `_parent`. File names that differ only in case count as equal, as on Windows and macOS.
@@ -134,7 +134,7 @@ def unique_stems(names: Sequence[str]) -> dict[str, Path]:
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Save a PNG atomically, with a tag for `is_output_file`."""
+    """Save a PNG file atomically, with the tag that `is_output_file` reads."""
     info = PngInfo()
     info.add_text("Software", SOFTWARE)
     with atomic_write(path) as partial:
@@ -152,7 +152,7 @@ def check_overwriting(image: str, paths: Sequence[Path]) -> None:
 
 
 def is_output_file(path: Path) -> bool:
-    """Return whether this program has written a file: a PNG of `save_png` or a JSON file of `Result.save_as`."""
+    """Return whether a file is a PNG written by `save_png`, or a JSON file written by `Result.save_as`."""
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Segment images with a trained network: the interface for programs and for test.py."""
+"""Python interface to segment images with a trained network, also used by test.py and the web page."""
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +26,7 @@ from .results import Result, with_unique_stems
 
 
 class Segmenter:
-    """A network that segments images. Thread-safe: concurrent calls are serialized.
+    """A network that segments images. It is thread-safe; concurrent calls are serialized.
 
         segmenter = Segmenter.from_config("config/quickstart.yaml")
         result = segmenter("street.jpg")
@@ -55,9 +55,9 @@ class Segmenter:
         """Load the network of a training run.
 
         Args:
-            path: YAML file.
-            checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or a file; None for TEST.checkpoint.
-            opts: options `[key, value, ...]` as on the command line.
+            path: configuration file (YAML).
+            checkpoint: suffix of a checkpoint in DIR, e.g. `best.pth`, or path of a file; None for TEST.checkpoint.
+            opts: configuration options `[key, value, ...]`, as on the command line.
             device: `auto` (the first GPU, or the CPU if there is none), `cpu`, `cuda`, `cuda:1` or `mps`.
         """
         cfg = load_config(path, opts)
@@ -83,7 +83,7 @@ class Segmenter:
         return cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
 
     def __call__(self, image) -> Result | list[Result]:
-        """Segment an image, or a list or tuple of images; see `to_image` for types and errors."""
+        """Segment an image, or a list or tuple of images; see `to_image` for supported types and for errors."""
         if isinstance(image, (list, tuple)):
             return with_unique_stems([self._segment(entry, f"image_{number}") for number, entry in enumerate(image)])
         return self._segment(image, "image")
@@ -108,17 +108,17 @@ class Segmenter:
             return self._predictor.top_classes(self._preprocess(Image.fromarray(pixels)), count)
 
     def segment_frames(self, frames: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
-        """Segment the frames of a video, (H, W, 3) uint8 RGB, all of one size.
+        """Segment video frames (H, W, 3) uint8 RGB of equal size, and yield a result for every frame.
 
         Args:
-            frames: images of the video.
+            frames: frames in the order of the video.
             smoothing: weight of the previous frames in an exponential moving average of the logits, from 0 (off) to
-                below 1. It does not work with a sliding window.
+                below 1. Smoothing is not supported with a sliding window.
         """
         if not 0 <= smoothing < 1:
-            raise ValueError(f"smoothing must be from 0 to below 1, got {smoothing}")
+            raise ValueError(f"smoothing must be at least 0 and below 1, got {smoothing}")
         if smoothing and self._predictor.options.window_size is not None:
-            raise UserError("smoothing does not work with a sliding window; set INFERENCE.window_size 0")
+            raise UserError("smoothing is not supported with a sliding window; set INFERENCE.window_size 0")
         mean: list[torch.Tensor] | None = None
         for number, frame in enumerate(frames):
             if not smoothing:
@@ -134,7 +134,7 @@ class Segmenter:
             yield self._result(name, item["img_ori"], label_map)
 
     def segment_files(self, paths: Sequence[str], loading: LoadOptions) -> Iterator[Result | tuple[str, str]]:
-        """Segment image files in order; for an image that cannot be read, yield its path and the error message."""
+        """Yield the results of image files in order; for an unreadable file, yield (path, error message) instead."""
         dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
         items = read_items(dataset, self.device, loading)
         while batch := list(islice(items, loading.batch_size)):

@@ -1,4 +1,4 @@
-"""Segment a video file or camera, and write a video of the frames blended with their class colors."""
+"""Segment the frames of a video file or camera, and write a video in which they are blended with class colors."""
 
 import logging
 import re
@@ -14,9 +14,9 @@ from .segmenter import Segmenter
 
 logger = logging.getLogger(__name__)
 
-CODEC = "mp4v"  # MPEG-4, which OpenCV writes without further libraries
+CODEC = "mp4v"  # MPEG-4, which OpenCV can write without additional libraries
 OPACITY = 0.5  # weight of the class colors
-DEFAULT_RATE = 25.0  # frames per second of a camera that does not report its rate
+DEFAULT_RATE = 25.0  # frames per second if a camera or video does not report its frame rate
 
 
 class VideoError(UserError, RuntimeError):
@@ -41,10 +41,10 @@ def output_path(source: str, folder: Path) -> Path:
 def segment_video(
     segmenter: Segmenter, source: str, path: Path, *, smoothing: float = 0.0
 ) -> tuple[int, KeyboardInterrupt | None]:
-    """Write a video of the frames blended with their class colors.
+    """Segment all frames of a source, and write a video in which they are blended with class colors.
 
-    It has the number of frames, the size and the duration of the source, at a constant frame rate. Odd sides are padded
-    by one pixel.
+    The video has as many frames as the source, the same frame size and duration, and a constant frame rate. Odd sides
+    are padded by one pixel.
 
     Args:
         segmenter: segmenter for the frames.
@@ -53,11 +53,11 @@ def segment_video(
         smoothing: see `Segmenter.segment_frames`.
 
     Returns:
-        Number of frames, and the `KeyboardInterrupt` after which the video ends, or None.
+        Number of written frames, and the `KeyboardInterrupt` that has ended the video, or None.
 
     Raises:
         VideoError: the source has no readable frame, or OpenCV cannot write the video.
-        WriteError: the disk is full.
+        WriteError: the video cannot be written completely, e.g. because the disk is full.
     """
     interruption, count = None, 0
     times = [] if _is_camera(source) else _read_timestamps(source)
@@ -66,8 +66,8 @@ def segment_video(
         size, rate = _frame_size(capture), _frame_rate(capture, times)
         header_count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
         if times and 0 < header_count != len(times):
-            logger.warning("%s has %d frames in its header, but %d can be decoded", source, header_count, len(times))
-        output = partial.with_name(partial.name + path.suffix)  # OpenCV selects the container by the extension
+            logger.warning("%s: the header reports %d frames, but %d can be decoded", source, header_count, len(times))
+        output = partial.with_name(partial.name + path.suffix)  # OpenCV derives the file format from the suffix
         even_size = tuple(side + side % 2 for side in size)  # the codec requires even sides
         writer = cv2.VideoWriter(str(output), cv2.VideoWriter_fourcc(*CODEC), rate, even_size)
         try:
@@ -91,7 +91,7 @@ def segment_video(
             output.unlink(missing_ok=True)
         if not count:
             raise VideoError(f"{source}: no frame can be decoded")
-        if not partial.exists():  # OpenCV ignores write errors
+        if not partial.exists():  # OpenCV does not report write errors
             raise WriteError(f"{path} cannot be written completely; check the free disk space")
     return count, interruption
 
@@ -99,12 +99,12 @@ def segment_video(
 def _open(source: str) -> "cv2.VideoCapture":
     """Open a video file or camera; raise a `VideoError` if it cannot be read."""
     level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # OpenCV's message would precede ours
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # hide OpenCV's own error message
     capture = cv2.VideoCapture(int(source) if _is_camera(source) else source)
     cv2.utils.logging.setLogLevel(level)
     if not capture.isOpened() or not all(_frame_size(capture)):
         if _is_camera(source):
-            raise VideoError(f"camera {source} cannot be opened, and there is no file or folder {source}")
+            raise VideoError(f"camera {source} cannot be opened, and no file or folder is named {source}")
         raise VideoError(f"{source} does not exist, is damaged or is not a video")
     return capture
 
@@ -114,7 +114,7 @@ def _frame_size(capture: "cv2.VideoCapture") -> tuple[int, int]:
 
 
 def _read_timestamps(path: str) -> list[float]:
-    """Return the timestamps in seconds of all decodable frames, because headers can be wrong and rates can vary."""
+    """Read all frames and return their timestamps in seconds; the header can be wrong, and the rate can vary."""
     capture, times = _open(path), []
     with progress_bar(desc="reading", unit="frame", leave=False) as bar:
         while capture.grab():
@@ -124,14 +124,14 @@ def _read_timestamps(path: str) -> list[float]:
 
 
 def _frame_rate(capture: "cv2.VideoCapture", times: list[float]) -> float:
-    """Return the mean frame rate from the timestamps, else from the header, else `DEFAULT_RATE`."""
+    """Return the frame rate from the timestamps; if unknown, from the header; if still unknown, `DEFAULT_RATE`."""
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 and times[-1] > times[0] else 0
     rate = next((r for r in (rate, capture.get(cv2.CAP_PROP_FPS)) if 0 < r < 1000), DEFAULT_RATE)
-    return rate if rate <= 65 else round(rate, 1)  # with 3 decimals, MPEG-4 allows at most 65.535
+    return rate if rate <= 65 else round(rate, 1)  # MPEG-4 stores 3 decimals only up to 65.535
 
 
 def _read_frames(capture: "cv2.VideoCapture", size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Yield the frames, (H, W, 3) uint8 RGB."""
+    """Yield every frame as array (H, W, 3) uint8 RGB, resized to `size` (width, height) if needed."""
     while (answer := capture.read())[0]:
         frame = answer[1]
         if frame.shape[1::-1] != size:  # the size can change within a stream

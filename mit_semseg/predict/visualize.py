@@ -12,15 +12,15 @@ OPACITY = 0.55  # weight of the class colors in overlays
 
 
 def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> np.ndarray:
-    """Return the colors (H, W, 3) uint8 of a label map.
+    """Convert a label map to a color image (H, W, 3) uint8.
 
     Args:
-        labelmap: (H, W) class indices; negative (ignored) pixels become black.
+        labelmap: (H, W) class indices. Pixels with a negative index (ignored) become black.
         colors: (num_class, 3) uint8.
         mode: channel order, 'RGB' or 'BGR'.
 
     Raises:
-        IndexError: a class index is not below num_class.
+        IndexError: a class index is num_class or larger.
     """
     if mode not in ("RGB", "BGR"):
         raise ValueError(f"mode must be RGB or BGR, got {mode!r}")
@@ -32,13 +32,13 @@ def colorEncode(labelmap: np.ndarray, colors: np.ndarray, mode: str = "RGB") -> 
 
 
 def panel(images: Sequence[np.ndarray]) -> Image.Image:
-    """Join images (H, W, 3) uint8 of equal height side by side, with a white gap."""
+    """Join images (H, W, 3) uint8 of equal height side by side, with white gaps between them."""
     gap = np.full((images[0].shape[0], GAP, 3), 255, np.uint8)
     return Image.fromarray(np.concatenate([part for image in images for part in (gap, image)][1:], axis=1))
 
 
 def result_panel(item: dict, prediction: np.ndarray, table: ClassTable) -> Image.Image:
-    """Draw the panel [image | label | prediction] of a `ValDataset` item; `prediction` is (H, W) class indices."""
+    """Draw a panel [image | label | prediction] of a `ValDataset` item; `prediction` contains class indices (H, W)."""
     maps = item["seg_label"][0].numpy(), prediction
     return panel([item["img_ori"], *(colorEncode(label_map, table.colors) for label_map in maps)])
 
@@ -58,7 +58,7 @@ def overlay(
 
 
 def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Image:
-    """Draw color, name and fraction of every class in the image, largest first."""
+    """Return an image with color, name and fraction of every class in `label_map`, in descending order."""
     entries = class_fractions(label_map, table)
     size = max(11, min(20, height // 24))
     font, row = ImageFont.load_default(size), round(size * 1.6)
@@ -76,7 +76,7 @@ def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Imag
 
 
 def class_fractions(label_map: np.ndarray, table: ClassTable) -> list[dict]:
-    """Return one dict per class in a label map, largest first.
+    """Return a dict for every class in a label map, in descending order of the fraction.
 
     The keys are `class` (name), `index`, `fraction` (of all pixels) and `color` ([r, g, b]).
     """

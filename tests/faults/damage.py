@@ -1,4 +1,4 @@
-"""Write datasets with one file for every kind of damage, and for every unusual but valid format."""
+"""Write a dataset of damaged files, and a dataset of valid files in unusual formats."""
 
 import json
 import struct
@@ -11,7 +11,7 @@ SIZE = (48, 40)
 
 
 def _gray_png(width: int, height: int, data: bytes) -> bytes:
-    """Return a PNG whose header gives this size, even if the data has another size."""
+    """Return a gray PNG file with this size in its header; `data` (rows before compression) may have another size."""
     content = b"\x89PNG\r\n\x1a\n"
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     for name, part in ((b"IHDR", header), (b"IDAT", zlib.compress(data)), (b"IEND", b"")):
@@ -20,7 +20,7 @@ def _gray_png(width: int, height: int, data: bytes) -> bytes:
 
 
 class DatasetWriter:
-    """Writes images and labels of three classes to a subfolder of `root`, and collects the lines of their list."""
+    """Writes images, and labels with three classes, to the folder `root / name`; collects the lines of a list."""
 
     def __init__(self, root, name: str):
         self.name, self.rng, self.lines = name, np.random.default_rng(0), []
@@ -35,7 +35,7 @@ class DatasetWriter:
         return Image.fromarray(self.rng.integers(0, 4, (size[1], size[0]), np.uint8).astype(dtype))
 
     def add(self, name: str, image=None, label=None, *, size=SIZE, **save_options) -> None:
-        """Write a pair and its line. `image` and `label` are images or file contents; None writes a valid one."""
+        """Write an image and a label (Pillow images or bytes; None: random pixels), and add them to the list."""
         image = self.image(size) if image is None else image
         label = self.label(size) if label is None else label
         label_name = f"{name.rpartition('.')[0]}.png"
@@ -55,14 +55,14 @@ class DatasetWriter:
 
 
 def write_unusable(root) -> list[str]:
-    """Write unusable pairs and `unusable.odgt`. Return what the error of each names: a file or a line."""
+    """Write unusable pairs and their list unusable.odgt. Return the text that each error must contain."""
     writer = DatasetWriter(root, "broken")
     images, labels = writer.folder / "images", writer.folder / "labels"
     writer.add("truncated.jpg", size=(200, 160))
     (images / "truncated.jpg").write_bytes((images / "truncated.jpg").read_bytes()[:2000])
     writer.add("zero_bytes.png", b"")
     wrong_checksum = bytearray(_gray_png(*SIZE, b"\x00" + bytes(SIZE[0])))
-    wrong_checksum[29] ^= 1  # checksum of the header
+    wrong_checksum[29] ^= 1  # flip a bit in the header's checksum
     writer.add("checksum.png", bytes(wrong_checksum))
     writer.add("page.jpg", b"<!doctype html><title>404</title>")
     writer.add("bomb.png", _gray_png(30_000, 30_000, b""))
@@ -95,7 +95,7 @@ def write_unusable(root) -> list[str]:
 
 
 def write_unusual(root) -> list[str]:
-    """Write unusual but valid pairs and `unusual.odgt`. Return the image paths."""
+    """Write unusual but valid pairs and their list unusual.odgt. Return the image paths."""
     writer = DatasetWriter(root, "odd")
     images = writer.folder / "images"
     writer.add("one_pixel.png", size=(1, 1))
@@ -112,7 +112,7 @@ def write_unusual(root) -> list[str]:
     writer.add(f"{'n' * 200}.png")
     writer.add("checksum_of_data.png")
     content = bytearray((images / "checksum_of_data.png").read_bytes())
-    content[-13] ^= 1  # wrong checksum; the pixels are intact
+    content[-13] ^= 1  # flip a bit in the checksum of the pixels
     (images / "checksum_of_data.png").write_bytes(bytes(content))
     for name, folder in (("absolute.png", str(images)), ("above.png", "odd/../odd/images")):
         writer.add(name)

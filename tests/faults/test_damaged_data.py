@@ -1,4 +1,4 @@
-"""Damaged datasets: an unusable file stops the run with an error that names it, or is skipped and reported."""
+"""An unusable file stops a run with an error that names the file, or is skipped and reported."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from mit_semseg.dataset.records import add_sizes, load_records
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Write valid images (train, val) and the lists unusable.odgt, unusual.odgt and mixed.odgt (both)."""
+    """Write the valid datasets train/ and val/, the lists unusable.odgt and unusual.odgt, and both in mixed.odgt."""
     folder = write_data_set(tmp_path_factory.mktemp("data"))
     unusable, unusual = write_unusable(folder), write_unusual(folder)
     lists = [folder / f"{name}.odgt" for name in ("unusable", "unusual")]
@@ -85,7 +85,7 @@ def test_training_skips_and_reports_and_remembers_after_resume(data, tmp_path):
     assert all(name in names for name in data.unusable)
     done = here("train.py", small(data.folder, tmp_path / "a", **changes, TRAIN__resume="auto"), code=1)
     assert summary in done.stdout
-    # Replacements do not depend on the number of workers.
+    # The images that replace unusable ones do not depend on the number of workers.
     changes |= {"TRAIN.eval_epoch": 0, "TRAIN.workers": 2}
     here("train.py", small(data.folder, tmp_path / "b", **changes), code=1)
     assert same(*(weights(tmp_path / name, "epoch_1.pth") for name in "ab"))

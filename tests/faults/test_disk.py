@@ -1,4 +1,4 @@
-"""A full or read-only disk: the error names the file, the old file is kept, and the run can be resumed."""
+"""On a full or read-only disk, the error names the file, the old file is kept, and the run can be resumed."""
 
 import re
 import subprocess
@@ -25,7 +25,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def disk(tmp_path):
-    """Mount a disk of 1 MiB in memory (tmpfs); return its folder."""
+    """Mount a file system of 1 MiB in memory (tmpfs); yield its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
@@ -65,7 +65,7 @@ def options_for(root, folder, **changes):
 
 
 def test_training_stops_on_a_full_disk_and_resumes(root, disk, tmp_path):
-    """The disk has space for one checkpoint (18 MiB), but not for two."""
+    """The disk (30 MiB) has space for one checkpoint (18 MiB), but not for two."""
     remount(disk, "size=30m")
     folder = disk / "run"
     done = here("train.py", options_for(root, folder), code=2)
@@ -89,7 +89,7 @@ def test_training_continues_without_tensorboard_on_a_full_disk(root, disk, tmp_p
 
 
 def test_truncated_video_is_removed_on_a_full_disk(disk, tmp_path):
-    """OpenCV does not report a full disk."""
+    """OpenCV reports no error on a full disk, but `segment_video` must raise one."""
     clip = write_clip(tmp_path / "clip.mp4", np.random.default_rng(0).integers(0, 256, (60, 120, 160, 3), np.uint8))
     remount(disk, "size=200k")
     options = SimpleNamespace(imgSizes=(40,), imgMaxSize=100, padding_constant=8)
@@ -123,5 +123,5 @@ def test_results_that_do_not_fit_on_the_disk_are_named(root, disk, tmp_path):
     (tmp_path / "run" / "result").symlink_to(disk)
     done = here("eval.py", changes, code=2)
     assert "cannot be written: No space left on device" in done.stderr
-    assert "Mean IoU" in done.stdout  # the scores are printed first
+    assert "Mean IoU" in done.stdout  # the scores are printed before files are written
     assert not list(disk.rglob("*.partial"))

@@ -1,6 +1,6 @@
-"""Random and malicious inputs are read, or refused with an error; no code in them is executed.
+"""Random and malicious files are read or refused with an error, and code in them is not executed.
 
-`FUZZ=20 pytest tests/faults/test_fuzz.py` tries twenty times as many examples.
+`FUZZ=20 pytest tests/faults/test_fuzz.py` tries twenty times as many examples as the default.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from mit_semseg.dataset.records import load_records
 from mit_semseg.lib.utils import UserError
 
 FUZZ = float(os.environ.get("FUZZ", "1"))
-TRACE = Path("/tmp/mit_semseg_must_not_exist")  # created if code in a file is executed
+TRACE = Path("/tmp/mit_semseg_must_not_exist")  # the malicious code creates this file
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 JSON = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text(max_size=8), SCALARS, max_size=3)
@@ -64,7 +64,7 @@ def test_yaml_files_load_or_raise_user_errors(tmp_path, text):
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Replace, delete or insert bytes, mostly in headers, and sometimes truncate the content."""
+    """Return the content with bytes replaced, deleted or inserted (mostly in the header); sometimes truncated."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         position = (

@@ -1,6 +1,6 @@
-"""SIGKILL at random moments: resumed runs give the weights of an uninterrupted run bit for bit.
+"""Runs that are killed at random moments and resumed have exactly the weights of an uninterrupted run.
 
-`KILLS=30 pytest -s -m long tests/faults/test_kills.py` kills more often than `pytest -m long`.
+`KILLS=30 pytest -s -m long tests/faults/test_kills.py` kills every kind of job 30 times instead of twice.
 """
 
 import os
@@ -24,7 +24,7 @@ KILLS = int(os.environ.get("KILLS", "2"))
 
 
 class OneRank:
-    """A job of one rank."""
+    """A training job with one rank."""
 
     count = 1
 
@@ -38,7 +38,7 @@ class OneRank:
         rng.choice(self.jobs).send(signal.SIGKILL)
 
     def end(self) -> bool:
-        """Wait for the end; return whether all ranks succeeded."""
+        """Wait until all ranks have ended; return whether all exit codes are 0."""
         return [job.end(code=None).returncode for job in self.jobs] == [0] * self.count
 
     def errors(self) -> str:
@@ -46,13 +46,13 @@ class OneRank:
 
 
 class TwoRanks(OneRank):
-    """A job of two ranks; when one is killed, the other ends by itself."""
+    """A training job with two ranks; if one is killed, the other must end with an error."""
 
     count = 2
 
 
 class Torchrun:
-    """A job of two ranks under torchrun; one rank is killed, or torchrun with all its processes."""
+    """A training job with two ranks started by torchrun; `kill_one` kills one rank or all processes."""
 
     def __init__(self, options):
         command = [*TORCHRUN, *words(ROOT / "train.py", options)]
@@ -64,7 +64,7 @@ class Torchrun:
 
     def kill_one(self, rng: random.Random) -> None:
         with suppress(ProcessLookupError):
-            self.job.send_signal(signal.SIGSTOP)  # so that it starts no process while its children are listed
+            self.job.send_signal(signal.SIGSTOP)  # torchrun must not start processes while its children are listed
             below = children(self.job.pid)
             if below and rng.random() < 0.7:
                 os.kill(rng.choice(below), signal.SIGKILL)
@@ -85,7 +85,7 @@ class Torchrun:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [OneRank, TwoRanks, Torchrun])
 def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind):
-    """The moments are uniformly random: during start, training, saving and validation."""
+    """The times of the kills are uniformly distributed over start-up, training, saving and validation."""
     write_data_set(tmp_path)
     changes = {"TRAIN.epoch_iters": 6, "TRAIN.checkpoint_iters": 2, "TRAIN.workers": 1, "TRAIN.eval_epoch": 1}
     changes |= {"TRAIN.resume": "auto", "MODEL.norm": "batch", "RUNTIME.timeout": 60}
@@ -106,9 +106,9 @@ def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind)
             job.kill_one(rng)
             kills += 1
             if job.end():
-                break  # it ended before the kill
+                break  # the job ended before it was killed
             for path in folder.glob("*.pth"):
-                torch.load(path, weights_only=True)  # not truncated
+                torch.load(path, weights_only=True)  # fails if the file is truncated
             state = RunFolder(folder).resume
             step = read_resume(state)["step"] if state.exists() else 0
             assert step >= reached
@@ -119,11 +119,11 @@ def test_run_killed_again_and_again_gives_the_undisturbed_result(tmp_path, kind)
         histories = [torch.load(f / "history_epoch_2.pth", weights_only=True) for f in (folder, tmp_path / "whole")]
         assert histories[0] == histories[1]
         assert not list(Path(folder).rglob("*.partial"))
-    print(f"{kind.__name__}: {kills} kills survived in {runs} runs")
+    print(f"{kind.__name__}: {kills} kills, {runs} completed runs with the expected weights")
 
 
 def ended(job, seconds: float) -> bool:
-    """Return whether a job ends within a time."""
+    """Return whether a job ends within this number of seconds."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end and job.running():
         time.sleep(0.01)

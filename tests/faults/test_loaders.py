@@ -1,4 +1,4 @@
-"""DataLoader workers: crashes, timeouts, missing resources, start methods."""
+"""DataLoader workers that crash, hang or lack shared memory, and all start methods."""
 
 import os
 import re
@@ -39,10 +39,10 @@ except Exception as error:
 @pytest.mark.parametrize(
     ("number", "index", "seconds_per_item", "message"),
     [
-        # PyTorch does not always name the signal.
+        # The messages give the probable cause, because PyTorch does not always report the signal.
         (signal.SIGBUS, 2, 0, "shared memory.*--shm-size"),
         (signal.SIGKILL, 2, 0, "killed.*out of memory"),
-        (signal.SIGKILL, 2, 5, "killed.*out of memory"),  # the worker is killed while the main process uses a batch
+        (signal.SIGKILL, 2, 5, "killed.*out of memory"),  # killed while the main process uses a batch
         (signal.SIGSTOP, 0, 0, "hangs.*2 seconds"),
     ],
 )
@@ -70,7 +70,7 @@ def run_options(root, folder, **changes):
 
 
 def descendants(pid: int) -> list[int]:
-    """Return the process IDs of all descendants."""
+    """Return the IDs of all descendants of a process."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, path.read_text().split()):
@@ -91,7 +91,7 @@ def test_run_with_a_killed_worker_stops_and_resumes_bit_identically(root, tmp_pa
     while not (tmp_path / "resume.pth").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     processes = descendants(job.pid)
-    (worker,) = (pid for pid in processes if os.getpgid(pid) == pid)  # workers have their own process groups
+    (worker,) = (pid for pid in processes if os.getpgid(pid) == pid)  # only a worker leads a process group
     os.kill(worker, signal.SIGKILL)
     assert "worker was killed" in job.end(60, code=2).stderr
     assert all(has_ended(pid) for pid in processes)
@@ -103,7 +103,7 @@ def test_run_with_a_killed_worker_stops_and_resumes_bit_identically(root, tmp_pa
 def test_too_little_shared_memory_is_explained(root, tmp_path):
     mount, namespace = "mount -t tmpfs -o size=8k tmpfs /dev/shm", ("unshare", "-rm")
     if subprocess.run([*namespace, "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("mounting a tmpfs is not allowed")
+        pytest.skip("needs permission to mount a tmpfs")
     train = words(sys.executable, ROOT / "train.py", run_options(root, tmp_path, TRAIN__workers=2, RUNTIME__timeout=30))
     shell = [*namespace, "sh", "-c", f'{mount} && exec "$@"', "sh", *train]
     done = subprocess.run(shell, env=ENV, cwd=ROOT, capture_output=True, text=True, timeout=120)

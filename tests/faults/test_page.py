@@ -1,4 +1,4 @@
-"""The web page on a public host stays available, uses limited memory, and gives no access to files."""
+"""A public web page stays available, limits its memory, and gives visitors no access to server files."""
 
 import http.client
 import io
@@ -20,11 +20,11 @@ from test_segmenter import write_weights
 
 pytest.importorskip("gradio")
 
-LIMIT = 1_000_000  # bytes of an upload
+LIMIT = 1_000_000  # largest upload in bytes
 
 
 class Server:
-    """The page in another process."""
+    """Runs the web page in a new process."""
 
     def __init__(self, folder):
         write_weights(folder / "run", "resnet18dilated", "c1", "epoch_1.pth", 3)
@@ -38,7 +38,7 @@ class Server:
         self.function = next(entry["id"] for entry in functions if len(entry["inputs"]) == 2)
 
     def request(self, path: str, body: bytes | None = None, kind: str = "application/json") -> tuple[int, bytes]:
-        """Return status code and body."""
+        """Send a GET request, or a POST request if there is a body; return the status code and the response."""
         url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": kind} if body else {}
         try:
             with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=60) as answer:
@@ -52,7 +52,7 @@ class Server:
         return self.request("/gradio_api/upload", body, "multipart/form-data; boundary=b")
 
     def segment(self, visitor: str, file) -> str:
-        """Return all messages for a request, or the error."""
+        """Request a segmentation; return all messages of the server, or its error response."""
         body = {"data": [file, "epoch_1.pth"], "session_hash": visitor, "fn_index": self.function}
         code, answer = self.request("/gradio_api/queue/join", json.dumps(body).encode())
         if code == 200:
@@ -60,7 +60,7 @@ class Server:
         return answer.decode(errors="replace")
 
     def visit(self, number: int) -> str:
-        """Upload and segment an image whose width depends on the number."""
+        """Upload an image of 50 + `number` pixels width; return the messages about its segmentation, or an error."""
         file, name = io.BytesIO(), f"image{number}.png"
         Image.new("RGB", (50 + number, 40)).save(file, "PNG")
         code, answer = self.upload(name, file.getvalue())
@@ -70,7 +70,7 @@ class Server:
         return self.segment(f"visitor{number}", value)
 
     def memory(self) -> float:
-        """Return the resident memory in MiB."""
+        """Return the resident memory of the server in MiB."""
         return int(Path(f"/proc/{self.job.pid}/statm").read_text().split()[1]) * 4096 / 2**20
 
     def check(self) -> None:
@@ -118,14 +118,14 @@ def test_large_uploads_are_refused_without_using_memory(server):
         try:
             code, _ = server.upload("large.png", bytes(40 * LIMIT))
         except (urllib.error.URLError, ConnectionError, http.client.HTTPException):
-            code = 413  # connection closed by the server
+            code = 413  # a closed connection also refuses the upload
         assert code >= 400
     assert server.memory() - before < 200
     server.check()
 
 
 def test_server_survives_invalid_requests(server):
-    """The requests are random bytes, invalid bodies, and values of other types."""
+    """Send random bytes, invalid request bodies, and values that are not uploads."""
     rng = random.Random(0)
     starts = b"", b"GET / HTTP/1.1\r\n", b"POST /gradio_api/queue/join HTTP/1.1\r\nContent-Length: 9\r\n\r\n"
     routes = "upload", "queue/join", "queue/data", "run/predict", "call/work", "file=", "proxy=x", "reset"

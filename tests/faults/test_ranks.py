@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped, slow or out of memory."""
+"""Ranks that are killed, suspended, interrupted, slow or out of memory."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 
 
 def options_for(root, folder, **changes):
-    # Local batch norm saves time: synchronized batch norm needs a hundred collectives per step.
+    # Local batch norm is faster, because synchronized batch norm needs about 100 collectives per step.
     fixed = {"TRAIN.checkpoint_iters": 2, "TRAIN.resume": "auto", "MODEL.norm": "batch"}
     return changes_for(root, folder, **{**fixed, **changes})
 
@@ -42,7 +42,7 @@ def undisturbed(root, tmp_path_factory):
 
 
 def assert_resumes(root, folder, undisturbed):
-    """Check that the same command finishes the run, with the weights of an uninterrupted run bit for bit."""
+    """Check that the same command resumes and finishes the run, with exactly the weights of an uninterrupted run."""
     saved = read_resume(RunFolder(folder).resume)["step"]
     first, _ = [job.end() for job in start_ranks("train.py", options_for(root, folder))]
     assert f"resume.pth at step {saved} of 16" in first.stdout
@@ -61,12 +61,12 @@ def test_killed_rank_ends_the_job(root, tmp_path, undisturbed, victim):
     assert time.perf_counter() - killed < 30
     assert re.search(FAILED.format(rank=1 - victim), done.stderr), done.stderr
     jobs[victim].end(code=-signal.SIGKILL)
-    if victim == 0:  # the rank that writes the files
+    if victim == 0:  # rank 0 writes the checkpoints
         assert_resumes(root, tmp_path, undisturbed)
 
 
 def torchrun(flag, options, step, act):
-    """Run train.py with torchrun and call `act(job)` after a step; return the exit code and the later output."""
+    """Run train.py with torchrun and call `act(job)` after a step; return the exit code and the output after this."""
     command = [*TORCHRUN, flag, *words(ROOT / "train.py", options)]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         next(line for line in job.stdout if f"epoch 1, step {step}/8" in line)
@@ -96,7 +96,7 @@ def test_sigterm_of_torchrun_saves_the_last_step(root, tmp_path, undisturbed):
 
 @pytest.mark.parametrize("receivers", [pytest.param((0,), marks=pytest.mark.long), (1,), (0, 1)])
 def test_signal_to_any_rank_stops_all_after_the_same_step(root, tmp_path, undisturbed, receivers):
-    # Without validation, which would stop immediately.
+    # No validation, because a signal during validation stops the run before the next step.
     jobs = start_ranks("train.py", options_for(root, tmp_path, TRAIN__checkpoint_iters=0, TRAIN__eval_epoch=0))
     jobs[0].until("epoch 1, step 3/8")
     for rank in receivers:
@@ -120,7 +120,7 @@ def test_hanging_rank_ends_the_job_and_the_waiting_stack_is_printed(root, tmp_pa
 
 
 class Slow(TrainDataset):
-    """Loads one batch in a third of the timeout, and all four in more than the timeout."""
+    """Loading a batch takes a third of the timeout, so that four batches take longer than the timeout."""
 
     def __getitem__(self, index):
         time.sleep(0.7)
@@ -184,7 +184,7 @@ def test_rank_stopped_during_validation_is_noticed(tmp_path):
 
 
 def test_failed_rank_ends_with_its_own_exit_code():
-    """The exit code is kept even if something aborts the interpreter at exit, as `os.abort` does here."""
+    """The exit code is kept even if the interpreter aborts at exit; `os.abort` simulates this."""
     error = "KeyError('bug') if world.rank else UserError('no such list')"
     code = f"world.gather(None, 'start'); atexit.register(os.abort); raise {error}"
     command, port = [sys.executable, "-c", RANK.format(code=code)], 29400 + os.getpid() % 1000

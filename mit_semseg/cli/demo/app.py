@@ -30,11 +30,11 @@ EXAMPLES = """\
   python -m mit_semseg.demo --cfg config/ade20k-resnet50dilated-ppm_deepsup.yaml --gpu 0 TEST.checkpoint best.pth
   python -m mit_semseg.demo --cfg config/quickstart.yaml --host 0.0.0.0 --port 8000 --max-upload 5 --max-pixels 8"""
 
-MAX_EXAMPLES = 6  # number of example images
+MAX_EXAMPLES = 6  # maximum number of example images
 
 
 def find_checkpoints(cfg: Config) -> list[str]:
-    """Return the names of checkpoints: TEST.checkpoint, then those in DIR, from best.pth and the newest epoch on."""
+    """Return checkpoint names: TEST.checkpoint, then complete checkpoints in DIR (best.pth, newest to oldest epoch)."""
     folder = RunFolder(cfg.DIR)
     names = ["best.pth", *(f"epoch_{epoch}.pth" for epoch in reversed(folder.epochs()))]
     complete = [name for name in names if all(folder.path(part, name).is_file() for part in ("encoder", "decoder"))]
@@ -42,16 +42,16 @@ def find_checkpoints(cfg: Config) -> list[str]:
 
 
 def find_examples(cfg: Config, folder: str | None) -> list[str]:
-    """Return paths of example images from a folder; without a folder, from the validation set if it can be read."""
+    """Return paths of images in `folder` or, if it is None, of validation images ([] if they cannot be read)."""
     if folder:
         images = [str(path) for path in find_images(Path(folder))]
         if not images:
-            raise UserError(f"--examples {folder} contains no images")
+            raise UserError(f"--examples {folder} contains no images; give another folder")
         return images[:MAX_EXAMPLES]
     try:
         dataset = build_val_dataset(cfg).subsample(MAX_EXAMPLES)
     except UserError as error:
-        logger.info("no example images: %s", error)
+        logger.info("the page has no example images: %s", error)
         return []
     return [str(dataset.path(record, "fpath_img")) for record in dataset.records]
 
@@ -60,7 +60,7 @@ def main() -> None:
     """Run `python -m mit_semseg.demo` until Ctrl-C."""
     parser = make_parser(__doc__, EXAMPLES)
     parser.prog = "python -m mit_semseg.demo"
-    text = "address to listen on (default: 127.0.0.1, this machine only); 0.0.0.0 accepts other machines"
+    text = "address to listen on (default: 127.0.0.1, for this machine only); 0.0.0.0 is for all machines"
     parser.add_argument("--host", metavar="ADDRESS", default="127.0.0.1", help=text)
     text = "port to listen on (default: 7860); 0 selects a free port"
     parser.add_argument("--port", type=int, metavar="N", default=7860, help=text)
@@ -79,7 +79,7 @@ def main() -> None:
     limits = Limits(args.max_upload, args.max_pixels, args.max_waiting)
     for name, value in limits._asdict().items():
         if not 0 < value < math.inf:
-            raise UserError(f"--max-{name} {value} is out of range; use a number above 0")
+            raise UserError(f"--max-{name} {value} is out of range; use a finite number above 0")
     cfg = load_config(args.cfg, args.opts)
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]

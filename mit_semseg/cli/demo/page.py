@@ -25,24 +25,24 @@ VIEWER = Path(__file__).parent / "viewer"
 TITLE = "Semantic segmentation"
 WELCOME = "Upload, drop or paste an image, or take a photo, to see its classes here."
 JPEG_QUALITY = 92
-MAX_NETWORKS = 2  # number of networks in memory
-MAX_SESSIONS = 32  # number of visitors whose last result Gradio keeps, in case their connection is interrupted
-DELETE_CACHE = (120, 600)  # seconds between two checks for old uploads, and maximum age of an upload
+MAX_NETWORKS = 2  # maximum number of networks in memory
+MAX_SESSIONS = 32  # maximum number of visitors whose last result Gradio keeps in memory
+DELETE_CACHE = (120, 600)  # seconds between deletions of old uploads, and seconds until an upload is old
 
 
 class Networks:
-    """Segmenters by checkpoint name, loaded by `load` on first use; the last `MAX_NETWORKS` stay in memory."""
+    """Segmenters by checkpoint name, loaded on first use. The last `MAX_NETWORKS` used stay in memory."""
 
     def __init__(self, names: Sequence[str], load: Callable[[str], Segmenter]):
         self.names, self.load = names, lru_cache(MAX_NETWORKS)(load)
 
     def __getitem__(self, name: str) -> Segmenter:
         if name not in self.names:
-            raise UserError(f"checkpoint {str(name)[:MAX_NAME_LENGTH]!r} does not exist; choose one from the list")
+            raise UserError(f"checkpoint {str(name)[:MAX_NAME_LENGTH]!r} does not exist; choose a listed network")
         try:
             return self.load(name)
-        except UserError:  # the message contains paths of the server
-            logger.exception("%s cannot be loaded", name)
+        except UserError:  # visitors must not see the paths in the message
+            logger.exception("network %s cannot be loaded", name)
             raise UserError(f"network {name} cannot be loaded; choose another network") from None
 
 
@@ -73,10 +73,10 @@ def _data_url(media_type: str, content: bytes) -> str:
 
 
 def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: str, report: Callable) -> dict:
-    """Segment an upload and return a dict for the viewer, which has only a message if there is no result.
+    """Segment an upload and return a dict for the viewer. After an error, the dict has only `message` and `failed`.
 
-    `file` is the browser's dict with `path` and `orig_name` of the upload, or None. `report` is called with the
-    progress (0..1) and a description.
+    `file` is the dict that the browser sends for an upload, with `path` and `orig_name`, or None. `report` is called
+    with the progress (0..1) and a description.
     """
     if file is None:
         return {"message": WELCOME}
@@ -100,15 +100,15 @@ def segment(networks: Networks, limits: Limits, file: dict | None, checkpoint: s
 
 
 def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (), description: str = ""):
-    """Return the page as Gradio `Blocks`, for `launch`; `examples` are paths of images."""
+    """Return the page as Gradio `Blocks`, for `launch`; `examples` are paths of example images."""
     try:
         import gradio as gr
     except ImportError:
         raise UserError('gradio is not installed; run pip install -e ".[demo]"') from None
 
-    upload_folder()  # sets an environment variable that the components of Gradio read
+    upload_folder()  # sets GRADIO_TEMP_DIR, which Gradio reads when it creates components
 
-    def on_change(file, checkpoint, progress=gr.Progress()):  # noqa: B008  (interface of Gradio)
+    def on_change(file, checkpoint, progress=gr.Progress()):  # noqa: B008  (required by Gradio)
         return segment(networks, limits, file, checkpoint, lambda value, text: progress(value, desc=text))
 
     class Page(gr.Blocks):
@@ -134,14 +134,14 @@ def build_page(networks: Networks, limits: Limits, examples: Sequence[str] = (),
                 kinds = {"html_template": "html", "css_template": "css", "js_on_load": "js"}
                 files = {key: (VIEWER / f"viewer.{kind}").read_text(encoding="utf-8") for key, kind in kinds.items()}
                 viewer = gr.HTML({"message": WELCOME}, elem_id="viewer", **files)
-        # preprocess=False, because Gradio would decode the image without the limits of `read_upload`.
+        # Without preprocess=False, Gradio would decode the image before `read_upload` checks the limits.
         options = {"preprocess": False, "show_progress_on": viewer, "api_visibility": "private"}
         gr.on([image.change, checkpoint.change], on_change, [image, checkpoint], viewer, **options)
     return page.queue(max_size=limits.waiting, default_concurrency_limit=1)
 
 
 def launch(page, limits: Limits, host: str = "127.0.0.1", port: int = 0) -> str:
-    """Serve a page of `build_page` in the background and return its URL. Port 0 selects a free port."""
+    """Serve a page from `build_page` in the background, and return the URL. Port 0 selects a free port."""
     import gradio as gr
     from starlette.middleware import Middleware
 

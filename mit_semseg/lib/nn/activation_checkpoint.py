@@ -11,7 +11,7 @@ from .batchnorm import recomputation
 
 
 class _Checkpointed:
-    """Mixin that saves only the input of a block in training and recomputes the block in the backward pass."""
+    """Mixin for a block: in training, save only its input, and recompute the block in the backward pass."""
 
     activation_checkpointing = True
 
@@ -29,7 +29,7 @@ def _checkpointed_class(block_class: type[nn.Module]) -> type[nn.Module]:
 def enable_activation_checkpointing(module: nn.Module) -> int:
     """Enable activation checkpointing in the outermost blocks whose class sets `checkpoint_unit = True`.
 
-    The class of each block is replaced by a subclass; state-dict keys do not change. Return the number of blocks.
+    The class of each block is replaced by a subclass; state-dict keys do not change. Return the number of these blocks.
     """
     if getattr(module, "checkpoint_unit", False):
         if not isinstance(module, _Checkpointed):

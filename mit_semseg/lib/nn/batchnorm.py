@@ -1,7 +1,7 @@
 """Batch normalization with statistics over all replicas and ranks.
 
-The layers are `torch.nn.BatchNorm*d` modules with the same parameters, buffers and state-dict keys. On a single device
-they call PyTorch's kernel, otherwise `sync_stats.SyncBatchNormFunction`.
+The layers are subclasses of `torch.nn.BatchNorm*d` with the same parameters, buffers and state-dict keys. On a single
+device they call PyTorch's kernel; on several devices they call `sync_stats.SyncBatchNormFunction`.
 """
 
 import threading
@@ -21,7 +21,7 @@ _thread_state = threading.local()
 
 @contextmanager
 def recomputation() -> Iterator[None]:
-    """Context manager for recomputation in activation checkpointing: running statistics are not updated again."""
+    """Prevent a second update of running statistics while activation checkpointing recomputes a forward pass."""
     _thread_state.recomputing = True
     try:
         yield
@@ -34,14 +34,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     Args:
         args, kwargs: see `nn.BatchNorm2d`.
-        clamp_variance: divide by sqrt(max(var, eps)) when synchronizing, as in the training of the published models;
-            False divides by sqrt(var + eps), like PyTorch.
-        synchronized: False uses local statistics in each replica and rank; replica 0 updates the running statistics.
+        clamp_variance: in synchronized training, divide by sqrt(max(var, eps)), as for the published models; False
+            divides by sqrt(var + eps), like PyTorch.
+        synchronized: False computes statistics per replica and rank; replica 0 updates the running statistics.
     """
 
     clamp_variance = True
     synchronized = True
-    # `DataParallelWithCallback` sets these attributes in every replica.
+    # `DataParallelWithCallback` sets the next three attributes in every replica.
     layer_name = ""  # used in error messages
     replicas: ReplicaGroup | None = None
     replica_index = 0
@@ -52,7 +52,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each channel of (N, C, ...); raise ReplicaError or ProcessGroupError if a replica or rank fails."""
-        if isinstance(x, torch.fx.Proxy) and not self.training:  # FX tracing: sizes are symbolic
+        if isinstance(x, torch.fx.Proxy) and not self.training:  # in FX tracing, sizes are symbolic
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
         self._check_input_dim(x)
         if self._syncs_replicas():
@@ -62,12 +62,12 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         if self._has_single_value(x):
             return self._normalize_single_value(x)
         if self.training and self.track_running_stats and not self._updates_running_stats():
-            # Recomputation must save the same tensors: pass the running statistics, with momentum 0.
+            # Recomputation must save the same tensors: pass the running statistics, with momentum 0 to keep them.
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
         return super().forward(x)
 
     def to_plain(self) -> None:
-        """Convert to `nn.BatchNorm*` in place, with the same parameters and buffers."""
+        """Convert this layer in place to `nn.BatchNorm*d` with the same parameters and buffers."""
         self.__class__ = next(plain for plain, kind in _SYNCHRONIZED.items() if isinstance(self, kind))
         for name in ("clamp_variance", "synchronized", "layer_name", "replicas", "replica_index"):
             vars(self).pop(name, None)
@@ -91,7 +91,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.replicas.gather_and_compute(self.replica_index, name, arguments, self._normalize_replicas)
 
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
-        """Compute the outputs of all replicas from their (input, weight, bias)."""
+        """Return the output of each replica; `arguments` holds (input, weight, bias) of each replica."""
         inputs, weights, biases = zip(*arguments, strict=True)
         stats = SyncStatistics(self.eps, self.clamp_variance, self._display_name())
         outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)
@@ -102,7 +102,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         return self.training and self.track_running_stats and x.numel() == x.size(1)
 
     def _normalize_single_value(self, x: Tensor) -> Tensor:
-        # A single value has no variance: use its deviation from the running mean, normalize by the running statistics.
+        # A single value has no variance: use its squared deviation from the running mean; normalize by running stats.
         value = x.detach().flatten().to(self.running_mean.dtype)
         self._update_running_stats(value, (value - self.running_mean).square())
         shape = (1, -1) + (1,) * (x.dim() - 2)
@@ -128,7 +128,7 @@ class SynchronizedBatchNorm1d(SynchronizedBatchNorm, nn.BatchNorm1d):
 
 
 class SynchronizedBatchNorm2d(SynchronizedBatchNorm, nn.BatchNorm2d):
-    """Synchronized `nn.BatchNorm2d`; input (N, C, H, W). Can be trained with a single value per channel."""
+    """Synchronized `nn.BatchNorm2d`; input (N, C, H, W). A single value per channel is allowed in training."""
 
 
 class SynchronizedBatchNorm3d(SynchronizedBatchNorm, nn.BatchNorm3d):
@@ -145,7 +145,7 @@ _SYNCHRONIZED = {
 def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Convert all batch norms of a module in place to synchronized ones, and return the module.
 
-    Parameters, buffers and hooks are kept. The converted layers divide by sqrt(var + eps), as before.
+    Parameters, buffers and hooks are kept. The converted layers still divide by sqrt(var + eps).
     """
     for part in module.modules():
         if type(part) in _SYNCHRONIZED:
@@ -157,9 +157,9 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def to_batchnorm(module: nn.Module) -> nn.Module:
-    """Convert all synchronized batch norms of a module in place to `nn.BatchNorm*`, and return the module.
+    """Convert all synchronized batch norms of a module in place to `nn.BatchNorm*d`, and return the module.
 
-    Raises ValueError for an `InPlaceABN`.
+    Raises ValueError if the module contains an `InPlaceABN`.
     """
     for part in module.modules():
         if isinstance(part, SynchronizedBatchNorm):

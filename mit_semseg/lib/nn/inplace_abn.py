@@ -2,7 +2,7 @@
 
 Rota Bulò, Porzi & Kontschieder, "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", 2018. Leaky ReLU
 is invertible and the scale is never zero, so the backward pass recovers the normalized values from the output. This
-halves the memory of normalization and activation. Slope 1 means no activation.
+halves the memory that normalization and activation need for the backward pass. Slope 1 means no activation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ from .sync_stats import (
     split_evenly,
 )
 
-# Module version in the metadata of state dicts: in-place norms have the keys of batch norms, but another version.
+# Module version in state-dict metadata; it distinguishes in-place norms from batch norms, which have the same keys.
 VERSION = 3
 ACTIVATIONS = ("leaky_relu", "none")
 
 
 class InPlaceABNFunction(torch.autograd.Function):
-    """Batch normalization and leaky ReLU of several inputs, one per replica, with common statistics.
+    """Batch normalization and leaky ReLU of several inputs, one per replica, with the statistics of all inputs.
 
     `apply(stats, slope, *inputs, *shortcuts, *weights, *biases)` returns, for every replica,
     leaky_relu((x - mean) / sqrt(var + eps) * (|weight| + eps) + bias + shortcut). Inputs and shortcuts are
@@ -87,7 +87,7 @@ def _activate(z: Tensor, slope: float) -> Tensor:
 
 
 def _activation_gradient(y: Tensor, g: Tensor, slope: float) -> Tensor:
-    # Autograd uses this operator too; `torch.where` is many times slower on a CPU.
+    # Autograd uses the same operator for leaky ReLU; `torch.where` is many times slower on a CPU.
     return g if slope == 1 else torch.ops.aten.leaky_relu_backward(g, y, slope, False)
 
 
@@ -97,7 +97,7 @@ def _normalize_add_activate(slope, x, shortcut, mean, scale, shift) -> Tensor:
 
 
 def _recover(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tensor]:
-    """Recover the normalized values, and the gradient of the activation's input, from the output and its gradient."""
+    """Return the normalized values and the gradient of the activation's input; `g` is the gradient of output `y`."""
     y, g = y.to(compute_dtype(y)), g.to(compute_dtype(y))
     z = y if slope == 1 else F.leaky_relu(y, 1 / slope)
     z = z if shortcut is None else z - shortcut
@@ -116,10 +116,10 @@ def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_f
 
 
 class InPlaceABN(SynchronizedBatchNorm2d):
-    """Batch normalization with local statistics and scale |weight| + eps, then an activation ('leaky_relu' or 'none').
+    """Batch normalization with scale |weight| + eps, then an activation; each replica uses its own statistics.
 
-    Only the output is saved for the backward pass. If it is float16 or bfloat16, the input is saved too,
-    because the normalized values cannot be recovered accurately.
+    `activation` is 'leaky_relu' or 'none'. Only the output is saved for the backward pass. In 16-bit precision,
+    the input is saved too, because the normalized values cannot be recovered accurately from the output.
     """
 
     synchronized = False
@@ -144,7 +144,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         return f"{super().extra_repr()}, activation={self.activation}, slope={self.slope}"
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Normalize each channel of (N, C, H, W), add the shortcut of the same shape, apply the activation."""
+        """Normalize each channel of (N, C, H, W), add the shortcut (same shape), and apply the activation."""
         self._check_input_dim(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias, shortcut)

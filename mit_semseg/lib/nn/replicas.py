@@ -1,4 +1,4 @@
-"""Collectives between the replicas of a module, which run in threads of one process."""
+"""Communication between the replicas of a module; the replicas run in threads of one process."""
 
 import threading
 from collections.abc import Callable
@@ -9,11 +9,11 @@ DEFAULT_TIMEOUT = 120.0  # seconds
 
 
 class ReplicaError(UserError, RuntimeError):
-    """A replica stopped because another one failed or timed out."""
+    """A replica was aborted because another replica failed or timed out."""
 
 
 class ReplicaGroup:
-    """Synchronizes the replicas of a module in one forward pass; a replica waits at most `timeout` seconds."""
+    """Synchronizes the replicas of a module in one forward pass; every wait takes at most `timeout` seconds."""
 
     def __init__(self, size: int, timeout: float):
         self.size, self.timeout, self.stopped = size, timeout, False
@@ -22,7 +22,7 @@ class ReplicaGroup:
         self._results: list = []
 
     def gather_and_compute(self, index: int, layer_name: str, value, compute: Callable[[list], list]):
-        """Call `compute` on replica 0 with the values of all replicas, and return element `index` of its result.
+        """Call `compute` on replica 0 with the list of all replicas' values; return element `index` of the result.
 
         Raises ReplicaError if another replica failed or timed out.
         """
@@ -40,7 +40,7 @@ class ReplicaGroup:
         return self._results[index]
 
     def stop(self) -> None:
-        """Raise `ReplicaError` in all replicas that are waiting or will wait."""
+        """Raise `ReplicaError` in all replicas that wait now or later."""
         self.stopped = True
         self._barrier.abort()
 
@@ -51,4 +51,4 @@ class ReplicaGroup:
             missing = ", ".join(str(i) for i, value in enumerate(self._inputs) if value is None) or "0"
             timeout = f"replica {missing} timed out after {self.timeout:g} s"
             reason = "another replica failed" if self.stopped else timeout
-            raise ReplicaError(f"{layer_name}: replica {index} of {self.size} stopped: {reason}") from None
+            raise ReplicaError(f"{layer_name}: replica {index} of {self.size} was aborted because {reason}") from None

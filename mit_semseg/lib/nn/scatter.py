@@ -11,12 +11,12 @@ _copy_streams: dict[torch.device, "torch.cuda.Stream"] = {}
 
 
 def user_scattered_collate(batch: list) -> list:
-    """Return the list unchanged: collate function for datasets whose items are batches, one per device."""
+    """Return the list unchanged; a collate function for datasets whose items are batches, one per device."""
     return batch
 
 
 def as_device(device: torch.device | str | int) -> torch.device:
-    """Convert a device name or GPU index (int or digits); `cuda` without an index becomes the current GPU."""
+    """Convert a device name or GPU index (int or string); `cuda` without index becomes the current GPU."""
     if isinstance(device, int) or (isinstance(device, str) and device.isdecimal()):
         return torch.device("cuda", int(device))
     device = torch.device(device)
@@ -32,9 +32,9 @@ def _list_tensors(obj) -> list[Tensor]:
 
 
 def async_copy_to(obj, device, main_stream=None):
-    """Copy all tensors in nested dicts, lists and tuples to a device; asynchronously if possible.
+    """Copy all tensors in nested dicts, lists and tuples to a device; copies to a GPU are asynchronous.
 
-    `main_stream`: CUDA stream that uses the copies; their memory is not reused before this stream has finished.
+    `main_stream`: CUDA stream that uses the copies; memory of a copy is not reused before this stream has finished.
     """
     device = as_device(device)
     asynchronous = device.type == "cuda"  # an asynchronous copy to the CPU could be read before it is complete
@@ -49,7 +49,7 @@ def async_copy_to(obj, device, main_stream=None):
 
 
 def copy_to_device(obj, device: torch.device | str | int):
-    """Like `async_copy_to`, but copy from the CPU to a GPU on a separate stream, in parallel with queued kernels."""
+    """Like `async_copy_to`, but copies from CPU to GPU use a separate stream, in parallel with queued kernels."""
     device = as_device(device)
     if device.type != "cuda" or {tensor.device.type for tensor in _list_tensors(obj)} != {"cpu"}:
         return async_copy_to(obj, device)
@@ -65,7 +65,7 @@ def copy_to_device(obj, device: torch.device | str | int):
 def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> list:
     """Split all tensors in nested dicts, lists and tuples along a dimension; return a list with one part per device.
 
-    Other values are passed to every device. If there are more devices than chunks, only the first devices are used.
+    Other values are passed to every device. If there are fewer parts than devices, only the first devices are used.
     """
     counts = {len(tensor.chunk(len(devices), dim)) for tensor in _list_tensors(obj)}
     if len(counts) > 1:
@@ -79,7 +79,7 @@ def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> l
 
 
 def gather(outputs: Sequence, device: torch.device | str, dim: int = 0):
-    """Concatenate the output tensors of all replicas on one device; stack scalars; return other values of replica 0."""
+    """Concatenate the output tensors of all replicas on one device; stack scalars; take other values from replica 0."""
     first = outputs[0]
     if isinstance(first, Tensor):
         copies = [output.to(device) for output in outputs]

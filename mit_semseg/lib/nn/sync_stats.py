@@ -1,8 +1,8 @@
 """Statistics and autograd function of synchronized batch normalization.
 
 Counts, means and sums of squared deviations of replicas and ranks are merged as in Chan, Golub & LeVeque, "Updating
-Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so the variance is never negative. Forward and
-backward pass use one collective each. The replicas of a process share one autograd node.
+Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so the variance is never negative. The
+forward pass and the backward pass each use one collective. All replicas of a process share one autograd node.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..utils import UserError, first_sentence
 
-# Elements per block on a CPU, 4 MiB in float32: intermediate results of this size are served by the allocator's cache.
+# Number of elements per block on a CPU (4 MiB in float32): the allocator reuses memory blocks of this size.
 BLOCK = 2**20
 
 
@@ -25,7 +25,7 @@ class ProcessGroupError(UserError, RuntimeError):
 
 @dataclass
 class SyncStatistics:
-    """Statistics of one layer in one forward pass, merged over replicas and ranks: (C,) float64 tensors."""
+    """Statistics of one layer in one forward pass, merged over replicas and ranks, as (C,) float64 tensors."""
 
     eps: float
     clamp_variance: bool = False  # divide by sqrt(max(var, eps)) instead of sqrt(var + eps)
@@ -33,7 +33,7 @@ class SyncStatistics:
     local: bool = False  # do not communicate with other ranks
 
     def merge(self, inputs: Sequence[Tensor]) -> None:
-        """Compute the statistics over all replicas and ranks, on the first replica's device."""
+        """Compute the statistics of all replicas and ranks, and store them on the device of the first input."""
         distributed = not self.local and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
         rows = torch.stack([_moments(x).to(inputs[0].device) for x in inputs])
@@ -51,14 +51,14 @@ class SyncStatistics:
         self.inverse_std = divisor.rsqrt()
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
-        """Sum the terms of all replicas and ranks, on the first replica's device."""
+        """Return the sum over all replicas (one term each) and ranks, on the device of the first term."""
         total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
         if self.world_size > 1:
             self.communicate(dist.all_reduce, total)
         return total
 
     def communicate(self, collective: Callable, *tensors) -> None:
-        """Call a collective; with gloo, raise ProcessGroupError with the layer's name if a rank ended or timed out."""
+        """Call a collective. If a rank ended or timed out (gloo only), raise ProcessGroupError with the layer name."""
         try:
             collective(*tensors)
         except RuntimeError as error:
@@ -70,22 +70,22 @@ class SyncStatistics:
             ) from error
 
     def scale(self, weight: Tensor | None) -> Tensor:
-        """Return weight / std, (C,) float64."""
+        """Return weight / std as a (C,) float64 tensor."""
         return self.inverse_std if weight is None else self.inverse_std * weight.to(self.inverse_std)
 
     def scale_and_shift(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return scale and shift of `normalize`, (C,) float64."""
+        """Return the arguments `scale` and `shift` of `normalize`, (C,) float64 tensors."""
         scale = self.scale(weight)
-        # Correct for the rounding of the mean to the dtype of x.
+        # The first term corrects the error of rounding the mean to the compute dtype of x.
         shift = scale * (self.mean.to(compute_dtype(x)).double() - self.mean)
         return scale, shift if bias is None else shift + bias.to(shift)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
-    """Batch normalization of several inputs, one per replica, with common statistics.
+    """Batch normalization of several inputs, one per replica, with the statistics of all inputs.
 
-    `apply(stats, *inputs, *weights, *biases)` takes an input, weight and bias per replica and returns an output per
-    replica. Inputs are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
+    `apply(stats, *inputs, *weights, *biases)` takes one input, weight and bias per replica and returns one output
+    per replica. Inputs are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
     """
 
     @staticmethod
@@ -108,7 +108,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         local_sums = [channel_sums(_gradient_sums, pair, (stats.mean,)) for pair in pairs]
         sum_g, sum_gx = stats.sum(local_sums)
         slope = -sum_gx * stats.inverse_std.square() / stats.count
-        if stats.clamp_variance:  # below eps the divisor is constant, so the variance has no gradient
+        if stats.clamp_variance:  # if variance < eps, the divisor is constant, so the variance gets no gradient
             slope = torch.where(stats.variance > stats.eps, slope, 0)
         input_gradients, weight_gradients, bias_gradients = [], [], []
         for x, g, weight, (own_g, own_gx) in zip(inputs, gradients, weights, local_sums, strict=True):
@@ -126,17 +126,17 @@ def split_evenly(tensors: Sequence[Tensor | None], parts: int) -> list[Sequence[
 
 
 def _moments(x: Tensor) -> Tensor:
-    """Return count, means and sums of squared deviations of (N, C, ...), concatenated: (1 + 2 C,) float64."""
+    """Return a (1 + 2 C,) float64 tensor: number of values per channel, C means, C sums of squared deviations."""
     means_and_squares = channel_sums(_mean_and_squared_deviations, (x,)).flatten()
     return torch.cat([means_and_squares.new_full((1,), x.numel() // x.size(1)), means_and_squares])
 
 
 def _mean_and_squared_deviations(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Two passes of simple kernels: `torch.var_mean` is many times slower on a CPU.
+    # Use two passes of simple kernels; `torch.var_mean` is many times slower on a CPU.
     dims, dtype, count = reduction_dims(x), compute_dtype(x), x.numel() // x.size(1)
     mean = x.mean(dims, dtype=dtype) if count else x.new_zeros(x.size(1), dtype=dtype)
     centered = x - channel_view(mean, x)
-    # The mean of the centered values is the rounding error of the mean; correct both results by it.
+    # The mean of the centered values is the rounding error of `mean`; use it to correct the mean and the squares.
     error = centered.sum(dims).double() / max(count, 1)
     squares = centered.mul_(centered).sum(dims).double() - count * error.square()
     return mean.double() + error, squares.clamp(min=0)
@@ -159,12 +159,12 @@ def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor, slope: Te
 
 
 def channel_sums(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Tensor:
-    """Call a function that returns n tensors (C,) for each block; concatenate the results to (n, C) float64."""
+    """Call `function` for each block of channels; it returns n sums per channel. Return all sums as (n, C) float64."""
     return torch.cat([torch.stack(function(*block)).double() for block in blocks(tensors, vectors)], dim=1)
 
 
 def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> Tensor:
-    """Apply an elementwise function to `tensors` and `vectors`, block by block, in the dtype of the first tensor."""
+    """Apply an elementwise function block by block; return the result in the dtype of the first tensor."""
     arguments = list(blocks(tensors, vectors))
     if len(arguments) == 1:
         return function(*arguments[0]).to(tensors[0].dtype)
@@ -175,9 +175,9 @@ def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Seq
 
 
 def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor | None, ...]]:
-    """Yield blocks of channels of tensors (N, C, ...) and vectors (C,); a single block on GPUs or for channels last.
+    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels; yield (*tensors, *vectors) of each block.
 
-    On a CPU, allocating large intermediate results takes longer than the arithmetic.
+    Only large contiguous CPU tensors are split. On a CPU, allocating large results takes longer than the arithmetic.
     """
     x = tensors[0]
     step = channels = x.size(1)
@@ -189,17 +189,17 @@ def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> 
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype for arithmetic on `x`: its own, at least float32."""
+    """Return the dtype for arithmetic on `x`: float32 for 16-bit tensors, else the dtype of `x`."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def reduction_dims(x: Tensor) -> list[int]:
-    """Return all dimensions of (N, C, ...) except C."""
+    """Return the indices of all dimensions of `x` (N, C, ...) except C."""
     return [0, *range(2, x.dim())]
 
 
 def channel_view(values: Tensor, x: Tensor) -> Tensor:
-    """Convert (C,) values to the device and compute dtype of `x` (N, C, ...), in a shape that broadcasts with it."""
+    """Convert (C,) values to the device and compute dtype of `x` (N, C, ...), with a shape that broadcasts to `x`."""
     return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
 
 
@@ -207,5 +207,5 @@ def is_communication_error(error: BaseException) -> bool:
     """Return whether an error was caused by another rank and not, for example, by lack of memory on this rank."""
     if isinstance(error, dist.DistError):
         return True
-    # gloo raises RuntimeError itself, not a subclass.
+    # gloo raises plain RuntimeErrors; subclasses such as OutOfMemoryError have local causes.
     return type(error) is RuntimeError and any(word in str(error) for word in ("gloo", "NCCL", "Connection"))

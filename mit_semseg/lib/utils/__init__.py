@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-# Options of `open` for text files; undecodable bytes of file names in the text are written as \\udcXX.
+# Options of `open` for text files. File names in the text may have undecodable bytes; these are written as \\udcXX.
 UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
@@ -35,8 +35,8 @@ class WriteError(UserError):
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Write a file atomically: an error or a crash leaves the previous file unchanged.
 
-    Yields a temporary path in the same folder, and renames this file at the end. The folder is created if needed.
-    Raises WriteError if the disk is full, read-only or damaged, or if `path` is a folder or too long.
+    Yields a temporary path in the same folder; a file written there is renamed to `path` at the end. Missing folders
+    are created. Raises WriteError if the disk is full, read-only or damaged, or if `path` is a folder or too long.
     """
     path = Path(path)
     if not path.name or os.path.isdir(path):
@@ -49,7 +49,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(partial, path)
     except Exception as error:
         reason = _disk_error_message(error)
-        if not reason or isinstance(error, WriteError):  # error of a nested call
+        if not reason or isinstance(error, WriteError):  # reported by a nested call
             raise
         raise WriteError(f"{path} cannot be written: {reason}; the previous file is unchanged") from None
     finally:
@@ -58,7 +58,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _disk_error_message(error: BaseException | None) -> str:
-    """Return the message of the first disk error in the chain of causes (`torch.save` hides it), or an empty string."""
+    """Return the message of the first disk error among `error` and its causes, or an empty string if there is none."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return error.strerror
@@ -80,14 +80,14 @@ def prepare_streams() -> None:
     """Make stdout and stderr escape characters that they cannot encode; replace missing streams by `os.devnull`."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # the process is a service or runs with pythonw
+        if stream is None:  # on Windows, in a service or under pythonw
             setattr(sys, name, open(os.devnull, "w", **UTF8))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def is_terminal(stream) -> bool:
-    """Return whether a stream is a terminal; replaced standard streams may lack `isatty`."""
+    """Return whether a stream is a terminal; False for objects without `isatty`."""
     return bool(getattr(stream, "isatty", bool)())
 
 
@@ -97,7 +97,7 @@ def progress_bar(iterable: Iterable | None = None, *, shown: bool = True, **opti
 
 
 def disable_progress_bars(disabled: bool = True) -> None:
-    """Disable all progress bars, or enable them again."""
+    """Disable all progress bars, or enable them again with `disabled=False`."""
     _progress_bars["enabled"] = not disabled
 
 
@@ -130,7 +130,7 @@ def as_numpy(obj):
 
 
 def map_tensors(function: Callable, obj):
-    """Apply a function to all tensors in nested dicts, lists and tuples; keep other values."""
+    """Return nested dicts, lists and tuples with `function` applied to all tensors; other values are kept."""
     if isinstance(obj, torch.Tensor):
         return function(obj)
     if isinstance(obj, Mapping):
@@ -142,5 +142,5 @@ def map_tensors(function: Callable, obj):
 
 
 def mark_volatile(obj):
-    """Detach all tensors in nested dicts, lists and tuples."""
+    """Return nested dicts, lists and tuples with all tensors detached."""
     return map_tensors(torch.Tensor.detach, obj)

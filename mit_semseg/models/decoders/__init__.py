@@ -1,4 +1,4 @@
-"""Decoders: list of feature maps -> logits."""
+"""Decoders, which compute logits from a list of feature maps."""
 
 from .base import Decoder
 from .c1 import C1, C1Bilinear, C5Bilinear

@@ -1,4 +1,4 @@
-"""Base class of the decoders: constructor, call and deep supervision."""
+"""Base class of the decoders."""
 
 from abc import ABC, abstractmethod
 from functools import partial
@@ -8,22 +8,22 @@ from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_layer, resize
 
-NORM_BIAS = 1e-4  # initial bias of the norms in the decoders of the published models
+NORM_BIAS = 1e-4  # initial bias of norms in decoders, as for the published models
 
 
 class Decoder(nn.Module, ABC):
-    """Base of all decoders; a subclass implements `make_layers` and `head`.
+    """Base class of all decoders; a subclass implements `make_layers` and `head`.
 
     Args:
-        in_channels: channels of every feature map of the encoder.
-        output_stride: stride of the last feature map, on which the dilation in ASPP depends.
-        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, used in training only.
-            Raises a ValueError if unsupported.
-        use_softmax: return probabilities instead of log-probabilities if `segSize` is not given.
-        norm_layer: function from a number of channels to a normalization layer.
+        in_channels: number of channels of each feature map of the encoder.
+        output_stride: stride of the last feature map; `ASPP` selects its dilations by it.
+        deepsup: add a deep supervision (auxiliary) head on the second to last feature map, for training only. Decoders
+            without support for this head raise a ValueError.
+        use_softmax: return probabilities instead of log-probabilities in calls without `segSize`.
+        norm_layer: function that returns a normalization layer for a number of channels.
     """
 
-    align_corners = False  # option for bilinear resizing with which the published weights were trained
+    align_corners = False  # option of bilinear resizing, as in the training of the published weights
     norm_bias = NORM_BIAS
 
     def __init__(
@@ -41,31 +41,31 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def make_layers(self, norm_layer: NormLayer) -> None:
-        """Create the layers, the last one as `conv_last`; call `make_deepsup` if `self.deepsup`."""
+        """Create the layers and name the classifier `conv_last`; if `self.deepsup` is True, call `make_deepsup`."""
 
     @abstractmethod
     def head(self, features: list[Tensor]) -> Tensor:
-        """Return logits (N, num_class, h, w) at the resolution of the decoder."""
+        """Return logits (N, num_class, h, w), not yet resized to the image."""
 
     def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **options) -> None:
-        """Create the first layer of the deep supervision head; see `layers.conv_bn_relu` for `options`."""
+        """Create the layers before the auxiliary classifier; see `layers.conv_bn_relu` for `options`."""
         self.cbr_deepsup = conv_bn_relu(self.in_channels[-2:][0], channels, norm_layer=norm_layer, **options)
         self.dropout_deepsup = nn.Dropout2d(dropout)
 
     def logits(self, features: list[Tensor]) -> list[Tensor]:
-        """Return the main logits and, with deep supervision, the auxiliary logits: list of (N, num_class, h, w)."""
+        """Return [main logits], or [main logits, auxiliary logits] with deep supervision; all (N, num_class, h, w)."""
         main = self.head(features)
         if not self.deepsup:
             return [main]
-        # HRNetV2 has a single feature map, which both heads use.
+        # HRNetV2 has a single feature map, so the main and the auxiliary head use the same one.
         auxiliary = self.dropout_deepsup(self.cbr_deepsup(features[-2:][0]))
         return [main, self.conv_last_deepsup(auxiliary)]
 
     def forward(self, features: list[Tensor], segSize: tuple[int, int] | None = None):
-        """Return class probabilities if `segSize` or `use_softmax` is set, resized to `segSize` (height, width).
+        """Return class probabilities (N, num_class, *segSize); `segSize` is (height, width).
 
-        Otherwise return log-probabilities at the resolution of the decoder; with deep supervision a tuple (main,
-        auxiliary). `features` are the feature maps of the encoder, highest resolution first.
+        Without `segSize`, return log-probabilities that are not resized, or probabilities with `use_softmax`. With deep
+        supervision, log-probabilities are a tuple (main, auxiliary). `features` come from the encoder, largest first.
         """
         if segSize is not None or self.use_softmax:
             logits = at_least_float32(self.head(features))

@@ -9,11 +9,11 @@ from ...lib.nn import to_batchnorm
 from ..layers import NormLayer, conv_bn_relu
 from .base import Decoder
 
-WIDTH = 512  # channels of the convolutions in C5Bilinear
+WIDTH = 512  # number of output channels of the 3x3 convolutions in C5Bilinear
 
 
 class C1(Decoder):
-    """3x3 convolution to a quarter of the channels, then a 1x1 classifier."""
+    """A 3x3 convolution that reduces the channels to a quarter, then a 1x1 classifier."""
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         channels = self.in_channels[-1]
@@ -31,7 +31,7 @@ class C1(Decoder):
 
 
 class _ScriptableC1(nn.Module):
-    """`C1` for TorchScript, with the same weights and standard batch norms."""
+    """`C1` for TorchScript: shares the weights of a `C1`, with `nn.BatchNorm2d` as norm."""
 
     def __init__(self, decoder: C1):
         super().__init__()
@@ -47,7 +47,7 @@ class _ScriptableC1(nn.Module):
 
 
 class C1Bilinear(Decoder):
-    """A single 1x1 convolution without bias, trained with aligned corners."""
+    """A single 1x1 convolution without bias; resizes with `align_corners=True`."""
 
     align_corners = True
 
@@ -59,7 +59,7 @@ class C1Bilinear(Decoder):
 
 
 class C5Bilinear(Decoder):
-    """Four 3x3 convolutions, two of them dilated, and a 1x1 classifier without bias, trained with aligned corners."""
+    """Four 3x3 convolutions (two dilated) and a 1x1 classifier without bias; resizes with `align_corners=True`."""
 
     align_corners = True
 

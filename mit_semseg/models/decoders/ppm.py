@@ -1,7 +1,7 @@
-"""Decoders of PSPNet (three published variants) and DeepLabV3.
+"""Decoders of PSPNet (`PPM`, `PSPBilinear`, `PSP`) and DeepLabV3 (`ASPP`).
 
 Zhao et al., "Pyramid Scene Parsing Network", 2017; Chen et al., "Rethinking Atrous Convolution for Semantic Image
-Segmentation", 2017.
+Segmentation", 2017. `PSP` and `ASPP` are from the Cityscapes toolbox, speedinghzl/pytorch-segmentation-toolbox.
 """
 
 from functools import partial
@@ -13,9 +13,9 @@ from ..layers import POOL_SCALES, AveragePooling, NormLayer, conv_bn_relu, pooli
 from ..pyramid import pyramid_sequential
 from .base import Decoder
 
-WIDTH = 512  # channels of each pooling branch and of the fused map
-ASPP_WIDTH = 256  # channels of each ASPP branch
-ASPP_RATES = (12, 24, 36)  # dilation of the three dilated ASPP branches at output stride 8
+WIDTH = 512  # number of channels of each pooling branch and of the fused map
+ASPP_WIDTH = 256  # number of channels of each ASPP branch
+ASPP_RATES = (12, 24, 36)  # dilations of three ASPP branches at output stride 8
 
 
 def _fusion(channels: int, norm_layer: NormLayer, activation: str = "relu") -> nn.Sequential:
@@ -24,7 +24,7 @@ def _fusion(channels: int, norm_layer: NormLayer, activation: str = "relu") -> n
 
 
 class PPM(Decoder):
-    """The last feature map and its averages over 1, 4, 9 and 36 bins, concatenated and fused by a 3x3 convolution."""
+    """Concatenates the last feature map with its averages over 1, 4, 9 and 36 bins; fuses them by a 3x3 convolution."""
 
     pooling_name = "ppm"  # name of the pooling branches in the state dict
 
@@ -42,14 +42,14 @@ class PPM(Decoder):
 
 
 class PSPBilinear(PPM):
-    """`PPM` in version 1.0, trained with aligned corners."""
+    """`PPM` of version 1.0; resizes with `align_corners=True`."""
 
     align_corners = True
     pooling_name = "psp"
 
 
 class PSP(Decoder):
-    """`PPM` of the Cityscapes toolbox: pooled maps precede the feature map; leaky ReLU 0.01; aligned corners."""
+    """`PPM` variant with leaky ReLU and `align_corners=True`; pooled maps are concatenated before the feature map."""
 
     align_corners = True
     norm_bias = 0.0
@@ -69,7 +69,7 @@ class PSP(Decoder):
 
 
 class ASPP(Decoder):
-    """Image pooling, a 1x1 and three dilated 3x3 convolutions, concatenated and fused, as in the Cityscapes toolbox."""
+    """Concatenates image pooling, a 1x1 and three dilated 3x3 convolutions; fuses them by a 1x1 convolution."""
 
     align_corners = True
     norm_bias = 0.0

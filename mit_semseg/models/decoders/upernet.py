@@ -11,9 +11,9 @@ POOL_WIDTH = 512
 
 
 class UPerNet(Decoder):
-    """Pyramid pooling on the last feature map and a feature pyramid network (FPN), fused at the highest resolution."""
+    """Pyramid pooling of the last feature map, then a feature pyramid (FPN); its maps are fused at the largest size."""
 
-    fpn_dim = 512  # channels of the feature pyramid
+    fpn_dim = 512  # number of channels of each map in the feature pyramid
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         dim, (*lateral, last) = self.fpn_dim, self.in_channels
@@ -27,7 +27,7 @@ class UPerNet(Decoder):
 
     def head(self, features: list[Tensor]) -> Tensor:
         x = features[-1]
-        # Resize the pooled maps before their convolution, norm and ReLU; PPM resizes them afterwards.
+        # Resize the pooled maps before their convolution, norm and ReLU; `PPM` resizes them after these layers.
         pooled = (resize(average_pool(x, bins), x.shape[-2:]) for bins in POOL_SCALES)
         pooled = [conv(y) for conv, y in zip(self.ppm_conv, pooled, strict=True)]
         top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
@@ -40,6 +40,6 @@ class UPerNet(Decoder):
 
 
 class UPerNetLite(UPerNet):
-    """`UPerNet` with half the channels in the feature pyramid."""
+    """`UPerNet` with half as many channels in the feature pyramid."""
 
     fpn_dim = 256

@@ -1,6 +1,6 @@
-"""Encoders: images (N, 3, H, W) -> list of feature maps (N, C, H / stride, W / stride), highest resolution first.
+"""Encoders, which compute feature maps (N, C, H / stride, W / stride), largest first, from images (N, 3, H, W).
 
-Constructor arguments: `output_stride` (stride of the last feature map), `norm_layer` (channels -> normalization layer).
-Attributes: `output_stride`, `out_channels` (channels of every feature map).
-`forward(x, return_feature_maps=False)` returns a list with the last feature map, or with all of them if True.
+Constructor arguments: `output_stride` (stride of the last feature map) and `norm_layer` (see `layers.NormLayer`).
+Attributes: `output_stride` and `out_channels` (number of channels of each feature map).
+`forward(x, return_feature_maps=False)` returns a list with only the last feature map; True returns all feature maps.
 """

@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, init_layer, resize
 from .resnet import BasicBlock, Bottleneck, make_layer
 
-# FX cannot trace the size comparison in `resize`: record a call instead.
+# FX cannot trace the size comparison in `resize`; make it record the call of `resize` instead.
 torch.fx.wrap("resize")
 
 STRIDES = (4, 8, 16, 32)  # strides of the branches
-WIDTHS = (48, 96, 192, 384)  # channels of the branches
+WIDTHS = (48, 96, 192, 384)  # numbers of channels of the branches
 
 
 class HighResolutionModule(nn.Module):
-    """Parallel branches of four residual blocks each, then fusion: every branch receives the sum of all branches."""
+    """Parallel branches with four residual blocks each; every output is the sum of all branches after resizing."""
 
     checkpoint_unit = True  # see `enable_activation_checkpointing`
 
@@ -53,7 +53,7 @@ def _new_branch(index: int, norm_layer: NormLayer) -> nn.ModuleDict:
 
 
 class HRNetV2(nn.Module):
-    """One feature map with 720 channels: the four branches, resized to `output_stride` and concatenated."""
+    """HRNetV2 with one feature map of 720 channels: four branches, resized to `output_stride` and concatenated."""
 
     out_channels = (sum(WIDTHS),)
 

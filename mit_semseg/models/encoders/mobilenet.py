@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, NormLayer, check_output_stride, conv_bn, conv_bn_relu, dilation_of_stage, init_layer
 
-# (expansion, channels, blocks, stride) of each stage: table 2 of the paper
+# (expansion, channels, blocks, stride) of each stage, from table 2 of the paper
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-TAPS = (2, 4, 7, 14)  # indices of the blocks that return feature maps: the first block of each strided stage
+TAPS = (2, 4, 7, 14)  # indices in `features` of the first block of each strided stage; the outputs are feature maps
 
 
 class InvertedResidual(nn.Module):
@@ -31,7 +31,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-    """Five feature maps: after the first block of four stages, see `TAPS`, and after the last block."""
+    """MobileNetV2 with five feature maps: the outputs of the four blocks in `TAPS` and of the last block."""
 
     out_channels = (24, 32, 64, 160, 320)
 
@@ -43,7 +43,7 @@ class MobileNetV2(nn.Module):
         for expansion, planes, depth, stage_stride in STAGES:
             stride, first_dilation, dilation = dilation_of_stage(stage_stride, input_stride, output_stride)
             for i in range(depth):
-                # The first block has no shortcut, because it changes the number of channels.
+                # The first block of a stage has no shortcut, because it changes the number of channels.
                 options = {"stride": 1, "dilation": dilation} if i else {"stride": stride, "dilation": first_dilation}
                 block = InvertedResidual(channels, planes, expansion, norm_layer=norm_layer, shortcut=i > 0, **options)
                 blocks.append(block)

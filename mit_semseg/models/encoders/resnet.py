@@ -19,7 +19,7 @@ from ..layers import (
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, the first with the stride."""
+    """Residual block of two 3x3 convolutions; the stride applies to the first convolution."""
 
     expansion = 1
     checkpoint_unit = True  # see `enable_activation_checkpointing`
@@ -39,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with stride and dilation) and 1x1 convolution; returns 4 * `planes` channels."""
+    """Residual block of a 1x1, a 3x3 (with stride and dilation) and a 1x1 convolution to 4 * `planes` channels."""
 
     expansion = 4
     groups = 1
@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXtBottleneck(Bottleneck):
-    """`Bottleneck` of ResNeXt 32x4d: a 3x3 convolution with 32 groups and twice the channels."""
+    """`Bottleneck` of ResNeXt 32x4d: 32 groups in the 3x3 convolution, which has 2 * `planes` channels."""
 
     groups = 32
 
@@ -81,13 +81,13 @@ def make_layer(block, in_channels, planes, depth, *, stride=1, first_dilation=1,
 
 
 class ResNet(nn.Module):
-    """Four feature maps at strides 4, 8, 16 and 32; stages with a larger stride than `output_stride` are dilated.
+    """ResNet with four feature maps at strides 4, 8, 16 and 32; dilation limits these strides to `output_stride`.
 
     Args:
         depths: number of blocks in each of the four stages.
-        stem: channels of the third convolution: 128, or 64 in version 1.0.
-        full_dilation: as in the Cityscapes toolbox, use the full instead of half the dilation in the first block of a
-            dilated stage, and `ceil_mode` in the max pooling.
+        stem: number of channels after the three stem convolutions; 128, or 64 for version 1.0.
+        full_dilation: use the dilation of a stage also in its first 3x3 convolution (by default, half this dilation),
+            and use `ceil_mode` in max pooling. This is the ResNet of the Cityscapes toolbox (see `decoders.ppm`).
     """
 
     def __init__(

@@ -12,11 +12,11 @@ FC_WIDTH = 4096
 
 
 class VGG(nn.Module):
-    """Four feature maps at strides 4, 8, 8 and 8: outputs of blocks three, four and five, and of the last convolution.
+    """VGG with four feature maps at strides 4, 8, 8, 8: outputs of blocks three to five and of the last convolution.
 
     As in DeepLab (Chen et al., 2016), blocks four and five are not followed by pooling, block five has dilation 2, and
-    the following 7x7 convolution has dilation 4. The network has no normalization layers. `depths` are the numbers of
-    convolutions in the five blocks.
+    the following 7x7 convolution has dilation 4. The network has no normalization layers. `depths` lists the number of
+    convolutions in each of the five blocks.
     """
 
     out_channels = (256, 512, 512, FC_WIDTH)

@@ -1,7 +1,7 @@
-"""Data parallelism on several devices of one process, for inputs that are dicts.
+"""Data parallelism over several devices in one process, for inputs that are dicts.
 
-`torch.nn.DataParallel` splits one large tensor. These classes also accept one dict per device, with images of different
-sizes. Several replicas can run on the CPU, in threads that share the parameters.
+`torch.nn.DataParallel` splits one large tensor. The classes below also accept one dict per device, with images of
+different sizes. Several replicas can run on the CPU, in threads, with shared parameters.
 """
 
 import copy
@@ -23,14 +23,14 @@ from ..scatter import as_device, async_copy_to, copy_to_device, gather, scatter,
 class DataParallelWithCallback(nn.DataParallel):
     """`nn.DataParallel` for nested inputs and outputs (dicts, lists, tuples), on GPUs or on several CPU replicas.
 
-    Batch norms of class `SynchronizedBatchNorm*d` use the statistics of all replicas. Each replica calls the method
-    `__data_parallel_replicate__(context, copy_id)` of all sub-modules that define it. Activation checkpointing of
-    synchronized norms is not supported.
+    Batch norms of class `SynchronizedBatchNorm*d` use the statistics of all replicas. If a sub-module has a
+    method `__data_parallel_replicate__(context, copy_id)`, this method is called for each replica. Activation
+    checkpointing of synchronized norms is not supported.
 
     Args:
-        module: module on the first device.
+        module: the module, which must be on the first device.
         device_ids: GPUs (indices or devices), or CPU devices such as `["cpu", "cpu"]`; None uses all GPUs. With a
-            single device the module is called directly.
+            single device, the module itself is called, without replicas.
         output_device, dim: see `nn.DataParallel`.
         timeout: seconds that a replica waits for other replicas.
     """
@@ -82,7 +82,7 @@ class DataParallelWithCallback(nn.DataParallel):
         return replicas
 
     def parallel_apply(self, replicas, inputs, kwargs):
-        """Call each replica in a thread with the CUDA streams and modes (gradient, inference, autocast) of this thread.
+        """Call each replica in a thread with the CUDA streams and modes (gradient, inference, autocast) of the caller.
 
         Raises the first exception of a replica with its original traceback, or ReplicaError if a replica timed out.
         """
@@ -96,7 +96,7 @@ class DataParallelWithCallback(nn.DataParallel):
         def run(index: int) -> None:
             try:
                 with ExitStack() as stack:
-                    # Replica 0 computes synchronized layers on the streams of all devices; the last one is its own.
+                    # Replica 0 uses all devices in synchronized layers. The last stream selects the replica's device.
                     for stream in (*streams, *streams[index : index + 1]):
                         stack.enter_context(torch.cuda.stream(stream))
                     stack.enter_context(torch.inference_mode(inference))
@@ -106,7 +106,7 @@ class DataParallelWithCallback(nn.DataParallel):
             except BaseException as error:
                 results.put((index, None, error))
 
-        # Daemon threads: a replica that hangs does not block the exit of the process.
+        # With daemon threads, a hanging replica does not block the exit of the process.
         indices = range(len(replicas))
         threads = [threading.Thread(target=run, args=(i,), name=f"replica {i}", daemon=True) for i in indices]
         for thread in threads:
@@ -114,7 +114,7 @@ class DataParallelWithCallback(nn.DataParallel):
         try:
             return _collect_outputs(results, len(replicas), self._group)
         finally:
-            # A running thread would abort the process when the interpreter exits; wait one second for a hanging one.
+            # A thread that still runs at interpreter exit aborts the process: wait for all threads, at most one second.
             deadline = time.monotonic() + 1
             for thread in threads:
                 thread.join(max(0, deadline - time.monotonic()))
@@ -127,7 +127,7 @@ DictGatherDataParallel = DataParallelWithCallback  # deprecated name from versio
 
 
 class UserScatteredDataParallel(DataParallelWithCallback):
-    """Data parallelism for a list with one input per device, usually dicts; a shorter list uses the first devices."""
+    """Data parallelism for a list with one input (usually a dict) per device; a shorter list uses the first devices."""
 
     def scatter(self, inputs, kwargs, device_ids):
         elements, limit = inputs[0] if len(inputs) == 1 else None, max(len(device_ids), 1)
@@ -151,7 +151,7 @@ def patch_replication_callback(data_parallel: nn.DataParallel) -> None:
 
 
 def _share_parameters(module: nn.Module, count: int) -> list[nn.Module]:
-    """Copy a module; the copies share its parameters, and copy 0 also its buffers."""
+    """Return `count` copies of a module. All copies share its parameters; copy 0 also shares its buffers."""
     parameters = {id(parameter): parameter for parameter in module.parameters()}
     replicas = []
     for index in range(count):
@@ -161,19 +161,19 @@ def _share_parameters(module: nn.Module, count: int) -> list[nn.Module]:
 
 
 def _collect_outputs(results: queue.SimpleQueue, count: int, group: ReplicaGroup) -> list:
-    """Return the outputs of all replicas from their (index, output, error), or raise the error that came first."""
+    """Return the outputs of all replicas, or raise the first error; `results` receives (index, output, error)."""
     outputs, running = [None] * count, set(range(count))
     while running:
         try:
-            # The timeout applies after one replica has finished.
+            # Wait without timeout for the first result, and with timeout for each further result.
             index, output, error = results.get(timeout=None if len(running) == count else group.timeout)
         except queue.Empty:
             group.stop()
             names = ", ".join(map(str, sorted(running)))
-            raise ReplicaError(f"replica {names} timed out {group.timeout:g} s after another one finished") from None
+            raise ReplicaError(f"replica {names} still runs {group.timeout:g} s after another one finished") from None
         running.discard(index)
         outputs[index] = output
-        # A ReplicaError after `stop` is caused by the error of another replica, which follows in the queue.
+        # A ReplicaError after `stop` was caused by another replica, whose own error follows in the queue.
         if error is not None and not (isinstance(error, ReplicaError) and group.stopped):
             group.stop()
             raise error
