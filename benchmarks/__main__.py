@@ -4,7 +4,7 @@
 
 This takes about eight minutes on two cores. Only ratios are compared, because they depend less on the machine than
 times. A benchmark runs again if a ratio is more than 25 % worse than in results.json. The exit code is 1 if the better
-ratio of both runs is still more than 25 % worse.
+ratio of the two runs is still more than 25 % worse.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Compare training steps on the CPU: one device, two replicas in one process, and two ranks.
+"""Compare training steps on the CPU with one device, two replicas in one process, and two ranks.
 
     python benchmarks/data_parallel.py [--json FILE]
 
@@ -65,7 +65,7 @@ def run_rank_1(_, args: argparse.Namespace) -> None:
 
 
 def join(rank: int, args: argparse.Namespace) -> World:
-    """Initialize the process group, with one thread per rank."""
+    """Initialize the process group with one thread per rank; return the `World` of this rank."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(args.port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
@@ -83,7 +83,7 @@ def main() -> None:
         "2 replicas, 1 thread each": with_threads(1, make_step(World(devices=[CPU] * 2), args.size)),
     }
     ms = interleaved(steps, CPU, args.repeats)
-    rank_1 = mp.spawn(run_rank_1, (args,), nprocs=1, join=False)  # last, because batch norms then synchronize
+    rank_1 = mp.spawn(run_rank_1, (args,), nprocs=1, join=False)  # last, because it makes batch norms synchronize
     ms |= interleaved({"2 ranks, 1 thread each": make_step(join(0, args), args.size)}, CPU, args.repeats)
     rank_1.join()
     baseline = ms["one device, 1 thread"]

@@ -68,7 +68,7 @@ class BaselineDataset(Dataset):
 
 
 def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
-    """Evaluate and write panels; return the pixels of intersections and unions, (2, CLASSES)."""
+    """Evaluate and write panels; return the number of pixels in intersections and unions, (2, CLASSES)."""
     totals = np.zeros((2, CLASSES))
     loader = DataLoader(BaselineDataset(dataset), batch_size=None, num_workers=1)
     with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):

@@ -1,4 +1,4 @@
-"""Count the source files of the package whose functions a call runs. Fewer files are easier to follow.
+"""Count the source files in which a call runs functions of the package. Fewer files are easier to follow.
 
     python benchmarks/files_crossed.py [-v]
 
@@ -24,7 +24,7 @@ from mit_semseg.lib import opencv
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mit_semseg"
-LIMITS = {"train_step": 9, "fit with one step": 18, "evaluate": 12, "Segmenter(path)": 10}  # number of files
+LIMITS = {"train_step": 9, "fit with one step": 18, "evaluate": 12, "Segmenter(path)": 10}  # most files
 
 
 def files_of(call: Callable[[], object]) -> list[str]:
@@ -44,7 +44,7 @@ def files_of(call: Callable[[], object]) -> list[str]:
 
 
 def measure(folder: Path) -> dict[str, list[str]]:
-    """Return the source files of each call, by the name of the call."""
+    """Return a list of source files for each call, by the name of the call."""
     write_dataset(folder / "data", train=8, val=2)
     changes = ["DATASET.root_dataset", folder / "data", "DATASET.classes", folder / "data/classes.csv", "DIR", folder]
     changes += ["TRAIN.num_epoch", 1, "TRAIN.epoch_iters", 1, "TRAIN.eval_epoch", 0]

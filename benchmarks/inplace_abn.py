@@ -2,7 +2,7 @@
 
     python benchmarks/inplace_abn.py [--device cuda] [--json FILE]
 
-Compares two ResNet-101 PSPNets in a training step: one has batch norm and ReLU, one has in-place activated batch norm.
+Compares two ResNet-101 PSPNets in a training step: one has batch norm and ReLU, the other in-place batch norm.
 Memory is the size of the tensors that the autograd graph saves in the forward pass, without parameters and buffers.
 The first column counts only tensors saved by normalization and activation layers.
 """

@@ -5,7 +5,7 @@
 The logits have 150 classes and stride 8, for an image of 512x683 pixels at one scale or at the five scales of ADE20K.
 They are random (noise), or as smooth and confident as those of a trained network (smooth).
 
-- baseline: resize the logits of all classes to the image, softmax, mean over the scales, argmax.
+- baseline: resize the logits of all classes to the image size, softmax, mean over the scales, argmax.
 - ours: `label_map_from_logits`, which does not store the probabilities of all classes at image size.
 
 Memory is the increase of the peak memory during one call in a new process, and includes the label map.

@@ -1,4 +1,4 @@
-"""Measure the time for the IoU and the class colors of one label map.
+"""Measure the time to compute the IoU and the class colors of one label map.
 
     python benchmarks/metrics_and_colors.py [--json FILE]
 

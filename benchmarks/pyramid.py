@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 352), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--inference", action="store_true", help="do not measure training")
     parser.add_argument("--contiguous", action="store_true", help="use contiguous tensors (default: channels last)")
-    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="number of cores that other processes use")
+    parser.add_argument("--busy", type=int, default=0, metavar="CORES", help="number of cores to keep busy meanwhile")
     args = parser.parse_args()
     layout = torch.contiguous_format if args.contiguous else torch.channels_last
     torch.set_num_threads(args.threads)

@@ -6,8 +6,8 @@ Two ranks run the forward and backward pass of one layer at several map sizes, a
 use gloo on the CPU, or NCCL with one GPU per rank.
 
 - ratio: time of synchronized batch norm, divided by the time of the baseline.
-- ratio, collectives only: the same ratio for the baseline with collectives of the same number and size, whose results
-  are not used. This is the cost of the communication.
+- ratio, collectives only: time of the baseline with added collectives, divided by the time of the baseline. They have
+  the number and size of those in synchronized batch norm. This ratio shows the cost of the communication.
 
 Then the training step is measured with two replicas in one process (on the CPU, or on two GPUs).
 """

@@ -25,7 +25,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _reset_logger():
-    """Remove the log handlers and log settings of earlier scripts in this process, before every test."""
+    """Before every test, remove the log handlers and settings of scripts that ran in this process."""
     logger = logging.getLogger("mit_semseg")
     for handler in logger.handlers[:]:
         logger.removeHandler(handler)

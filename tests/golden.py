@@ -17,7 +17,7 @@ def golden(name: str) -> dict:
 
 
 def fill_value(key: str, shape, gain: float) -> np.ndarray:
-    """Return a value for a state-dict entry that depends only on its key, its shape and `gain`."""
+    """Return the value of a state-dict entry, which is computed only from `key`, `shape` and `gain`."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
     rng, leaf, shape = np.random.default_rng(seed), key.rsplit(".", 1)[-1], tuple(shape)
     if leaf == "num_batches_tracked":
@@ -30,7 +30,7 @@ def fill_value(key: str, shape, gain: float) -> np.ndarray:
 
 
 def empty(build: Callable[..., torch.nn.Module], *args, **options) -> torch.nn.Module:
-    """Build a module on the meta device, which saves the time for its initialization."""
+    """Build a module on the meta device, where the initialization of weights takes no time."""
     with torch.device("meta"):
         return build(*args, **options)
 
@@ -47,7 +47,7 @@ def golden_input(height: int, width: int) -> torch.Tensor:
 
 
 def sample(tensor: torch.Tensor, n: int) -> np.ndarray:
-    """Return the values of a tensor at the `n` positions that the golden files store."""
+    """Return `n` values of a tensor, at the positions whose values the golden files store."""
     index = np.random.default_rng(12345).integers(0, tensor.numel(), n)
     return tensor.detach().reshape(-1).numpy()[index].astype(np.float64)
 

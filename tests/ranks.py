@@ -48,7 +48,7 @@ def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float 
 
 
 def write_images(folder):
-    """Write a dataset whose training images have one size, so that two batches of two equal one batch of four."""
+    """Write a dataset whose training images have one size, so that two batches of two equal a batch of four."""
     write_pairs(folder / "train", [(56, 40)] * 10, seed=1)
     write_pairs(folder / "val", [(50, 40), (40, 56), (44, 44)], seed=3)
     return folder

@@ -204,7 +204,7 @@ def test_unquoted_file_pattern_is_recognized(tmp_path):
 def test_shipped_file_is_valid(path):
     config, text = load_config(path), path.read_text()
     assert f"--cfg config/{path.name}" in text
-    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(path.stem, path.stem)  # its file name in version 2
+    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(path.stem, path.stem)  # the name of this file in version 2
     if path.name.startswith("ade20k-"):
         assert name == f"ade20k-{config.MODEL.arch_encoder}-{config.MODEL.arch_decoder}"
         rate = 1 if "bilinear" in path.name else 8 if "dilated" in path.name else 4

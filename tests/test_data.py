@@ -223,7 +223,7 @@ def test_evaluation_item(root):
     item = ValDataset(root, ".", options())[3]
     assert item["img_ori"].shape == (70, 30, 3)
     assert item["seg_label"].shape == (1, 70, 30)
-    # Short side 40 gives 40x93 (width x height), padded to 40x96. imgMaxSize reduces 56x131 to 51x120 (56x120).
+    # Sizes are width x height. 40x93 is rounded to 40x96. imgMaxSize limits 56x131 to 51x120, rounded to 56x120.
     assert [tuple(x.shape) for x in item["img_data"]] == [(1, 3, 96, 40), (1, 3, 120, 56)]
     test = TestDataset([{"fpath_img": str(root / "images/03.png")}], options(), max_sample=-1)[0]
     assert sorted(test) == ["img_data", "img_ori", "info"]

@@ -1,4 +1,4 @@
-"""The dataset doctor, the synthetic scenes, and the shell scripts for the download and the demo."""
+"""The dataset doctor, the synthetic scenes, and the shell scripts that download ADE20K and run the demo."""
 
 import json
 import os

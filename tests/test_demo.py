@@ -1,4 +1,4 @@
-"""The web page limits uploads, reads no other files or URLs, and shows results in Chromium."""
+"""The web page limits uploads, reads no other files and no URLs, and shows results in Chromium."""
 
 import base64
 import io
@@ -72,7 +72,7 @@ def page(cfg, networks):
 
 
 def as_upload(path):
-    """Copy a file to the upload folder; return the value with which the page requests its segmentation."""
+    """Copy a file to the upload folder; return the value that refers to this upload in a request."""
     return {"path": str(shutil.copy(path, upload_folder())), "orig_name": path.name}
 
 

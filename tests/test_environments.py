@@ -186,7 +186,7 @@ if __name__ == "__main__":
 @pytest.mark.long
 @pytest.mark.parametrize("code", [SEGMENT, TRAIN], ids=["segment", "train"])
 def test_short_programs_end_cleanly_on_busy_cores(root, tmp_path, code):
-    """Run five programs at once. A package thread that runs after the interpreter has ended would crash them."""
+    """Run five programs at once. A package thread that runs after the interpreter has ended would crash a program."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     commands = [[sys.executable, "-c", code, root, ROOT / "tests", tmp_path / str(number)] for number in range(5)]
     started = [subprocess.Popen(list(map(str, c)), env=env, stderr=subprocess.PIPE) for c in commands]

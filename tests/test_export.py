@@ -1,4 +1,4 @@
-"""Exported files run without this package, at any image size, and give the outputs of the network."""
+"""Exported files run without this package, at any image size, with outputs close to those of the network."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Entry points for torch.hub in hubconf.py."""
+"""Entry points in hubconf.py, which `torch.hub.load` calls."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packages import only packages below them, and importing has no side effects."""
+"""Imports between packages go in one direction only, and importing has no side effects."""
 
 import ast
 import os

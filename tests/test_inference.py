@@ -73,7 +73,7 @@ def test_windows_cover_the_length_with_the_overlap(length, window, overlap):
 
 
 def test_pixels_far_from_window_borders_equal_the_whole_image():
-    """Pixels are far if they are at least 3 pixels away, because the network has a reach of 3 pixels."""
+    """Pixels are far if the distance is at least 3 pixels, because the network has a reach of 3 pixels."""
     model, x, reach = LocalNetwork(reach=3), image(60, 90), 3
     expected = probabilities(model, [x], (60, 90))
     scores = probabilities(model, [x], (60, 90), window_size=(24, 30), window_overlap=0.25)
@@ -105,7 +105,7 @@ def test_overlapping_windows_are_averaged():
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_scales_and_flip_with_a_sliding_window(rows, monkeypatch):
-    """Probabilities of all scales are resized and averaged; strips may have any number of rows."""
+    """Probabilities of all scales are resized and averaged, `rows` image rows at a time."""
     monkeypatch.setattr(sliding_window, "STRIP_ROWS", rows)
     model, size = LocalNetwork(reach=1), (37, 53)
     scales = [image(*s) for s in ((24, 40), (37, 53), (80, 112))]

@@ -130,7 +130,7 @@ def test_16_bit_gradients_are_close_to_float32(dtype, scale, bias):
     assert actual[0].dtype == dtype
     for a, b in zip(actual, expected, strict=True):
         assert (a.float() - b).norm() <= 0.03 * b.norm() + 1e-3
-    assert actual[-2].abs().min() > 0  # even a weight of zero has a gradient
+    assert actual[-2].abs().min() > 0  # even a weight of zero has a nonzero gradient
 
 
 def test_single_value_per_channel_can_be_trained():
@@ -158,7 +158,7 @@ def test_replicas_on_two_gpus_keep_their_devices(function):
 
 
 def test_weights_of_in_place_norms_and_batch_norms_are_distinguished(tmp_path, caplog):
-    """Networks with these norms have equal state-dict keys, but different outputs."""
+    """In-place norms and batch norms have equal state-dict keys, but different outputs."""
     inplace, plain = (nn.Sequential(nn.Conv2d(3, 4, 1), NORMS[kind](4)) for kind in ("inplace", "sync"))
     for name, module in (("inplace", inplace), ("plain", plain)):
         torch.save(module.state_dict(), tmp_path / f"{name}.pth")

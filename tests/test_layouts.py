@@ -20,7 +20,7 @@ TRAIN_IDS |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
 
 
 def write_cityscapes(root, split, names, size=(96, 48), seed=0):
-    """Write images and labels in the official layout; a label has 3 x 6 blocks with one of five label IDs."""
+    """Write images and labels in the official layout; each of the 3 x 6 blocks of a label has one label ID."""
     rng = np.random.default_rng(seed)
     for name in names:
         folder = split + "/" + name.split("_")[0]

@@ -35,7 +35,7 @@ def test_cross_entropy_equals_pytorch(batch, weights, smoothing):
 @pytest.mark.parametrize("block", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("weights", [None, (0.5, 1.0, 2.0, 0.0, 3.0)])
 def test_cross_entropy_of_logits_equals_pytorch(batch, weights, block, layout, monkeypatch):
-    """The block limits give blocks of one row, two rows, or the whole batch."""
+    """The values of `block` give blocks of one row, two rows, or the whole batch."""
     monkeypatch.setitem(cross_entropy.BLOCK, "cpu", block)
     logits, label = batch[0].detach().contiguous(memory_format=layout).requires_grad_(), batch[1]
     ours = MaskedNLLLoss(weight=weights).of_logits(logits, label)
@@ -95,7 +95,7 @@ def test_gradients_under_autocast_equal_pytorch_for_any_class_weight(dtype, clas
 @pytest.mark.parametrize("min_kept", [1, 10, 40, 10_000])
 @pytest.mark.parametrize("threshold", [0.0, 0.05, 0.7, 1.0])
 def test_ohem_equals_its_definition(batch, threshold, min_kept):
-    """The loss is the mean over pixels with probability <= `threshold`, but at least over the `min_kept` hardest."""
+    """The mean is over pixels with probability <= `threshold`, but at least over the `min_kept` hardest pixels."""
     logits, label = batch
     log_probs = logits.log_softmax(1)
     pixels = [(log_probs[n, label[n, i, j], i, j]) for n, i, j in np.ndindex(*SHAPE) if label[n, i, j] >= 0]

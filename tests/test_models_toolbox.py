@@ -18,7 +18,7 @@ INPLACE = ({"norm_layer": partial(InPlaceABNSync, activation="none")}, {"norm_la
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def network(request, tmp_path_factory):
-    """Return a name, and a checkpoint in the toolbox format (one state dict without `num_batches_tracked`)."""
+    """Return a network name and a checkpoint in the toolbox format (one state dict without `num_batches_tracked`)."""
     entries = {key: shape for key, shape in KEYS[request.param] if not key.endswith("num_batches_tracked")}
     state = {key: torch.from_numpy(fill_value(key, shape, 0.7)) for key, shape in entries.items()}
     path = tmp_path_factory.mktemp("toolbox") / f"{request.param}.pth"

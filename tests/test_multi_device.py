@@ -28,7 +28,7 @@ def root(tmp_path_factory):
 
 
 class Doubles(torch.utils.data.Dataset):
-    """A training set with float64 images."""
+    """A training dataset with float64 images."""
 
     def __init__(self, dataset):
         self.dataset = dataset

@@ -49,7 +49,7 @@ def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
     assert {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")} == {5}
     assert np.isfinite(trainer.history["train"]["loss"]).all()
     assert read_resume(tmp_path / "resume.pth")["overflows"] == (3, 1)
-    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # resuming keeps the number
+    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # resuming keeps this number
 
 
 def test_overflow_in_the_first_step_leaves_finite_momentum(root, tmp_path):

@@ -322,7 +322,7 @@ def test_option_train_disp_iter(run):
 
 
 def test_option_train_deterministic(run, baseline, monkeypatch):
-    """The weights do not change on the CPU; operations without a deterministic implementation raise an error."""
+    """Weights do not change on the CPU; operations without a deterministic implementation raise an error."""
     enabled, loss = [], MaskedNLLLoss.of_logits
 
     def record(*args):
@@ -343,7 +343,7 @@ def test_option_train_deterministic(run, baseline, monkeypatch):
 
 
 def test_option_train_activation_checkpointing(run, baseline):
-    """The weights do not change; test_activation_checkpoint.py tests the memory."""
+    """The option does not change the weights; test_activation_checkpoint.py tests the memory."""
     assert same(weights(run.train(TRAIN__activation_checkpointing=True)), weights(baseline))
     for changes in ({"MODEL.norm": "inplace"}, {"--gpu": "cpu,cpu"}):
         with pytest.raises(UserError, match=r"TRAIN\.activation_checkpointing"):
@@ -374,7 +374,7 @@ def test_option_train_channels_last(run):
     once = {"TRAIN.disp_iter": 1, "TRAIN.num_epoch": 1, "TRAIN.epoch_iters": 1}
     folders = [run.train(TRAIN__channels_last=value, **once) for value in (False, True)]
     first, second = (history_of(folder)["train"]["loss"][0] for folder in folders)
-    assert first == pytest.approx(second, rel=1e-3)  # sums have another order
+    assert first == pytest.approx(second, rel=1e-3)  # sums are computed in another order
 
 
 def test_option_train_eval_epoch(run, baseline):

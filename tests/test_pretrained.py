@@ -142,6 +142,6 @@ def test_script_downloads_a_published_model_to_its_folder(site, tmp_path, monkey
     Image.new("RGB", (64, 48), "teal").save(tmp_path / "a.png")
     words = ["--imgs", tmp_path / "a.png", "--cfg", ROOT / "config" / f"{name}.yaml", "--gpu", "cpu"]
     words += ["DATASET.imgSizes", "(40,)", "TEST.result", tmp_path / "out", "DIR", tmp_path / name]
-    for _ in range(2):  # the second run must not download
+    for _ in range(2):  # the second run must not download again
         here("test.py", *words)
         assert len(site.requests) == 2

@@ -52,4 +52,4 @@ def test_unlabelled_images_are_not_ranked(tmp_path):
     text = (tmp_path / "report.html").read_text()
     assert "labelled.png" in text
     assert "unlabelled.png" not in text
-    assert "VAL.visualize True" in text  # there are no panels
+    assert "VAL.visualize True" in text  # the report says how to add panels

@@ -43,7 +43,7 @@ def test_eval_prints_and_writes_the_same_scores(trained):
 
 
 def test_number_of_workers_does_not_change_the_scores(trained):
-    """Evaluate three images in one process and in four."""
+    """Evaluate three images in one process and in four processes."""
     path = Path(trained["DIR"]) / "result" / "results.json"
 
     def scores():

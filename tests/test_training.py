@@ -149,7 +149,7 @@ def test_step_with_nonfinite_loss_changes_no_weight(tmp_path, amp):
 
 
 def test_metrics_do_not_depend_on_how_often_they_are_read(root, tmp_path):
-    """The loss of four steps equals the mean of four logged losses, and the weights are equal bit for bit."""
+    """A loss that is logged for four steps is the mean of the losses of single steps; weights are bit-identical."""
     every_step, weights_a = run(root, tmp_path / "a", training={"disp_iter": 1})
     once, weights_b = run(root, tmp_path / "b", training={"disp_iter": 4})
     losses = every_step.history["train"]["loss"]

@@ -49,7 +49,7 @@ def test_panel_overlay_and_class_fractions():
     assert colored[-1, 0].tolist() == [0, 0, 0]
     assert panel([image, colored]).size == (166, 60)
     assert overlay(image, label, table).width > 80
-    overlay(image, np.full((60, 80), -1), table)  # no class for the legend
+    overlay(image, np.full((60, 80), -1), table)  # the legend is empty
 
 
 def test_curves_are_plotted_with_and_without_validation(tmp_path):

@@ -17,7 +17,7 @@ from mit_semseg.dataset.records import add_sizes, load_records
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Write the valid datasets train/ and val/, the lists unusable.odgt and unusual.odgt, and both in mixed.odgt."""
+    """Write valid datasets to train/ and val/, the lists unusable.odgt and unusual.odgt, and their union mixed.odgt."""
     folder = write_data_set(tmp_path_factory.mktemp("data"))
     unusable, unusual = write_unusable(folder), write_unusual(folder)
     lists = [folder / f"{name}.odgt" for name in ("unusable", "unusual")]

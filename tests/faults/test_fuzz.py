@@ -64,7 +64,7 @@ def test_yaml_files_load_or_raise_user_errors(tmp_path, text):
 
 
 def damage(content: bytes, rng: random.Random) -> bytes:
-    """Return the content with bytes replaced, deleted or inserted (mostly in the header); sometimes truncated."""
+    """Return the content after random bytes were changed, mostly in the header; it is sometimes truncated."""
     content = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         position = (

@@ -60,7 +60,7 @@ class Server:
         return answer.decode(errors="replace")
 
     def visit(self, number: int) -> str:
-        """Upload an image of 50 + `number` pixels width; return the messages about its segmentation, or an error."""
+        """Upload and segment an image that is 50 + `number` pixels wide; return the server's messages or error."""
         file, name = io.BytesIO(), f"image{number}.png"
         Image.new("RGB", (50 + number, 40)).save(file, "PNG")
         code, answer = self.upload(name, file.getvalue())
@@ -118,7 +118,7 @@ def test_large_uploads_are_refused_without_using_memory(server):
         try:
             code, _ = server.upload("large.png", bytes(40 * LIMIT))
         except (urllib.error.URLError, ConnectionError, http.client.HTTPException):
-            code = 413  # a closed connection also refuses the upload
+            code = 413  # the server may refuse by closing the connection
         assert code >= 400
     assert server.memory() - before < 200
     server.check()

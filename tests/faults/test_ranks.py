@@ -66,7 +66,7 @@ def test_killed_rank_ends_the_job(root, tmp_path, undisturbed, victim):
 
 
 def torchrun(flag, options, step, act):
-    """Run train.py with torchrun and call `act(job)` after a step; return the exit code and the output after this."""
+    """Run train.py with torchrun, call `act(job)` after a step; return the exit code and the output after the call."""
     command = [*TORCHRUN, flag, *words(ROOT / "train.py", options)]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
         next(line for line in job.stdout if f"epoch 1, step {step}/8" in line)
@@ -120,7 +120,7 @@ def test_hanging_rank_ends_the_job_and_the_waiting_stack_is_printed(root, tmp_pa
 
 
 class Slow(TrainDataset):
-    """Loading a batch takes a third of the timeout, so that four batches take longer than the timeout."""
+    """A dataset that needs a third of the timeout for a batch, and more than the timeout for four batches."""
 
     def __getitem__(self, index):
         time.sleep(0.7)
