@@ -199,7 +199,7 @@ def here(name: str, *arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def checked(done: subprocess.CompletedProcess, code: int | None) -> subprocess.CompletedProcess:
-    """Check the exit code (None: any), and that the codes 2, 130 and 143 come without a traceback."""
+    """Check the exit code (None: any), and that no traceback is printed with the codes 2, 130 and 143."""
     assert code in (done.returncode, None), f"got exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr}"
     assert code not in (2, 130, 143) or "Traceback" not in done.stderr
     return done

@@ -233,7 +233,7 @@ def test_failed_replica_stops_the_others(fault, error, message):
 
 
 def _pair_and_chunks(count, shift, options):
-    """Return two norms, inputs and output factors, which are the same on every rank."""
+    """Return two norm layers, a list of inputs and a list of factors for the outputs, equal on every rank."""
     torch.manual_seed(0)
     pair = norm_pair(**options)
     chunks = [torch.randn(2 + i, 3, 4, 5, dtype=torch.float64) + shift for i in range(count)]

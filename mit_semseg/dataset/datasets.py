@@ -156,7 +156,8 @@ class LabelledDataset(ImageListDataset):
             values, known = shorten_list([str(value) for value in unknown], 8), table.describe_raw_values()
             raise ImageFileError(
                 f"{label_path}: label values {values} are not in the class table ({known}); correct the label, or add "
-                f"the values to DATASET.classes. To ignore them, use CSV rows without names, or DATASET.ignore_values"
+                f"the values to DATASET.classes. To ignore them, add rows without names to the class table, or set "
+                f"DATASET.ignore_values"
             )
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)

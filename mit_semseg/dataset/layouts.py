@@ -24,7 +24,7 @@ class Layout:
     images: str  # name of the image folder
     annotations: str  # name of the annotation folder
     image_suffix: str = ""  # common end of all image names before the extension
-    label_suffixes: tuple[str, ...] = ("",)  # common ends of label names, in order of preference; skip other files
+    label_suffixes: tuple[str, ...] = ("",)  # suffixes of label names, in order of preference
 
 
 LAYOUTS = (

@@ -19,10 +19,10 @@ def load_records(
 
     Args:
         source: one of
-            - an odgt file, in which each line is a JSON object, or the paths of an image and its label;
+            - an odgt file; a line is a JSON object, or two paths (image and label);
             - a PASCAL VOC split list (`ImageSets/.../NAME.txt`);
             - a folder that contains `images/` and `annotations/` (for Cityscapes, `leftImg8bit/` and `gtFine/`);
-            - such an image folder, or a subfolder that also exists in the annotation folder;
+            - one of these image folders, or a subfolder of it that the annotation folder also has;
             - an iterable of records.
         root: base folder for the paths in records.
         problems: list that receives a message for every invalid line and every missing or unpaired file. If None,

@@ -138,7 +138,9 @@ class RunFolder:
                 )
             return self.resume if exists else None
         if mode != "off" and not Path(mode).is_file():
-            raise CheckpointError(f"TRAIN.resume: file {mode} does not exist; set a file, auto, off or restart")
+            raise CheckpointError(
+                f"TRAIN.resume: file {mode} does not exist; set TRAIN.resume to an existing file, auto, off or restart"
+            )
         if (exists or epochs) and (mode == "off" or Path(mode).resolve() != self.resume.resolve()):
             raise CheckpointError(
                 f"{self.folder} already contains a run; set TRAIN.resume auto to resume this run, TRAIN.resume restart "
@@ -230,7 +232,7 @@ def read_resume(path: Path) -> dict:
 
 
 def trainer_state(trainer: "Trainer") -> dict:
-    """Return the state for a bit-identical resume. Random numbers have no state because seed and step define them."""
+    """Return the state for a bit-identical resume. All random numbers depend only on seed and step."""
     return {
         "step": trainer.step,
         "best_iou": trainer.best_iou,

@@ -35,7 +35,7 @@ class MaskedNLLLoss(nn.Module):
         self._host_weight = weight  # for labels on the CPU, see `normalizer`
 
     def of_logits(self, logits: Tensor, label: Tensor) -> Tensor:
-        """Return the loss of logits. Log-probabilities are stored only for label smoothing."""
+        """Return the loss of logits. The log-probabilities (N, C, H, W) are allocated only for label smoothing."""
         if self.label_smoothing:
             return self(F.log_softmax(logits, dim=1, dtype=torch.promote_types(logits.dtype, torch.float32)), label)
         return nll_sum(logits, label, self.weight, self.ignore_index) / _nonzero(self.normalizer(label))

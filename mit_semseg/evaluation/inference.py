@@ -94,7 +94,7 @@ class Predictor:
 
         Args:
             item: see `label_map`.
-            count: number of classes.
+            count: number of classes to return per pixel.
 
         Returns:
             Class indices (count, H, W) int64 and probabilities (count, H, W) float32, by descending probability.

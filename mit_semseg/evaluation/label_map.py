@@ -117,7 +117,7 @@ def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels
 
 
 class _ResizedLogits:
-    """Logits (C, h, w) of a view (a scale, flipped or not) minus their maximum, resized row by row to (H, W).
+    """Logits (C, h, w) minus the maximum over the classes at each position, resized row by row to (H, W).
 
     Attributes:
         safe: whether softmax cannot divide by zero. The largest logit at every source position is 0. A pixel is the
@@ -126,7 +126,7 @@ class _ResizedLogits:
     """
 
     def __init__(self, logits: np.ndarray, size: tuple[int, int], align_corners: bool):
-        self.logits = logits - logits.max(axis=0)  # the order of classes does not change, because resizing is linear
+        self.logits = logits - logits.max(axis=0)  # keeps the ranking of the classes, because resizing is linear
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
         self.classes, self.height, width = logits.shape
         low, weight = bilinear_neighbors(self.height, size[0], align_corners)

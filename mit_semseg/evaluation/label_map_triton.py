@@ -18,7 +18,7 @@ CLASSES, PIXELS = 16, 64  # block size of a Triton program; a block of this size
 
 @triton.jit
 def _neighbors(sides, lows, weights, view, positions, count):
-    """Return lower neighbors, upper neighbors and weights of upper neighbors in a view for output positions."""
+    """Return the lower and upper source index of each output position, and the weight of the upper one."""
     low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
     weight = tl.load(weights + view * count + positions, mask=positions < count, other=0.0)
     return low, tl.minimum(low + 1, tl.load(sides + view) - 1), weight

@@ -1,4 +1,4 @@
-"""Convolve a feature map concatenated with smaller maps, which are resized after the convolution, not before.
+"""Convolution of a feature map concatenated with resized smaller maps, computed without resizing these maps.
 
 Bilinear resizing and convolution are linear, so their order can be changed. First, each tap of the kernel is applied to
 every smaller map. Then two matrices, one for rows and one for columns, resize and shift the outputs. The pooled maps

@@ -104,8 +104,8 @@ def _adapt_to_norms(
     # In the toolbox, in-place norms have an activation in the decoder, but not in the encoder.
     if not inplace or (part == "encoder" and any(norm.activation != "none" for norm in norms)):
         logger.warning(
-            "%s was not trained with in-place norms and leaky ReLU; %s has them, and its outputs will differ until "
-            "fine-tuning. Set MODEL.norm sync to keep the original outputs",
+            "%s was trained without in-place norms and leaky ReLU; the %s uses them, so its outputs differ from those "
+            "in training until it is fine-tuned. Set MODEL.norm sync to keep the outputs",
             path,
             name,
         )

@@ -49,7 +49,7 @@ class PSPBilinear(PPM):
 
 
 class PSP(Decoder):
-    """`PPM` variant with leaky ReLU and `align_corners=True`; pooled maps are concatenated before the feature map."""
+    """`PPM` variant with leaky ReLU and `align_corners=True`; the pooled maps come first in the concatenation."""
 
     align_corners = True
     norm_bias = 0.0
