@@ -122,7 +122,7 @@ def load_options(cfg: Config, batch_size: int, local_size: int) -> LoadOptions:
 
 
 def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
-    """Return the validation set, limited to the first `max_images` images; 0 is no limit."""
+    """Return the validation set, or only its first `max_images` images if `max_images` is not 0."""
     return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET, max_images or -1)
 
 

@@ -9,7 +9,7 @@ def _is_local(host) -> bool:
         return True
     try:
         address = ipaddress.ip_address(host.decode() if isinstance(host, bytes) else host)
-    except ValueError:  # a host name is no IP address
+    except ValueError:  # `host` is a name, not an IP address
         return False
     return address.is_loopback or address.is_unspecified
 
@@ -17,7 +17,7 @@ def _is_local(host) -> bool:
 def _hook(event: str, arguments: tuple) -> None:
     if event == "socket.getaddrinfo":
         host = arguments[0]
-    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # the address of a Unix socket is no tuple
+    elif event == "socket.connect" and isinstance(arguments[1], tuple):  # a string for Unix sockets
         host = arguments[1][0]
     else:
         return

@@ -30,7 +30,7 @@ def is_long(encoder, decoder):
     return "vgg" in encoder or (encoder not in every_decoder and decoder != "c1_deepsup")
 
 
-# VGG-19 takes half a minute, and its feature maps have the channels and strides of those of VGG-16.
+# VGG-19 is slow, and its feature maps have the same channels and strides as those of VGG-16.
 NAMES = [(e, d) for e in ENCODERS for d in DECODERS if e != "vgg19_dilated8" or d == "c1_deepsup"]
 PAIRS = [pytest.param(*names, marks=[pytest.mark.long] * is_long(*names)) for names in NAMES]
 

@@ -36,7 +36,7 @@ class BaseDataset(Dataset):
     def parse_input_list(
         self, odgt: str | Sequence[dict], max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
     ) -> None:
-        """Set `list_sample` to the first `max_sample` records, or their slice `start_idx:end_idx`. -1 is no limit."""
+        """Set `list_sample` to the first `max_sample` records, or to their slice `start_idx:end_idx`; -1 means all."""
         records = load_records(odgt)
         records = records[:max_sample] if max_sample > 0 else records
         self.list_sample = records[start_idx:end_idx] if start_idx >= 0 and end_idx >= 0 else records

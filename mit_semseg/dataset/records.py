@@ -26,7 +26,7 @@ def load_records(
             - an iterable of records.
         root: base folder for the paths in records.
         problems: list that receives a message for every invalid line and every missing or unpaired file. If None,
-            such lines and files raise ListError. If there is no valid record, ListError is always raised.
+            ListError is raised instead. A source without valid records always raises ListError.
     """
     if not isinstance(source, (str, os.PathLike)):
         records = [dict(record) for record in source]

@@ -62,7 +62,7 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
 
 
 class UnknownNameError(UserError, ValueError):
-    """There is no encoder, decoder, loss or optimizer of this name."""
+    """The name of an encoder, decoder, loss or optimizer is unknown."""
 
 
 def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:

@@ -50,7 +50,7 @@ def read_checkpoint(path: str | os.PathLike):
         lines = str(error).strip().splitlines() or [""]
         detail = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0]).strip()
         raise WeightsError(
-            f"cannot read {path}: it is damaged, is no checkpoint, or contains unsupported objects ({detail[:200]}). "
+            f"cannot read {path}: it is damaged, not a checkpoint, or contains unsupported objects ({detail[:200]}). "
             "Supported are tensors, built-in Python types and NumPy scalars; code in a checkpoint is never executed."
         ) from None
 

@@ -74,7 +74,7 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
         suffixes: suffixes of the output files, see `Result.save_as`.
 
     Raises:
-        UserError: there are no images, or an existing file that another program has written would be overwritten.
+        UserError: no images were found, or an output would overwrite a file that this program has not written.
     """
     path = Path(pattern)
     if path.is_file():

@@ -25,7 +25,7 @@ PNG_LEVEL = 1  # compression level; compared with Pillow's default 6, half the t
 class Result:
     """A segmented image."""
 
-    path: str  # path of the image, or a name if there is no path
+    path: str  # path of the image; a name for an image without path
     image: np.ndarray  # (H, W, 3) uint8 RGB
     label_map: np.ndarray  # (H, W) int64 class indices
     table: ClassTable  # class names and colors
