@@ -1,5 +1,6 @@
 """Encoders, decoders, and networks built from them."""
 
+import itertools
 import random
 from functools import lru_cache
 
@@ -30,9 +31,9 @@ def is_long(encoder, decoder):
     return "vgg" in encoder or (encoder not in every_decoder and decoder != "c1_deepsup")
 
 
-# VGG-19 is slow, and its feature maps have the same channels and strides as those of VGG-16.
-NAMES = [(e, d) for e in ENCODERS for d in DECODERS if e != "vgg19_dilated8" or d == "c1_deepsup"]
-PAIRS = [pytest.param(*names, marks=[pytest.mark.long] * is_long(*names)) for names in NAMES]
+PAIRS = [
+    pytest.param(*names, marks=[pytest.mark.long] * is_long(*names)) for names in itertools.product(ENCODERS, DECODERS)
+]
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), PAIRS)
@@ -40,8 +41,10 @@ def test_every_pair_trains_and_infers(encoder, decoder):
     """Train on one image of 33x33 pixels with a 5x5 label, then run inference at a random odd size."""
     module = network(encoder_of(encoder), decoder).train()
     batch = {"img_data": torch.randn(1, 3, 33, 33), "seg_label": torch.randint(-1, NUM_CLASS, (1, 5, 5))}
-    loss, accuracy = module(batch)
-    loss.backward()
+    # oneDNN takes 18 s for the gradient of the 7x7 convolution of VGG.
+    with torch.backends.mkldnn.flags(enabled="vgg" not in encoder):
+        loss, accuracy = module(batch)
+        loss.backward()
     assert torch.isfinite(loss)
     assert 0 <= accuracy <= 1
     # DistributedDataParallel needs a gradient for every parameter.
