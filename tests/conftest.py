@@ -9,7 +9,9 @@ from mit_semseg.lib.utils import disable_progress_bars
 
 offline.forbid()
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+# Two threads, shared by the workers of pytest-xdist: with more threads than cores, every operator waits for others.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SEED = int(os.environ.get("SEED", 0))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported
