@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replicas import ReplicaGroup
-from .sync_stats import SyncBatchNormFunction, SyncStatistics
+from .sync_stats import RunningStats, SyncBatchNormFunction, statistics_class
 
 _thread_state = threading.local()
 
@@ -93,10 +93,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         """Return the output of each replica; `arguments` holds (input, weight, bias) of each replica."""
         inputs, weights, biases = zip(*arguments, strict=True)
-        stats = SyncStatistics(self.eps, self.clamp_variance, self._display_name())
-        outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)
-        self._update_running_stats(stats.mean, stats.unbiased_variance)
-        return outputs
+        stats = statistics_class(inputs[0])(self.eps, self.clamp_variance, self._display_name())
+        return SyncBatchNormFunction.apply(stats, self._running_stats(), *inputs, *weights, *biases)
 
     def _has_single_value(self, x: Tensor) -> bool:
         return self.training and self.track_running_stats and x.numel() == x.size(1)
@@ -104,7 +102,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_single_value(self, x: Tensor) -> Tensor:
         # A single value has no variance: use its squared deviation from the running mean; normalize by running stats.
         value = x.detach().flatten().to(self.running_mean.dtype)
-        self._update_running_stats(value, (value - self.running_mean).square())
+        if running := self._running_stats():
+            running.update(value, (value - self.running_mean).square())
         shape = (1, -1) + (1,) * (x.dim() - 2)
         y = (x - self.running_mean.view(shape)) * torch.rsqrt(self.running_var + self.eps).view(shape)
         if self.affine:
@@ -114,13 +113,13 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _effective_weight(self) -> Tensor:
         return self.weight
 
-    @torch.no_grad()
-    def _update_running_stats(self, mean: Tensor, unbiased_variance: Tensor) -> None:
-        if self._updates_running_stats():
-            self.num_batches_tracked.add_(1)
-            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_(unbiased_variance.to(self.running_var), momentum)
+    def _running_stats(self) -> RunningStats | None:
+        """Count this batch; return the running statistics that it updates, or None."""
+        if not self._updates_running_stats():
+            return None
+        self.num_batches_tracked.add_(1)
+        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        return RunningStats(self.running_mean, self.running_var, momentum)
 
 
 class SynchronizedBatchNorm1d(SynchronizedBatchNorm, nn.BatchNorm1d):

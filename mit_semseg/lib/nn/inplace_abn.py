@@ -6,7 +6,6 @@ halves the memory that normalization and activation need for the backward pass. 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,17 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .batchnorm import SynchronizedBatchNorm2d
-from .sync_stats import (
-    SyncBatchNormFunction,
-    SyncStatistics,
-    blockwise,
-    channel_sums,
-    channel_view,
-    compute_dtype,
-    normalize,
-    reduction_dims,
-    split_evenly,
-)
+from .sync_stats import RunningStats, SyncBatchNormFunction, SyncStatistics, split_evenly, statistics_class
 
 # Module version in state-dict metadata; it distinguishes in-place norms from batch norms, which have the same keys.
 VERSION = 3
@@ -34,19 +23,19 @@ ACTIVATIONS = ("leaky_relu", "none")
 class InPlaceABNFunction(torch.autograd.Function):
     """Batch normalization and leaky ReLU of several inputs, one per replica, with the statistics of all inputs.
 
-    `apply(stats, slope, *inputs, *shortcuts, *weights, *biases)` returns, for every replica,
+    `apply(stats, running, slope, *inputs, *shortcuts, *weights, *biases)` returns, for every replica,
     leaky_relu((x - mean) / sqrt(var + eps) * (|weight| + eps) + bias + shortcut). Inputs and shortcuts are
     (N, C, H, W), weights and biases (C,). Shortcuts, weights and biases may be None.
     """
 
     @staticmethod
-    def forward(ctx, stats: SyncStatistics, slope: float, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx, stats: SyncStatistics, running: RunningStats | None, slope: float, *tensors: Tensor | None):
         inputs, shortcuts, weights, biases = split_evenly(tensors, 4)
-        stats.merge(inputs)
+        stats.merge(inputs, running)
         outputs = []
         for x, shortcut, weight, bias in zip(inputs, shortcuts, weights, biases, strict=True):
-            vectors = stats.mean, *stats.scale_and_shift(x, effective_weight(weight, stats.eps), bias)
-            outputs.append(blockwise(partial(_normalize_add_activate, slope), (x, shortcut), vectors))
+            z = stats.normalize(x, effective_weight(weight, stats.eps), bias)
+            outputs.append(_activate(z if shortcut is None else z.add_(shortcut), slope))
         ctx.stats, ctx.slope = stats, slope
         ctx.save_for_backward(*outputs, *shortcuts, *weights, *biases)
         return tuple(outputs)
@@ -54,27 +43,29 @@ class InPlaceABNFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        stats, slope, count = ctx.stats, ctx.slope, ctx.stats.count
+        stats, slope = ctx.stats, ctx.slope
         outputs, shortcuts, weights, biases = split_evenly(ctx.saved_tensors, 4)
-        tensors = list(zip(outputs, gradients, shortcuts, strict=True))
-        one, zero = torch.ones_like(stats.mean), torch.zeros_like(stats.mean)
-        scales = [one if w is None else effective_weight(w, stats.eps).double() for w in weights]
-        shifts = [zero if b is None else b.double() for b in biases]
-        local_sums = [
-            channel_sums(partial(_gradient_sums, slope), arguments, (shift, 1 / scale))
-            for arguments, shift, scale in zip(tensors, shifts, scales, strict=True)
+        recovered, local_sums, weight_gradients, bias_gradients = [], [], [], []
+        for y, g, shortcut, weight, bias in zip(outputs, gradients, shortcuts, weights, biases, strict=True):
+            z = y if slope == 1 else F.leaky_relu(y, 1 / slope)
+            z = z if shortcut is None else z - shortcut
+            scale = 1 if weight is None else effective_weight(weight, stats.eps)[:, None, None]
+            normalized = z / scale if bias is None else (z - bias[:, None, None]) / scale
+            g = _activation_gradient(y, g, slope)
+            own = g.sum((0, 2, 3)), (normalized * g).sum((0, 2, 3))
+            recovered.append((g, normalized, scale))
+            local_sums.append(torch.stack(own))
+            bias_gradients.append(None if bias is None else own[0])
+            weight_gradients.append(None if weight is None else own[1] * torch.where(weight < 0, -1, 1))
+        means = stats.sum(local_sums) / stats.count
+        input_gradients = []
+        for g, normalized, scale in recovered:
+            mean_g, mean_gx, inverse_std = (t.to(g.device)[:, None, None] for t in (*means, stats.inverse_std))
+            input_gradients.append(normalized.mul_(-mean_gx).add_(g).sub_(mean_g).mul_(inverse_std * scale))
+        shortcut_gradients = [
+            None if shortcut is None else g for shortcut, (g, _, _) in zip(shortcuts, recovered, strict=True)
         ]
-        sum_g, sum_gx = stats.sum(local_sums)
-        input_gradients, shortcut_gradients, weight_gradients, bias_gradients = [], [], [], []
-        for (y, g, shortcut), shift, scale in zip(tensors, shifts, scales, strict=True):
-            factor = stats.scale(scale)
-            vectors = shift, 1 / scale, factor, -factor * sum_gx / count, -factor * sum_g / count
-            input_gradients.append(blockwise(partial(_input_gradient, slope), (y, g, shortcut), vectors))
-            shortcut_gradients.append(None if shortcut is None else _activation_gradient(y, g, slope))
-        for weight, bias, (own_g, own_gx) in zip(weights, biases, local_sums, strict=True):
-            weight_gradients.append(None if weight is None else (own_gx * torch.where(weight < 0, -1, 1)).to(weight))
-            bias_gradients.append(None if bias is None else own_g.to(bias))
-        return None, None, *input_gradients, *shortcut_gradients, *weight_gradients, *bias_gradients
+        return None, None, None, *input_gradients, *shortcut_gradients, *weight_gradients, *bias_gradients
 
 
 def effective_weight(weight: Tensor | None, eps: float) -> Tensor | None:
@@ -89,30 +80,6 @@ def _activate(z: Tensor, slope: float) -> Tensor:
 def _activation_gradient(y: Tensor, g: Tensor, slope: float) -> Tensor:
     # Autograd uses the same operator for leaky ReLU; `torch.where` is many times slower on a CPU.
     return g if slope == 1 else torch.ops.aten.leaky_relu_backward(g, y, slope, False)
-
-
-def _normalize_add_activate(slope, x, shortcut, mean, scale, shift) -> Tensor:
-    z = normalize(x, mean, scale, shift)
-    return _activate(z if shortcut is None else z.add_(shortcut), slope)
-
-
-def _recover(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tensor]:
-    """Return the normalized values and the gradient of the activation's input; `g` is the gradient of output `y`."""
-    y, g = y.to(compute_dtype(y)), g.to(compute_dtype(y))
-    z = y if slope == 1 else F.leaky_relu(y, 1 / slope)
-    z = z if shortcut is None else z - shortcut
-    return (z - channel_view(shift, y)) * channel_view(inverse_scale, y), _activation_gradient(y, g, slope)
-
-
-def _gradient_sums(slope, y, g, shortcut, shift, inverse_scale) -> tuple[Tensor, Tensor]:
-    normalized, gradient = _recover(slope, y, g, shortcut, shift, inverse_scale)
-    return gradient.sum(reduction_dims(y)), normalized.mul_(gradient).sum(reduction_dims(y))
-
-
-def _input_gradient(slope, y, g, shortcut, shift, inverse_scale, factor, value_factor, constant) -> Tensor:
-    normalized, gradient = _recover(slope, y, g, shortcut, shift, inverse_scale)
-    result = normalized.mul_(channel_view(value_factor, y)).add_(channel_view(constant, y))
-    return result.addcmul_(gradient, channel_view(factor, y))
 
 
 class InPlaceABN(SynchronizedBatchNorm2d):
@@ -159,14 +126,14 @@ class InPlaceABN(SynchronizedBatchNorm2d):
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         inputs, weights, biases, shortcuts = zip(*arguments, strict=True)
         local = not (self.synchronized and self.training)
-        stats = SyncStatistics(self.eps, layer_name=self._display_name(), local=local)
+        stats = statistics_class(inputs[0])(self.eps, layer_name=self._display_name(), local=local)
+        running = self._running_stats()
         if inputs[0].dtype.itemsize < torch.float32.itemsize:
             weights = [effective_weight(weight, self.eps) for weight in weights]
-            outputs = SyncBatchNormFunction.apply(stats, *inputs, *weights, *biases)
+            outputs = SyncBatchNormFunction.apply(stats, running, *inputs, *weights, *biases)
             outputs = [self._add_activate(y, shortcut) for y, shortcut in zip(outputs, shortcuts, strict=True)]
         else:
-            outputs = InPlaceABNFunction.apply(stats, self.slope, *inputs, *shortcuts, *weights, *biases)
-        self._update_running_stats(stats.mean, stats.unbiased_variance)
+            outputs = InPlaceABNFunction.apply(stats, running, self.slope, *inputs, *shortcuts, *weights, *biases)
         return outputs
 
     def _add_activate(self, y: Tensor, shortcut: Tensor | None) -> Tensor:

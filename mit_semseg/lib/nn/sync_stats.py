@@ -1,63 +1,82 @@
 """Statistics and autograd function of synchronized batch normalization.
 
-Counts, means and sums of squared deviations of replicas and ranks are merged as in Chan, Golub & LeVeque, "Updating
-Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, so the variance is never negative. The
-forward pass and the backward pass each use one collective. All replicas of a process share one autograd node.
+Counts, means and variances of replicas and ranks are merged as in Chan, Golub & LeVeque, "Updating Formulae and a
+Pairwise Algorithm for Computing Sample Variances", 1979, so the variance is never negative. The forward pass and the
+backward pass each use one collective. All replicas of a process share one autograd node.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..utils import UserError, first_sentence
 
-# Number of elements per block on a CPU (4 MiB in float32): the allocator reuses memory blocks of this size.
-BLOCK = 2**20
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.14
+TINY = 1e-30  # epsilon that changes no float32 variance, but prevents a division by zero in CUDA kernels
 
 
 class ProcessGroupError(UserError, RuntimeError):
     """Communication failed because another rank ended or timed out."""
 
 
-@dataclass
+class RunningStats(NamedTuple):
+    """Running mean and running variance (C,) of a layer, and the momentum of the next update."""
+
+    mean: Tensor
+    variance: Tensor
+    momentum: float
+
+    def update(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        self.mean.lerp_(mean.to(self.mean), self.momentum)
+        self.variance.lerp_(unbiased_variance.to(self.variance), self.momentum)
+
+
 class SyncStatistics:
-    """Statistics of one layer in one forward pass, merged over replicas and ranks, as (C,) float64 tensors."""
+    """Statistics of one layer in one forward pass, merged over replicas and ranks.
 
-    eps: float
-    clamp_variance: bool = False  # divide by sqrt(max(var, eps)) instead of sqrt(var + eps)
-    layer_name: str = ""  # used in error messages
-    local: bool = False  # do not communicate with other ranks
+    Statistics are float32, or float64 for float64 inputs. This class uses operators that every device and
+    `torch.compile` support.
 
-    def merge(self, inputs: Sequence[Tensor]) -> None:
-        """Compute the statistics of all replicas and ranks, and store them on the device of the first input."""
-        distributed = not self.local and dist.is_available() and dist.is_initialized()
+    Args:
+        eps: added to the variance before the square root.
+        clamp_variance: divide by sqrt(max(var, eps)) instead of sqrt(var + eps).
+        layer_name: used in error messages.
+        local: do not communicate with other ranks.
+
+    Attributes:
+        mean, variance: (C,) tensors on the device of the first input.
+        count: number of values per channel, a scalar tensor.
+    """
+
+    def __init__(self, eps: float, clamp_variance: bool = False, layer_name: str = "", local: bool = False):
+        self.eps, self.clamp_variance, self.layer_name = eps, clamp_variance, layer_name
+        distributed = not local and dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size() if distributed else 1
-        rows = torch.stack([_moments(x).to(inputs[0].device) for x in inputs])
+
+    def merge(self, inputs: Sequence[Tensor], running: RunningStats | None) -> None:
+        """Compute the statistics of all replicas and ranks, and update the running statistics."""
+        x, channels = inputs[0], inputs[0].size(1)
+        rows = torch.cat([part.to(x.device) for own in inputs for part in self._moments(own)]).view(len(inputs), -1)
         if self.world_size > 1:
-            gathered = [torch.empty_like(rows) for _ in range(self.world_size)]
-            self.communicate(dist.all_gather, gathered, rows)
-            rows = torch.cat(gathered)
-        counts, means, squares = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
-        self.count = counts.sum().clamp(min=1)  # avoid division by zero for an empty batch
-        self.mean = (counts * means).sum(0) / self.count
-        squared_deviations = squares.sum(0) + (counts * (means - self.mean).square()).sum(0)
-        self.variance = squared_deviations / self.count
-        self.unbiased_variance = squared_deviations / (self.count - 1).clamp(min=1)
-        divisor = self.variance.clamp(min=self.eps) if self.clamp_variance else self.variance + self.eps
-        self.inverse_std = divisor.rsqrt()
+            gathered = rows.new_empty(self.world_size * len(rows), rows.size(1))
+            self._communicate(all_gather, gathered, rows)
+            rows = gathered
+        self._merge_rows(x, *rows.split([channels, channels, 1], dim=1), running)
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
         """Return the sum over all replicas (one term each) and ranks, on the device of the first term."""
-        total = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
+        total = terms[0] if len(terms) == 1 else torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
         if self.world_size > 1:
-            self.communicate(dist.all_reduce, total)
+            self._communicate(dist.all_reduce, total)
         return total
 
-    def communicate(self, collective: Callable, *tensors) -> None:
+    def _communicate(self, collective: Callable, *tensors) -> None:
         """Call a collective. If a rank ended or timed out (gloo only), raise ProcessGroupError with the layer name."""
         try:
             collective(*tensors)
@@ -69,55 +88,143 @@ class SyncStatistics:
                 f"another rank ended or timed out ({first_sentence(error)})"
             ) from error
 
-    def scale(self, weight: Tensor | None) -> Tensor:
-        """Return weight / std as a (C,) float64 tensor."""
-        return self.inverse_std if weight is None else self.inverse_std * weight.to(self.inverse_std)
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean (C,), variance (C,) and number of values per channel (1,) of one replica."""
+        count = x.numel() // x.size(1)
+        x = x.to(compute_dtype(x))
+        variance, mean = torch.var_mean(x, reduction_dims(x), correction=0) if count else x.new_zeros(2, x.size(1))
+        return mean, variance, _constant(count, mean)
 
-    def scale_and_shift(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the arguments `scale` and `shift` of `normalize`, (C,) float64 tensors."""
-        scale = self.scale(weight)
-        # The first term corrects the error of rounding the mean to the compute dtype of x.
-        shift = scale * (self.mean.to(compute_dtype(x)).double() - self.mean)
-        return scale, shift if bias is None else shift + bias.to(shift)
+    def _merge_rows(self, x: Tensor, means: Tensor, variances: Tensor, counts: Tensor, running) -> None:
+        """Merge means (R, C), variances (R, C) and counts (R, 1) of R replicas."""
+        self.count = counts.sum()
+        share = counts / self.count
+        self.mean = (share * means).sum(0)  # under autocast, a matrix product would be computed in 16 bits
+        difference = means - self.mean
+        self.variance = (share * torch.addcmul(variances, difference, difference)).sum(0)
+        if running:
+            unbiased = torch.addcdiv(self.variance, self.variance, (self.count - 1).clamp(min=1))
+            running.update(self.mean, unbiased)
+
+    def _divisor(self) -> tuple[Tensor, float]:
+        """Return a variance and an epsilon; inputs are divided by the square root of their sum."""
+        return (self.variance.clamp(min=self.eps), 0.0) if self.clamp_variance else (self.variance, self.eps)
+
+    @property
+    def inverse_std(self) -> Tensor:
+        """Factor (C,) of centered inputs."""
+        variance, eps = self._divisor()
+        return (variance + eps).rsqrt()
+
+    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return (x - mean) * inverse_std * weight + bias, in the dtype of x."""
+        variance, eps = self._divisor()
+        return F.batch_norm(x, self.mean.to(x.device), variance.to(x.device), weight, bias, eps=eps)
+
+    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the terms of `sum` for one replica (2 C,), and the gradients of weight and bias (C,)."""
+        _, weight_gradient, bias_gradient = self._backward(g, x, weight, [False, True, True])
+        return torch.cat([bias_gradient, weight_gradient]), weight_gradient, bias_gradient
+
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+        """Return the gradient of the input of one replica; `sums` is the result of `sum`."""
+        constant, slope = (sums / self.count).chunk(2)
+        if self.clamp_variance:  # if variance < eps, the divisor is constant, so the variance gets no gradient
+            slope = slope * (self.variance > self.eps)
+        g = g - self.normalize(x, slope.to(x.device), constant.to(x.device))
+        return self._backward(g, x, weight, [True, False, False])[0]
+
+    def _backward(self, g: Tensor, x: Tensor, weight: Tensor | None, mask: list[bool]) -> tuple[Tensor, ...]:
+        """Return gradients of input, weight and bias of `normalize`, as if mean and variance were constant."""
+        variance, eps = self._divisor()
+        mean, variance = self.mean.to(x.device), variance.to(x.device)
+        return torch.ops.aten.native_batch_norm_backward(g, x, weight, mean, variance, None, None, False, eps, mask)
+
+
+class CudaSyncStatistics(SyncStatistics):
+    """`SyncStatistics` with the CUDA kernels of `nn.SyncBatchNorm`, which need fewer launches and less memory traffic.
+
+    Attributes:
+        mean, inverse_std: (C,) tensors on the device of the first input.
+        counts: number of values per channel of every replica and rank, int32.
+    """
+
+    inverse_std = None  # `merge` sets this
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean (C,), inverse standard deviation (C,) and number of values per channel (1,) of one replica."""
+        mean, inverse_std = torch.batch_norm_stats(_dense(x), self._kernel_eps)
+        return mean, inverse_std, _constant(x.numel() // x.size(1), mean)
+
+    @property
+    def _kernel_eps(self) -> float:
+        return TINY if self.clamp_variance else self.eps
+
+    def _merge_rows(self, x: Tensor, means: Tensor, inverse_stds: Tensor, counts: Tensor, running) -> None:
+        self.counts = counts.to(torch.int32)
+        buffers = running or (None, None, 0.0)
+        counts = counts.view(-1) if running is None else counts.view(-1).to(running.mean)
+        self.mean, self.inverse_std = torch.batch_norm_gather_stats_with_counts(
+            x, means, inverse_stds, *buffers, self._kernel_eps, counts
+        )
+        if self.clamp_variance:
+            self.inverse_std.clamp_(max=self.eps**-0.5)
+
+    @property
+    def count(self) -> Tensor:
+        return self.counts.sum()
+
+    def normalize(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        mean, inverse_std = self.mean.to(x.device), self.inverse_std.to(x.device)
+        return torch.batch_norm_elemt(_dense(x), weight, bias, mean, inverse_std, self.eps)
+
+    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        mean, inverse_std = self.mean.to(x.device), self.inverse_std.to(x.device)
+        *sums, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
+            _dense(g), _dense(x), mean, inverse_std, weight, True, True, True
+        )
+        return torch.cat(sums), weight_gradient, bias_gradient
+
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
+        sum_g, sum_gx = sums.to(x.device).chunk(2)
+        mean, inverse_std, counts = (t.to(x.device) for t in (self.mean, self.inverse_std, self.counts))
+        if self.clamp_variance:
+            sum_gx = sum_gx * (inverse_std < self.eps**-0.5)
+        weight = weight if weight is None else weight.to(mean.dtype)
+        return torch.batch_norm_backward_elemt(_dense(g), _dense(x), mean, inverse_std, weight, sum_g, sum_gx, counts)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization of several inputs, one per replica, with the statistics of all inputs.
 
-    `apply(stats, *inputs, *weights, *biases)` takes one input, weight and bias per replica and returns one output
-    per replica. Inputs are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
+    `apply(stats, running, *inputs, *weights, *biases)` takes one input, weight and bias per replica and returns one
+    output per replica. Inputs are (N, C, ...) and may differ in size; weights and biases are (C,) or None.
     """
 
     @staticmethod
-    def forward(ctx, stats: SyncStatistics, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx, stats: SyncStatistics, running: RunningStats | None, *tensors: Tensor | None):
         inputs, weights, biases = split_evenly(tensors, 3)
-        stats.merge(inputs)
+        stats.merge(inputs, running)
         ctx.stats = stats
         ctx.save_for_backward(*inputs, *weights)
-        return tuple(
-            blockwise(normalize, (x,), (stats.mean, *stats.scale_and_shift(x, weight, bias)))
-            for x, weight, bias in zip(inputs, weights, biases, strict=True)
-        )
+        return tuple(map(stats.normalize, inputs, weights, biases))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        stats = ctx.stats
-        inputs, weights = split_evenly(ctx.saved_tensors, 2)
-        pairs = zip(inputs, gradients, strict=True)
-        local_sums = [channel_sums(_gradient_sums, pair, (stats.mean,)) for pair in pairs]
-        sum_g, sum_gx = stats.sum(local_sums)
-        slope = -sum_gx * stats.inverse_std.square() / stats.count
-        if stats.clamp_variance:  # if variance < eps, the divisor is constant, so the variance gets no gradient
-            slope = torch.where(stats.variance > stats.eps, slope, 0)
-        input_gradients, weight_gradients, bias_gradients = [], [], []
-        for x, g, weight, (own_g, own_gx) in zip(inputs, gradients, weights, local_sums, strict=True):
-            scale = stats.scale(weight)
-            vectors = stats.mean, scale, scale * slope, -scale * sum_g / stats.count
-            input_gradients.append(blockwise(_input_gradient, (x, g), vectors))
-            weight_gradients.append(None if weight is None else (own_gx * stats.inverse_std.to(own_gx)).to(weight))
-            bias_gradients.append(None if weight is None else own_g.to(weight))
-        return None, *input_gradients, *weight_gradients, *bias_gradients
+        stats, (inputs, weights) = ctx.stats, split_evenly(ctx.saved_tensors, 2)
+        replicas = list(zip(gradients, inputs, weights, strict=True))
+        local_sums, weight_gradients, bias_gradients = zip(*(stats.gradient_sums(*r) for r in replicas), strict=True)
+        sums = stats.sum(local_sums)
+        input_gradients = [stats.input_gradient(*replica, sums) for replica in replicas]
+        if weights[0] is None:
+            weight_gradients = bias_gradients = [None] * len(replicas)
+        return None, None, *input_gradients, *weight_gradients, *bias_gradients
+
+
+def statistics_class(x: Tensor) -> type[SyncStatistics]:
+    """Return the implementation for an input; the kernels of `CudaSyncStatistics` cannot be compiled."""
+    return CudaSyncStatistics if x.is_cuda and not torch.compiler.is_compiling() else SyncStatistics
 
 
 def split_evenly(tensors: Sequence[Tensor | None], parts: int) -> list[Sequence[Tensor | None]]:
@@ -125,67 +232,22 @@ def split_evenly(tensors: Sequence[Tensor | None], parts: int) -> list[Sequence[
     return [tensors[i * size : (i + 1) * size] for i in range(parts)]
 
 
-def _moments(x: Tensor) -> Tensor:
-    """Return a (1 + 2 C,) float64 tensor: number of values per channel, C means, C sums of squared deviations."""
-    means_and_squares = channel_sums(_mean_and_squared_deviations, (x,)).flatten()
-    return torch.cat([means_and_squares.new_full((1,), x.numel() // x.size(1)), means_and_squares])
+def _dense(x: Tensor) -> Tensor:
+    """Return `x` in contiguous or channels_last memory."""
+    return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _mean_and_squared_deviations(x: Tensor) -> tuple[Tensor, Tensor]:
-    # Use two passes of simple kernels; `torch.var_mean` is many times slower on a CPU.
-    dims, dtype, count = reduction_dims(x), compute_dtype(x), x.numel() // x.size(1)
-    mean = x.mean(dims, dtype=dtype) if count else x.new_zeros(x.size(1), dtype=dtype)
-    centered = x - channel_view(mean, x)
-    # The mean of the centered values is the rounding error of `mean`; use it to correct the mean and the squares.
-    error = centered.sum(dims).double() / max(count, 1)
-    squares = centered.mul_(centered).sum(dims).double() - count * error.square()
-    return mean.double() + error, squares.clamp(min=0)
+def _constant(value: float, like: Tensor) -> Tensor:
+    """Return a tensor with one element; it is cached, because creating it takes as long as a small layer on a GPU."""
+    if torch.compiler.is_compiling():
+        return like.new_full((1,), value)
+    return _cached_constant(value, like.dtype, like.device)
 
 
-def _gradient_sums(x: Tensor, g: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    product = (x - channel_view(mean, x)).mul_(g)
-    return g.sum(reduction_dims(x), dtype=compute_dtype(x)), product.sum(reduction_dims(x))
-
-
-def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Return (x - mean) * scale + shift."""
-    return (x - channel_view(mean, x)).mul_(channel_view(scale, x)).add_(channel_view(shift, x))
-
-
-def _input_gradient(x: Tensor, g: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, shift: Tensor) -> Tensor:
-    """Return g * scale + (x - mean) * slope + shift."""
-    result = normalize(x, mean, slope, shift)
-    return result.addcmul_(g.to(result.dtype), channel_view(scale, x))
-
-
-def channel_sums(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Tensor:
-    """Call `function` for each block of channels; it returns n sums per channel. Return all sums as (n, C) float64."""
-    return torch.cat([torch.stack(function(*block)).double() for block in blocks(tensors, vectors)], dim=1)
-
-
-def blockwise(function: Callable, tensors: Sequence[Tensor | None], vectors: Sequence[Tensor]) -> Tensor:
-    """Apply an elementwise function block by block; return the result in the dtype of the first tensor."""
-    arguments = list(blocks(tensors, vectors))
-    if len(arguments) == 1:
-        return function(*arguments[0]).to(tensors[0].dtype)
-    result = torch.empty_like(tensors[0])
-    for (block,), block_arguments in zip(blocks((result,)), arguments, strict=True):
-        block.copy_(function(*block_arguments))
-    return result
-
-
-def blocks(tensors: Sequence[Tensor | None], vectors: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor | None, ...]]:
-    """Split tensors (N, C, ...) and vectors (C,) into blocks of channels; yield (*tensors, *vectors) of each block.
-
-    Only large contiguous CPU tensors are split. On a CPU, allocating large results takes longer than the arithmetic.
-    """
-    x = tensors[0]
-    step = channels = x.size(1)
-    if x.device.type == "cpu" and x.is_contiguous() and x.numel() > BLOCK:
-        step = max(1, BLOCK * channels // x.numel())
-    for i in range(0, channels, step):
-        tensor_blocks = (None if t is None else t[:, i : i + step] for t in tensors)
-        yield *tensor_blocks, *(v[i : i + step] for v in vectors)
+@lru_cache(maxsize=1024)
+def _cached_constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # inference tensors cannot be used in training
+        return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -196,11 +258,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def reduction_dims(x: Tensor) -> list[int]:
     """Return the indices of all dimensions of `x` (N, C, ...) except C."""
     return [0, *range(2, x.dim())]
-
-
-def channel_view(values: Tensor, x: Tensor) -> Tensor:
-    """Convert (C,) values to the device and compute dtype of `x` (N, C, ...), with a shape that broadcasts to `x`."""
-    return values.to(x.device, compute_dtype(x)).view((1, -1) + (1,) * (x.dim() - 2))
 
 
 def is_communication_error(error: BaseException) -> bool:
