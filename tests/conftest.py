@@ -9,7 +9,7 @@ from mit_semseg.lib.utils import disable_progress_bars
 
 offline.forbid()
 
-# Two threads, shared by the workers of pytest-xdist: with more threads than cores, every operator waits for others.
+# The workers of pytest-xdist share two threads.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SEED = int(os.environ.get("SEED", 0))

@@ -26,7 +26,7 @@ def network(encoder, decoder, norm="sync"):
     return SegmentationModule(encoder, ModelBuilder.build_decoder(decoder, **options), MaskedNLLLoss(), 0.4)
 
 
-# Encoders of all different numbers of channels and output strides, with every decoder; the others with one decoder.
+# These encoders are tested with every decoder; other encoders have equal channels and strides, and get one decoder.
 DIFFERENT = ("mobilenetv2dilated", "resnet18dilated", "hrnetv2")
 LONG = ("resnet18", "resnet50", "resnet50dilated", "resnet34_dilated16", "resnet50_dilated16", "vgg16_dilated8")
 PAIRS = [

@@ -66,7 +66,7 @@ def filled_maps(name, size):
 
 
 class ComputedMaps(nn.Module):
-    """Encoder that returns feature maps computed before."""
+    """Encoder that returns precomputed feature maps."""
 
     def __init__(self, maps):
         super().__init__()

@@ -139,9 +139,9 @@ def test_variance_is_as_accurate_as_in_pytorch_and_not_negative_for_large_means(
     norm, plain = SynchronizedBatchNorm2d(2, clamp_variance=False), nn.BatchNorm2d(2)
     outputs = [net(x.float()).detach().double() for net in (DataParallelWithCallback(norm, ["cpu", "cpu"]), plain)]
     error, error_of_pytorch = ((y[:, 1] - (x[:, 1] - x[:, 1].mean()) / x[:, 1].std()).abs().max() for y in outputs)
-    assert error < 2 * error_of_pytorch + 1e-3
-    assert norm.running_var.min() >= 0.9
-    torch.testing.assert_close(norm.running_var, plain.running_var, rtol=1e-5, atol=0)
+    assert error < 2 * error_of_pytorch
+    variance = x.float().double().var((0, 2, 3))
+    torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * variance, rtol=1e-5, atol=0)
 
 
 @pytest.mark.usefixtures("kernels")

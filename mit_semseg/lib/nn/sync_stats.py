@@ -90,13 +90,15 @@ class SyncStatistics:
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean (C,), variance (C,) and number of values per channel (1,) of one replica."""
-        count = x.numel() // x.size(1)
-        x = x.to(compute_dtype(x))
-        variance, mean = torch.var_mean(x, reduction_dims(x), correction=0) if count else x.new_zeros(2, x.size(1))
+        count, dims = x.numel() // x.size(1), [0, *range(2, x.dim())]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(x, dims, correction=0) if count else x.new_zeros(2, x.size(1))
         return mean, variance, _constant(count, mean)
 
-    def _merge_rows(self, x: Tensor, means: Tensor, variances: Tensor, counts: Tensor, running) -> None:
-        """Merge means (R, C), variances (R, C) and counts (R, 1) of R replicas."""
+    def _merge_rows(
+        self, x: Tensor, means: Tensor, variances: Tensor, counts: Tensor, running: RunningStats | None
+    ) -> None:
+        """Merge means (R, C), variances (R, C) and counts (R, 1) of R replicas; see `merge`."""
         self.count = counts.sum()
         share = counts / self.count
         self.mean = (share * means).sum(0)  # under autocast, a matrix product would be computed in 16 bits
@@ -107,12 +109,12 @@ class SyncStatistics:
             running.update(self.mean, unbiased)
 
     def _divisor(self) -> tuple[Tensor, float]:
-        """Return a variance and an epsilon; inputs are divided by the square root of their sum."""
+        """Return (variance, epsilon); normalization divides by sqrt(variance + epsilon)."""
         return (self.variance.clamp(min=self.eps), 0.0) if self.clamp_variance else (self.variance, self.eps)
 
     @property
     def inverse_std(self) -> Tensor:
-        """Factor (C,) of centered inputs."""
+        """1 / std for each channel, (C,)."""
         variance, eps = self._divisor()
         return (variance + eps).rsqrt()
 
@@ -146,7 +148,7 @@ class CudaSyncStatistics(SyncStatistics):
 
     Attributes:
         mean, inverse_std: (C,) tensors on the device of the first input.
-        counts: number of values per channel of every replica and rank, int32.
+        counts: (R, 1) int32 numbers of values per channel, one for each replica and rank.
     """
 
     inverse_std = None  # `merge` sets this
@@ -160,7 +162,9 @@ class CudaSyncStatistics(SyncStatistics):
     def _kernel_eps(self) -> float:
         return TINY if self.clamp_variance else self.eps
 
-    def _merge_rows(self, x: Tensor, means: Tensor, inverse_stds: Tensor, counts: Tensor, running) -> None:
+    def _merge_rows(
+        self, x: Tensor, means: Tensor, inverse_stds: Tensor, counts: Tensor, running: RunningStats | None
+    ) -> None:
         self.counts = counts.to(torch.int32)
         buffers = running or (None, None, 0.0)
         counts = counts.view(-1) if running is None else counts.view(-1).to(running.mean)
@@ -237,27 +241,17 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
 
 
-def _constant(value: float, like: Tensor) -> Tensor:
-    """Return a tensor with one element; it is cached, because creating it takes as long as a small layer on a GPU."""
+def _constant(value: int, like: Tensor) -> Tensor:
+    """Return a tensor (1,) with the dtype and device of `like`; it is cached to save a kernel launch."""
     if torch.compiler.is_compiling():
         return like.new_full((1,), value)
     return _cached_constant(value, like.dtype, like.device)
 
 
 @lru_cache(maxsize=1024)
-def _cached_constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached_constant(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # inference tensors cannot be used in training
         return torch.full((1,), value, dtype=dtype, device=device)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype for arithmetic on `x`: float32 for 16-bit tensors, else the dtype of `x`."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def reduction_dims(x: Tensor) -> list[int]:
-    """Return the indices of all dimensions of `x` (N, C, ...) except C."""
-    return [0, *range(2, x.dim())]
 
 
 def is_communication_error(error: BaseException) -> bool:
