@@ -16,7 +16,7 @@ from mit_semseg.lib import opencv
 from mit_semseg.predict.video import DEFAULT_RATE, is_video, output_path, segment_video
 
 SIZE, RATE, FRAMES = (64, 48), 12.5, 10
-CAPTURE = cv2.VideoCapture
+CAPTURE, WRITER = cv2.VideoCapture, cv2.VideoWriter
 
 
 def write_clip(path, frames, rate=RATE, codec="mp4v", backend=cv2.CAP_ANY):
@@ -79,6 +79,28 @@ def test_signal_keeps_the_frames_so_far(folder, tmp_path, number, code):  # noqa
     job.end(60, code)
     assert [path.name for path in out.iterdir()] == ["long_segmented.mp4"]
     assert 1 < len(read_clip(out / "long_segmented.mp4")[0]) < 200
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_interruption_before_or_after_a_frame_is_written(segmenter, clip, tmp_path, monkeypatch, after):
+    class PatchedWriter:
+        def __init__(self, *args):
+            self.writer, self.calls = WRITER(*args), 0
+
+        def write(self, frame):
+            self.calls += 1
+            if after or self.calls < 4:
+                self.writer.write(frame)
+            if self.calls == 4:
+                raise KeyboardInterrupt
+
+        def __getattr__(self, name):
+            return getattr(self.writer, name)
+
+    monkeypatch.setattr(opencv, "VideoWriter", PatchedWriter)
+    written, interruption = segment_video(segmenter, str(clip), tmp_path / "out.mp4")
+    assert isinstance(interruption, KeyboardInterrupt)
+    assert written == len(read_clip(tmp_path / "out.mp4")[0]) == (4 if after else 3)
 
 
 class PatchedCapture:

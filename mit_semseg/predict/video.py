@@ -86,7 +86,9 @@ def segment_video(
                 raise
         finally:
             writer.release()
-            if count and cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT) == count:
+            written = int(cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)) if count else 0
+            if written >= count > 0:  # one more if the interruption came between `write` and the count
+                count = written
                 output.replace(partial)
             output.unlink(missing_ok=True)
         if not count:
