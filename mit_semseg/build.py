@@ -17,7 +17,7 @@ from .engine import RunFolder, TrainingOptions, build_loss, build_optimizer, fre
 from .evaluation import InferenceOptions
 from .evaluation.evaluator import LoadOptions
 from .evaluation.inference import lacks_bfloat16
-from .lib.nn import enable_activation_checkpointing
+from .lib.nn import compile_blocks, enable_activation_checkpointing
 from .lib.nn.inplace_abn import has_inplace_norms
 from .lib.nn.scatter import as_device
 from .lib.utils import UserError
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 # Checkpoints store these sections and options, except START_KEYS, which matter only at the start of a run.
 RUN_SECTIONS = ("DATASET.", "INFERENCE.", "MODEL.", "TRAIN.", "VAL.num_val")
 START_KEYS = ("TRAIN.resume", "TRAIN.start_epoch")
-COMPILE_MULTIPLE = 64  # TRAIN.compile rounds image sides up to a multiple of this, to compile fewer sizes
 
 
 def build_module(
@@ -129,8 +128,9 @@ def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
 def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
     """Return the training set and the validation set, which is None if TRAIN.eval_epoch is 0."""
     train, data = cfg.TRAIN, cfg.DATASET
-    options = {"seed": train.seed, "side_step": COMPILE_MULTIPLE if train.compile else 1}
-    dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, **options).as_uint8()
+    dataset = TrainDataset(
+        data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed
+    ).as_uint8()
     return dataset, build_val_dataset(cfg, cfg.VAL.num_val) if train.eval_epoch else None
 
 
@@ -154,7 +154,7 @@ def build_training(
     if train.activation_checkpointing:
         enable_activation_checkpointing(module.encoder)
     if train.compile:
-        module.encoder.compile()
+        compile_blocks(module.encoder)
         module.encoder.compiled = True
     optimizer = build_optimizer(
         module.encoder,
@@ -165,10 +165,18 @@ def build_training(
         weight_decay=train.weight_decay,
     )
     values = {field.name: train[field.name] for field in fields(TrainingOptions) if field.name != "run_options"}
+    values["amp"] = resolve_amp(train.amp, next(module.parameters()).device)
     values["epoch_iters"] = train.epoch_iters or math.ceil(images / (batches * train.batch_size_per_gpu))
     keys = [key for key in OPTIONS if key.startswith(RUN_SECTIONS) and key not in START_KEYS]
     stored = {key: cfg.option(key) for key in keys} | {"class names": list(class_table_from_options(cfg.DATASET).names)}
     return optimizer, TrainingOptions(**values, run_options=stored)
+
+
+def resolve_amp(name: str, device: torch.device) -> str:
+    """Return the mixed precision that TRAIN.amp selects; `auto` is bf16 on GPUs with bfloat16 arithmetic, else off."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and not lacks_bfloat16(device) else "off"
 
 
 def auto_device(name: str | torch.device = "auto") -> torch.device:

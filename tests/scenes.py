@@ -51,7 +51,7 @@ def write_data_set(folder):
 
 
 class _Block(nn.Sequential):
-    checkpoint_unit = True
+    is_block = True
 
 
 class TinyEncoder(nn.Module):

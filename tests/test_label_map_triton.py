@@ -7,7 +7,6 @@ import torch
 from test_label_map import KINDS, assert_best, logits_of, reference_scores
 
 from mit_semseg.evaluation import label_map
-from mit_semseg.evaluation.label_map import bilinear_neighbors
 
 kernel = pytest.importorskip("mit_semseg.evaluation.label_map_triton", reason="Triton is part of PyTorch on Linux only")
 CLASSES, PIXELS = kernel.CLASSES, kernel.PIXELS
@@ -15,8 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # see conftest.py for t
 
 
 def triton_labels(logits, size, align_corners=False):
-    sides = [[bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits]
-    return kernel.label_map_triton([x.to(DEVICE) for x in logits], size, sides).cpu()
+    return kernel.label_map_triton([x.to(DEVICE) for x in logits], size, align_corners).cpu()
 
 
 @pytest.mark.parametrize("align_corners", [False, True])

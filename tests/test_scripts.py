@@ -83,7 +83,7 @@ def test_evaluation_equals_brute_force(tmp_path):
         mean = torch.stack(scores).mean(0)[0]
         ours = predictor.probabilities(item["img_data"], size).double()
         torch.testing.assert_close(ours, mean, rtol=1e-5, atol=1e-6)
-        prediction, label = predictor.label_map(item), item["seg_label"][0].numpy()
+        prediction, label = predictor.label_map(item).numpy(), item["seg_label"][0].numpy()
         assert np.array_equal(prediction, mean.argmax(0).numpy())
         hits += ((prediction == label) & (label >= 0)).sum()
         total += (label >= 0).sum()

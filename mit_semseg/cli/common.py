@@ -22,7 +22,8 @@ from .logs import colored, takes_colors
 
 DEFAULT_CONFIG = "config/ade20k-resnet50dilated-ppm_deepsup.yaml"
 EXIT_CODES = "exit codes: 0 success, 1 skipped images or a crash, 2 error (see last line), 130 Ctrl-C, 143 SIGTERM"
-OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive")  # errors of PyTorch, C++, oneDNN
+# Errors of PyTorch, C++, oneDNN and Python's faulthandler
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "bad_alloc", "could not create a primitive", "unable to start watchdog thread")
 MEMORY_HINT = (
     "for training reduce TRAIN.batch_size_per_gpu, DATASET.imgSizes, DATASET.imgMaxSize, DATASET.crop_size or "
     "TRAIN.workers; for inference set INFERENCE.window_size"

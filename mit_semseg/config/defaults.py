@@ -151,7 +151,11 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.accumulate": Option(1, "Batches per device and step (gradient accumulation).", low=1),
     "TRAIN.clip_grad": Option(0.0, "Maximum gradient norm. 0 does not clip.", low=0),
-    "TRAIN.amp": Option("off", "Mixed precision.", choices=("off", "bf16", "fp16")),
+    "TRAIN.amp": Option(
+        "off",
+        "Mixed precision. auto: bf16 on GPUs with bfloat16 arithmetic, off on other devices.",
+        choices=("off", "auto", "bf16", "fp16"),
+    ),
     "TRAIN.channels_last": Option(True, "Use the channels last memory format, which is faster."),
     "TRAIN.activation_checkpointing": Option(
         False,
@@ -160,8 +164,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.compile": Option(
         False,
-        "Compile the encoder with torch.compile, which takes at least 30 s per image size. Height and width are "
-        "rounded up to multiples of 64. Not for several devices in one process, nor with activation_checkpointing.",
+        "Compile the blocks of the encoder, once for all image sizes. Needs channels_last. Not for several devices in "
+        "one process, nor with activation_checkpointing.",
     ),
     "TRAIN.eval_epoch": Option(0, "Epochs between validations. 0 does not validate.", low=0),
     "TRAIN.visualize": Option(False, "Write panels of every validation to DIR/vis."),
@@ -174,7 +178,11 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.tensorboard": Option(False, "Write scalars and images for TensorBoard to DIR/tensorboard."),
     "RUNTIME.timeout": Option(1800.0, "Timeout in seconds for ranks, replicas and data loading.", low=0.1, high=1e6),
-    "VAL.batch_size": Option(1, "Images loaded together. Does not change the metrics.", low=1),
+    "VAL.batch_size": Option(
+        1,
+        "Images loaded together. On a GPU, images of the same size form a batch, which changes the rounding.",
+        low=1,
+    ),
     "VAL.num_val": Option(0, "Validation images during training, from the start of the list. 0 is all.", low=0),
     "VAL.visualize": Option(False, "Write panels [image | label | prediction] to DIR/result."),
     "VAL.checkpoint": Option("epoch_20.pth", "Checkpoint in DIR to evaluate.", path=True),
@@ -191,7 +199,9 @@ OPTIONS: dict[str, Option] = {
         "about 1 % of the pixels.",
         choices=("auto", "fp32", "bf16", "fp16"),
     ),
-    "INFERENCE.compile": Option(False, "Compile the encoder with torch.compile: up to a minute per image size."),
+    "INFERENCE.compile": Option(
+        False, "Compile the blocks of the encoder with torch.compile, once for all image sizes."
+    ),
     "TEST.batch_size": Option(
         1, "Images loaded together. On a GPU, images of the same size go through the network together.", low=1
     ),

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -173,22 +172,25 @@ class TrainDataset(LabelledDataset):
         root_dataset, odgt, opt: see `ImageListDataset`. `opt` also needs segm_downsampling_rate; padding_constant must
             be a multiple of segm_downsampling_rate.
         batch_per_gpu: number of images per batch.
-        side_step: without crops, sides of a batch are rounded up to a common multiple of this and padding_constant.
     """
 
-    def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, side_step: int = 1, seed: int = 304):
+    def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
         self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.segm_downsampling_rate = opt.segm_downsampling_rate
-        self.side_multiple = math.lcm(self.padding_constant, side_step)
         self.random_flip, self.random_scale = getattr(opt, "random_flip", True), getattr(opt, "random_scale", ())
         self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
         bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
         self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
 
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether all images have the same size, because they are crops."""
+        return self.augmentation.crop is not None
+
     def _is_upright(self, record: dict) -> bool:
-        if self.augmentation.crop:  # crops have the same size, so a batch can mix orientations
+        if self.has_fixed_size:  # a batch can mix orientations
             return False
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
@@ -232,7 +234,7 @@ class TrainDataset(LabelledDataset):
             images.append(self._to_tensor(image))
             labels.append(classes)
             paths.append(record["fpath_img"])
-        batch = pad_batch(images, labels, self.side_multiple, self.segm_downsampling_rate, self.augmentation.crop)
+        batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate, self.augmentation.crop)
         batch["info"] = paths
         if self.skip:
             batch["skipped"] = skipped

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..lib.utils import cache_tensors
 from .classes import IGNORE
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet mean of R, G and B, for pixel values in 0..1
@@ -56,17 +57,18 @@ def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int
     if kind not in ("imagenet", "caffe"):
         raise ValueError(f"unknown normalization {kind!r}; choose imagenet or caffe")
     if kind == "caffe":
-        y = x.flip(1).float().sub_(_per_channel(CAFFE_MEAN, x))
+        y = x.flip(1).float().sub_(_per_channel(CAFFE_MEAN, x.device))
     else:
-        y = x.float().div_(255).sub_(_per_channel(MEAN, x)).div_(_per_channel(STD, x))
+        y = x.float().div_(255).sub_(_per_channel(MEAN, x.device)).div_(_per_channel(STD, x.device))
     for image, (height, width) in zip(y, sizes or (), strict=bool(sizes)):
         image[:, height:] = 0
         image[:, :, width:] = 0
     return y
 
 
-def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values).view(3, 1, 1).to(like.device, non_blocking=True)
+@cache_tensors
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.stack([torch.full((1, 1), value, device=device) for value in values])
 
 
 def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:

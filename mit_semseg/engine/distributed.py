@@ -213,7 +213,7 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     with world.communicating("comparing the networks"):
-        return DistributedDataParallel(module, **{option: False})
+        return DistributedDataParallel(module, **{option: False}, gradient_as_bucket_view=True)
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:

@@ -117,6 +117,21 @@ class RunningMetrics:
         return step, self._nonfinite_losses.tolist() if step >= 0 else []
 
 
+class BufferSnapshot:
+    """Copy of all buffers of a module in one tensor per dtype, because one copy per buffer would be slow on a GPU."""
+
+    def __init__(self, module: nn.Module):
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in module.buffers():
+            self._buffers.setdefault(buffer.dtype, []).append(buffer)
+        self._values = {dtype: torch.cat([x.flatten() for x in group]) for dtype, group in self._buffers.items()}
+
+    def restore(self) -> None:
+        for dtype, group in self._buffers.items():
+            for buffer, values in zip(group, self._values[dtype].split([x.numel() for x in group]), strict=True):
+                buffer.copy_(values.view_as(buffer))
+
+
 class StepTimer:
     """Measures step durations since the last log line. Call `start` after saving and validation, which do not count."""
 
@@ -160,6 +175,17 @@ def seed_step(seed: int, step: int, world: World) -> None:
                 torch.cuda.manual_seed(value)
         elif position == first:
             torch.manual_seed(value)
+
+
+@contextmanager
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """Context in which cuDNN measures its algorithms for every new input size, if enabled."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = enabled or before
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager

@@ -33,10 +33,12 @@ from .optim import learning_rates, lr_factor, set_learning_rates
 from .signals import StopSignals
 from .train_step import (
     AMP_DTYPES,
+    BufferSnapshot,
     LossWeights,
     RunningMetrics,
     StepTimer,
     TrainingOptions,
+    cudnn_benchmark,
     deterministic_algorithms,
     seed_step,
     weighted_sum,
@@ -126,6 +128,7 @@ class Trainer:
         self.start(resume)
         self.report_skipped(getattr(dataset, "skipped", ()))
         loader = iterate(self.make_loader(dataset))
+        benchmark = getattr(dataset, "has_fixed_size", False) and not options.deterministic
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
             if self.resumed_in_place and self.step % options.epoch_iters == 0:
                 self.end_epoch()  # the run may have been stopped before the epoch was saved and validated
@@ -140,7 +143,7 @@ class Trainer:
                 weights = LossWeights(micro_batches, self.module.crit, self.world, self.signals.received)
                 self.note_batches(micro_batches, weights)
                 seed_step(options.seed, self.step, self.world)
-                with self.world.communicating("training step"):
+                with self.world.communicating("training step"), cudnn_benchmark(benchmark):
                     self.train_step([self.to_devices(batches) for batches in micro_batches], weights)
                 self.step += 1
                 self.timer.step_done()
@@ -168,8 +171,7 @@ class Trainer:
             weights: weights of the losses and accuracies of these batches.
         """
         options, size = self.options, self.world.size
-        fp16 = options.amp == "fp16"
-        before = (self.scaler.get_scale(), [x.clone() for x in self.module.buffers()]) if fp16 else (0.0, [])
+        before = (self.scaler.get_scale(), BufferSnapshot(self.module)) if options.amp == "fp16" else None
         self.optimizer.zero_grad(set_to_none=True)
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
@@ -191,20 +193,19 @@ class Trainer:
         self.scaler.update()
         if size > 1:
             dist.all_reduce(means)
-        if not self._undo_overflow(*before):
+        if not (before and self._undo_overflow(*before)):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
-    def _undo_overflow(self, scale: float, buffers: Sequence[torch.Tensor]) -> bool:
+    def _undo_overflow(self, scale: float, buffers: BufferSnapshot) -> bool:
         """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
         """
-        if self.options.amp != "fp16" or self.scaler.get_scale() >= scale:
+        if self.scaler.get_scale() >= scale:
             self.overflows_in_a_row = 0
             return False
-        for buffer, saved in zip(self.module.buffers(), buffers, strict=True):
-            buffer.copy_(saved)
+        buffers.restore()
         if self.step == 0:  # fused SGD leaves uninitialized momentum if its first step is skipped
             self.optimizer.state.clear()
         self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1

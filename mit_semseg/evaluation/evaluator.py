@@ -4,19 +4,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..dataset import ClassTable, ValDataset
 from ..dataset.classes import ONE_CLASS_WARNING
 from ..dataset.image_io import ImageFileError
 from ..dataset.loader import images_to_device, iterate, make_loader, worker_errors
 from ..lib.nn import user_scattered_collate
+from ..lib.nn.scatter import HostCopy
 from ..lib.utils import progress_bar
 from .inference import Predictor
-from .metrics import SegmentationMetric, Summary
+from .metrics import SegmentationMetric, Summary, confusion_matrix
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,15 @@ class LoadOptions:
     """Options for loading images.
 
     Attributes:
-        batch_size: number of images that a worker loads and sends together.
+        batch_size: number of images that a worker loads together. On a GPU, consecutive images of equal size among them
+            form a batch for the network, so rounding may differ from batch size 1.
         workers: maximum number of worker processes, also limited by the number of cores; 0 loads in this process.
         timeout: seconds to wait for a worker, 0 for no limit.
         local_size: number of ranks or processes that share the cores of this machine.
     """
 
     batch_size: int = 1
-    workers: int = 4
+    workers: int = 16
     timeout: float = 0
     local_size: int = 1
 
@@ -179,6 +182,30 @@ def read_items(dataset, device: torch.device | str, loading: LoadOptions | None 
         yield item
 
 
+def predict_items(
+    predictor: Predictor, items: Iterator[dict], batch_size: int, outputs: Callable[[dict, Tensor], object]
+) -> Iterator[tuple[dict, object]]:
+    """Yield every item, and its outputs on the CPU, or None if the item has an error.
+
+    On a GPU, the network processes the next image while the outputs of an image are copied.
+
+    Args:
+        items: elements of a `ValDataset` or `TestDataset`, see `read_items`.
+        batch_size: maximum number of images in a batch, see `LoadOptions`.
+        outputs: function that returns tensors, in nested tuples, for an item and its label map on the device.
+    """
+    previous = None
+    while batch := list(islice(items, batch_size)):
+        label_maps = predictor.label_maps([item for item in batch if "error" not in item])
+        for item in batch:
+            copy = HostCopy(None if "error" in item else outputs(item, next(label_maps)))
+            if previous:
+                yield previous[0], previous[1].wait()
+            previous = item, copy
+    if previous:
+        yield previous[0], previous[1].wait()
+
+
 def evaluate(
     predictor: Predictor,
     dataset: ValDataset,
@@ -188,8 +215,6 @@ def evaluate(
     on_result: Callable[[dict, np.ndarray | None], None] | None = None,
 ) -> Evaluation:
     """Evaluate a network on a validation set.
-
-    The network gets one image at a time, because the batch size affects the rounding of results.
 
     Args:
         predictor: network prepared for inference.
@@ -201,22 +226,25 @@ def evaluate(
     Raises:
         ImageFileError, ListError: an image or label is unusable and the dataset does not skip it.
     """
-    metric, scores = SegmentationMetric(len(dataset.table)), []
-    skipped = list(getattr(dataset, "skipped", ()))
+    loading, classes = loading or LoadOptions(), len(dataset.table)
+    metric, scores, skipped = SegmentationMetric(classes), [], list(getattr(dataset, "skipped", ()))
     start = time.perf_counter()
+
+    def outputs(item: dict, label_map: Tensor) -> tuple[Tensor, Tensor | None]:
+        label = item["seg_label"][0].to(predictor.device, non_blocking=True)
+        return confusion_matrix(label_map, label, classes), label_map if on_result else None
+
     with worker_errors(), progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress) as bar:
-        for item in read_items(dataset, predictor.device, loading):
-            prediction = None
-            if "error" in item:
+        items = read_items(dataset, predictor.device, loading)
+        for item, result in predict_items(predictor, items, loading.batch_size, outputs):
+            if result is None:
                 skipped.append(item["error"])
             else:
-                prediction = predictor.label_map(item)
-                image = SegmentationMetric(metric.num_class)
-                image.add(prediction, item["seg_label"][0].numpy())
+                image = SegmentationMetric(classes, result[0].numpy())
                 metric.merge(image)
                 s = image.summary()
                 scores.append(ImageScore(item["info"], s.mean_iou_present, s.pixel_accuracy, bool(s.present.any())))
             if on_result:
-                on_result(item, prediction)
+                on_result(item, None if result is None else result[1].numpy())
             bar.update()
     return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores, skipped)

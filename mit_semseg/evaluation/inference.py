@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..lib.nn import compile_blocks
 from ..lib.utils import UserError
 from ..models.fuse_bn import fuse_batchnorm
-from .label_map import label_map_from_logits, probability_strips
+from .label_map import label_map_from_logits, labels_of_strip, probability_strips
 from .sliding_window import sliding_window_strips
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class InferenceOptions:
         window_overlap: minimum overlap of neighboring windows as a fraction of the window size, at least 0 and below 1.
         precision: a key of `PRECISIONS`. `auto` is float32 with PyTorch's setting for TF32 convolutions on NVIDIA GPUs.
             `fp32` is float32 without TF32.
-        compile: compile the encoder with `torch.compile`, once per image size.
+        compile: compile the blocks of the encoder, see `compile_blocks`.
     """
 
     flip: bool = False
@@ -58,22 +59,22 @@ class Predictor:
         self.device, self.options = torch.device(device), options or InferenceOptions()
         self.network = prepare(model, self.device, self.options) if isinstance(model, nn.Module) else model
 
-    def label_map(self, item: dict) -> np.ndarray:
-        """Return the class with the largest probability at every pixel.
+    def label_map(self, item: dict) -> Tensor:
+        """Return the class with the largest probability at every pixel, without waiting for the device.
 
         Args:
             item: element of a `ValDataset` or `TestDataset`. `img_ori` is the image (H, W, 3); `img_data` is a list of
                 normalized images (1, 3, h, w), one per scale.
 
         Returns:
-            (H, W) int64 class indices.
+            (H, W) class indices on the device, uint8 for at most 256 classes, else int16.
         """
         size = tuple(item["img_ori"].shape[:2])
         if self.options.window_size is None:
             return self._label_map([x[0] for x in self._logits(item["img_data"])], size)
-        return np.concatenate([strip.argmax(dim=0).cpu().numpy() for strip in self._strips(item["img_data"], size)])
+        return torch.cat([labels_of_strip(strip) for strip in self._strips(item["img_data"], size)])
 
-    def label_maps(self, items: Sequence[dict]) -> Iterator[np.ndarray]:
+    def label_maps(self, items: Sequence[dict]) -> Iterator[Tensor]:
         """Yield the label map of every item. On a GPU, consecutive images of equal size form a batch, so rounding may
         differ from `label_map`."""
         if self.device.type != "cuda" or self.options.window_size is not None:
@@ -85,8 +86,8 @@ class Predictor:
             for i, item in enumerate(batch):
                 yield self._label_map([x[i] for x in logits], tuple(item["img_ori"].shape[:2]))
 
-    def _label_map(self, logits: Sequence[Tensor], size: tuple[int, int]) -> np.ndarray:
-        return label_map_from_logits(logits, size, align_corners=self.network.align_corners).cpu().numpy()
+    def _label_map(self, logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        return label_map_from_logits(logits, size, align_corners=self.network.align_corners)
 
     @torch.inference_mode()
     def top_classes(self, item: dict, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +142,7 @@ class Predictor:
             yield from probability_strips([x[0] for x in self._logits(scales)], size, align_corners=align_corners)
             return
         yield from sliding_window_strips(
-            lambda region: [x[0] for x in self._logits([region])],
+            lambda regions: self._logits([regions]),
             scales,
             size,
             self.options.window_size,
@@ -179,7 +180,7 @@ def prepare(module: nn.Module, device: torch.device | str, options: InferenceOpt
         logger.info("inference in %s; some pixels may get another class than in float32", precision)
         _convert_to_16_bit(network, PRECISIONS[precision])
     if options.compile:
-        network.encoder.compile()  # the decoder is not compiled, because it is fast and caches matrices per image size
+        compile_blocks(network.encoder)  # not the decoder, because it is fast and caches matrices per image size
     return network
 
 

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..lib import opencv as cv2
-from ..lib.utils import first_sentence
+from ..lib.utils import cache_tensors, first_sentence
 
 logger = logging.getLogger(__name__)
 _opencv_lock = threading.Lock()
 
-STRIP_ELEMENTS = 2**21  # maximum number of probabilities per strip on a CPU, see `probability_strips`
+# Maximum number of probabilities per strip, see `probability_strips`. Small strips stay in the caches of a CPU; large
+# strips need few kernel launches on other devices (256 MiB in float32).
+CPU_STRIP, DEVICE_STRIP = 2**21, 2**26
 SAFE_RANGE = 100.0  # maximum difference of logits for which softmax cannot divide by zero, see `_ResizedLogits`
 
 
@@ -37,7 +39,8 @@ def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, al
         align_corners: argument of `F.interpolate` for resizing the logits.
 
     Returns:
-        (height, width) int64 on the device of the logits. If probabilities are equal, the smallest class index is used.
+        (height, width) on the device of the logits, with the dtype `label_dtype(C)`. If probabilities are equal, the
+        smallest class index is used.
     """
     logits = [x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in logits]
     device = logits[0].device
@@ -45,12 +48,19 @@ def label_map_from_logits(logits: Sequence[Tensor], size: tuple[int, int], *, al
         with _single_opencv_thread():  # `_label_map_cpu` calls OpenCV in several threads
             return torch.from_numpy(_label_map_cpu([x.float().numpy() for x in logits], size, align_corners))
     if device.type == "cuda" and (kernel := _triton_kernel(device)):
-        neighbors = [
-            [bilinear_neighbors(n, m, align_corners) for n, m in zip(x.shape[1:], size, strict=True)] for x in logits
-        ]
-        return kernel([x.float() for x in logits], size, neighbors)
+        return kernel([x.float() for x in logits], size, align_corners)
     strips = probability_strips(logits, size, align_corners=align_corners, exact=False)
-    return torch.cat([strip.argmax(dim=0) for strip in strips])
+    return torch.cat([labels_of_strip(strip) for strip in strips])
+
+
+def label_dtype(classes: int) -> torch.dtype:
+    """Return the dtype of label maps: uint8 for at most 256 classes, else int16."""
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
+def labels_of_strip(strip: Tensor) -> Tensor:
+    """Return the class (n, width) with the largest score in a strip (C, n, width), see `label_dtype`."""
+    return strip.argmax(dim=0).to(label_dtype(len(strip)))
 
 
 @cache
@@ -59,7 +69,7 @@ def _triton_kernel(device: torch.device) -> Callable | None:
     try:
         from .label_map_triton import label_map_triton
 
-        label_map_triton([torch.zeros(2, 1, 1, device=device)], (1, 1), [[bilinear_neighbors(1, 1, False)] * 2])
+        label_map_triton([torch.zeros(2, 1, 1, device=device)], (1, 1), False)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton, the C compiler and the driver raise many types of errors
@@ -82,8 +92,9 @@ def _single_opencv_thread() -> Iterator[None]:
 
 
 def _label_map_cpu(logits: Sequence[np.ndarray], size: tuple[int, int], align_corners: bool) -> np.ndarray:
-    """Return the label map (H, W) int64; several threads compute one band of rows each."""
-    views, labels = [_ResizedLogits(x, size, align_corners) for x in logits], np.empty(size, np.int64)
+    """Return the label map (H, W); several threads compute one band of rows each."""
+    views = [_ResizedLogits(x, size, align_corners) for x in logits]
+    labels = torch.empty(size, dtype=label_dtype(len(logits[0]))).numpy()
     threads = min(torch.get_num_threads(), size[0])
     bands = pairwise(size[0] * i // threads for i in range(threads + 1))
     with ThreadPoolExecutor(threads) as pool:
@@ -113,7 +124,7 @@ def _label_rows(views: Sequence["_ResizedLogits"], start: int, stop: int, labels
                 np.multiply(out, 1 / cv2.reduce(out, 0, cv2.REDUCE_SUM), out=out)
             if i:
                 cv2.add(total, scores, dst=total)
-        labels[number] = last - np.multiply(total >= total.max(axis=0), from_end).max(axis=0).astype(np.int64)
+        labels[number] = last - np.multiply(total >= total.max(axis=0), from_end).max(axis=0)
 
 
 class _ResizedLogits:
@@ -128,17 +139,17 @@ class _ResizedLogits:
     def __init__(self, logits: np.ndarray, size: tuple[int, int], align_corners: bool):
         self.logits = logits - logits.max(axis=0)  # keeps the ranking of the classes, because resizing is linear
         self.safe = bool(self.logits.min() > -SAFE_RANGE)
-        self.classes, self.height, width = logits.shape
-        low, weight = bilinear_neighbors(self.height, size[0], align_corners)
-        self.low, self.weight = low.tolist(), weight.tolist()
-        low, weight = bilinear_neighbors(width, size[1], align_corners)
-        self.left, self.right = low.numpy(), (low + 1).clamp(max=width - 1).numpy()
-        self.right_weight = weight.float().numpy()
+        self.classes, height, width = logits.shape
+        cpu = torch.device("cpu")
+        neighbors = bilinear_neighbors(height, size[0], align_corners, torch.float64, cpu)
+        self.low, self.high, self.weight = (values.tolist() for values in neighbors)
+        neighbors = bilinear_neighbors(width, size[1], align_corners, torch.float32, cpu)
+        self.left, self.right, self.right_weight = (values.numpy() for values in neighbors)
 
     def write_row(self, number: int, out: np.ndarray, cached: dict[int, np.ndarray]) -> None:
         """Write row `number` of the resized logits to `out` (C, W); `cached` stores source rows for later calls."""
-        low, weight = self.low[number], self.weight[number]
-        above, below = (self._source_row(min(n, self.height - 1), cached) for n in (low, low + 1))
+        above, below = (self._source_row(rows[number], cached) for rows in (self.low, self.high))
+        weight = self.weight[number]
         cv2.addWeighted(above, 1 - weight, below, weight, 0, dst=out)
 
     def _source_row(self, number: int, cached: dict[int, np.ndarray]) -> np.ndarray:
@@ -167,9 +178,7 @@ def probability_strips(
     Yields:
         Tensors (C, n, width) for n rows each, `height` rows in total.
     """
-    height, width = size
-    elements = STRIP_ELEMENTS if logits[0].device.type == "cpu" else 32 * STRIP_ELEMENTS
-    rows = max(1, min(height, elements // (len(logits[0]) * width)))
+    height, rows = size[0], rows_per_strip(logits[0], size[1])
     for top in range(0, height, rows):
         total: Tensor | None = None
         for x in logits:
@@ -180,29 +189,39 @@ def probability_strips(
         yield total.div_(len(logits)) if len(logits) > 1 else total
 
 
+def rows_per_strip(logits: Tensor, width: int) -> int:
+    """Return the number of rows in a strip (C, rows, width) of probabilities; `logits`: (C, h, w) on the device."""
+    elements = CPU_STRIP if logits.device.type == "cpu" else DEVICE_STRIP
+    return max(1, elements // (len(logits) * width))
+
+
 def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_corners: bool) -> Tensor:
     """Return rows `top` to `bottom` - 1 of `x` (C, h, w) after bilinear resizing to (C, *size)."""
-    low, weight = bilinear_neighbors(x.size(1), size[0], align_corners)
-    low, weight = low[top:bottom].to(x.device), weight[top:bottom].to(x).view(-1, 1)
-    rows = torch.lerp(x[:, low], x[:, (low + 1).clamp(max=x.size(1) - 1)], weight)
+    neighbors = bilinear_neighbors(x.size(1), size[0], align_corners, x.dtype, x.device)
+    low, high, weight = (values[top:bottom] for values in neighbors)
+    rows = torch.lerp(x[:, low], x[:, high], weight.view(-1, 1))
     if rows.size(-1) == size[1]:
         return rows
     return F.interpolate(rows, size[1], mode="linear", align_corners=align_corners)
 
 
-def bilinear_neighbors(source: int, target: int, align_corners: bool = False) -> tuple[Tensor, Tensor]:
-    """For every resized position, return the lower source neighbor and the weight of the upper source neighbor.
+@cache_tensors
+def bilinear_neighbors(
+    source: int, target: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every resized position, return both source neighbors and the weight of the upper source neighbor.
 
     Args:
         source, target: lengths before and after resizing, in pixels.
+        dtype: dtype of the weights.
 
     Returns:
-        Lower neighbors (target,) int64 and weights (target,) float64.
+        Lower neighbors (target,) int64, upper neighbors (target,) int64, and weights (target,).
     """
-    position = torch.arange(target, dtype=torch.float64)
+    position = torch.arange(target, dtype=torch.float64, device=device)
     if align_corners:
         position = position * ((source - 1) / max(target - 1, 1))
     else:
         position = ((position + 0.5) * source / target - 0.5).clamp(min=0)
     low = position.floor().clamp(max=source - 1)
-    return low.long(), position - low
+    return low.long(), (low + 1).clamp(max=source - 1).long(), (position - low).to(dtype)

@@ -1,49 +1,44 @@
 """Compute a label map in one Triton kernel: resize logits, apply softmax, average over views, take the argmax.
 
 A view is one scale, flipped or not. Every Triton program computes `PIXELS` pixels of a row in a loop over blocks of
-classes. With several views, an additional first loop computes the softmax denominators.
+classes. With several views, an additional first loop computes the softmax denominators. The logits of a position are
+stored together, padded to `STRIDE` classes, a multiple of 8, so that a thread loads 16 bytes at once.
 """
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..lib.utils import cache_tensors
+from .label_map import bilinear_neighbors, label_dtype
+
 CLASSES, PIXELS = 16, 64  # block size of a Triton program; a block of this size fits into registers
 
 
 @triton.jit
-def _neighbors(sides, lows, weights, view, positions, count):
-    """Return the lower and upper source index of each output position, and the weight of the upper one."""
-    low = tl.load(lows + view * count + positions, mask=positions < count, other=0)
-    weight = tl.load(weights + view * count + positions, mask=positions < count, other=0.0)
-    return low, tl.minimum(low + 1, tl.load(sides + view) - 1), weight
-
-
-@triton.jit
-def _resized(
-    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
-):  # fmt: skip
+def _resized(logits, rows, row_weights, columns, column_weights, view, y, xs, classes, C, STRIDE, H, W):
     """Return the resized logits (classes, pixels) of a block; -inf for class indices >= C."""
-    above, below, weight_y = _neighbors(heights, lows_y, weights_y, view, y, H)
-    left, right, weight_x = _neighbors(widths, lows_x, weights_x, view, xs, W)
-    width, inside = tl.load(widths + view), (classes < C)[:, None]
-    place = logits + tl.load(starts + view) + classes[:, None]
-    a = tl.load(place + ((above * width + left) * C)[None, :], mask=inside, other=0.0)
-    b = tl.load(place + ((above * width + right) * C)[None, :], mask=inside, other=0.0)
-    c = tl.load(place + ((below * width + left) * C)[None, :], mask=inside, other=0.0)
-    d = tl.load(place + ((below * width + right) * C)[None, :], mask=inside, other=0.0)
+    above, below = tl.load(rows + 2 * view * H + y), tl.load(rows + (2 * view + 1) * H + y)
+    left = tl.load(columns + 2 * view * W + xs, mask=xs < W, other=0)
+    right = tl.load(columns + (2 * view + 1) * W + xs, mask=xs < W, other=0)
+    weight_y = tl.load(row_weights + view * H + y)
+    weight_x = tl.load(column_weights + view * W + xs, mask=xs < W, other=0.0)
+    stored, place = (classes < STRIDE)[:, None], logits + classes[:, None]
+    a = tl.load(place + ((above + left) * STRIDE)[None, :], mask=stored, other=0.0)
+    b = tl.load(place + ((above + right) * STRIDE)[None, :], mask=stored, other=0.0)
+    c = tl.load(place + ((below + left) * STRIDE)[None, :], mask=stored, other=0.0)
+    d = tl.load(place + ((below + right) * STRIDE)[None, :], mask=stored, other=0.0)
     top, bottom = a + (b - a) * weight_x[None, :], c + (d - c) * weight_x[None, :]
-    return tl.where(inside, top + (bottom - top) * weight_y, -float("inf"))
+    return tl.where((classes < C)[:, None], top + (bottom - top) * weight_y, -float("inf"))
 
 
 @triton.jit
 def _kernel(
-    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, labels, C, H, W,
+    logits, rows, row_weights, columns, column_weights, labels, H, W, C: tl.constexpr, STRIDE: tl.constexpr,
     VIEWS: tl.constexpr, SLOTS: tl.constexpr, CLASSES: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     y = tl.program_id(0)
@@ -57,7 +52,7 @@ def _kernel(
             for first in range(0, C, CLASSES):
                 classes = first + tl.arange(0, CLASSES)
                 x = _resized(
-                    logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
+                    logits, rows, row_weights, columns, column_weights, view, y, xs, classes, C, STRIDE, H, W
                 )  # fmt: skip
                 new = tl.maximum(largest, tl.max(x, axis=0))
                 total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), axis=0)
@@ -70,7 +65,7 @@ def _kernel(
         score = tl.zeros((CLASSES, PIXELS), dtype=tl.float32)
         for view in range(VIEWS):
             x = _resized(
-                logits, starts, heights, widths, lows_y, weights_y, lows_x, weights_x, view, y, xs, classes, C, H, W
+                logits, rows, row_weights, columns, column_weights, view, y, xs, classes, C, STRIDE, H, W
             )  # fmt: skip
             if VIEWS > 1:
                 divisor = tl.sum(tl.where(slots == view, divisors, 0.0), axis=0)
@@ -83,32 +78,51 @@ def _kernel(
         )  # the first class with the largest score
         label = tl.where(largest > best, number, label)
         best = tl.maximum(best, largest)
-    tl.store(labels + y.to(tl.int64) * W + xs, label.to(tl.int64), mask=xs < W)
+    tl.store(labels + y.to(tl.int64) * W + xs, label.to(labels.dtype.element_ty), mask=xs < W)
 
 
-def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], neighbors: Sequence[tuple]) -> Tensor:
+def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], align_corners: bool) -> Tensor:
     """Return the class with the largest mean probability at every pixel, see `label_map.label_map_from_logits`.
 
     Args:
         logits: float32 tensors (C, h, w), one per view, all on one GPU.
         size: (height, width) of the image.
-        neighbors: for every view, the results of `bilinear_neighbors` for rows and for columns.
+        align_corners: argument of `F.interpolate` for resizing the logits.
 
     Returns:
-        (height, width) int64.
+        (height, width) with the dtype `label_dtype(C)`.
     """
-    (height, width), device = size, logits[0].device
-    flat = torch.cat([x.permute(1, 2, 0).reshape(-1) for x in logits])  # the class index varies fastest
-    starts = torch.tensor([0, *accumulate(x.numel() for x in logits)])[:-1].to(device)
-    sides = torch.tensor([x.shape[1:] for x in logits], dtype=torch.int32).T.contiguous().to(device)
-    lows, weights = (
-        [torch.stack([own[axis][part] for own in neighbors]).to(device, kind) for axis in range(2)]
-        for part, kind in enumerate((torch.int32, torch.float32))
-    )
-    labels = torch.empty(size, dtype=torch.int64, device=device)
+    (height, width), device, classes = size, logits[0].device, len(logits[0])
+    shapes = tuple((x.size(1), x.size(2)) for x in logits)
+    table = logits[0].new_empty(sum(h * w for h, w in shapes), triton.cdiv(classes, 8) * 8)
+    for part, x in zip(table.split([h * w for h, w in shapes]), logits, strict=True):
+        part[:, :classes] = x.flatten(1).T
+    labels = torch.empty(size, dtype=label_dtype(classes), device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _kernel[(height, triton.cdiv(width, PIXELS))](  # rows are first, because the second dimension is at most 65,535
-            flat, starts, *sides, lows[0], weights[0], lows[1], weights[1], labels, len(logits[0]), height, width,
-            VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES, PIXELS=PIXELS,
+            table, *_positions(shapes, size, align_corners, device), labels, height, width, C=classes,
+            STRIDE=table.size(1), VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES,
+            PIXELS=PIXELS,
         )  # fmt: skip
     return labels
+
+
+@cache_tensors
+def _positions(
+    shapes: Sequence[tuple[int, int]], size: tuple[int, int], align_corners: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return source rows, their weights, source columns and their weights of every view, see `bilinear_neighbors`.
+
+    Rows (V, 2, H) and columns (V, 2, W) are int64; their weights are (V, H) and (V, W). The sum of row and column is a
+    position in the table of logits: rows are multiplied by the width of the view, and start after the earlier views.
+    """
+    rows, row_weights, columns, column_weights, first = [], [], [], [], 0
+    for height, width in shapes:
+        low, high, weight = bilinear_neighbors(height, size[0], align_corners, torch.float32, device)
+        rows.append(torch.stack([low, high]) * width + first)
+        row_weights.append(weight)
+        low, high, weight = bilinear_neighbors(width, size[1], align_corners, torch.float32, device)
+        columns.append(torch.stack([low, high]))
+        column_weights.append(weight)
+        first += height * width
+    return torch.stack(rows), torch.stack(row_weights), torch.stack(columns), torch.stack(column_weights)

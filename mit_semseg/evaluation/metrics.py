@@ -3,16 +3,18 @@
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from torch import Tensor
 
 EPS = 1e-10  # added to denominators, as in version 2 of mit_semseg
 
 
 class SegmentationMetric:
-    """Confusion matrix of labels (rows) and predictions (columns), in pixels."""
+    """Confusion matrix of labels (rows) and predictions (columns), in pixels; `confusion` is the initial matrix."""
 
-    def __init__(self, num_class: int):
+    def __init__(self, num_class: int, confusion: np.ndarray | None = None):
         self.num_class = num_class
-        self.confusion = np.zeros((num_class, num_class), np.int64)
+        self.confusion = np.zeros((num_class, num_class), np.int64) if confusion is None else confusion
 
     def add(self, prediction: np.ndarray, label: np.ndarray) -> None:
         """Add the labelled pixels of an image to the confusion matrix.
@@ -34,13 +36,8 @@ class SegmentationMetric:
             name = "prediction" if lowest < 0 or prediction.max() >= classes else "label"
             value = lowest if lowest < 0 else highest
             raise ValueError(f"{name} contains class index {value}, but num_class {classes} allows 0 to {classes - 1}")
-        # Count the pairs (label + 1, prediction). Row 0 counts ignored pixels.
-        pairs = np.maximum(label, -1, dtype=np.int64)
-        pairs += 1
-        pairs *= classes
-        pairs += prediction
-        counts = np.bincount(pairs.ravel(), minlength=(classes + 1) * classes)
-        self.confusion += counts.reshape(classes + 1, classes)[1:]
+        tensors = (torch.from_numpy(np.asarray(x, np.int64)) for x in (prediction, label))
+        self.confusion += confusion_matrix(*tensors, classes).numpy()
 
     def merge(self, other: "SegmentationMetric") -> None:
         """Add the counts of another metric, which must have the same number of classes."""
@@ -64,6 +61,26 @@ class SegmentationMetric:
             mean_accuracy=float((hits[present] / labelled[present]).mean()) if present.any() else 0.0,
             pixels=int(labelled.sum()),
         )
+
+
+def confusion_matrix(prediction: Tensor, label: Tensor, num_class: int) -> Tensor:
+    """Return the number of pixels per label (rows) and predicted class (columns), without waiting for the device.
+
+    Args:
+        prediction: (H, W) class indices, integers below `num_class`.
+        label: (H, W) int64 class indices below `num_class`, negative where ignored.
+
+    Returns:
+        (num_class, num_class) integers.
+    """
+    # Count the pairs (label + 1, prediction). Row 0 counts ignored pixels.
+    pairs = label.clamp(min=-1).add_(1).mul_(num_class).add_(prediction).flatten()
+    length = (num_class + 1) * num_class
+    if label.device.type == "cpu":
+        counts = torch.bincount(pairs, minlength=length)
+    else:  # `bincount` reads the largest value from the device
+        counts = pairs.new_zeros(length).scatter_add_(0, pairs, pairs.new_ones(()).expand_as(pairs))
+    return counts.view(num_class + 1, num_class)[1:]
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,14 @@
 """Building blocks shared by encoders and decoders."""
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
+from ..lib.utils import cache_tensors
 
 NormLayer = Callable[[int], nn.Module]  # function from number of channels to normalization layer
 # With clamp_variance=False, norms always divide by sqrt(var + eps), also in synchronized training.
@@ -96,7 +97,7 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     n, c, height, width = x.shape
     symbolic = is_symbolic(height, width)
     matrix = _pooling_matrix if symbolic else _cached_pooling_matrix
-    rows, columns = (matrix(side, bins, x.device).to(x.dtype) for side in (height, width))
+    rows, columns = (matrix(side, bins, x.dtype, x.device) for side in (height, width))
     if symbolic or x.is_contiguous():
         return rows @ (x @ columns.T)
     x = x.permute(0, 2, 3, 1)  # channels_last memory is multiplied without a copy to contiguous memory
@@ -104,22 +105,14 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
     return (columns @ x).permute(0, 3, 1, 2)
 
 
-def _pooling_matrix(side: int, bins: int, device: torch.device) -> Tensor:
-    """Return a float64 matrix (bins, side) with the weight of each input position in each bin."""
+def _pooling_matrix(side: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a matrix (bins, side) with the weight of each input position in each bin."""
     index, position = torch.arange(bins, device=device), torch.arange(side, device=device)
     start, stop = (index * side // bins)[:, None], (((index + 1) * side + bins - 1) // bins)[:, None]
-    return ((position >= start) & (position < stop)).double() / (stop - start)
+    return (((position >= start) & (position < stop)).double() / (stop - start)).to(dtype)
 
 
-@lru_cache(maxsize=64)  # each matrix takes a few KB
-def _cached_pooling_matrix(side: int, bins: int, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # inference tensors cannot be used in training
-        return to_device(_pooling_matrix(side, bins, torch.device("cpu")), device)
-
-
-def to_device(matrix: Tensor, device: torch.device) -> Tensor:
-    """Move a float64 matrix to a device; convert it to float32 for MPS, which does not support float64."""
-    return matrix.float().to(device) if device.type == "mps" else matrix.to(device)
+_cached_pooling_matrix = cache_tensors(_pooling_matrix)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ of PPM have only 1, 4, 9 and 36 positions, so this order saves most of the multi
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import is_symbolic, resize, to_device
+from ..lib.utils import cache_tensors
+from .layers import is_symbolic, resize
 
 MIN_SAVING = 2.0  # a map with a smaller `_saving` is resized before the convolution
 
@@ -47,8 +47,7 @@ def conv_over_pyramid(
             weights.append(weight)
         else:
             rows.append(_apply_rows(t, weight, size[0], align_corners))
-            matrix = _resize_matrix(t.size(-1), size[1], weight.size(3), align_corners, x.device)
-            columns.append(matrix.to(rows[-1].dtype))
+            columns.append(_resize_matrix(t.size(-1), size[1], weight.size(3), align_corners, rows[-1].dtype, x.device))
     if len(direct) > 1:
         x, x_weight = torch.cat(direct, dim=1), torch.cat(weights, dim=1)
     y = F.conv2d(x, x_weight, conv.bias, padding=conv.padding)
@@ -77,16 +76,17 @@ def _apply_rows(t: Tensor, weight: Tensor, height: int, align_corners: bool) -> 
     n, _, a, b = t.shape
     outputs, _, k, m = weight.shape
     taps = torch.einsum("ncab,ocij->niajbo", t, weight).reshape(n, k * a, m * b * outputs)
-    matrix = _resize_matrix(a, height, k, align_corners, t.device)
-    return (matrix.to(taps.dtype) @ taps).view(n, height, m * b, outputs)
+    matrix = _resize_matrix(a, height, k, align_corners, taps.dtype, t.device)
+    return (matrix @ taps).view(n, height, m * b, outputs)
 
 
-@lru_cache(maxsize=64)  # each matrix takes at most about 100 KB
-def _resize_matrix(source: int, target: int, taps: int, align_corners: bool, device: torch.device) -> Tensor:
-    """Return a float64 matrix (target, taps * source): weights of taps and source positions in each target position."""
-    with torch.inference_mode(False), torch.no_grad():  # inference tensors cannot be used in training
-        unit = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)
-        resized = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)
-        padded = F.pad(resized, (taps // 2, taps // 2))
-        matrix = torch.stack([padded[:, tap : tap + target] for tap in range(taps)])  # (taps, source, target)
-        return to_device(matrix.flatten(0, 1).T.contiguous(), device)
+@cache_tensors
+def _resize_matrix(
+    source: int, target: int, taps: int, align_corners: bool, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return a matrix (target, taps * source): weights of taps and source positions in each target position."""
+    unit = torch.eye(source, dtype=torch.float64, device=device).view(1, source, source, 1)
+    resized = resize(unit, (target, 1), align_corners=align_corners)[0, :, :, 0]  # (source, target)
+    padded = F.pad(resized, (taps // 2, taps // 2))
+    matrix = torch.stack([padded[:, tap : tap + target] for tap in range(taps)])  # (taps, source, target)
+    return matrix.flatten(0, 1).T.contiguous().to(dtype)

@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from ..dataset import ClassTable, TestDataset
 from ..dataset.classes import class_table_from_options
 from ..dataset.transforms import normalize_batch
 from ..evaluation import InferenceOptions, Predictor
-from ..evaluation.evaluator import LoadOptions, read_items
+from ..evaluation.evaluator import LoadOptions, predict_items, read_items
 from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
 from ..lib.utils import UserError
@@ -100,8 +99,8 @@ class Segmenter:
         scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
         return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
 
-    def _result(self, name: str, pixels: np.ndarray, label_map: np.ndarray) -> Result:
-        return Result(name, pixels, label_map, self.table, self._top_classes)
+    def _result(self, name: str, pixels: np.ndarray, label_map: torch.Tensor) -> Result:
+        return Result(name, pixels, label_map.cpu().numpy().astype(np.int64), self.table, self._top_classes)
 
     def _top_classes(self, pixels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
@@ -130,18 +129,20 @@ class Segmenter:
                 logits = self._predictor.logits(item)
                 mean = [torch.lerp(new, old, smoothing) for new, old in zip(logits, mean or logits, strict=True)]
                 align_corners, size = self._predictor.network.align_corners, item["img_ori"].shape[:2]
-                label_map = label_map_from_logits(mean, size, align_corners=align_corners).cpu().numpy()
+                label_map = label_map_from_logits(mean, size, align_corners=align_corners)
             yield self._result(name, item["img_ori"], label_map)
 
     def segment_files(self, paths: Sequence[str], loading: LoadOptions) -> Iterator[Result | tuple[str, str]]:
         """Yield the results of image files in order; for an unreadable file, yield (path, error message) instead."""
         dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
         items = read_items(dataset, self.device, loading)
-        while batch := list(islice(items, loading.batch_size)):
+        results = predict_items(self._predictor, items, loading.batch_size, lambda item, label_map: label_map)
+        while True:
             with self._lock:
-                label_maps = list(self._predictor.label_maps([item for item in batch if "error" not in item]))
-            for item in batch:
-                if "error" in item:
-                    yield item["info"], item["error"]
-                else:
-                    yield self._result(item["info"], item["img_ori"], label_maps.pop(0))
+                item, label_map = next(results, (None, None))
+            if item is None:
+                return
+            if label_map is None:
+                yield item["info"], item["error"]
+            else:
+                yield self._result(item["info"], item["img_ori"], label_map)

@@ -1,4 +1,4 @@
-"""Synchronized and in-place batch normalization, activation checkpointing, and data parallelism for dicts."""
+"""Synchronized and in-place batch norm, activation checkpointing, compilation, and data parallelism for dicts."""
 
 # ruff: noqa: F401
 
@@ -10,6 +10,7 @@ from .batchnorm import (
     convert_sync_batchnorm,
     to_batchnorm,
 )
+from .compilation import compile_blocks
 from .inplace_abn import InPlaceABN, InPlaceABNSync
 from .parallel import (
     DataParallelWithCallback,

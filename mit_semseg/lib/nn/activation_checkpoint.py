@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .batchnorm import recomputation
+from .compilation import is_block
 
 
 class _Checkpointed:
@@ -27,11 +28,11 @@ def _checkpointed_class(block_class: type[nn.Module]) -> type[nn.Module]:
 
 
 def enable_activation_checkpointing(module: nn.Module) -> int:
-    """Enable activation checkpointing in the outermost blocks whose class sets `checkpoint_unit = True`.
+    """Enable activation checkpointing in the outermost blocks whose class sets `is_block = True`.
 
     The class of each block is replaced by a subclass; state-dict keys do not change. Return the number of these blocks.
     """
-    if getattr(module, "checkpoint_unit", False):
+    if is_block(module):
         if not isinstance(module, _Checkpointed):
             module.__class__ = _checkpointed_class(type(module))
         return 1

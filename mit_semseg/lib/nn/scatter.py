@@ -37,7 +37,7 @@ def async_copy_to(obj, device, main_stream=None):
     `main_stream`: CUDA stream that uses the copies; memory of a copy is not reused before this stream has finished.
     """
     device = as_device(device)
-    asynchronous = device.type == "cuda"  # an asynchronous copy to the CPU could be read before it is complete
+    asynchronous = device.type not in ("cpu", "mps")  # an asynchronous copy could be read before it is complete
 
     def copy(tensor: Tensor) -> Tensor:
         result = tensor.to(device, non_blocking=asynchronous)
@@ -60,6 +60,21 @@ def copy_to_device(obj, device: torch.device | str | int):
         copies = async_copy_to(obj, device, current_stream)
     current_stream.wait_stream(copy_stream)
     return copies
+
+
+class HostCopy:
+    """Copy of all tensors in nested dicts, lists and tuples to the CPU; copies from a GPU are asynchronous."""
+
+    def __init__(self, obj):
+        self._copies = map_tensors(lambda tensor: tensor.to("cpu", non_blocking=tensor.is_cuda), obj)
+        devices = {tensor.device for tensor in _list_tensors(obj) if tensor.is_cuda}
+        self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def wait(self):
+        """Return the copies when they are complete, without waiting for work that was queued after them."""
+        for event in self._events:
+            event.synchronize()
+        return self._copies
 
 
 def scatter(obj, devices: Sequence[torch.device | str | int], dim: int = 0) -> list:

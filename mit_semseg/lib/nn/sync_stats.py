@@ -6,7 +6,6 @@ backward pass each use one collective. All replicas of a process share one autog
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..utils import UserError, first_sentence
+from ..utils import UserError, cache_tensors, first_sentence
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in PyTorch 2.14
 TINY = 1e-30  # epsilon that changes no float32 variance, but prevents a division by zero in CUDA kernels
@@ -248,10 +247,9 @@ def _constant(value: int, like: Tensor) -> Tensor:
     return _cached_constant(value, like.dtype, like.device)
 
 
-@lru_cache(maxsize=1024)
+@cache_tensors
 def _cached_constant(value: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # inference tensors cannot be used in training
-        return torch.full((1,), value, dtype=dtype, device=device)
+    return torch.full((1,), value, dtype=dtype, device=device)
 
 
 def is_communication_error(error: BaseException) -> bool:

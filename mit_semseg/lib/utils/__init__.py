@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,25 @@ def map_tensors(function: Callable, obj):
         values = [map_tensors(function, value) for value in obj]
         return type(obj)(*values) if hasattr(obj, "_fields") else type(obj)(values)
     return obj
+
+
+def cache_tensors(build: Callable) -> Callable:
+    """Decorate a function that builds small constant tensors: cache its results for 1,024 combinations of arguments.
+
+    Arguments must be hashable, and the last one is the device. Tensors are built on this device, because a copy from
+    the CPU would wait for it. For MPS, which does not support float64, they are built on the CPU. Do not modify the
+    results. They can be used in training even if they were built in inference mode.
+    """
+
+    @lru_cache(maxsize=1024)
+    @wraps(build)
+    def cached(*args):
+        *others, device = args
+        with torch.inference_mode(False), torch.no_grad():
+            built = build(*others, torch.device("cpu") if device.type == "mps" else device)
+            return map_tensors(lambda tensor: tensor.to(device), built)
+
+    return cached
 
 
 def mark_volatile(obj):

@@ -16,7 +16,7 @@ WIDTHS = (48, 96, 192, 384)  # numbers of channels of the branches
 class HighResolutionModule(nn.Module):
     """Parallel branches with four residual blocks each; every output is the sum of all branches after resizing."""
 
-    checkpoint_unit = True  # see `enable_activation_checkpointing`
+    is_block = True  # activation checkpointing and compilation apply to blocks
 
     def __init__(self, branches: int, norm_layer: NormLayer):
         super().__init__()

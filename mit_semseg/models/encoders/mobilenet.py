@@ -14,7 +14,7 @@ TAPS = (2, 4, 7, 14)  # indices in `features` of the first block of each strided
 class InvertedResidual(nn.Module):
     """1x1 expansion, 3x3 depthwise convolution and linear 1x1 projection, with an optional shortcut."""
 
-    checkpoint_unit = True  # see `enable_activation_checkpointing`
+    is_block = True  # activation checkpointing and compilation apply to blocks
 
     def __init__(self, in_channels, out_channels, expansion, *, stride, dilation, norm_layer, shortcut: bool):
         super().__init__()

@@ -22,7 +22,7 @@ class BasicBlock(nn.Module):
     """Residual block of two 3x3 convolutions; the stride applies to the first convolution."""
 
     expansion = 1
-    checkpoint_unit = True  # see `enable_activation_checkpointing`
+    is_block = True  # activation checkpointing and compilation apply to blocks
 
     def __init__(self, in_channels, planes, *, stride, first_dilation, dilation, downsample, norm_layer):
         super().__init__()
@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
     groups = 1
-    checkpoint_unit = True  # see `enable_activation_checkpointing`
+    is_block = True  # activation checkpointing and compilation apply to blocks
 
     def __init__(self, in_channels, planes, *, stride, first_dilation, dilation, downsample, norm_layer):
         super().__init__()
