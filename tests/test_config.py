@@ -80,7 +80,7 @@ VAL: 3
         ("DATASET.num_clas:", "DATASET.num_class?", "bad.yaml]"),
         ("TRAIN.lr_encoder:", "'fast'"),
         ("TRAIN.batch_size_per_gpu:", "at least 1"),
-        ("TRAIN.amp:", "'bf1'", "bf16?", "off, bf16, fp16"),
+        ("TRAIN.amp:", "'bf1'", "bf16?", "off, auto, bf16, fp16"),
         ("lr_pow:", "TRAIN.lr_pow?"),
         ("VAL:", "section"),
         ("TRAIN.num_epoch:", "'2.5'", "[command line]"),
