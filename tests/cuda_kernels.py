@@ -12,8 +12,19 @@ _library = torch.library.Library("aten", "IMPL", "CPU")
 # Operators that launch no kernel on a GPU.
 FREE = {
     *("_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty"),
-    *("permute", "promote_types", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose"),
-    *("unsqueeze", "view"),
+    *(
+        "permute",
+        "promote_types",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "transpose",
+        "unbind",
+    ),
+    *("unbind", "unsqueeze", "view"),
 }
 
 

@@ -13,6 +13,7 @@ from golden import golden
 from ranks import on_ranks
 from torch import nn
 
+from mit_semseg.engine import build_loss
 from mit_semseg.lib.nn import (
     DataParallelWithCallback,
     ReplicaError,
@@ -24,6 +25,7 @@ from mit_semseg.lib.nn import (
     sync_stats,
     to_batchnorm,
 )
+from mit_semseg.models import ModelBuilder, SegmentationModule
 
 SYNCHRONIZED = SynchronizedBatchNorm1d, SynchronizedBatchNorm2d, SynchronizedBatchNorm3d
 
@@ -297,6 +299,51 @@ def _count_operators(rank, cuda_kernels):
 def test_number_of_operators(tmp_path, cuda_kernels, limit):
     counts, _ = on_ranks(2, tmp_path, _count_operators, cuda_kernels)
     assert counts.total() - counts["ones"] <= limit, counts
+
+
+@pytest.mark.parametrize("replicas", [2, 4])
+def test_number_of_operators_of_replicas(kernels, request, replicas):
+    """Four CUDA kernels per replica, and six operators that merge the statistics."""
+    norm = SynchronizedBatchNorm2d(3, clamp_variance=False)
+    arguments = [(torch.randn(2, 3, 4, 5, requires_grad=True), norm.weight, norm.bias) for _ in range(replicas)]
+    for _ in range(2):
+        with CountOperators() as operators:
+            outputs = norm._normalize_replicas(arguments)
+            torch.autograd.grad(outputs, [x for x, _, _ in arguments], [torch.ones(2, 3, 4, 5) for _ in outputs])
+    counts = operators.counts
+    expected = 4 * replicas + 6 if "CUDA" in request.node.name else 11 * replicas + 17
+    assert counts.total() - counts["ones"] <= expected, counts
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "limit"),
+    [("resnet50dilated", "ppm_deepsup", 1100), pytest.param("hrnetv2", "c1", 5000, marks=pytest.mark.long)],
+)
+def test_number_of_operators_of_a_step_on_eight_gpus(monkeypatch, encoder, decoder, limit):
+    """A synchronized norm has at most eight operators more than a local one; collectives are replaced by copies."""
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=150, in_channels=enc.out_channels)
+    module = SegmentationModule(enc, dec, build_loss(), 0.4).to(memory_format=torch.channels_last)
+    norms = sum(isinstance(part, SynchronizedBatchNorm2d) for part in module.modules())
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    feed = {"img_data": images, "seg_label": torch.randint(-1, 150, (2, 8, 8))}
+
+    def count():
+        for _ in range(2):
+            module.zero_grad()
+            with CountOperators() as operators:
+                module(feed)[0].backward()
+        return operators.counts.total()
+
+    local = count()
+    use_cuda_kernels(monkeypatch)
+    monkeypatch.setattr(SynchronizedBatchNorm2d, "_syncs_ranks", lambda self: self.training)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 8)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(8))
+    monkeypatch.setattr(sync_stats, "all_gather", lambda out, x: out.copy_(x.expand_as(out)))
+    synchronized = count()
+    assert synchronized <= min(limit, local + 8 * norms)
 
 
 def _forward_on_rank_0(rank):

@@ -54,7 +54,7 @@ class InPlaceABNFunction(torch.autograd.Function):
             g = _activation_gradient(y, g, slope)
             own = g.sum((0, 2, 3)), (normalized * g).sum((0, 2, 3))
             recovered.append((g, normalized, scale))
-            local_sums.append(torch.stack(own))
+            local_sums.append(own)
             bias_gradients.append(None if bias is None else own[0])
             weight_gradients.append(None if weight is None else own[1] * torch.where(weight < 0, -1, 1))
         means = stats.sum(local_sums) / stats.count

@@ -68,9 +68,12 @@ class SyncStatistics:
             rows = gathered
         self._merge_rows(x, *rows.split([channels, channels, 1], dim=1), running)
 
-    def sum(self, terms: Sequence[Tensor]) -> Tensor:
-        """Return the sum over all replicas (one term each) and ranks, on the device of the first term."""
-        total = terms[0] if len(terms) == 1 else torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
+    def sum(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
+        """Return the sums over all replicas and ranks, (T, C) for T terms (C,) per replica, on the first device."""
+        device = terms[0][0].device
+        total = torch.stack([term.to(device) for own in terms for term in own])
+        if len(terms) > 1:
+            total = total.view(len(terms), len(terms[0]), -1).sum(0)
         if self.world_size > 1:
             self._communicate(dist.all_reduce, total)
         return total
@@ -122,14 +125,14 @@ class SyncStatistics:
         variance, eps = self._divisor()
         return F.batch_norm(x, self.mean.to(x.device), variance.to(x.device), weight, bias, eps=eps)
 
-    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the terms of `sum` for one replica (2 C,), and the gradients of weight and bias (C,)."""
+    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return the two terms of `sum` for one replica, and the gradients of weight and bias; all are (C,)."""
         _, weight_gradient, bias_gradient = self._backward(g, x, weight, [False, True, True])
-        return torch.cat([bias_gradient, weight_gradient]), weight_gradient, bias_gradient
+        return [bias_gradient, weight_gradient], weight_gradient, bias_gradient
 
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
         """Return the gradient of the input of one replica; `sums` is the result of `sum`."""
-        constant, slope = (sums / self.count).chunk(2)
+        constant, slope = sums / self.count
         if self.clamp_variance:  # if variance < eps, the divisor is constant, so the variance gets no gradient
             slope = slope * (self.variance > self.eps)
         g = g - self.normalize(x, slope.to(x.device), constant.to(x.device))
@@ -181,15 +184,15 @@ class CudaSyncStatistics(SyncStatistics):
         mean, inverse_std = self.mean.to(x.device), self.inverse_std.to(x.device)
         return torch.batch_norm_elemt(_dense(x), weight, bias, mean, inverse_std, self.eps)
 
-    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient_sums(self, g: Tensor, x: Tensor, weight: Tensor | None) -> tuple[list[Tensor], Tensor, Tensor]:
         mean, inverse_std = self.mean.to(x.device), self.inverse_std.to(x.device)
         *sums, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
             _dense(g), _dense(x), mean, inverse_std, weight, True, True, True
         )
-        return torch.cat(sums), weight_gradient, bias_gradient
+        return sums, weight_gradient, bias_gradient
 
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, sums: Tensor) -> Tensor:
-        sum_g, sum_gx = sums.to(x.device).chunk(2)
+        sum_g, sum_gx = sums.to(x.device)
         mean, inverse_std, counts = (t.to(x.device) for t in (self.mean, self.inverse_std, self.counts))
         if self.clamp_variance:
             sum_gx = sum_gx * (inverse_std < self.eps**-0.5)
