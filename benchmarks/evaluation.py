@@ -1,9 +1,9 @@
 """Measure an evaluation, from image files to metrics and panels (PNG files).
 
-    python benchmarks/evaluation.py [--json FILE]
+    python benchmarks/evaluation.py [--device cuda] [--workers 8] [--json FILE]
 
-The images are synthetic and have 683x512 pixels. The networks have random weights and 150 classes. One worker loads the
-images.
+The images are synthetic and have 683x512 pixels. The networks have random weights and 150 classes. By default, one
+worker loads the images.
 
 - baseline: Pillow and NumPy prepare the images. The network runs in float32, channels first. The logits of all
   classes are resized to the image size, softmax is averaged over the scales, and histograms give the IoU.
@@ -41,7 +41,6 @@ CASES = (
     ("resnet50dilated", "ppm_deepsup", ADE20K),
     ("hrnetv2", "c1", (512,)),
 )
-CPU = torch.device("cpu")
 
 
 class BaselineDataset(Dataset):
@@ -67,18 +66,18 @@ class BaselineDataset(Dataset):
         return {"img_ori": np.array(image), "img_data": scales, "seg_label": label}
 
 
-def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> np.ndarray:
+def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path, workers: int) -> np.ndarray:
     """Evaluate and write panels; return the number of pixels in intersections and unions, (2, CLASSES)."""
-    totals = np.zeros((2, CLASSES))
-    loader = DataLoader(BaselineDataset(dataset), batch_size=None, num_workers=1)
+    totals, device = np.zeros((2, CLASSES)), next(module.parameters()).device
+    loader = DataLoader(BaselineDataset(dataset), batch_size=None, num_workers=workers)
     with torch.no_grad(), mock.patch.object(pyramid, "conv_over_pyramid", pyramid.conv_over_resized):
         for number, item in enumerate(loader):
             label, probabilities = np.asarray(item["seg_label"]), 0
             for x in item["img_data"]:
-                logits = module.logits({"img_data": x})
+                logits = module.logits({"img_data": x.to(device)})
                 resized = F.interpolate(logits, label.shape, mode="bilinear", align_corners=False)
                 probabilities = probabilities + resized.softmax(dim=1) / len(item["img_data"])
-            prediction = probabilities.argmax(dim=1)[0].numpy()
+            prediction = probabilities.argmax(dim=1)[0].cpu().numpy()
             totals += histograms(prediction, label)
             panel = [np.asarray(item["img_ori"])]
             panel += [color_by_class(values, dataset.table.colors) for values in (label, prediction)]
@@ -86,7 +85,7 @@ def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path) -> n
     return totals
 
 
-def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
+def ours(predictor: Predictor, dataset: ValDataset, folder: Path, workers: int):
     """Call `evaluate` and write panels; return the result of `evaluate`."""
     with ThreadPoolExecutor(2) as pool:
 
@@ -94,45 +93,53 @@ def ours(predictor: Predictor, dataset: ValDataset, folder: Path):
             path = folder / f"{Path(item['info']).stem}.png"
             pool.submit(lambda: save_png(result_panel(item, label_map, dataset.table), path))
 
-        return evaluate(predictor, dataset, loading=LoadOptions(workers=1), progress=False, on_result=save)
+        return evaluate(predictor, dataset, loading=LoadOptions(workers=workers), progress=False, on_result=save)
+
+
+def measure(
+    encoder: str, decoder: str, sizes: tuple[int, ...], device: torch.device, images: int, workers: int, repeats: int
+) -> list[dict]:
+    """Return a row of results for every implementation; `sizes` are the short sides of the scales."""
+    torch.manual_seed(0)
+    enc = ModelBuilder.build_encoder(encoder, pretrained=False)
+    dec = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=enc.out_channels)
+    module = SegmentationModule(enc, dec, None).eval().to(device)
+    with TemporaryDirectory() as name:
+        folder, out = Path(name), Path(name, "out")
+        write_images(folder)
+        out.mkdir()
+        opt = SimpleNamespace(imgSizes=sizes, imgMaxSize=1000, padding_constant=8, num_class=CLASSES)
+        dataset = ValDataset(folder, ".", opt)
+        dataset.records = [dataset.records[i % len(dataset.records)] for i in range(images)]
+        implementations = {"baseline": partial(baseline, module, dataset, out, workers)}
+        for precision in ("fp32", "bf16"):
+            predictor = Predictor(module, device, InferenceOptions(precision=precision))
+            implementations[f"ours, {precision}"] = partial(ours, predictor, dataset, out, workers)
+        ms = interleaved(implementations, device, repeats)
+    return [
+        {
+            "network": f"{encoder} + {decoder}, {len(sizes)} scale{'s' * (len(sizes) > 1)}",
+            "implementation": name,
+            "ms per image": value / images,
+            "times faster": ms["baseline"] / value,
+        }
+        for name, value in ms.items()
+    ]
 
 
 def main() -> None:
-    parser = parser_of(__doc__, device=False)
+    parser = parser_of(__doc__)
     parser.add_argument("--images", type=int, default=4, help="images per measurement (default: 4)")
+    parser.add_argument("--workers", type=int, default=1, help="workers that load images (default: 1)")
     parser.add_argument(
         "--cases", type=int, nargs="+", default=range(len(CASES)), help="indices of `CASES` to measure (default: all)"
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    rows = []
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        write_images(folder)
-        for encoder, decoder, sizes in (CASES[number] for number in args.cases):
-            torch.manual_seed(0)
-            enc = ModelBuilder.build_encoder(encoder, pretrained=False)
-            dec = ModelBuilder.build_decoder(decoder, num_class=CLASSES, in_channels=enc.out_channels)
-            module = SegmentationModule(enc, dec, None).eval()
-            opt = SimpleNamespace(imgSizes=sizes, imgMaxSize=1000, padding_constant=8, num_class=CLASSES)
-            dataset = ValDataset(folder, ".", opt, args.images)
-            out = folder / "out"
-            out.mkdir(exist_ok=True)
-            implementations = {"baseline": partial(baseline, module, dataset, out)}
-            for precision in ("fp32", "bf16"):
-                predictor = Predictor(module, CPU, InferenceOptions(precision=precision))
-                implementations[f"ours, {precision}"] = partial(ours, predictor, dataset, out)
-            ms = interleaved(implementations, CPU, args.repeats)
-            rows += [
-                {
-                    "network": f"{encoder} + {decoder}, {len(sizes)} scale{'s' * (len(sizes) > 1)}",
-                    "implementation": name,
-                    "ms per image": value / args.images,
-                    "times faster": ms["baseline"] / value,
-                }
-                for name, value in ms.items()
-            ]
-    write(args.json, "evaluation", CPU, rows)
+    device, rows = torch.device(args.device), []
+    for number in args.cases:
+        rows += measure(*CASES[number], device, args.images, args.workers, args.repeats)
+    write(args.json, "evaluation", device, rows)
 
 
 if __name__ == "__main__":

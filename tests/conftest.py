@@ -13,10 +13,14 @@ offline.forbid()
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)))))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 SEED = int(os.environ.get("SEED", 0))
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported
-
 pytest_plugins = ["server"]
+
+
+def pytest_configure(config):
+    """Hide GPUs unless the tests marked `gpu` are selected, so that the other tests run on the CPU everywhere."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,9 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNB
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def _work(rank: int, count: int, store: str, timeout: float, function: Callable, arguments: tuple, results) -> None:
+def _work(rank: int, options: dict, function: Callable, arguments: tuple, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=timedelta(seconds=timeout)
-    )
+    dist.init_process_group(rank=rank, **options)
     try:
         results.put((rank, function(rank, *arguments), None))
     except Exception:
@@ -32,11 +30,13 @@ def _work(rank: int, count: int, store: str, timeout: float, function: Callable,
     os._exit(0)  # a normal exit can wait for other ranks if the process group is broken
 
 
-def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float = 60) -> list:
-    """Run `function(rank, *arguments)` on `count` gloo ranks; return the value or traceback of each rank."""
-    results, store = forked.Queue(), folder / f"store-{function.__name__}"
+def on_ranks(count: int, folder, function: Callable, *arguments, timeout: float = 60, backend: str = "gloo") -> list:
+    """Run `function(rank, *arguments)` on `count` ranks; return the value or traceback of each rank."""
+    results, store = forked.Queue(), folder / f"store-{function.__name__}-{backend}"
+    options = {"backend": backend, "init_method": f"file://{store}", "world_size": count}
+    options["timeout"] = timedelta(seconds=timeout)
     processes = [
-        forked.Process(target=_work, args=(rank, count, store, timeout, function, arguments, results), daemon=True)
+        forked.Process(target=_work, args=(rank, options, function, arguments, results), daemon=True)
         for rank in range(count)
     ]
     for process in processes:

@@ -76,11 +76,16 @@ class ComputedMaps(nn.Module):
         return list(self.maps)
 
 
+def filled_decoder(name):
+    """Return the decoder of a pair such as `resnet50+upernet`."""
+    pair = MODELS["pairs"][name]
+    decoder = empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"])
+    return fill(decoder, MODELS["_about"]["gains"][pair["encoder"]]["decoder"]).eval()
+
+
 @pytest.mark.parametrize("name", sorted(MODELS["pairs"], key=lambda name: MODELS["pairs"][name]["encoder"]))
 def test_outputs_loss_and_accuracy_of_pair(name):
-    pair, gold = MODELS["pairs"][name], MODELS["pairs"][name]["soft"]
-    gain = MODELS["_about"]["gains"][pair["encoder"]]["decoder"]
-    decoder = fill(empty(ModelBuilder.build_decoder, arch=pair["decoder"], fc_dim=pair["fc_dim"]), gain).eval()
+    pair, gold, decoder = MODELS["pairs"][name], MODELS["pairs"][name]["soft"], filled_decoder(name)
     size = tuple(gold["softmax"]["shape"][-2:])
     label = torch.from_numpy(np.random.default_rng(1).integers(-1, 150, (2, *gold["label_hw"])))
     for (dtype, relative), maps in zip(DTYPES, filled_maps(pair["encoder"], size), strict=True):

@@ -52,9 +52,11 @@ def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
     assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # resuming keeps this number
 
 
-def test_overflow_in_the_first_step_leaves_finite_momentum(root, tmp_path):
-    trainer = train(root, tmp_path, {0}, deterministic=True)  # deterministic mode fills uninitialized memory with NaN
-    assert trainer.overflows == 1
+@pytest.mark.parametrize("overflows", [{0}, {0, 1, 2}])
+def test_overflows_in_the_first_steps_leave_finite_momentum(root, tmp_path, overflows):
+    # deterministic mode fills uninitialized memory with NaN
+    trainer = train(root, tmp_path, overflows, deterministic=True)
+    assert trainer.overflows == len(overflows)
     momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
     assert all(value.abs().max() < 1e4 for value in momentum)
 

@@ -171,7 +171,9 @@ class Trainer:
             weights: weights of the losses and accuracies of these batches.
         """
         options, size = self.options, self.world.size
-        before = (self.scaler.get_scale(), BufferSnapshot(self.module)) if options.amp == "fp16" else None
+        before = None
+        if options.amp == "fp16":
+            before = self.scaler.get_scale(), BufferSnapshot(self.module), not self.optimizer.state
         self.optimizer.zero_grad(set_to_none=True)
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
@@ -196,8 +198,12 @@ class Trainer:
         if not (before and self._undo_overflow(*before)):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
-    def _undo_overflow(self, scale: float, buffers: BufferSnapshot) -> bool:
+    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, first: bool) -> bool:
         """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
+
+        Args:
+            scale, buffers: loss scale and buffers before the step.
+            first: whether the optimizer had no state before the step.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
@@ -206,7 +212,7 @@ class Trainer:
             self.overflows_in_a_row = 0
             return False
         buffers.restore()
-        if self.step == 0:  # fused SGD leaves uninitialized momentum if its first step is skipped
+        if first:  # fused SGD leaves uninitialized momentum if its first update is skipped
             self.optimizer.state.clear()
         self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1
         if self.overflows_in_a_row >= MAX_OVERFLOWS:
