@@ -15,7 +15,7 @@ from mit_semseg.engine import World, build_loss
 from mit_semseg.engine.losses import LOSSES
 from mit_semseg.engine.train_step import LossWeights
 from mit_semseg.evaluation import InferenceOptions, Predictor
-from mit_semseg.evaluation.metrics import confusion_matrix
+from mit_semseg.evaluation.metrics import confusion_counts
 from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
 
 META = torch.device("meta")
@@ -91,9 +91,9 @@ def test_evaluation_reads_and_copies_nothing(opts):
     item = {"img_ori": torch.empty(61, 83, 3).numpy(), "img_data": scales}
     with Waits() as waits:
         (label_map,) = predictor.label_maps([item])
-        counts = confusion_matrix(label_map, torch.empty(61, 83, dtype=torch.int64, device=META), 3)
+        counts = confusion_counts(label_map, torch.empty(61, 83, dtype=torch.int64, device=META), 3)
     assert label_map.dtype == torch.uint8
     assert label_map.shape == (61, 83)
-    assert counts.shape == (3, 3)
+    assert counts.shape == (4, 4)
     assert not waits.found
     assert not waits.copies

@@ -1,9 +1,11 @@
 """Metrics, compared with golden values and brute-force computations."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import torch
 from golden import golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from mit_semseg.dataset import class_table
 from mit_semseg.evaluation import SegmentationMetric
+from mit_semseg.evaluation.metrics import confusion_counts
 from mit_semseg.utils import AverageMeter, accuracy, colorEncode, intersectionAndUnion, parse_devices
 
 UTILS = golden("golden_utils")
@@ -130,4 +133,8 @@ def test_class_outside_the_range_is_refused():
         metric.add(np.full((2, 2), 7), np.zeros((2, 2), int))
     with pytest.raises(ValueError, match="shape"):
         metric.add(np.zeros((2, 2), int), np.zeros((2, 3), int))
+    for prediction, label, name in ((3, 0, "prediction"), (0, 3, "label"), (255, -1, "ignored")):
+        counts = confusion_counts(torch.tensor([[prediction]]), torch.tensor([[label]]), 3)
+        with nullcontext() if name == "ignored" else pytest.raises(ValueError, match=name):
+            metric.add_counts(counts.numpy())
     assert metric.confusion.sum() == 0

@@ -18,7 +18,7 @@ from ..lib.nn import user_scattered_collate
 from ..lib.nn.scatter import HostCopy
 from ..lib.utils import progress_bar
 from .inference import Predictor
-from .metrics import SegmentationMetric, Summary, confusion_matrix
+from .metrics import SegmentationMetric, Summary, confusion_counts
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def evaluate(
 
     def outputs(item: dict, label_map: Tensor) -> tuple[Tensor, Tensor | None]:
         label = item["seg_label"][0].to(predictor.device, non_blocking=True)
-        return confusion_matrix(label_map, label, classes), label_map if on_result else None
+        return confusion_counts(label_map, label, classes), label_map if on_result else None
 
     with worker_errors(), progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress) as bar:
         items = read_items(dataset, predictor.device, loading)
@@ -240,7 +240,8 @@ def evaluate(
             if result is None:
                 skipped.append(item["error"])
             else:
-                image = SegmentationMetric(classes, result[0].numpy())
+                image = SegmentationMetric(classes)
+                image.add_counts(result[0].numpy())
                 metric.merge(image)
                 s = image.summary()
                 scores.append(ImageScore(item["info"], s.mean_iou_present, s.pixel_accuracy, bool(s.present.any())))

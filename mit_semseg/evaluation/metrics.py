@@ -10,11 +10,11 @@ EPS = 1e-10  # added to denominators, as in version 2 of mit_semseg
 
 
 class SegmentationMetric:
-    """Confusion matrix of labels (rows) and predictions (columns), in pixels; `confusion` is the initial matrix."""
+    """Confusion matrix of labels (rows) and predictions (columns), in pixels."""
 
-    def __init__(self, num_class: int, confusion: np.ndarray | None = None):
+    def __init__(self, num_class: int):
         self.num_class = num_class
-        self.confusion = np.zeros((num_class, num_class), np.int64) if confusion is None else confusion
+        self.confusion = np.zeros((num_class, num_class), np.int64)
 
     def add(self, prediction: np.ndarray, label: np.ndarray) -> None:
         """Add the labelled pixels of an image to the confusion matrix.
@@ -37,7 +37,14 @@ class SegmentationMetric:
             value = lowest if lowest < 0 else highest
             raise ValueError(f"{name} contains class index {value}, but num_class {classes} allows 0 to {classes - 1}")
         tensors = (torch.from_numpy(np.asarray(x, np.int64)) for x in (prediction, label))
-        self.confusion += confusion_matrix(*tensors, classes).numpy()
+        self.add_counts(confusion_counts(*tensors, classes).numpy())
+
+    def add_counts(self, counts: np.ndarray) -> None:
+        """Add the result of `confusion_counts`; raise ValueError if it counts class indices outside the range."""
+        for name, outside in (("prediction", counts[:, -1]), ("label", counts[-1])):
+            if outside.any():
+                raise ValueError(f"{name} contains class indices above {self.num_class - 1}, the last class")
+        self.confusion += counts[:-1, :-1]
 
     def merge(self, other: "SegmentationMetric") -> None:
         """Add the counts of another metric, which must have the same number of classes."""
@@ -63,24 +70,25 @@ class SegmentationMetric:
         )
 
 
-def confusion_matrix(prediction: Tensor, label: Tensor, num_class: int) -> Tensor:
+def confusion_counts(prediction: Tensor, label: Tensor, num_class: int) -> Tensor:
     """Return the number of pixels per label (rows) and predicted class (columns), without waiting for the device.
 
     Args:
-        prediction: (H, W) class indices, integers below `num_class`.
-        label: (H, W) int64 class indices below `num_class`, negative where ignored.
+        prediction: (H, W) class indices, not negative.
+        label: (H, W) int64 class indices, negative where ignored.
 
     Returns:
-        (num_class, num_class) integers.
+        (num_class + 1, num_class + 1) int64; the last row and column count indices of `num_class` and above.
     """
     # Count the pairs (label + 1, prediction). Row 0 counts ignored pixels.
-    pairs = label.clamp(min=-1).add_(1).mul_(num_class).add_(prediction).flatten()
-    length = (num_class + 1) * num_class
+    pairs = label.clamp(-1, num_class).add_(1).mul_(num_class + 1)
+    pairs = pairs.add_(prediction.to(label.dtype).clamp(max=num_class)).flatten()
+    length = (num_class + 2) * (num_class + 1)
     if label.device.type == "cpu":
         counts = torch.bincount(pairs, minlength=length)
     else:  # `bincount` reads the largest value from the device
         counts = pairs.new_zeros(length).scatter_add_(0, pairs, pairs.new_ones(()).expand_as(pairs))
-    return counts.view(num_class + 1, num_class)[1:]
+    return counts.view(num_class + 2, num_class + 1)[1:]
 
 
 @dataclass(frozen=True)
