@@ -58,6 +58,23 @@ def test_matrix_cached_in_inference_mode_works_in_training():
     assert conv.weight.grad is not None
 
 
+def test_module_works_after_its_export():
+    """The tensors that `torch.export` creates have no values, so they are not cached."""
+
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 3, 3, padding=1)
+
+        def forward(self, x):
+            return conv_over_pyramid(self.conv, x, [average_pool(x, 2)])
+
+    module, x = Pyramid().eval(), torch.randn(1, 4, 23, 29)
+    program = torch.export.export(module, (x,), strict=False)
+    torch.testing.assert_close(module(x), program.module()(x))
+    assert type(module(x)) is torch.Tensor
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bins", POOL_SCALES)
 @pytest.mark.parametrize("size", [(4, 5), (6, 6), (13, 31)])

@@ -150,13 +150,18 @@ def cache_tensors(build: Callable) -> Callable:
     results. They can be used in training even if they were built in inference mode.
     """
 
-    @lru_cache(maxsize=1024)
-    @wraps(build)
-    def cached(*args):
+    def build_on_device(*args):
         *others, device = args
         with torch.inference_mode(False), torch.no_grad():
             built = build(*others, torch.device("cpu") if device.type == "mps" else device)
             return map_tensors(lambda tensor: tensor.to(device), built)
+
+    stored = lru_cache(maxsize=1024)(build_on_device)
+
+    @wraps(build)
+    def cached(*args):
+        has_values = type(torch.empty(0, device="cpu")) is torch.Tensor  # not during `torch.export`
+        return (stored if has_values else build_on_device)(*args)
 
     return cached
 
