@@ -4,16 +4,19 @@
 
 The limits are measured first: products of matrices in three precisions, and copies in GPU memory. Sections:
 
-- training: steps of two images of 448x600 pixels. "Device" is the time per step when many steps are queued; "host" is
-  the time to queue a step. "Share" is the rate of floating point operations divided by the rate of matrix products.
-  "Floor" is the time of these operations at the rate of matrix products, plus the memory traffic of all other operators
-  at the rate of a copy.
-- eight: the same steps with synchronized batch norm as on one of eight GPUs; copies in GPU memory replace collectives.
+- training: steps of two images of 448x600 pixels. "Step ms" is the time per step, without synchronization between
+  steps; "host ms" is the time that the CPU needs to queue a step. "Share" is the rate of floating point operations
+  divided by the rate of matrix products. "Estimate ms" is the time of these operations at the rate of matrix products,
+  plus the time of the memory traffic of all other operators at the rate of a copy. The traffic is counted without
+  fusion, so compiled steps can be faster.
+- sync_bn: training steps with batch norm synchronized over eight simulated ranks. Operators in GPU memory replace the
+  collectives of batch norm. Gradients are not averaged.
 - evaluation: images per second from files to metrics and panels, see `benchmarks/evaluation.py`.
-- labels: label maps; the rate is that of reading the logits once and writing the labels.
-- loader: training images per second from 1 and from all workers, and images that a training step needs.
-- memory: reserved and allocated memory after steps with 60 image sizes.
-- peers: steps of segmentation_models.pytorch and torchvision, if installed.
+- labels: label maps; "GB/s" is the size of the logits and of the label map, divided by the time.
+- loader: training images per second from 1 and from all workers, and images per second that a training step consumes.
+- memory: peak allocated and reserved memory in 60 steps with random image sizes.
+- peers: steps of segmentation_models.pytorch and torchvision in bfloat16, if installed. The images of 448x608 pixels
+  are already on the GPU, and the labels are not downsampled.
 
 `--device cpu --tiny` runs the sections on the CPU with small inputs, to test this script.
 """
@@ -32,7 +35,7 @@ from unittest import mock
 import evaluation
 import torch
 import torch.distributed as dist
-from common import hardware, interleaved, parser_of, table
+from common import hardware, parser_of, table
 from label_map import IMPLEMENTATIONS, make_logits
 from scaling import count
 from torch import nn
@@ -59,8 +62,8 @@ class Bench:
     """Device, sizes and measured limits of a run.
 
     Attributes:
-        rates: products of matrices, 10^9 operations/s, by precision.
-        copy: memory read and written by a copy, GB/s.
+        matmul_rates: products of matrices, 10^9 operations/s, by precision.
+        copy_bandwidth: memory read and written by a copy, GB/s.
     """
 
     def __init__(self, args):
@@ -68,21 +71,24 @@ class Bench:
         self.networks = (("resnet18dilated", "ppm_deepsup"),) if args.tiny else NETWORKS
         self.modes = {"fp32": "fp32", "bf16": "bf16"} if args.tiny else MODES
         self.size = (64, 96) if args.tiny else (448, 600)
-        self.rates, self.copy = {}, 0.0
+        self.matmul_rates, self.copy_bandwidth = {}, 0.0
 
     def measure_limits(self) -> list[dict]:
         side, elements = (256, 2**20) if self.tiny else (8192, 2**29)
         for name, dtype in DTYPES.items():
             matrix = torch.randn(side, side, device=self.device).to(dtype)
             with tf32(name == "TF32"):
-                self.rates[name] = 2 * side**3 / self.time(lambda matrix=matrix: matrix @ matrix)["device"] / 1e6
+                self.matmul_rates[name] = 2 * side**3 / self.time(lambda matrix=matrix: matrix @ matrix)["step"] / 1e6
         source = torch.randn(elements, device=self.device)
         target = torch.empty_like(source)
-        self.copy = 2 * 4 * elements / self.time(lambda: target.copy_(source))["device"] / 1e6
-        return [{f"{name}, 10^12/s": rate / 1e3 for name, rate in self.rates.items()} | {"copy GB/s": self.copy}]
+        self.copy_bandwidth = 2 * 4 * elements / self.time(lambda: target.copy_(source))["step"] / 1e6
+        return [
+            {f"{name}, 10^12/s": rate / 1e3 for name, rate in self.matmul_rates.items()}
+            | {"copy GB/s": self.copy_bandwidth}
+        ]
 
     def time(self, call: Callable[[], object]) -> dict[str, float]:
-        """Return the time per call on the device, and the time to queue a call, in ms."""
+        """Return the time per call, and the time to queue a call, in ms."""
         for _ in range(3):
             call()
         self.wait()
@@ -91,8 +97,8 @@ class Bench:
             call()
         host = time.perf_counter() - start
         self.wait()
-        device = time.perf_counter() - start
-        return {"device": device / self.repeats * 1e3, "host": host / self.repeats * 1e3}
+        total = time.perf_counter() - start
+        return {"step": total / self.repeats * 1e3, "host": host / self.repeats * 1e3}
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -141,8 +147,8 @@ def tf32(enabled: bool) -> Iterator[None]:
 
 
 @contextmanager
-def one_of_eight() -> Iterator[None]:
-    """Context in which norms are synchronized over eight GPUs; copies in memory replace the collectives."""
+def simulated_ranks() -> Iterator[None]:
+    """Context in which norms are synchronized over eight simulated ranks."""
     with (
         mock.patch.object(SynchronizedBatchNorm2d, "_syncs_ranks", lambda self: self.training),
         mock.patch.object(dist, "is_initialized", return_value=True),
@@ -153,7 +159,7 @@ def one_of_eight() -> Iterator[None]:
         yield
 
 
-def training(bench: Bench, eight: bool = False) -> list[dict]:
+def training(bench: Bench, synchronized: bool = False) -> list[dict]:
     rows, batch = [], bench.batch(bench.size)
     for pair in bench.networks:
         counts = count(*pair, 2, bench.size)
@@ -161,21 +167,21 @@ def training(bench: Bench, eight: bool = False) -> list[dict]:
             step = bench.step(*pair, mode)
             if bench.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            with tf32(precision != "fp32"), one_of_eight() if eight else nullcontext():
+            with tf32(precision != "fp32"), simulated_ranks() if synchronized else nullcontext():
                 start = time.perf_counter()
                 step(batch)
                 bench.wait()
                 first = time.perf_counter() - start
                 times = bench.time(lambda step=step: step(batch))
-            rate = counts.flops / times["device"] / 1e6
+            rate = counts.flops / times["step"] / 1e6
             traffic = counts.traffic * (1 if precision == "bf16" else 2)  # counted in bfloat16
-            floor = counts.flops / bench.rates[precision] / 1e6 + traffic / bench.copy / 1e6
-            row = {"network": " + ".join(pair), "precision": mode, "device ms": times["device"]}
+            estimate = counts.flops / bench.matmul_rates[precision] / 1e6 + traffic / bench.copy_bandwidth / 1e6
+            row = {"network": " + ".join(pair), "precision": mode, "step ms": times["step"]}
             row |= {"host ms": times["host"], "first step s": first, "10^12/s": rate / 1e3}
             row |= {
-                "share": rate / bench.rates[precision],
-                "floor ms": floor,
-                "ratio to floor": times["device"] / floor,
+                "share": rate / bench.matmul_rates[precision],
+                "estimate ms": estimate,
+                "ratio to estimate": times["step"] / estimate,
             }
             if bench.device.type == "cuda":
                 row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
@@ -183,11 +189,11 @@ def training(bench: Bench, eight: bool = False) -> list[dict]:
     return rows
 
 
-def eight(bench: Bench) -> list[dict]:
-    return training(bench, eight=True)
+def sync_bn(bench: Bench) -> list[dict]:
+    return training(bench, synchronized=True)
 
 
-def evaluated(bench: Bench) -> list[dict]:
+def evaluation_section(bench: Bench) -> list[dict]:
     images, workers = (4, 0) if bench.tiny else (64, os.cpu_count() or 1)
     cases = evaluation.CASES[:1] if bench.tiny else evaluation.CASES
     rows = [row for case in cases for row in evaluation.measure(*case, bench.device, images, workers, 1)]
@@ -199,13 +205,12 @@ def labels(bench: Bench) -> list[dict]:
     for scales in (1, 5):
         logits = make_logits("smooth", 150, size, scales, bench.device)
         with torch.inference_mode():
-            calls = {name: partial(call, logits, size) for name, call in IMPLEMENTATIONS.items()}
-            ms = interleaved(calls, bench.device, bench.repeats)
-            ms["ours"] = bench.time(calls["ours"])["device"]
+            ms = {name: bench.time(partial(call, logits, size))["step"] for name, call in IMPLEMENTATIONS.items()}
         rate = (sum(x.numel() * 4 for x in logits) + size[0] * size[1]) / ms["ours"] / 1e6
         row = {"scales": scales, "baseline ms": ms["baseline"], "ours ms": ms["ours"]}
         rows.append(
-            row | {"times faster": ms["baseline"] / ms["ours"], "GB/s": rate, "share of copy": rate / bench.copy}
+            row
+            | {"times faster": ms["baseline"] / ms["ours"], "GB/s": rate, "share of copy": rate / bench.copy_bandwidth}
         )
     return rows
 
@@ -221,7 +226,7 @@ def loader(bench: Bench) -> list[dict]:
                 pass
             rows.append({"workers": workers, "images/s": 2 * batches / (time.perf_counter() - start)})
     step, batch = bench.step(*bench.networks[0], "bf16"), bench.batch(bench.size)
-    needed = 2e3 / bench.time(lambda: step(batch))["device"]
+    needed = 2e3 / bench.time(lambda: step(batch))["step"]
     return [row | {f"images/s of a {bench.networks[0][0]} step": needed} for row in rows]
 
 
@@ -278,8 +283,8 @@ def peers(bench: Bench) -> list[dict]:
 
 SECTIONS = {
     "training": training,
-    "eight": eight,
-    "evaluation": evaluated,
+    "sync_bn": sync_bn,
+    "evaluation": evaluation_section,
     "labels": labels,
     "loader": loader,
     "memory": memory,

@@ -1,29 +1,33 @@
 """Predict the time of a training step on several GPUs from the operators of the step.
 
-    python benchmarks/scaling.py [--network resnet50dilated ppm_deepsup] [--json FILE]
+    python benchmarks/scaling.py [--network resnet50dilated ppm_deepsup]
 
 No GPU is needed. A step of the network runs on the meta device, where a dispatch mode adds up its floating point
-operations, kernel launches and memory traffic. The prediction for one GPU is the larger of two times:
+operations, kernel launches and memory traffic.
 
 - device: operations of convolutions and matrix products / `--tflops`, plus bytes that all other operators read and
-  write / `--memory`;
-- host: launches * `--launch`.
+  write / `--memory`.
+- host: launches * `--launch`, the time that the CPU needs to launch the kernels.
+- step: max(device + batch norm, host) + gradients.
+- efficiency: step on one GPU / step on several GPUs.
 
-With several GPUs, two parts are added to the device:
+With several GPUs, there are two further times:
 
-- Synchronized batch norm has two collectives per layer, which wait for all GPUs. Each takes `--latency` inside a
-  machine and `--latency` + `--hop` between machines. It also has 8 more launches than local batch norm.
-- The gradients are averaged in a ring: every GPU sends 2 (n - 1) / n of their bytes to its neighbor, and every machine
-  does so between machines. Two thirds of the device time, the backward pass, hide this transfer.
+- Synchronized batch norm has two collectives per layer. Each takes `--latency` inside a machine, and `--latency` +
+  `--hop` between machines. A layer also has 8 more launches than local batch norm.
+- The gradients are averaged with ring all-reduce: in a ring of n members, each member sends 2 (n - 1) / n times the
+  bytes of the gradients. The times in a machine and between machines are added. The transfer overlaps with the backward
+  pass, estimated as 2/3 of the device time; "gradients" is the rest.
 
 The defaults are for H100 GPUs in machines of eight: half the peak rate of bfloat16 products and 85 % of the memory and
-NVLink bandwidths in NVIDIA's data sheet. Latencies and launch times are assumptions; `benchmarks/gpu.py` measures them.
+NVLink bandwidths in NVIDIA's data sheet. Latencies and launch times are assumptions; they were not measured.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
-from common import parser_of, table
+from common import table
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -126,7 +130,7 @@ def predict(counts: Counts, gpus: int, network: float, args) -> dict[str, float]
 
 
 def main() -> None:
-    parser = parser_of(__doc__, threads=None, device=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", nargs=2, metavar=("ENCODER", "DECODER"), help="default: four networks")
     parser.add_argument("--images", type=int, default=2, help="images per GPU (default: %(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=(448, 600), metavar=("HEIGHT", "WIDTH"))

@@ -17,7 +17,7 @@ pytest_plugins = ["server"]
 
 
 def pytest_configure(config):
-    """Hide GPUs unless the tests marked `gpu` are selected, so that the other tests run on the CPU everywhere."""
+    """Hide GPUs unless pytest runs with `-m gpu`, so that all other tests run on the CPU on every machine."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported

@@ -1,7 +1,7 @@
-"""Training steps and evaluation never wait for the device.
+"""Training steps and evaluation do not synchronize with the device.
 
-Without a GPU, the meta device stands for it: reading a value of a meta tensor is an error, and a dispatch mode finds
-copies that would block. With a GPU, PyTorch itself raises an error at every synchronization.
+These tests need no GPU. They run on the CPU or on the meta device, and a dispatch mode records operators that would
+synchronize on a GPU. Reading a value of a meta tensor is an error. test_gpu.py uses `torch.cuda.set_sync_debug_mode`.
 """
 
 import pytest
@@ -22,8 +22,8 @@ META = torch.device("meta")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero", "bincount"}
 
 
-class Waits(TorchDispatchMode):
-    """Records the operators that would wait for a GPU."""
+class SyncRecorder(TorchDispatchMode):
+    """Records the operators that would synchronize with a GPU."""
 
     def __init__(self):
         super().__init__()
@@ -60,9 +60,9 @@ def test_training_step_reads_no_values(batch, tmp_path, loss, amp):
     micro_batches = [[batch], [batch]]
     weights = LossWeights(micro_batches, module.crit, trainer.world, False)
     for _ in range(2):
-        with Waits() as waits:
+        with SyncRecorder() as recorder:
             trainer.train_step([trainer.to_devices(batches) for batches in micro_batches], weights)
-        assert not waits.found
+        assert not recorder.found
     assert trainer.metrics.read()[2] == 2
 
 
@@ -75,13 +75,13 @@ def test_network_copies_nothing_to_the_device(batch, tmp_path, encoder, decoder)
     dec = ModelBuilder.build_decoder(decoder, num_class=3, in_channels=enc.out_channels)
     module = SegmentationModule(enc, dec, build_loss(), 0.4).to(META)
     trainer = make_trainer(tmp_path, module=module, world=World(devices=[META]), channels_last=True)
-    with Waits() as waits:
+    with SyncRecorder() as recorder:
         (moved,) = trainer.to_devices([batch])
         loss, accuracy = module(moved)
         loss.backward()
         trainer.metrics.add(1, loss.detach().reshape(1), torch.stack([loss.detach(), accuracy]).double())
-    assert not waits.found
-    assert waits.copies == 2  # images and labels
+    assert not recorder.found
+    assert recorder.copies == 2  # images and labels
 
 
 @pytest.mark.parametrize("opts", [{}, {"flip": True}, {"window_size": (32, 40)}])
@@ -89,11 +89,11 @@ def test_evaluation_reads_and_copies_nothing(opts):
     predictor = Predictor(tiny_module().to(META), META, InferenceOptions(**opts))
     scales = [torch.empty(1, 3, *size, device=META) for size in ((48, 64), (72, 96))]
     item = {"img_ori": torch.empty(61, 83, 3).numpy(), "img_data": scales}
-    with Waits() as waits:
+    with SyncRecorder() as recorder:
         (label_map,) = predictor.label_maps([item])
         counts = confusion_counts(label_map, torch.empty(61, 83, dtype=torch.int64, device=META), 3)
     assert label_map.dtype == torch.uint8
     assert label_map.shape == (61, 83)
     assert counts.shape == (4, 4)
-    assert not waits.found
-    assert not waits.copies
+    assert not recorder.found
+    assert not recorder.copies

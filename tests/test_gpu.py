@@ -1,7 +1,9 @@
-"""Numbers, training, inference and scripts on a GPU, compared with float64 on the CPU.
+"""Tests of numerical accuracy, training, inference and scripts on a GPU.
 
-pytest -m gpu                    # needs an NVIDIA GPU
-TEST_DEVICE=cpu pytest -m gpu    # runs most of these tests on the CPU, to test the tests
+    pytest -m gpu                    # needs an NVIDIA GPU
+    TEST_DEVICE=cpu pytest -m gpu    # runs most of these tests on the CPU, to check the test code
+
+Without a GPU, they are skipped.
 """
 
 import copy

@@ -107,7 +107,7 @@ def test_overlapping_windows_are_averaged():
 @pytest.mark.parametrize(("elements", "windows"), [(1, 1), (2000, 2), (2**21, 8)])
 def test_scales_and_flip_with_a_sliding_window(elements, windows, monkeypatch):
     """Probabilities of all scales are resized and averaged, for different numbers of rows and of windows per batch."""
-    monkeypatch.setattr(label_map, "CPU_STRIP", elements)
+    monkeypatch.setattr(label_map, "CPU_STRIP_ELEMENTS", elements)
     monkeypatch.setitem(sliding_window.MAX_WINDOWS, "cpu", windows)
     model, size = LocalNetwork(reach=1), (37, 53)
     scales = [image(*s) for s in ((24, 40), (37, 53), (80, 112))]
@@ -158,7 +158,7 @@ def test_window_size_limits_the_input_of_the_network():
 @pytest.mark.parametrize("elements", [1, 2**24])
 @pytest.mark.parametrize("decoder", ["c1", "psp"])
 def test_windows_of_logits_are_resized_as_by_the_decoder(decoder, elements, monkeypatch):
-    monkeypatch.setattr(label_map, "CPU_STRIP", elements)
+    monkeypatch.setattr(label_map, "CPU_STRIP_ELEMENTS", elements)
     torch.manual_seed(0)
     encoder = ModelBuilder.build_encoder("resnet18dilated", pretrained=False)
     dec = ModelBuilder.build_decoder(decoder, num_class=4, in_channels=encoder.out_channels)

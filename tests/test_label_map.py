@@ -66,7 +66,7 @@ def test_label_map_for_any_size(classes, source, size, align_corners, double):
 def test_strip_size_does_not_change_the_probabilities(elements, monkeypatch):
     logits = [logits_of("trained", 7, 9, 12, seed=i) for i in range(2)]
     whole = torch.cat(list(probability_strips(logits, (40, 50))), 1)
-    monkeypatch.setattr("mit_semseg.evaluation.label_map.CPU_STRIP", elements)
+    monkeypatch.setattr("mit_semseg.evaluation.label_map.CPU_STRIP_ELEMENTS", elements)
     torch.testing.assert_close(torch.cat(list(probability_strips(logits, (40, 50))), 1), whole)
 
 

@@ -164,8 +164,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.compile": Option(
         False,
-        "Compile the blocks of the encoder, once for all image sizes. Needs channels_last. Not for several devices in "
-        "one process, nor with activation_checkpointing.",
+        "Compile the blocks of the encoder with torch.compile. A new image size needs no recompilation. Needs "
+        "channels_last. Not for several devices in one process, nor with activation_checkpointing.",
     ),
     "TRAIN.eval_epoch": Option(0, "Epochs between validations. 0 does not validate.", low=0),
     "TRAIN.visualize": Option(False, "Write panels of every validation to DIR/vis."),
@@ -180,7 +180,8 @@ OPTIONS: dict[str, Option] = {
     "RUNTIME.timeout": Option(1800.0, "Timeout in seconds for ranks, replicas and data loading.", low=0.1, high=1e6),
     "VAL.batch_size": Option(
         1,
-        "Images loaded together. On a GPU, images of the same size form a batch, which changes the rounding.",
+        "Images per DataLoader batch. On a GPU, consecutive images of equal size are processed in one batch, which can "
+        "change results by rounding errors.",
         low=1,
     ),
     "VAL.num_val": Option(0, "Validation images during training, from the start of the list. 0 is all.", low=0),
@@ -200,10 +201,10 @@ OPTIONS: dict[str, Option] = {
         choices=("auto", "fp32", "bf16", "fp16"),
     ),
     "INFERENCE.compile": Option(
-        False, "Compile the blocks of the encoder with torch.compile, once for all image sizes."
+        False, "Compile the blocks of the encoder with torch.compile. A new image size needs no recompilation."
     ),
     "TEST.batch_size": Option(
-        1, "Images loaded together. On a GPU, images of the same size go through the network together.", low=1
+        1, "Images per DataLoader batch. On a GPU, consecutive images of equal size are processed in one batch.", low=1
     ),
     "TEST.checkpoint": Option("epoch_20.pth", "Checkpoint in DIR for inference.", path=True),
     "TEST.result": Option("./", "Folder for the results.", path=True),

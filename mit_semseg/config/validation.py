@@ -130,7 +130,7 @@ def _check_model_and_run(v: Mapping[str, object]) -> Iterator[str]:
     if inplace and v["TRAIN.amp"] != "off":
         yield f"MODEL.norm inplace does not support TRAIN.amp {v['TRAIN.amp']}; set TRAIN.amp off or MODEL.norm sync"
     if v["TRAIN.compile"] and not v["TRAIN.channels_last"]:
-        yield "TRAIN.compile needs TRAIN.channels_last True; otherwise, every image size would be compiled again"
+        yield "TRAIN.compile needs TRAIN.channels_last True; otherwise, every image size would cause a recompilation"
     if v["TRAIN.activation_checkpointing"]:
         if inplace or encoder.startswith("vgg"):
             yield "TRAIN.activation_checkpointing does not support MODEL.norm inplace or VGG encoders; set it to False"

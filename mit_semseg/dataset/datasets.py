@@ -185,12 +185,12 @@ class TrainDataset(LabelledDataset):
         self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
 
     @property
-    def has_fixed_size(self) -> bool:
-        """Whether all images have the same size, because they are crops."""
+    def has_fixed_shape(self) -> bool:
+        """Whether all batches have the same shape, because images are cropped and padded to `crop_size`."""
         return self.augmentation.crop is not None
 
     def _is_upright(self, record: dict) -> bool:
-        if self.has_fixed_size:  # a batch can mix orientations
+        if self.has_fixed_shape:  # a batch can mix orientations
             return False
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]

@@ -179,7 +179,7 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 @contextmanager
 def cudnn_benchmark(enabled: bool) -> Iterator[None]:
-    """Context in which cuDNN measures its algorithms for every new input size, if enabled."""
+    """Context that sets `torch.backends.cudnn.benchmark` to True if `enabled`."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = enabled or before
     try:

@@ -128,7 +128,7 @@ class Trainer:
         self.start(resume)
         self.report_skipped(getattr(dataset, "skipped", ()))
         loader = iterate(self.make_loader(dataset))
-        benchmark = getattr(dataset, "has_fixed_size", False) and not options.deterministic
+        benchmark = getattr(dataset, "has_fixed_shape", False) and not options.deterministic
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
             if self.resumed_in_place and self.step % options.epoch_iters == 0:
                 self.end_epoch()  # the run may have been stopped before the epoch was saved and validated
@@ -198,12 +198,12 @@ class Trainer:
         if not (before and self._undo_overflow(*before)):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
 
-    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, first: bool) -> bool:
+    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, state_was_empty: bool) -> bool:
         """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
 
         Args:
             scale, buffers: loss scale and buffers before the step.
-            first: whether the optimizer had no state before the step.
+            state_was_empty: whether the optimizer had no state before the step.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
@@ -212,7 +212,7 @@ class Trainer:
             self.overflows_in_a_row = 0
             return False
         buffers.restore()
-        if first:  # fused SGD leaves uninitialized momentum if its first update is skipped
+        if state_was_empty:  # fused SGD leaves uninitialized momentum if its first update is skipped
             self.optimizer.state.clear()
         self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1
         if self.overflows_in_a_row >= MAX_OVERFLOWS:

@@ -26,8 +26,8 @@ class LoadOptions:
     """Options for loading images.
 
     Attributes:
-        batch_size: number of images that a worker loads together. On a GPU, consecutive images of equal size among them
-            form a batch for the network, so rounding may differ from batch size 1.
+        batch_size: number of images per DataLoader batch. On a GPU, consecutive images of equal size are processed in
+            one batch, except with sliding windows; results can differ from batch size 1 by rounding errors.
         workers: maximum number of worker processes, also limited by the number of cores; 0 loads in this process.
         timeout: seconds to wait for a worker, 0 for no limit.
         local_size: number of ranks or processes that share the cores of this machine.
@@ -183,22 +183,22 @@ def read_items(dataset, device: torch.device | str, loading: LoadOptions | None 
 
 
 def predict_items(
-    predictor: Predictor, items: Iterator[dict], batch_size: int, outputs: Callable[[dict, Tensor], object]
+    predictor: Predictor, items: Iterator[dict], batch_size: int, compute_outputs: Callable[[dict, Tensor], object]
 ) -> Iterator[tuple[dict, object]]:
-    """Yield every item, and its outputs on the CPU, or None if the item has an error.
+    """Yield pairs (item, outputs). The outputs are on the CPU; they are None if the item has an error.
 
-    On a GPU, the network processes the next image while the outputs of an image are copied.
+    The outputs of an item are read after the next item is queued, so that a GPU does not wait for the host.
 
     Args:
         items: elements of a `ValDataset` or `TestDataset`, see `read_items`.
         batch_size: maximum number of images in a batch, see `LoadOptions`.
-        outputs: function that returns tensors, in nested tuples, for an item and its label map on the device.
+        compute_outputs: function of an item and its label map on the device; returns tensors in nested tuples.
     """
     previous = None
     while batch := list(islice(items, batch_size)):
         label_maps = predictor.label_maps([item for item in batch if "error" not in item])
         for item in batch:
-            copy = HostCopy(None if "error" in item else outputs(item, next(label_maps)))
+            copy = HostCopy(None if "error" in item else compute_outputs(item, next(label_maps)))
             if previous:
                 yield previous[0], previous[1].wait()
             previous = item, copy

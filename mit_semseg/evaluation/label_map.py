@@ -26,7 +26,7 @@ _opencv_lock = threading.Lock()
 
 # Maximum number of probabilities per strip, see `probability_strips`. Small strips stay in the caches of a CPU; large
 # strips need few kernel launches on other devices (256 MiB in float32).
-CPU_STRIP, DEVICE_STRIP = 2**21, 2**26
+CPU_STRIP_ELEMENTS, DEVICE_STRIP_ELEMENTS = 2**21, 2**26
 SAFE_RANGE = 100.0  # maximum difference of logits for which softmax cannot divide by zero, see `_ResizedLogits`
 
 
@@ -191,7 +191,7 @@ def probability_strips(
 
 def rows_per_strip(logits: Tensor, width: int) -> int:
     """Return the number of rows in a strip (C, rows, width) of probabilities; `logits`: (C, h, w) on the device."""
-    elements = CPU_STRIP if logits.device.type == "cpu" else DEVICE_STRIP
+    elements = CPU_STRIP_ELEMENTS if logits.device.type == "cpu" else DEVICE_STRIP_ELEMENTS
     return max(1, elements // (len(logits) * width))
 
 

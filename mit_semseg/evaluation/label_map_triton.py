@@ -1,8 +1,10 @@
 """Compute a label map in one Triton kernel: resize logits, apply softmax, average over views, take the argmax.
 
 A view is one scale, flipped or not. Every Triton program computes `PIXELS` pixels of a row in a loop over blocks of
-classes. With several views, an additional first loop computes the softmax denominators. The logits of a position are
-stored together, padded to `STRIDE` classes, a multiple of 8, so that a thread loads 16 bytes at once.
+classes. With several views, an additional first loop computes the softmax denominators.
+
+The logits are stored as a table (positions, STRIDE), in which STRIDE is the number of classes rounded up to a multiple
+of 8. The rows of the table are therefore aligned, and a thread can load 16 bytes at once.
 """
 
 from collections.abc import Sequence
@@ -97,10 +99,11 @@ def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], align_corn
     table = logits[0].new_empty(sum(h * w for h, w in shapes), triton.cdiv(classes, 8) * 8)
     for part, x in zip(table.split([h * w for h, w in shapes]), logits, strict=True):
         part[:, :classes] = x.flatten(1).T
+    table[:, classes:] = 0
     labels = torch.empty(size, dtype=label_dtype(classes), device=device)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _kernel[(height, triton.cdiv(width, PIXELS))](  # rows are first, because the second dimension is at most 65,535
-            table, *_positions(shapes, size, align_corners, device), labels, height, width, C=classes,
+            table, *_source_offsets(shapes, size, align_corners, device), labels, height, width, C=classes,
             STRIDE=table.size(1), VIEWS=len(logits), SLOTS=triton.next_power_of_2(len(logits)), CLASSES=CLASSES,
             PIXELS=PIXELS,
         )  # fmt: skip
@@ -108,13 +111,13 @@ def label_map_triton(logits: Sequence[Tensor], size: tuple[int, int], align_corn
 
 
 @cache_tensors
-def _positions(
+def _source_offsets(
     shapes: Sequence[tuple[int, int]], size: tuple[int, int], align_corners: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return source rows, their weights, source columns and their weights of every view, see `bilinear_neighbors`.
+    """Return row offsets, row weights, columns and column weights of V views, see `bilinear_neighbors`.
 
-    Rows (V, 2, H) and columns (V, 2, W) are int64; their weights are (V, H) and (V, W). The sum of row and column is a
-    position in the table of logits: rows are multiplied by the width of the view, and start after the earlier views.
+    Row offsets (V, 2, H) and columns (V, 2, W) are int64; weights are (V, H) and (V, W). Row offset = position of the
+    first logits of the view + source row * width of the view. Row offset + column is a position in the table of logits.
     """
     rows, row_weights, columns, column_weights, first = [], [], [], [], 0
     for height, width in shapes:

@@ -71,9 +71,10 @@ def _window_strips(
     open_windows: list[Window] = []
     for top, finished in zip(tops, [*tops[1:], x.size(-2)], strict=True):
         for i in range(0, len(lefts), batch):
-            own = lefts[i : i + batch]
-            for logits in logits_of(torch.cat([x[..., top : top + height, left : left + width] for left in own])):
-                open_windows += [Window(*pair, top, height, width) for pair in zip(logits, own, strict=True)]
+            batch_lefts = lefts[i : i + batch]
+            regions = torch.cat([x[..., top : top + height, left : left + width] for left in batch_lefts])
+            for logits in logits_of(regions):
+                open_windows += [Window(*pair, top, height, width) for pair in zip(logits, batch_lefts, strict=True)]
         rows = rows_per_strip(open_windows[0].logits, x.size(-1))
         for start in range(top, finished, rows):
             yield _mean_rows(open_windows, start, min(start + rows, finished), x.size(-1), align_corners)
@@ -118,7 +119,7 @@ class _ResizedStrips:
     def rows(self, top: int, bottom: int) -> Tensor:
         """Return resized rows `top` to `bottom` - 1, (C, bottom - top, width). Call this from top to bottom."""
         arguments = self._source[0], self._target[0], False, self.buffer.dtype
-        low, high, _ = bilinear_neighbors(*arguments, torch.device("cpu"))  # reading from a GPU would wait for it
+        low, high, _ = bilinear_neighbors(*arguments, torch.device("cpu"))  # reading from a GPU would synchronize
         self._fill(int(low[top]), int(high[bottom - 1]))
         low, high, weight = (values[top:bottom] for values in bilinear_neighbors(*arguments, self.buffer.device))
         low, high = (self.buffer[:, rows - self._first] for rows in (low, high))

@@ -5,21 +5,23 @@ from inspect import signature
 import torch
 from torch import nn
 
-# The default limit is 8 kinds of blocks, but MobileNetV2 has more. Before PyTorch 2.14, the others are not compiled.
-LIMIT = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
+# By default, torch.compile compiles a function at most 8 times, but MobileNetV2 has more than 8 different blocks.
+# PyTorch before 2.14 has no argument for this limit, so the remaining blocks are not compiled.
+RECOMPILE_LIMIT = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}
 # Without this option, the backward pass of a convolution would be compiled for every image size.
-LAYOUT = {"force_layout_optimization": True}
+INDUCTOR_OPTIONS = {"force_layout_optimization": True}
 
 
 def compile_blocks(module: nn.Module) -> int:
     """Compile the innermost blocks whose class sets `is_block = True`; a module without blocks is compiled as a whole.
 
-    Batch size, height and width are dynamic: inputs of another size need no compilation if they have channels last
-    memory. Return the number of compiled modules.
+    Batch size, height and width are dynamic, but batch size 1 is compiled separately. Inputs must have the
+    channels_last memory format; otherwise, each input size can cause a recompilation. Return the number of compiled
+    modules.
     """
     blocks = [part for part in module.modules() if is_block(part) and not any(map(is_block, list(part.modules())[1:]))]
     for part in blocks or [module]:
-        part.compile(dynamic=True, options=LAYOUT, **LIMIT)
+        part.compile(dynamic=True, options=INDUCTOR_OPTIONS, **RECOMPILE_LIMIT)
     return max(1, len(blocks))
 
 

@@ -32,12 +32,12 @@ def _list_tensors(obj) -> list[Tensor]:
 
 
 def async_copy_to(obj, device, main_stream=None):
-    """Copy all tensors in nested dicts, lists and tuples to a device; copies to a GPU are asynchronous.
+    """Copy all tensors in nested dicts, lists and tuples to a device; copies to a CUDA GPU are asynchronous.
 
     `main_stream`: CUDA stream that uses the copies; memory of a copy is not reused before this stream has finished.
     """
     device = as_device(device)
-    asynchronous = device.type not in ("cpu", "mps")  # an asynchronous copy could be read before it is complete
+    asynchronous = device.type not in ("cpu", "mps")  # there, an asynchronous copy could be read before it is complete
 
     def copy(tensor: Tensor) -> Tensor:
         result = tensor.to(device, non_blocking=asynchronous)

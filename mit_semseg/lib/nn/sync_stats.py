@@ -69,9 +69,16 @@ class SyncStatistics:
         self._merge_rows(x, *rows.split([channels, channels, 1], dim=1), running)
 
     def sum(self, terms: Sequence[Sequence[Tensor]]) -> Tensor:
-        """Return the sums over all replicas and ranks, (T, C) for T terms (C,) per replica, on the first device."""
+        """Sum terms over all replicas and ranks.
+
+        Args:
+            terms: T tensors (C,) per replica.
+
+        Returns:
+            (T, C) on the device of the first replica.
+        """
         device = terms[0][0].device
-        total = torch.stack([term.to(device) for own in terms for term in own])
+        total = torch.stack([term.to(device) for replica in terms for term in replica])
         if len(terms) > 1:
             total = total.view(len(terms), len(terms[0]), -1).sum(0)
         if self.world_size > 1:

@@ -143,11 +143,11 @@ def map_tensors(function: Callable, obj):
 
 
 def cache_tensors(build: Callable) -> Callable:
-    """Decorate a function that builds small constant tensors: cache its results for 1,024 combinations of arguments.
+    """Decorate a function that builds small constant tensors: cache up to 1,024 results.
 
-    Arguments must be hashable, and the last one is the device. Tensors are built on this device, because a copy from
-    the CPU would wait for it. For MPS, which does not support float64, they are built on the CPU. Do not modify the
-    results. They can be used in training even if they were built in inference mode.
+    Arguments must be hashable, and the last one is the device. Tensors are created on this device, because a copy from
+    CPU memory synchronizes. For MPS, which does not support float64, they are created on the CPU. Do not modify the
+    results. They can be used in training even if they were created in inference mode.
     """
 
     def build_on_device(*args):
@@ -160,8 +160,9 @@ def cache_tensors(build: Callable) -> Callable:
 
     @wraps(build)
     def cached(*args):
-        has_values = type(torch.empty(0, device="cpu")) is torch.Tensor  # not during `torch.export`
-        return (stored if has_values else build_on_device)(*args)
+        # `torch.export` creates fake tensors without data, which must not be cached.
+        is_real = type(torch.empty(0, device="cpu")) is torch.Tensor
+        return (stored if is_real else build_on_device)(*args)
 
     return cached
 
