@@ -17,7 +17,8 @@ With several GPUs, there are two further times:
   `--hop` between machines. A layer also has 8 more launches than local batch norm.
 - The gradients are averaged with ring all-reduce: in a ring of n members, each member sends 2 (n - 1) / n times the
   bytes of the gradients. The times in a machine and between machines are added. The transfer overlaps with the backward
-  pass, estimated as 2/3 of the device time; "gradients" is the rest.
+  pass, estimated as 2/3 of the device time; "gradients" is the rest. Collectives of batch norm that wait for a transfer
+  of gradients are not included.
 
 The defaults are for H100 GPUs in machines of eight: half the peak rate of bfloat16 products and 85 % of the memory and
 NVLink bandwidths in NVIDIA's data sheet. Latencies and launch times are assumptions; they were not measured.

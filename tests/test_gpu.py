@@ -44,6 +44,7 @@ from mit_semseg.lib.nn.scatter import HostCopy, _copy_streams, copy_to_device
 from mit_semseg.models import ModelBuilder, SegmentationModule
 from mit_semseg.models.layers import at_least_float32
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # older PyTorch reads this before the first matrix product
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
 CUDA = DEVICE.type == "cuda"
 GPU = "0" if CUDA else "cpu"  # value of --gpu
@@ -459,8 +460,8 @@ def test_scripts(root, tmp_path):
         scores.append(json.loads((tmp_path / "result" / "results.json").read_text())["mean_iou"])
     assert scores[0] == scores[1]
     assert scores[2] == pytest.approx(scores[0], abs=0.02)
-    for more in ({}, {"TEST.batch_size": 3}, {"INFERENCE.window_size": 40}):
-        out = tmp_path / f"out{len(more)}"
+    for number, more in enumerate(({}, {"TEST.batch_size": 3}, {"INFERENCE.window_size": 40})):
+        out = tmp_path / f"out{number}"
         here("test.py", "--imgs", root / "val" / "images", arguments, {"TEST.result": out}, more)
         assert len(list(out.glob("*.png"))) == 3
 

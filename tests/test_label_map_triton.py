@@ -33,6 +33,17 @@ def test_label_map_for_sizes_and_classes_around_the_block_size(size, classes):
     assert_best(triton_labels(logits, size), reference_scores(logits, size))
 
 
+def test_probabilities_of_large_logits_are_accurate():
+    """Two views prefer different classes by nearly the same probability; the logits of the first view are large."""
+    difference = torch.rand(1, PIXELS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.stack([difference, 0 * difference]) + torch.arange(600, 600 + PIXELS)
+    first = first.float()
+    second = (first - first[1]).flip(0) * (1 + 2e-5)
+    scores = reference_scores([first.double(), second.double()], (1, PIXELS))
+    labels = triton_labels([first, second], (1, PIXELS)).long()
+    assert (scores.amax(0) - scores.gather(0, labels[None])[0]).max() < 5e-7
+
+
 def test_first_of_equal_classes_wins():
     logits = torch.zeros(2 * CLASSES, 2, 3)
     logits[[3, CLASSES + 3]] = 1

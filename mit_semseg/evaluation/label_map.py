@@ -202,7 +202,12 @@ def resize_rows(x: Tensor, size: tuple[int, int], top: int, bottom: int, align_c
     rows = torch.lerp(x[:, low], x[:, high], weight.view(-1, 1))
     if rows.size(-1) == size[1]:
         return rows
-    return F.interpolate(rows, size[1], mode="linear", align_corners=align_corners)
+    return resize_columns(rows, size[1], align_corners)
+
+
+def resize_columns(rows: Tensor, width: int, align_corners: bool) -> Tensor:
+    """Resize (C, n, w) to (C, n, width). On GPUs, bilinear resizing is much faster here than mode "linear"."""
+    return F.interpolate(rows[None], (rows.size(1), width), mode="bilinear", align_corners=align_corners)[0]
 
 
 @cache_tensors

@@ -46,7 +46,10 @@ def _kernel(
     y = tl.program_id(0)
     xs = tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     slots = tl.arange(0, SLOTS)[:, None]
-    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)  # logarithm of softmax denominators, one row per view
+    # Largest logit and softmax denominator of each view. The sum of the largest logit and the logarithm of the
+    # denominator would lose digits of the latter.
+    maxima = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)
+    divisors = tl.zeros((SLOTS, PIXELS), dtype=tl.float32)
     if VIEWS > 1:
         for view in range(VIEWS):
             largest = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
@@ -59,7 +62,8 @@ def _kernel(
                 new = tl.maximum(largest, tl.max(x, axis=0))
                 total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[None, :]), axis=0)
                 largest = new
-            divisors = tl.where(slots == view, (largest + tl.log(total))[None, :], divisors)
+            maxima = tl.where(slots == view, largest[None, :], maxima)
+            divisors = tl.where(slots == view, total[None, :], divisors)
     best = tl.full((PIXELS,), -float("inf"), dtype=tl.float32)
     label = tl.zeros((PIXELS,), dtype=tl.int32)
     for first in range(0, C, CLASSES):
@@ -70,8 +74,9 @@ def _kernel(
                 logits, rows, row_weights, columns, column_weights, view, y, xs, classes, C, STRIDE, H, W
             )  # fmt: skip
             if VIEWS > 1:
+                largest = tl.sum(tl.where(slots == view, maxima, 0.0), axis=0)
                 divisor = tl.sum(tl.where(slots == view, divisors, 0.0), axis=0)
-                x = tl.exp(x - divisor[None, :])
+                x = tl.exp(x - largest[None, :]) / divisor[None, :]
             score += x
         score = tl.where((classes < C)[:, None], score, -float("inf"))
         largest = tl.max(score, axis=0)

@@ -4,10 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .label_map import bilinear_neighbors, resize_rows, rows_per_strip
+from .label_map import bilinear_neighbors, resize_columns, resize_rows, rows_per_strip
 
 MAX_WINDOWS = {"cuda": 8}  # maximum number of windows per batch; 1 on other devices, where batches are not faster
 
@@ -126,7 +125,7 @@ class _ResizedStrips:
         rows = torch.lerp(low, high, weight.view(-1, 1))
         if self._source[1] == self._target[1]:
             return rows
-        return F.interpolate(rows, self._target[1], mode="linear", align_corners=False)
+        return resize_columns(rows, self._target[1], align_corners=False)
 
     def _fill(self, first: int, last: int) -> None:
         """Read strips until row `last` is available; drop the rows before row `first`."""
