@@ -128,10 +128,8 @@ def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
 def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:
     """Return the training set and the validation set, which is None if TRAIN.eval_epoch is 0."""
     train, data = cfg.TRAIN, cfg.DATASET
-    dataset = TrainDataset(
-        data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed
-    ).as_uint8()
-    return dataset, build_val_dataset(cfg, cfg.VAL.num_val) if train.eval_epoch else None
+    dataset = TrainDataset(data.root_dataset, data.list_train, data, train.batch_size_per_gpu, seed=train.seed)
+    return dataset.as_uint8(), build_val_dataset(cfg, cfg.VAL.num_val) if train.eval_epoch else None
 
 
 def build_training(
