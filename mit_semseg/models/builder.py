@@ -9,16 +9,19 @@ from ..lib.utils import UserError, closest
 from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet, UPerNetLite
 from .decoders.base import NORM_BIAS
 from .encoders.hrnet import HRNetV2
-from .encoders.mobilenet import MobileNetV2
+from .encoders.mobilenet import EfficientNetLite0, MobileNetV2
 from .encoders.resnet import resnet18, resnet34, resnet50, resnet101, resnext101
 from .encoders.vgg import vgg16, vgg19
 from .layers import init_layer
 from .pretrained import load_imagenet_weights
 from .weight_files import read_state_dict
+from .weight_names import convert_names
 from .weights import is_version_1, load_weights
 
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2dilated": partial(MobileNetV2, output_stride=8),
+    "efficientnet_lite0": EfficientNetLite0,
+    "efficientnet_lite0dilated": partial(EfficientNetLite0, output_stride=8),
     "resnet18": resnet18,
     "resnet18dilated": partial(resnet18, output_stride=8),
     "resnet34": resnet34,
@@ -90,7 +93,8 @@ class ModelBuilder:
             arch: name in `ENCODERS`; case is ignored. With `weights` of version 1.0, `resnet34` and `resnet50` mean
                 `resnet34_v1` and `resnet50_v1`.
             fc_dim: ignored; accepted for compatibility with version 2.
-            weights: file with a state dict of the encoder; '' loads ImageNet weights and downloads them if needed.
+            weights: file with a state dict of the encoder, also of torchvision or timm for the same network; '' loads
+                ImageNet weights and downloads them if needed.
             pretrained: if False and `weights` is '', start from random weights.
             kwargs: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default.
 
@@ -103,6 +107,7 @@ class ModelBuilder:
         options = {key: value for key, value in kwargs.items() if value is not None}
         encoder = lookup(ENCODERS, arch, "encoder")(**options)
         if weights:
+            state = convert_names(state, encoder)
             load_weights(encoder, weights, state=state, name=f"encoder {arch}", part="encoder")
         elif pretrained:
             load_imagenet_weights(encoder, arch)

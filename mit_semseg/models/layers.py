@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
-from ..lib.utils import cache_tensors
+from ..lib.utils import IMAGENET_MEAN, IMAGENET_STD, cache_tensors
 
 NormLayer = Callable[[int], nn.Module]  # function from number of channels to normalization layer
 # With clamp_variance=False, norms always divide by sqrt(var + eps), also in synchronized training.
@@ -23,10 +23,31 @@ ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": partial(nn.Leak
 POOL_SCALES = (1, 2, 3, 6)  # bins per side in pyramid pooling (Zhao et al., "Pyramid Scene Parsing Network", 2017)
 
 
+class SameConv2d(nn.Conv2d):
+    """Convolution with stride 2 that is padded as by TensorFlow's padding "SAME": even sides get less at the start."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        (height, width), side = x.shape[-2:], self.kernel_size[0] // 2
+        return super().forward(F.pad(x, (side - 1 + width % 2, side, side - 1 + height % 2, side)))
+
+
 def conv2d(
-    in_channels: int, out_channels: int, kernel_size: int, *, stride=1, dilation=1, groups=1, bias=False
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride=1,
+    dilation=1,
+    groups=1,
+    bias=False,
+    same_padding=False,
 ) -> nn.Conv2d:
-    """Return a convolution, by default without bias; with stride 1 and odd `kernel_size`, it keeps height and width."""
+    """Return a convolution, by default without bias; with stride 1 and odd `kernel_size`, it keeps height and width.
+
+    With `same_padding`, convolutions with stride 2 are `SameConv2d`.
+    """
+    if same_padding and stride == 2:
+        return SameConv2d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias)
     padding = dilation * (kernel_size // 2)
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
@@ -118,6 +139,26 @@ _cached_pooling_matrix = cache_tensors(_pooling_matrix)
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert float16 or bfloat16 logits to float32, so that resizing, softmax and sums are accurate."""
     return x.float() if x.dtype.itemsize < 4 else x
+
+
+def renormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Convert images (N, 3, H, W) with ImageNet normalization to (value - mean) / std, for values in 0..1."""
+    scale, offset = _renormalization(tuple(mean), tuple(std), x.dtype, x.device)
+    return torch.addcmul(offset, x, scale)
+
+
+@cache_tensors
+def _renormalization(
+    mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the factors and the terms (3, 1, 1) of `renormalize`."""
+    channels = list(zip(IMAGENET_MEAN, IMAGENET_STD, mean, std, strict=True))
+    scale = [torch.full((1, 1), std / new_std, dtype=dtype, device=device) for _, std, _, new_std in channels]
+    terms = [
+        torch.full((1, 1), (mean - new_mean) / new_std, dtype=dtype, device=device)
+        for mean, _, new_mean, new_std in channels
+    ]
+    return torch.stack(scale), torch.stack(terms)
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:

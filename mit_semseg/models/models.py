@@ -7,7 +7,7 @@ from torch import nn
 
 from . import decoders
 from .builder import ModelBuilder as ModelBuilder
-from .encoders.mobilenet import TAPS, MobileNetV2
+from .encoders.mobilenet import MobileNetV2
 from .encoders.resnet import ResNet
 from .layers import POOL_SCALES, check_output_stride, dilation_of_stage
 from .segmentation import SegmentationModule as SegmentationModule
@@ -51,7 +51,7 @@ class MobileNetV2Dilated(MobileNetV2):
     def __init__(self, orig_net: MobileNetV2, dilate_scale: int = 8):
         nn.Module.__init__(self)
         vars(self).update(vars(orig_net))
-        first, second = TAPS[-2:]
+        first, second = self.taps[-2:]
         _dilate(self, (self.features[first:second], self.features[second:]), dilate_scale)
 
 

