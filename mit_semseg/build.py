@@ -89,6 +89,7 @@ def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> Segme
             f"MODEL.fc_dim {model.fc_dim} does not match {model.arch_encoder}, which has {encoder.out_channels[-1]} "
             f"output channels; set MODEL.fc_dim {encoder.out_channels[-1]} or remove the option"
         )
+    _check_image_sizes(cfg, getattr(encoder, "size_divisor", 1))
     decoder = ModelBuilder.build_decoder(
         model.arch_decoder,
         num_class=cfg.DATASET.num_class,
@@ -106,6 +107,18 @@ def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> Segme
         ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # unit: label pixels
     )
     return SegmentationModule(encoder, decoder, loss, train.deep_sup_scale)
+
+
+def _check_image_sizes(cfg: Config, divisor: int) -> None:
+    """Raise a UserError if images could have sides that are not multiples of `divisor`."""
+    for key in ("DATASET.padding_constant", "DATASET.crop_size", "INFERENCE.window_size"):
+        sides = cfg.option(key)
+        if any(side % divisor for side in ([sides] if isinstance(sides, int) else sides)):
+            factor = math.lcm(divisor, cfg.DATASET.segm_downsampling_rate)
+            raise UserError(
+                f"{key} {sides}: {cfg.MODEL.arch_encoder} needs images whose height and width are multiples of "
+                f"{divisor}; set {key} to a multiple of {factor}"
+            )
 
 
 def inference_options(cfg: Config) -> InferenceOptions:
@@ -149,8 +162,10 @@ def build_training(
     if not train.lr_encoder:
         freeze_batch_norm(module.encoder)
         module.encoder.requires_grad_(False)
-    if train.activation_checkpointing:
-        enable_activation_checkpointing(module.encoder)
+    if train.activation_checkpointing and not enable_activation_checkpointing(module.encoder):
+        raise UserError(
+            f"TRAIN.activation_checkpointing: {cfg.MODEL.arch_encoder} has no list of blocks; set it to False"
+        )
     if train.compile:
         compile_blocks(module.encoder)
         module.encoder.compiled = True

@@ -64,6 +64,9 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
 }
 
 
+TIMM = "timm:"  # prefix of the names of timm's networks
+
+
 class UnknownNameError(UserError, ValueError):
     """The name of an encoder, decoder, loss or optimizer is unknown."""
 
@@ -90,8 +93,8 @@ class ModelBuilder:
         """Build an encoder.
 
         Args:
-            arch: name in `ENCODERS`; case is ignored. With `weights` of version 1.0, `resnet34` and `resnet50` mean
-                `resnet34_v1` and `resnet50_v1`.
+            arch: name in `ENCODERS`, or `timm:NAME` for a network of timm, see `TimmEncoder`; case is ignored. With
+                `weights` of version 1.0, `resnet34` and `resnet50` mean `resnet34_v1` and `resnet50_v1`.
             fc_dim: ignored; accepted for compatibility with version 2.
             weights: file with a state dict of the encoder, also of torchvision or timm for the same network; '' loads
                 ImageNet weights and downloads them if needed.
@@ -100,11 +103,12 @@ class ModelBuilder:
 
         Raises a ValueError for an invalid name or output stride, and a WeightsError if the weights cannot be loaded.
         """
-        arch = arch.lower()
+        arch, options = arch.lower(), {key: value for key, value in kwargs.items() if value is not None}
+        if arch.startswith(TIMM):
+            return _timm_encoder()(arch.removeprefix(TIMM), weights=weights, pretrained=pretrained, **options)
         state = read_state_dict(weights) if weights else None
         if state and f"{arch}_v1" in ENCODERS and is_version_1(state):
             arch = f"{arch}_v1"
-        options = {key: value for key, value in kwargs.items() if value is not None}
         encoder = lookup(ENCODERS, arch, "encoder")(**options)
         if weights:
             state = convert_names(state, encoder)
@@ -147,6 +151,14 @@ class ModelBuilder:
         if weights:
             load_weights(decoder, weights, name=f"decoder {arch}", part="decoder", reset_classifier=reset_classifier)
         return decoder
+
+
+def _timm_encoder() -> Callable[..., nn.Module]:
+    try:
+        from .encoders.timm_encoder import TimmEncoder
+    except ImportError as error:
+        raise UserError(f'encoders of timm need {error.name}; run pip install -e ".[timm]"') from None
+    return TimmEncoder
 
 
 def constructor(arch: str) -> Callable[..., nn.Module]:

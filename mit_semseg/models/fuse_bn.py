@@ -5,16 +5,21 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import fuse_conv_bn_eval
 
-from ..lib.nn import InPlaceABN
+from ..lib.nn import SynchronizedBatchNorm2d
+from .layers import SameConv2d
+
+# Subclasses are not fused, because they can do more, e.g. apply an activation or standardize the weights.
+CONVOLUTIONS = nn.Conv2d, SameConv2d
+NORMS = nn.BatchNorm2d, SynchronizedBatchNorm2d
 
 
 def fuse_batchnorm(module: nn.Module) -> nn.Module:
     """Return an inference copy of `module` in channels_last memory format, with batch norms fused into convolutions.
 
-    A batch norm is fused if it follows a convolution in an `nn.Sequential`, or if they are named `bnN` and `convN`.
+    A batch norm is fused if it follows a convolution in an `nn.Sequential`, or if they are named `bnN` and `convN` in a
+    class of this package.
     """
     fused = copy.deepcopy(module).eval().requires_grad_(False)
     for parent, conv, norm in list(_conv_norm_pairs(fused)):
@@ -27,12 +32,13 @@ def _conv_norm_pairs(module: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield (parent module, name of a convolution, name of the batch norm applied to its output)."""
     for parent in module.modules():
         children = dict(parent.named_children())
-        if isinstance(parent, nn.Sequential):
+        if type(parent) is nn.Sequential:
             pairs = list(zip(children, list(children)[1:], strict=False))
-        else:
+        elif type(parent).__module__.startswith(f"{__package__}."):
             pairs = [(name, f"bn{name.removeprefix('conv')}") for name in children if name.startswith("conv")]
+        else:
+            continue
         for conv, norm in pairs:
             layer = children.get(norm)
-            can_fuse = isinstance(layer, _BatchNorm) and not isinstance(layer, InPlaceABN) and layer.track_running_stats
-            if can_fuse and isinstance(children[conv], nn.Conv2d):
+            if type(children[conv]) in CONVOLUTIONS and type(layer) in NORMS and layer.track_running_stats:
                 yield parent, conv, norm

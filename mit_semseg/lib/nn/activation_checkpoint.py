@@ -12,14 +12,15 @@ from .compilation import is_block
 
 
 class _Checkpointed:
-    """Mixin for a block: in training, save only its input, and recompute the block in the backward pass."""
+    """Mixin for a block: in training, save only its inputs, and recompute the block in the backward pass."""
 
     activation_checkpointing = True
 
-    def forward(self, x):
+    def forward(self, *args, **kwargs):
         if not (self.training and torch.is_grad_enabled()):
-            return super().forward(x)
-        return checkpoint(super().forward, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputation()))
+            return super().forward(*args, **kwargs)
+        contexts = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), recomputation())}
+        return checkpoint(super().forward, *args, **contexts, **kwargs)
 
 
 @cache

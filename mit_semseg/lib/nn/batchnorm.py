@@ -68,7 +68,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def to_plain(self) -> None:
         """Convert this layer in place to `nn.BatchNorm*d` with the same parameters and buffers."""
-        self.__class__ = next(plain for plain, kind in _SYNCHRONIZED.items() if isinstance(self, kind))
+        self.__class__ = next(plain for plain, kind in reversed(SYNCHRONIZED.items()) if isinstance(self, kind))
         for name in ("clamp_variance", "synchronized", "layer_name", "replicas", "replica_index"):
             vars(self).pop(name, None)
 
@@ -134,7 +134,8 @@ class SynchronizedBatchNorm3d(SynchronizedBatchNorm, nn.BatchNorm3d):
     """Synchronized `nn.BatchNorm3d`; input (N, C, D, H, W)."""
 
 
-_SYNCHRONIZED = {
+# Classes of batch norms and the classes to which `convert_sync_batchnorm` converts them; a subclass follows its base class
+SYNCHRONIZED = {
     nn.BatchNorm1d: SynchronizedBatchNorm1d,
     nn.BatchNorm2d: SynchronizedBatchNorm2d,
     nn.BatchNorm3d: SynchronizedBatchNorm3d,
@@ -147,8 +148,8 @@ def convert_sync_batchnorm(module: nn.Module) -> nn.Module:
     Parameters, buffers and hooks are kept. The converted layers still divide by sqrt(var + eps).
     """
     for part in module.modules():
-        if type(part) in _SYNCHRONIZED:
-            part.__class__ = _SYNCHRONIZED[type(part)]
+        if type(part) in SYNCHRONIZED:
+            part.__class__ = SYNCHRONIZED[type(part)]
             part.clamp_variance = False
         elif isinstance(part, SynchronizedBatchNorm):
             part.synchronized = True
