@@ -12,7 +12,20 @@ from mit_semseg.models import SegmentationModule as _SegmentationModule
 from mit_semseg.models.pretrained import PUBLISHED as _PUBLISHED
 from mit_semseg.models.pretrained import download_published as _download_published
 
-dependencies = ["torch", "torchvision", "numpy", "scipy", "cv2", "yacs", "tqdm", "PIL", "yaml", "filelock", "pooch"]
+dependencies = [
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "cv2",
+    "yacs",
+    "tqdm",
+    "PIL",
+    "yaml",
+    "filelock",
+    "pooch",
+    "safetensors",
+]
 
 
 def _entry_point(name: str):

@@ -1,9 +1,10 @@
-"""Export a trained network to a file that can be used without this package.
+"""Export a trained network to one file with class names, colors and normalization.
 
     python -m mit_semseg.export --cfg config/NAME.yaml --format onnx [--out FILE] [KEY VALUE ...]
 
-The input is a batch of normalized images (N, 3, H, W) of at least 32x32 pixels. The output is logits (N, C, H, W) or,
-with `--output labels`, class indices (N, H, W). The file also contains the class names and the normalization.
+An ONNX or torch_export file can be used without this package. Its input is a batch of normalized images (N, 3, H, W) of
+at least 32x32 pixels. Its output is logits (N, C, H, W) or, with `--output labels`, class indices (N, H, W). A
+safetensors file contains the weights and options for `Segmenter.from_file`.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,14 +19,14 @@ from ..build import build_module, build_val_dataset, inference_options
 from ..config import Config, add_config_arguments, load_config
 from ..dataset import ValDataset
 from ..dataset.classes import class_table_from_options
-from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, atomic_write, expand_path
 from ..models.fuse_bn import fuse_batchnorm
+from ..predict.network_file import describe_network, write_network
 from .common import DEFAULT_CONFIG, add_verbosity
 from .logs import setup_logger
 from .quantize import OnnxNetwork, evaluate_files, quantize
 
-FORMATS = {"onnx": ".onnx", "torch_export": ".pt2"}
+FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 OUTPUTS = ("logits", "labels")
 OPSET = 18  # lowest ONNX opset version with antialiased resizing
 EXAMPLE_SHAPE = (2, 3, 72, 104)  # shape of the example input for tracing; N, H and W are dynamic
@@ -125,18 +125,8 @@ def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Cal
 
 def make_metadata(cfg: Config, output: str) -> dict[str, str]:
     """Return metadata for an exported file (input, normalization, output, classes), each as plain text or JSON."""
-    caffe, table = cfg.DATASET.normalization == "caffe", class_table_from_options(cfg.DATASET)
-    metadata = {
-        "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
-        "channels": "BGR" if caffe else "RGB",
-        "mean": CAFFE_MEAN if caffe else [255 * value for value in MEAN],
-        "std": [1, 1, 1] if caffe else [255 * value for value in STD],
-        "output": {"logits": "logits (N, C, H, W)", "labels": "class indices (N, H, W)"}[output],
-        "classes": list(table.names),
-        "colors": table.colors.tolist(),
-        "network": f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
-        "short_sides": np.atleast_1d(cfg.DATASET.imgSizes).tolist(),
-    }
+    metadata = describe_network(cfg, class_table_from_options(cfg.DATASET))
+    metadata["output"] = {"logits": "logits (N, C, H, W)", "labels": "class indices (N, H, W)"}[output]
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
 
 
@@ -146,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mit_semseg.export", description=__doc__, formatter_class=formatter)
     parser.add_argument("--format", choices=FORMATS, default="onnx", help="file format (default: onnx)")
     parser.add_argument("--output", choices=OUTPUTS, default="logits", help="network output (default: logits)")
-    text = "output file (default: network.onnx or network.pt2 in DIR)"
+    text = "output file (default: network.onnx, .pt2 or .safetensors in DIR)"
     parser.add_argument("--out", metavar="FILE", type=expand_path, help=text)
     text = "also write an ONNX file quantized to 8-bit integers, and print the mean IoU of both ONNX files"
     parser.add_argument("--int8", action="store_true", help=text)
@@ -160,6 +150,12 @@ def main() -> None:
     setup_logger(0, None, args.level)
     path = Path(args.out or Path(cfg.DIR, f"network{FORMATS[args.format]}"))
     module = build_module(cfg, torch.device("cpu"), checkpoint=cfg.TEST.checkpoint)
+    if args.format == "safetensors":
+        if args.int8 or args.output != "logits":
+            raise ExportError("--format safetensors does not support --int8 and --output labels")
+        write_network(module, cfg, class_table_from_options(cfg.DATASET), path)
+        print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): weights, options and classes")
+        return
     datasets = _int8_datasets(cfg, args) if args.int8 else None
     options = {"kind": args.format, "output": args.output, "metadata": make_metadata(cfg, args.output)}
     difference = export(module, path, **options)

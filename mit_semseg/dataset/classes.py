@@ -47,6 +47,13 @@ class ClassTable:
     raw: np.ndarray  # (num_class,) int32, the first listed raw label value of every class
     variants: Mapping[str, "ClassTable"] = field(default_factory=dict)  # tables for files whose name ends with the key
 
+    @classmethod
+    def from_raw_values(cls, names: Sequence[str], colors: Sequence[Sequence[int]], raw: Sequence[int]) -> "ClassTable":
+        """Build a table in which every class has one raw label value."""
+        index = np.full(RAW_VALUES, UNKNOWN, np.int64)
+        index[raw] = np.arange(len(raw))
+        return cls(tuple(names), np.array(colors, np.uint8), index, np.array(raw, np.int32))
+
     def __len__(self) -> int:
         return len(self.names)
 

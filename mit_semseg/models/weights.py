@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 
 import torch
@@ -38,7 +39,7 @@ def load_weights(
 
     Args:
         state: state dict in the file, if the caller has already read it.
-        part: 'encoder' or 'decoder'; selects the entries of this part if the file is of the Cityscapes toolbox.
+        part: 'encoder' or 'decoder'; selects the entries of this part if the file contains a whole network.
         reset_classifier: skip the classifier in the file if its number of classes differs from that of the module.
 
     Returns a dict with four lists of keys: 'loaded', 'legacy' (ignored), 'missing' and 'skipped' (classifier).
@@ -79,14 +80,19 @@ def is_version_1(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:
-    """Return whether a file is a checkpoint of the Cityscapes toolbox, which contains encoder and decoder."""
-    return TOOLBOX_KEY in read_state_dict(path)
+    """Return whether a file contains encoder and decoder: a network file, or a checkpoint of the Cityscapes toolbox."""
+    state = read_state_dict(path)
+    return TOOLBOX_KEY in state or all(key.startswith(("encoder.", "decoder.")) for key in state)
 
 
 def _adapt_to_norms(
     module: nn.Module, state: Mapping[str, Tensor], path: str | os.PathLike, name: str, part: str
 ) -> Mapping[str, Tensor]:
     """Return the entries of `part`, with in-place norms of the toolbox converted if the module has batch norms."""
+    if part and all(key.startswith(("encoder.", "decoder.")) for key in state):
+        metadata = getattr(state, "_metadata", {})
+        state = OrderedDict((key.removeprefix(f"{part}."), x) for key, x in state.items() if key.startswith(part))
+        state._metadata = metadata
     norms = [norm for norm in module.modules() if isinstance(norm, InPlaceABN)]
     if has_inplace_norms(state):
         if norms:

@@ -1,7 +1,7 @@
 """Python interface to segment images with a trained network, also used by test.py and the web page."""
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
 from ..lib.utils import UserError
 from ..models.pretrained import PUBLISHED, download_published, published_options
+from . import hub
 from .images import to_image
+from .network_file import read_network, write_network
 from .results import Result, with_unique_stems
 
 
@@ -46,6 +48,8 @@ class Segmenter:
         self._predictor = Predictor(module.to(self.device), self.device, inference)
         self._dataset = TestDataset([], options).as_uint8()
         self._lock = threading.Lock()
+        self._cfg: Config | None = None  # `save` needs the options and the unchanged network
+        self._load: Callable[[], nn.Module] | None = None
 
     @classmethod
     def from_config(
@@ -64,10 +68,26 @@ class Segmenter:
 
     @classmethod
     def from_pretrained(cls, name: str, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
-        """Load a published network, one of `Segmenter.names()`. The weights are downloaded on first use."""
+        """Load a published network, one of `Segmenter.names()`, or a network `hf:USER/NAME` on the Hugging Face hub.
+
+        The weights are downloaded on first use.
+        """
+        if name.startswith(hub.PREFIX):
+            return cls.from_file(hub.download(name), device=device, opts=opts)
         folder = download_published(name)[0].parent
         cfg = load_config(None, [*published_options(name), "DIR", str(folder), *opts])
         return cls.from_cfg(cfg, cfg.TEST.checkpoint, auto_device(device))
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, device: str = "auto", opts: Sequence = ()) -> "Segmenter":
+        """Load a network file, which was written by `save` or `python -m mit_semseg.export --format safetensors`.
+
+        The arguments are those of `from_config`. The file contains weights, options and classes.
+        """
+        module, cfg, table = read_network(path, opts)
+        segmenter = cls(module, table, cfg.DATASET, device=auto_device(device), inference=inference_options(cfg))
+        segmenter._cfg, segmenter._load = cfg, lambda: read_network(path, opts)[0]
+        return segmenter
 
     @staticmethod
     def names() -> list[str]:
@@ -79,7 +99,30 @@ class Segmenter:
         """Build the network of a configuration and load a checkpoint, see `from_config`."""
         module = build_module(cfg, device, checkpoint=checkpoint)
         table = class_table_from_options(cfg.DATASET)
-        return cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
+        segmenter = cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
+        segmenter._cfg = cfg
+        segmenter._load = lambda: build_module(cfg, torch.device("cpu"), checkpoint=checkpoint)
+        return segmenter
+
+    def save(self, path: str | Path) -> None:
+        """Write a network file (.safetensors) with weights, options and classes, see `from_file`."""
+        if not self._load:
+            raise UserError("only networks that were loaded from a configuration or a file can be saved")
+        write_network(self._load(), self._cfg, self.table, path)
+
+    def push_to_hub(self, name: str, *, example=None, private: bool = False, token: str | None = None) -> str:
+        """Upload the network file and a model card to the Hugging Face hub, and return the address.
+
+        The card has the metrics in DIR/result/results.json, which `eval.py` writes.
+
+        Args:
+            name: USER/NAME; the repository is created if it does not exist.
+            example: image whose panel [image | prediction] is uploaded too, see `__call__`.
+            private: whether a new repository is private.
+            token: access token; None uses the one saved by `hf auth login`.
+        """
+        panel = self(example).panel() if example is not None else None
+        return hub.upload(name, self.save, self._cfg, self.table, panel, private=private, token=token)
 
     def __call__(self, image) -> Result | list[Result]:
         """Segment an image, or a list or tuple of images; see `to_image` for supported types and for errors."""

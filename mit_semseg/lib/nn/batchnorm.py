@@ -134,7 +134,7 @@ class SynchronizedBatchNorm3d(SynchronizedBatchNorm, nn.BatchNorm3d):
     """Synchronized `nn.BatchNorm3d`; input (N, C, D, H, W)."""
 
 
-# Classes of batch norms and the classes to which `convert_sync_batchnorm` converts them; a subclass follows its base class
+# Classes that `convert_sync_batchnorm` converts -> synchronized classes; a subclass follows its base class
 SYNCHRONIZED = {
     nn.BatchNorm1d: SynchronizedBatchNorm1d,
     nn.BatchNorm2d: SynchronizedBatchNorm2d,

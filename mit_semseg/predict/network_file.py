@@ -1,0 +1,95 @@
+"""Network files: one safetensors file with the weights, options, class names, colors and normalization of a network."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+from ..build import build_module
+from ..config import OPTIONS, Config, load_config
+from ..dataset import ClassTable
+from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
+from ..lib.utils import UserError, atomic_write
+from ..models import SegmentationModule
+
+FORMAT = "mit_semseg network 1"
+SECTIONS = ("DATASET.", "MODEL.", "INFERENCE.")  # options that `read_network` applies; TRAIN options are only recorded
+# Options about initial weights and label files, which have no meaning for a network file
+NOT_APPLIED = {"DATASET.classes", "DATASET.ignore_values", "MODEL.pretrained", "MODEL.reset_classifier"}
+
+
+def describe_network(cfg: Config, table: ClassTable) -> dict[str, object]:
+    """Return metadata about input (normalization), classes and architecture of a network."""
+    caffe = cfg.DATASET.normalization == "caffe"
+    return {
+        "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
+        "channels": "BGR" if caffe else "RGB",
+        "mean": CAFFE_MEAN if caffe else [255 * value for value in MEAN],
+        "std": [1, 1, 1] if caffe else [255 * value for value in STD],
+        "classes": list(table.names),
+        "colors": table.colors.tolist(),
+        "network": f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",
+        "short_sides": np.atleast_1d(cfg.DATASET.imgSizes).tolist(),
+    }
+
+
+def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, path: str | Path) -> None:
+    """Write a network file.
+
+    The tensors are named as in the state dicts, after `encoder.` and `decoder.`. The metadata are those of
+    `describe_network`, the raw label values of the classes, and all options except paths.
+    """
+    options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
+    metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
+    tensors = {
+        f"{part}.{key}": value.contiguous()
+        for part in ("encoder", "decoder")
+        for key, value in getattr(module, part).state_dict().items()
+    }
+    text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    with atomic_write(path) as partial:
+        partial.write_bytes(save(tensors, text))  # `save_file` would hide the file from other users
+
+
+def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationModule, Config, ClassTable]:
+    """Read a network file. Return the network on the CPU, its options and its class table.
+
+    Args:
+        path: file written by `write_network`.
+        opts: options `[key, value, ...]` that replace those in the file.
+
+    Raises:
+        UserError: the file does not exist, is damaged or is not a network file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"network file {path} cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is not a network file of this version ({metadata.get('format', 'no format')}, expected {FORMAT}); "
+            f"write one with python -m mit_semseg.export --format safetensors"
+        )
+    stored = {
+        key: value
+        for key, value in json.loads(metadata["options"]).items()
+        if key.startswith(SECTIONS) and key not in NOT_APPLIED
+    }
+    settings = [word for setting in stored.items() for word in setting]
+    cfg = load_config(None, [*settings, *opts])
+    table = ClassTable.from_raw_values(*(json.loads(metadata[key]) for key in ("classes", "colors", "raw_values")))
+    module = build_module(cfg, torch.device("cpu"), resumed=True)
+    tensors = load_file(path)
+    for part in ("encoder", "decoder"):
+        state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
+        try:
+            getattr(module, part).load_state_dict(state)
+        except RuntimeError as error:
+            raise UserError(f"network file {path} does not match its options: {' '.join(str(error).split())}") from None
+    return module, cfg, table

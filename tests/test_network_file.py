@@ -1,0 +1,235 @@
+"""Network files, and networks on a local copy of the Hugging Face hub."""
+
+import base64
+import hashlib
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import ROOT, here
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scenes import options, tiny_module
+from test_segmenter import PIXELS, folder, segmenter  # noqa: F401
+
+from mit_semseg import Segmenter
+from mit_semseg.build import build_module
+from mit_semseg.config import load_config
+from mit_semseg.engine import RunFolder
+from mit_semseg.lib.utils import UserError
+from mit_semseg.predict.hub import model_card
+
+
+@pytest.fixture(scope="module")
+def path(segmenter, tmp_path_factory):  # noqa: F811
+    path = tmp_path_factory.mktemp("network") / "a.safetensors"
+    segmenter.save(path)
+    return path
+
+
+def test_loaded_network_gives_the_same_results(segmenter, path, tmp_path):  # noqa: F811
+    loaded = Segmenter.from_file(path, device="cpu")
+    expected, actual = segmenter(PIXELS), loaded(PIXELS)
+    assert np.array_equal(actual.label_map, expected.label_map)
+    assert actual.classes == expected.classes
+    assert np.array_equal(loaded.table.raw, segmenter.table.raw)
+    loaded.save(tmp_path / "again.safetensors")
+    first, second = load_file(path), load_file(tmp_path / "again.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_metadata(path, folder):  # noqa: F811
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["classes"]) == ["tree", "road", "sky"]
+    assert json.loads(metadata["mean"]) == pytest.approx([123.675, 116.28, 103.53])
+    options = json.loads(metadata["options"])
+    assert options["MODEL.arch_encoder"] == "resnet18dilated"
+    assert options["TRAIN.optim"] == "SGD"
+    assert str(folder) not in str(metadata)  # paths stay private
+
+
+def test_file_works_in_another_process_without_other_files(path, tmp_path):
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    code = "import offline; offline.forbid()\nfrom mit_semseg import Segmenter\n"
+    code += f"print(len(Segmenter.from_file({str(path)!r}, device='cpu')('image.png').classes))"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1
+
+
+def test_options_replace_those_in_the_file(path):
+    result = Segmenter.from_file(path, device="cpu", opts=["DATASET.imgSizes", "40"])
+    assert result._options.imgSizes == 40 or tuple(result._options.imgSizes) == (40,)
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "other format", "missing tensor"])
+def test_unusable_file_is_named(path, tmp_path, fault):
+    bad = tmp_path / "bad.safetensors"
+    if fault == "damaged":
+        bad.write_bytes(path.read_bytes()[:1000])
+    elif fault == "other format":
+        save_file({"a": torch.zeros(1)}, bad)
+    elif fault == "missing tensor":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        del tensors["encoder.conv1.weight"]
+        save_file(tensors, bad, metadata)
+    with pytest.raises(UserError, match=r"bad\.safetensors") as error:
+        Segmenter.from_file(bad)
+    assert "\n" not in str(error.value)
+
+
+def test_network_with_in_place_norms(tmp_path):
+    """Safetensors files do not store the version numbers by which other checkpoints are recognized."""
+    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "resnet18dilated", "MODEL.arch_decoder", "c1"]
+    opts += ["MODEL.norm", "inplace", "DIR", str(tmp_path), "DATASET.imgSizes", "40"]
+    module = build_module(load_config(None, opts), torch.device("cpu"), resumed=True)
+    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
+    own = Segmenter.from_config(None, "epoch_1.pth", opts, device="cpu")
+    own.save(tmp_path / "a.safetensors")
+    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
+    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+
+
+def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F811
+    out = tmp_path / "network.safetensors"
+    here("mit_semseg.export", "--cfg", folder / "own.yaml", "--format", "safetensors", "--out", out)
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    words = ["--cfg", folder / "own.yaml", "--imgs", tmp_path / "image.png", "--gpu", "cpu", "--index"]
+    for name, checkpoint in (("a", "epoch_1.pth"), ("b", out)):
+        here("test.py", *words, "TEST.checkpoint", checkpoint, "TEST.result", tmp_path / name)
+    first, second = (np.asarray(Image.open(tmp_path / name / "image_index.png")) for name in "ab")
+    assert np.array_equal(first, second)
+    here("mit_semseg.export", "--cfg", folder / "own.yaml", "--format", "safetensors", "--int8", code=2)
+
+
+def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F811
+    with pytest.raises(UserError, match="configuration"):
+        Segmenter(tiny_module(), segmenter.table, options()).save(tmp_path / "a.safetensors")
+
+
+# Hugging Face hub
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The parts of the hub's interface that uploads and downloads use."""
+
+    files: dict[str, bytes]  # content of the only repository, by name
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def _answer(self, content: bytes | dict, **headers):
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(200)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def do_GET(self):
+        name = self.path.partition("/resolve/main/")[2]
+        if name not in self.files:
+            self.send_error(404)
+            return
+        digest = hashlib.sha256(self.files[name]).hexdigest()
+        self._answer(self.files[name], ETag=f'"{digest}"', X_Repo_Commit="0" * 40)
+
+    do_HEAD = do_GET
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path.endswith("/preupload/main"):
+            files = [{**file, "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            self._answer({"files": files})
+            return
+        if self.path.endswith("/commit/main"):
+            lines = [json.loads(line) for line in body.splitlines()]
+            added = [line["value"] for line in lines if line["key"] == "file"]
+            self.files |= {file["path"]: base64.b64decode(file["content"]) for file in added}
+        address = f"http://{self.headers['Host']}/user/net"
+        self._answer({"url": address, "commitUrl": f"{address}/commit/0", "commitOid": "0" * 40})
+
+
+@pytest.fixture
+def hub():
+    """Yield the address and the files of a hub."""
+    handler = type("Hub", (_Hub,), {"files": {}})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", handler.files
+    server.shutdown()
+    server.server_close()
+
+
+def program(code, address, tmp_path):
+    """Run code in a process whose hub is `address`; the library reads the address when it is imported."""
+    env = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    code = f"from mit_semseg import Segmenter\nfrom mit_semseg.lib.utils import UserError\n{code}"
+    return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_network_travels_over_the_hub(hub, path, tmp_path):
+    address, files = hub
+    Image.fromarray(PIXELS).save(tmp_path / "image.png")
+    upload = f"""
+segmenter = Segmenter.from_file({str(path)!r}, device="cpu")
+print(segmenter.push_to_hub("user/net", example="image.png", token="hf_secret"))
+print(segmenter("image.png").label_map.sum())
+"""
+    done = program(upload, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    link, expected = done.stdout.split()
+    assert link == f"{address}/user/net"
+    assert sorted(files) == ["README.md", "example.png", "model.safetensors"]
+    assert "hf:user/net" in files["README.md"].decode()
+    download = 'print(Segmenter.from_pretrained("hf:user/net", device="cpu")("image.png").label_map.sum())'
+    done = program(download, address, tmp_path)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+def test_failed_download_is_one_sentence(hub, tmp_path):
+    code = """
+for name in ("hf:user/other", "hf:no name"):
+    try:
+        Segmenter.from_pretrained(name)
+    except UserError as error:
+        print(error)
+"""
+    lines = program(code, hub[0], tmp_path).stdout.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == ["hf:user/other", "hf:no name"]
+
+
+def test_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"\[hub\]"):
+        Segmenter.from_pretrained("hf:user/net")
+
+
+def test_model_card_has_the_metrics_of_the_evaluation(segmenter, tmp_path):  # noqa: F811
+    cfg = load_config(None, ["DIR", str(tmp_path), "DATASET.num_class", "3"])
+    assert "tree, road, sky" in model_card("user/net", cfg, segmenter.table, with_example=False)
+    classes = [{"class": name, "iou": 0.5, "present": name != "sky"} for name in segmenter.table.labels]
+    results = {"mean_iou": 0.31, "pixel_accuracy": 0.71, "images": 20, "iou_per_class": classes}
+    (tmp_path / "result").mkdir()
+    (tmp_path / "result" / "results.json").write_text(json.dumps(results))
+    card = model_card("user/net", cfg, segmenter.table, with_example=True)
+    assert re.findall(r"\| (.+) \| ([\d.]+) \|", card) == [
+        *(("mean IoU", "31.00"), ("pixel accuracy", "71.00"), ("IoU of tree", "50.00"), ("IoU of road", "50.00"))
+    ]
+    assert "(example.png)" in card
