@@ -24,6 +24,7 @@ SUITE = {
     "data": ["--repeats", "5", "--batches", "6"],
     "inference": ["--repeats", "3"],
     "pyramid": ["--repeats", "3", "--inference"],
+    "depthwise": ["--repeats", "3"],
     "training": ["--repeats", "3", "--size", "160", "224", "--pairs", "1", "2"],
     "evaluation": ["--repeats", "3", "--images", "6", "--cases", "0"],
     "inplace_abn": ["--repeats", "3", "--size", "129"],

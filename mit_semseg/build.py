@@ -89,6 +89,11 @@ def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> Segme
             f"MODEL.fc_dim {model.fc_dim} does not match {model.arch_encoder}, which has {encoder.out_channels[-1]} "
             f"output channels; set MODEL.fc_dim {encoder.out_channels[-1]} or remove the option"
         )
+    if cfg.DATASET.normalization == "caffe" and hasattr(encoder, "mean"):
+        raise UserError(
+            f"DATASET.normalization caffe: {model.arch_encoder} converts images with ImageNet normalization to its own "
+            f"normalization; set DATASET.normalization imagenet"
+        )
     _check_image_sizes(cfg, getattr(encoder, "size_divisor", 1))
     decoder = ModelBuilder.build_decoder(
         model.arch_decoder,

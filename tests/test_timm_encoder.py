@@ -6,8 +6,9 @@ import sys
 import pytest
 import timm
 import torch
+from hub import hub, program  # noqa: F401
 from near import assert_near
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from test_activation_checkpoint import step
 from test_fuse_bn import randomize_norms
 from test_models import NUM_CLASS, network
@@ -190,6 +191,24 @@ def test_failed_download_names_the_options(monkeypatch, tmp_path):
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: 1 / 0)
     with pytest.raises(WeightsError, match=r"timm:test_resnet.*division.*MODEL\.weights_encoder.*MODEL\.pretrained"):
         ModelBuilder.build_encoder("timm:test_resnet")
+
+
+def test_pretrained_weights_come_from_the_hub(hub, tmp_path):  # noqa: F811
+    address, files = hub
+    torch.manual_seed(5)
+    source = timm.create_model("test_resnet").state_dict()
+    files["model.safetensors"] = save(source)
+    code = """
+import logging
+from mit_semseg.models import ModelBuilder
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+encoder = ModelBuilder.build_encoder("timm:test_resnet")
+print(encoder.network.layer4[0].conv1.weight.sum().item())
+"""
+    done = program(code, address, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(source["layer4.0.conv1.weight"].sum().item())
+    assert "encoder timm:test_resnet: weights test_resnet.r160_in1k of timm" in done.stderr
 
 
 # Training and export

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
 from ..lib.nn import SynchronizedBatchNorm2d
-from .layers import SameConv2d
+from .layers import DilatedDepthwiseConv2d, SameConv2d
 
 # Subclasses are not fused, because they can do more, e.g. apply an activation or standardize the weights.
-CONVOLUTIONS = nn.Conv2d, SameConv2d
+CONVOLUTIONS = nn.Conv2d, SameConv2d, DilatedDepthwiseConv2d
 NORMS = nn.BatchNorm2d, SynchronizedBatchNorm2d
 
 

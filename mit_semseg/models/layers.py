@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
 from ..lib.utils import IMAGENET_MEAN, IMAGENET_STD, cache_tensors
 
+torch.fx.wrap("dilated_depthwise")  # FX cannot trace its conditions on shapes
+
 NormLayer = Callable[[int], nn.Module]  # function from number of channels to normalization layer
 # With clamp_variance=False, norms always divide by sqrt(var + eps), also in synchronized training.
 DEFAULT_NORM: NormLayer = partial(SynchronizedBatchNorm2d, clamp_variance=False)
@@ -31,6 +33,35 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(x, (side - 1 + width % 2, side, side - 1 + height % 2, side)))
 
 
+class DilatedDepthwiseConv2d(nn.Conv2d):
+    """Depthwise convolution with stride 1, see `dilated_depthwise`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dilated_depthwise(x, self.weight, self.bias, self.dilation[0])
+
+
+def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    """Convolve each channel of (N, C, H, W) with its own kernel; the size does not change.
+
+    On CPUs, PyTorch's gradients of this operation are slow. For channels last images that need gradients, every image
+    is split into dilation² images of each dilation-th row and column, which are convolved without dilation.
+    """
+    n, channels, height, width = x.shape
+    padding = dilation * (weight.size(2) // 2)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    split = training and x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    if not split or torch.compiler.is_compiling():
+        return F.conv2d(x, weight, bias, 1, padding, dilation, channels)
+    rows, columns = -(-height // dilation), -(-width // dilation)
+    x = F.pad(x, (0, columns * dilation - width, 0, rows * dilation - height)).permute(0, 2, 3, 1)
+    x = x.reshape(n, rows, dilation, columns, dilation, channels).permute(0, 2, 4, 1, 3, 5)
+    x = x.reshape(-1, rows, columns, channels).permute(0, 3, 1, 2)
+    x = F.conv2d(x, weight, bias, 1, padding // dilation, 1, channels).permute(0, 2, 3, 1)
+    x = x.reshape(n, dilation, dilation, rows, columns, channels).permute(0, 3, 1, 4, 2, 5)
+    x = x.reshape(n, rows * dilation, columns * dilation, channels).permute(0, 3, 1, 2)
+    return x[:, :, :height, :width].contiguous(memory_format=torch.channels_last)
+
+
 def conv2d(
     in_channels: int,
     out_channels: int,
@@ -49,7 +80,8 @@ def conv2d(
     if same_padding and stride == 2:
         return SameConv2d(in_channels, out_channels, kernel_size, stride, 0, dilation, groups, bias)
     padding = dilation * (kernel_size // 2)
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+    kind = DilatedDepthwiseConv2d if dilation > 1 and stride == 1 and 1 < groups == in_channels else nn.Conv2d
+    return kind(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
 
 
 def conv_bn_relu(

@@ -94,6 +94,7 @@ class EfficientNetLite0(MobileNetV2):
     )
     taps = (3, 5, 11)
     same_padding = True
+    mean, std = (127 / 255,) * 3, (128 / 255,) * 3  # for R, G and B values in 0..1
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -102,4 +103,4 @@ class EfficientNetLite0(MobileNetV2):
                 module.eps = 1e-3
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
-        return super().forward(renormalize(x, mean=(127 / 255,) * 3, std=(128 / 255,) * 3), return_feature_maps)
+        return super().forward(renormalize(x, self.mean, self.std), return_feature_maps)
