@@ -120,6 +120,7 @@ def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F8
 # Hugging Face hub
 
 
+@pytest.mark.long
 def test_network_travels_over_the_hub(hub, path, tmp_path):  # noqa: F811
     address, files = hub
     Image.fromarray(PIXELS).save(tmp_path / "image.png")

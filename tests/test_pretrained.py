@@ -119,7 +119,7 @@ def test_next_source_is_tried_if_a_download_fails(site, tmp_path, monkeypatch, c
     ]
     messages = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("no ImageNet weights from published:resnet50-imagenet.pth") for line in messages)
-    assert sum("ImageNet weights, timm:resnet50s.gluon_in1k" in line for line in messages) == 2
+    assert sum("(timm ImageNet weights): state-dict entries from" in line for line in messages) == 2
 
 
 def test_error_names_every_source(monkeypatch, tmp_path):

@@ -315,9 +315,9 @@ def test_number_of_operators_of_replicas(kernels, request, replicas):
     assert counts.total() - counts["ones"] <= expected, counts
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
-    ("encoder", "decoder", "limit"),
-    [("resnet50dilated", "ppm_deepsup", 1100), pytest.param("hrnetv2", "c1", 5000, marks=pytest.mark.long)],
+    ("encoder", "decoder", "limit"), [("resnet50dilated", "ppm_deepsup", 1100), ("hrnetv2", "c1", 5000)]
 )
 def test_number_of_operators_of_a_step_on_eight_gpus(monkeypatch, encoder, decoder, limit):
     """A synchronized norm has at most eight operators more than a local one; collectives are replaced by copies."""

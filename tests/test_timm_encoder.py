@@ -32,7 +32,7 @@ ALL = [
     *(name for name in timm.list_models("test_*") if name not in ONE_SIZE),
     *("convnext_tiny", "swin_tiny_patch4_window7_224", "mobilenetv4_conv_small", "resnet18d", "regnety_004"),
 ]
-SMALL = ("test_convnext", "test_efficientnet", "test_mambaout", "test_vit3")  # the others run with -m long
+SMALL = ("test_efficientnet", "test_mambaout", "test_vit")  # the others run with -m long
 PLAIN_OR_LONG = [pytest.param(name, marks=[pytest.mark.long] * (name not in SMALL)) for name in ALL]
 CPU = torch.device("cpu")
 
@@ -193,6 +193,7 @@ def test_failed_download_names_the_options(monkeypatch, tmp_path):
         ModelBuilder.build_encoder("timm:test_resnet")
 
 
+@pytest.mark.long
 def test_pretrained_weights_come_from_the_hub(hub, tmp_path):  # noqa: F811
     address, files = hub
     torch.manual_seed(5)

@@ -62,6 +62,7 @@ def test_file_of_another_library_gives_the_same_outputs(case, ending, tmp_path):
             assert torch.equal(ours(x)[0], maps_of(network, x)[-1])
 
 
+@pytest.mark.long
 def test_torchvision_vgg(tmp_path):
     network, path = torchvision.models.vgg16().eval(), tmp_path / "vgg.safetensors"
     save_file(network.state_dict(), path)

@@ -130,9 +130,10 @@ def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
     if not imagenet_sources(arch):
         raise WeightsError(f"there are no ImageNet weights for {arch}: {ADVICE}")
     source, path = _find_weights(arch)
+    kind = source.partition(":")[0]
     own, state = encoder.state_dict(), convert_names(read_state_dict(path), encoder)
     state = {key: value for key, value in state.items() if key in own}
-    load_weights(encoder, path, state=state, name=f"encoder {arch} (ImageNet weights, {source})")
+    load_weights(encoder, path, state=state, name=f"encoder {arch} ({kind} ImageNet weights)")
 
 
 def _find_weights(arch: str) -> tuple[str, Path]:
