@@ -112,6 +112,22 @@ def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F81
     here("mit_semseg.export", "--cfg", folder / "own.yaml", "--format", "safetensors", "--int8", code=2)
 
 
+def test_network_file_of_a_network_of_timm(tmp_path):
+    """The file also initializes the encoder of another network."""
+    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "timm:test_efficientnet", "MODEL.arch_decoder", "c1"]
+    opts += ["DIR", str(tmp_path), "DATASET.imgSizes", "40"]
+    module = build_module(load_config(None, opts), torch.device("cpu"), resumed=True)
+    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
+    own = Segmenter.from_config(None, "epoch_1.pth", opts, device="cpu")
+    own.save(tmp_path / "a.safetensors")
+    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
+    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    opts += ["MODEL.weights_encoder", str(tmp_path / "a.safetensors")]
+    again = build_module(load_config(None, opts), torch.device("cpu"))
+    for key, value in module.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[key], value), key
+
+
 def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="configuration"):
         Segmenter(tiny_module(), segmenter.table, options()).save(tmp_path / "a.safetensors")

@@ -46,7 +46,7 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
     metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
     tensors = {
-        f"{part}.{key}": value.contiguous()
+        f"{part}.{key}": value.clone(memory_format=torch.contiguous_format)  # tensors must not share memory
         for part in ("encoder", "decoder")
         for key, value in getattr(module, part).state_dict().items()
     }

@@ -22,7 +22,6 @@ MIN_STRIDE = 4  # feature maps with smaller strides are not used
 TRANSFORMER_MAPS = 4  # number of feature maps of a network whose maps all have the same stride
 PROBE_SIZE = (96, 128)  # approximate (height, width) of the image that tests whether a network takes images of any size
 
-
 torch.fx.wrap("renormalize")  # creates tensors for a dtype and a device, which are unknown in FX tracing
 
 
@@ -77,7 +76,7 @@ class TimmEncoder(nn.Module):
         _check_name(name)
         options, self.size_divisor = _find_options(name, output_stride)
         state = read_state_dict(weights) if weights else {}
-        is_own = any(key.startswith("network.") for key in state)
+        is_own = any(key.removeprefix("encoder.").startswith("network.") for key in state)
         if weights and not is_own:
             self.network = _create_from_state(name, options, state, weights)
         else:
@@ -90,7 +89,7 @@ class TimmEncoder(nn.Module):
         self.out_channels, self.output_stride = tuple(info.channels()[self.first_map :]), info.reduction()[-1]
         self.mean, self.std = (tuple(self.network.pretrained_cfg[key]) for key in ("mean", "std"))
         if is_own:
-            load_weights(self, weights, state=state, name=f"encoder timm:{name}")
+            load_weights(self, weights, state=state, name=f"encoder timm:{name}", part="encoder")
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
