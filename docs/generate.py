@@ -25,7 +25,6 @@ DOCS = Path(__file__).resolve().parent
 CONFIGS = DOCS.parent / "config"
 INPUT_SIZE = (512, 688)  # a 512x683 image, padded to a multiple of 8
 CHOICES = {  # allowed values of options that name an entry of a table
-    "MODEL.arch_encoder": ENCODERS,
     "MODEL.arch_decoder": DECODERS,
     "TRAIN.optim": OPTIMIZERS,
     "TRAIN.loss": LOSSES,
@@ -37,9 +36,11 @@ KINDS = {int: "integer", float: "number", str: "path"}
 MODELS_PAGE = """\
 # Encoders and decoders
 
-    python train.py --cfg mine.yaml MODEL.arch_encoder resnet50 MODEL.arch_decoder upernet DIR ckpt/upernet
+    O="MODEL.arch_encoder resnet50 MODEL.output_stride 0 MODEL.arch_decoder upernet"
+    python train.py --cfg mine.yaml $O DIR ckpt/upernet
 
 `mine.yaml` is your configuration, see [train on your own images](own-data.md). Every encoder works with every decoder.
+`MODEL.output_stride 0` selects the default of the encoder.
 The [columns](#columns) are explained after the tables.
 
 ## Encoders
@@ -52,27 +53,30 @@ encoder of PSPNet and DeepLabV3 for [Cityscapes](datasets.md#cityscapes).
 ## Networks of timm
 
     pip install -e ".[timm]"
-    python train.py --cfg mine.yaml MODEL.arch_encoder timm:convnext_tiny MODEL.arch_decoder upernet DIR ckpt/convnext
+    O="MODEL.arch_encoder timm:convnext_tiny MODEL.output_stride 0 MODEL.arch_decoder upernet"
+    python train.py --cfg mine.yaml $O DIR ckpt/convnext
 
 `timm:NAME` is a network of [timm](https://huggingface.co/docs/timm), optionally with the tag of its weights, such as
-`timm:convnext_tiny.in12k_ft_in1k`. In Python, `timm.list_pretrained()` lists the names. Almost all networks that take
-images of any size are supported. These are examples:
+`timm:convnext_tiny.in12k_ft_in1k`. In Python, `timm.list_pretrained()` lists the names. Networks that cannot process
+images of any size are refused with an error. These are examples:
 
 {timm}
 
 | You want | Encoder and decoder |
 | --- | --- |
-| training on a CPU, or without internet access | `efficientnet_lite0`, `MODEL.output_stride 16`, with `c1_deepsup` |
+| training on a CPU, or only PyPI is reachable | `efficientnet_lite0`, `MODEL.output_stride 16`, with `c1_deepsup` |
 | a fast network | `timm:mobilenetv4_conv_small` with `c1` or `upernet_lite` |
 | a high mean IoU | `timm:convnext_tiny` or larger with `upernet` |
-| features learned without labels | `timm:vit_small_patch14_dinov2`, with `upernet` and small `TRAIN.lr_encoder` |
+| self-supervised weights | `timm:vit_small_patch14_dinov2` with `upernet`, `DATASET.padding_constant 56` |
 | the published networks | `resnet50dilated` with `ppm_deepsup`, see the [configurations](#configurations) |
 
 - Output stride: most convolutional networks support `MODEL.output_stride` 8 and 16. A small output stride improves thin
   objects with `c1`, `ppm` and `aspp`, and costs more time. `upernet` combines the maps at strides 4 to 32.
-- Vision transformers: all maps have the same stride. `DATASET.padding_constant` must be a multiple of the patch size.
-- Normalization: the encoder converts images with ImageNet normalization to its own normalization. Therefore, keep the
-  default of `DATASET.normalization`.
+- Plain vision transformers: all maps have the same stride. `DATASET.padding_constant`, `DATASET.crop_size` and
+  `INFERENCE.window_size` must be multiples of the patch size.
+- Normalization: the encoder converts images with ImageNet normalization to the normalization of its weights. Therefore,
+  keep the default of `DATASET.normalization`. With `MODEL.weights_encoder`, give the tag of the weights in the file,
+  because it sets the normalization.
 - `MODEL.norm inplace` is not supported. `MODEL.norm sync` synchronizes the batch norms of a network, if it has any.
 - Licenses: each network of timm and its weights have their own license.
 
@@ -86,8 +90,8 @@ Parameters and GFLOPs are for the feature maps of the encoder `resnet50dilated` 
 
 {configs}
 
-"Published metrics" are those of the authors, in %: mean IoU / pixel accuracy / overall score. If there are fewer
-numbers, the last ones were not published. The metrics were not measured with this repository.
+"Published metrics" are those of the authors, in %: mean IoU / pixel accuracy / overall score. Missing numbers were not
+published. The metrics were not measured with this repository.
 
 34.84 is probably a typing error in the published table: with an overall score of 54.07, the mean IoU would be 32.39.
 
@@ -95,7 +99,7 @@ numbers, the last ones were not published. The metrics were not measured with th
 
 - Parameters: number in millions, including layers that only training uses (deep supervision).
 - GFLOPs: 10⁹ floating point operations of convolutions and matrix products. The input is one image of 512x683 pixels,
-  padded to 512x688. A multiplication and an addition count as two operations.
+  padded to 512x688, or 518x700 for a patch size of 14. A multiplication and an addition count as two operations.
 - Channels: channels of the feature maps, highest resolution first.
 - Output stride: height of the image / height of the last feature map.
 - ImageNet weights: whether pretrained weights are available, from the authors' server, torchvision, timm or a package.
@@ -137,16 +141,16 @@ def _measure(module: nn.Module, call: Callable[[], object]) -> Part:
 
 
 @cache
-def build_encoder(name: str) -> Part:
+def build_encoder(name: str, output_stride: int | None = None) -> Part:
     with torch.device("meta"):
-        encoder = ModelBuilder.build_encoder(name, pretrained=False).eval()
+        encoder = ModelBuilder.build_encoder(name, pretrained=False, output_stride=output_stride).eval()
         divisor = getattr(encoder, "size_divisor", 1)
         image = torch.empty(1, 3, *(-(-side // divisor) * divisor for side in INPUT_SIZE))
         return _measure(encoder, lambda: encoder(image, return_feature_maps=True))
 
 
-def build_decoder(name: str, encoder_name: str, num_class: int = 150) -> Part:
-    encoder, features, _ = build_encoder(encoder_name)
+def build_decoder(name: str, encoder: Part, num_class: int = 150) -> Part:
+    encoder, features, _ = encoder
     options = {"in_channels": encoder.out_channels, "output_stride": encoder.output_stride}
     with torch.device("meta"):
         decoder = ModelBuilder.build_decoder(name, num_class=num_class, **options).eval()
@@ -172,11 +176,11 @@ def models_page() -> str:
     for name in TIMM_EXAMPLES:
         timm.append(_encoder_row(f"timm:{name}"))
     for name in DECODERS:
-        decoders.append((f"`{name}`", *_size_and_cost(build_decoder(name, "resnet50dilated"))))
+        decoders.append((f"`{name}`", *_size_and_cost(build_decoder(name, build_encoder("resnet50dilated")))))
     for path in sorted(CONFIGS.glob("*.yaml")):
         cfg = load_config(path)
-        encoder, decoder = cfg.MODEL.arch_encoder, cfg.MODEL.arch_decoder
-        cost = _size_and_cost(build_encoder(encoder), build_decoder(decoder, encoder, cfg.DATASET.num_class))
+        encoder = build_encoder(cfg.MODEL.arch_encoder, cfg.MODEL.output_stride or None)
+        cost = _size_and_cost(encoder, build_decoder(cfg.MODEL.arch_decoder, encoder, cfg.DATASET.num_class))
         configs.append((f"`{path.stem}`", *cost, published_metrics(path.read_text(encoding="utf-8"))))
     return MODELS_PAGE.format(
         encoders=_table("Encoder, Parameters, GFLOPs, Channels, Output stride, ImageNet weights", encoders),
@@ -206,6 +210,8 @@ def options_page() -> str:
 
 def allowed_values(key: str, option: Option) -> str:
     """Describe the allowed values of an option in Markdown."""
+    if key == "MODEL.arch_encoder":
+        return ", ".join(f"`{choice}`" for choice in (*ENCODERS, "timm:NAME"))
     if choices := CHOICES.get(key) or option.choices or ((True, False) if type(option.default) is bool else ()):
         return ", ".join(f"`{choice}`" for choice in choices)
     items = "names" if str in option.types else "numbers" if option.fractions else "integers"

@@ -15,14 +15,14 @@ from runs import ROOT, here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scenes import options, tiny_module
-from test_segmenter import PIXELS, folder, segmenter  # noqa: F401
+from test_segmenter import PIXELS, folder, segmenter, write_weights  # noqa: F401
 
 from mit_semseg import Segmenter
 from mit_semseg.build import build_module
 from mit_semseg.config import load_config
 from mit_semseg.engine import RunFolder
 from mit_semseg.lib.utils import UserError
-from mit_semseg.predict.hub import model_card
+from mit_semseg.predict.hub import model_card, read_results
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,22 @@ def test_network_with_in_place_norms(tmp_path):
     own.save(tmp_path / "a.safetensors")
     loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
     assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    loaded = Segmenter.from_config(None, str(tmp_path / "a.safetensors"), opts, device="cpu")
+    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    with pytest.raises(UserError, match=r"a\.safetensors.*MODEL\.norm"):
+        Segmenter.from_file(tmp_path / "a.safetensors", device="cpu", opts=["MODEL.norm", "sync"])
+
+
+def test_version_1_network(tmp_path):
+    """With weights of version 1.0, the encoder `resnet34` is `resnet34_v1`."""
+    write_weights(tmp_path, "resnet34_v1", "c1", "epoch_1.pth", 3)
+    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "resnet34", "MODEL.arch_decoder", "c1"]
+    own = Segmenter.from_config(
+        None, "epoch_1.pth", [*opts, "DIR", str(tmp_path), "DATASET.imgSizes", "40"], device="cpu"
+    )
+    own.save(tmp_path / "a.safetensors")
+    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
+    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
 
 
 def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F811
@@ -131,6 +147,8 @@ def test_network_file_of_a_network_of_timm(tmp_path):
 def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F811
     with pytest.raises(UserError, match="configuration"):
         Segmenter(tiny_module(), segmenter.table, options()).save(tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="USER/NAME"):
+        segmenter.push_to_hub("hf:name")
 
 
 # Hugging Face hub
@@ -174,14 +192,15 @@ def test_missing_library_is_named(monkeypatch):
         Segmenter.from_pretrained("hf:user/net")
 
 
-def test_model_card_has_the_metrics_of_the_evaluation(segmenter, tmp_path):  # noqa: F811
-    cfg = load_config(None, ["DIR", str(tmp_path), "DATASET.num_class", "3"])
-    assert "tree, road, sky" in model_card("user/net", cfg, segmenter.table, with_example=False)
+def test_model_card_has_the_metrics_of_the_checkpoint(segmenter, tmp_path):  # noqa: F811
     classes = [{"class": name, "iou": 0.5, "present": name != "sky"} for name in segmenter.table.labels]
     results = {"mean_iou": 0.31, "pixel_accuracy": 0.71, "images": 20, "iou_per_class": classes}
     (tmp_path / "result").mkdir()
-    (tmp_path / "result" / "results.json").write_text(json.dumps(results))
-    card = model_card("user/net", cfg, segmenter.table, with_example=True)
+    (tmp_path / "result" / "results.json").write_text(json.dumps(results | {"checkpoint": "epoch_2.pth"}))
+    assert read_results(tmp_path, "epoch_1.pth") is None
+    arguments = "user/net", "resnet18dilated + c1", segmenter.table
+    assert "tree, road, sky" in model_card(*arguments, None, with_example=False)
+    card = model_card(*arguments, read_results(tmp_path, "epoch_2.pth"), with_example=True)
     assert re.findall(r"\| (.+) \| ([\d.]+) \|", card) == [
         *(("mean IoU", "31.00"), ("pixel accuracy", "71.00"), ("IoU of tree", "50.00"), ("IoU of road", "50.00"))
     ]

@@ -172,18 +172,28 @@ def test_file_of_timm_is_loaded(name, tmp_path):
     source = timm.create_model(name)
     save_file(source.state_dict(), tmp_path / "timm.safetensors")
     encoder, expected = make(name, weights=str(tmp_path / "timm.safetensors")), source.state_dict()
-    for key, value in encoder.state_dict().items():
-        assert torch.equal(value, expected[key.removeprefix("network.").removeprefix("model.")]), key
+    for key, value in encoder.network.state_dict().items():
+        assert torch.equal(value, expected[key.removeprefix("model.")]), key
     torch.save(encoder.state_dict(), tmp_path / "own.pth")
     again = make(name, weights=str(tmp_path / "own.pth"))
     assert all(torch.equal(value, encoder.state_dict()[key]) for key, value in again.state_dict().items())
 
 
-@pytest.mark.parametrize("other", ["test_convnext", "resnet18"])
-def test_file_of_another_network_is_refused(other, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "other"), [("test_resnet", "test_convnext"), ("test_resnet", "resnet18"), ("resnet18", "resnet34")]
+)
+def test_file_of_another_network_is_refused(name, other, tmp_path):
+    """ResNet-34 has all layers of ResNet-18."""
     torch.save(timm.create_model(other).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(WeightsError, match=r"other\.pth.*timm:test_resnet"):
-        make("test_resnet", weights=str(tmp_path / "other.pth"))
+    with pytest.raises(WeightsError, match=rf"other\.pth.*timm:{name}"):
+        make(name, weights=str(tmp_path / "other.pth"))
+
+
+def test_normalization_is_part_of_the_weights(tmp_path):
+    encoder = make("test_vit3")
+    encoder.mean = (0.1, 0.2, 0.3)
+    torch.save(encoder.state_dict(), tmp_path / "own.pth")
+    assert make("test_vit3", weights=str(tmp_path / "own.pth")).mean == (0.1, 0.2, 0.3)
 
 
 def test_failed_download_names_the_options(monkeypatch, tmp_path):
@@ -239,7 +249,7 @@ def test_frozen_encoder_and_fixed_norms():
         module.train()(batch)[0].backward()
         optimizer.step()
         changed = {key for key, value in module.encoder.state_dict().items() if not torch.equal(before[key], value)}
-        norms = {key for key in before if ".bn" in key}
+        norms = {key for key in before if ".bn" in key or key == "_extra_state"}
         assert norms
         assert changed == (set() if option == "TRAIN.lr_encoder" else set(before) - norms)
 

@@ -9,7 +9,7 @@ safetensors file contains the weights and options for `Segmenter.from_file`.
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from ..build import build_module, build_val_dataset, inference_options
 from ..config import Config, add_config_arguments, load_config
 from ..dataset import ValDataset
 from ..dataset.classes import class_table_from_options
+from ..dataset.transforms import round_up
 from ..lib.utils import UserError, atomic_write, expand_path
 from ..models.fuse_bn import fuse_batchnorm
 from ..predict.network_file import describe_network, write_network
@@ -29,7 +30,8 @@ from .quantize import OnnxNetwork, evaluate_files, quantize
 FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors"}
 OUTPUTS = ("logits", "labels")
 OPSET = 18  # lowest ONNX opset version with antialiased resizing
-EXAMPLE_SHAPE = (2, 3, 72, 104)  # shape of the example input for tracing; N, H and W are dynamic
+# Shapes of inputs; the sides are rounded up to multiples of the encoder's `size_divisor`, see `make_input`
+EXAMPLE_SHAPE = (2, 3, 72, 104)  # for tracing; N, H and W are dynamic
 TEST_SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))
 TOLERANCE = 1e-4  # maximum allowed difference returned by `compare`
 
@@ -79,10 +81,12 @@ def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
     """
     differences = []
     for seed, shape in enumerate(TEST_SHAPES):
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        x = make_input(network, shape, seed)
         expected, actual = network(x), exported(x.clone())
         if actual.shape != expected.shape:
-            raise ExportError(f"input {shape}: got output {tuple(actual.shape)}, expected {tuple(expected.shape)}")
+            raise ExportError(
+                f"input {tuple(x.shape)}: got output {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+            )
         if expected.is_floating_point():
             differences.append(((actual - expected).abs().max() / expected.abs().max()).item())
         else:
@@ -90,16 +94,22 @@ def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
     return max(differences)
 
 
-def _trace_arguments() -> dict:
+def make_input(network: nn.Module, shape: Sequence[int], seed: int = 0) -> Tensor:
+    """Return a random image (N, 3, H, W) whose sides are at least those in `shape` and are supported by the encoder."""
+    divisor = getattr(getattr(network, "encoder", None), "size_divisor", 1)
+    sides = (round_up(side, divisor) for side in shape[2:])
+    return torch.randn(*shape[:2], *sides, generator=torch.Generator().manual_seed(seed))
+
+
+def _trace_arguments(network: nn.Module) -> dict:
     """Return keyword arguments for the export functions: the example input and its dynamic dimensions."""
     auto = torch.export.Dim.AUTO
-    example = torch.randn(EXAMPLE_SHAPE, generator=torch.Generator().manual_seed(0))
-    return {"args": (example,), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
+    return {"args": (make_input(network, EXAMPLE_SHAPE),), "dynamic_shapes": {"image": {0: auto, 2: auto, 3: auto}}}
 
 
 def _write_program(network: nn.Module, path: Path, metadata: dict[str, str]) -> Callable[[Tensor], Tensor]:
     """Write a `torch.export` file and return the program loaded from this file."""
-    program = torch.export.export(network, **_trace_arguments())
+    program = torch.export.export(network, **_trace_arguments(network))
     with open(path, "w+b") as file:
         torch.export.save(program, file, extra_files={"metadata.json": json.dumps(metadata)})
         file.seek(0)
@@ -115,7 +125,7 @@ def _write_onnx(network: nn.Module, path: Path, metadata: dict[str, str]) -> Cal
         raise ExportError(f'{error.name} is not installed; run pip install -e ".[export]"') from None
     options = {"dynamo": True, "opset_version": OPSET, "verbose": False}
     names = {"input_names": ["image"], "output_names": [network.output]}
-    model = torch.onnx.export(network, **_trace_arguments(), **names, **options).model_proto
+    model = torch.onnx.export(network, **_trace_arguments(network), **names, **options).model_proto
     for key, value in metadata.items():
         model.metadata_props.add(key=key, value=value)
     onnx.save_model(model, path)
@@ -159,7 +169,7 @@ def main() -> None:
     datasets = _int8_datasets(cfg, args) if args.int8 else None
     options = {"kind": args.format, "output": args.output, "metadata": make_metadata(cfg, args.output)}
     difference = export(module, path, **options)
-    shapes = ", ".join("x".join(map(str, shape)) for shape in TEST_SHAPES)
+    shapes = ", ".join("x".join(map(str, make_input(module, shape).shape)) for shape in TEST_SHAPES)
     print(f"{path} ({path.stat().st_size / 2**20:.1f} MiB): maximum output error {difference:.1e} for inputs {shapes}")
     if datasets:
         calibration, validation = datasets

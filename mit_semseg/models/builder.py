@@ -74,7 +74,8 @@ class UnknownNameError(UserError, ValueError):
 def lookup(table: Mapping[str, Callable], name: str, kind: str) -> Callable:
     """Return `table[name]`, or raise an UnknownNameError that lists the valid names; `kind` is e.g. 'encoder'."""
     if name not in table:
-        raise UnknownNameError(f"unknown {kind} {name!r}; choose one of {', '.join(table)}{closest(name, table)}")
+        choices = ", ".join(table) + (f" or {TIMM}NAME for a network of timm" if kind == "encoder" else "")
+        raise UnknownNameError(f"unknown {kind} {name!r}; choose one of {choices}{closest(name, table)}")
     return table[name]
 
 

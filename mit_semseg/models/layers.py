@@ -26,7 +26,10 @@ POOL_SCALES = (1, 2, 3, 6)  # bins per side in pyramid pooling (Zhao et al., "Py
 
 
 class SameConv2d(nn.Conv2d):
-    """Convolution with stride 2 that is padded as by TensorFlow's padding "SAME": even sides get less at the start."""
+    """Convolution with stride 2 and TensorFlow's "SAME" padding.
+
+    For an even height (width), one row (column) less is padded at the top (left).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         (height, width), side = x.shape[-2:], self.kernel_size[0] // 2
@@ -43,8 +46,9 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Convolve each channel of (N, C, H, W) with its own kernel; the size does not change.
 
-    On CPUs, PyTorch's gradients of this operation are slow. For channels last images that need gradients, every image
-    is split into dilation² images of each dilation-th row and column, which are convolved without dilation.
+    On CPUs, PyTorch's gradients of this operation are slow. In training with channels last input on a CPU, each feature
+    map is split into dilation² maps that contain every dilation-th row and column, and that are convolved without
+    dilation.
     """
     n, channels, height, width = x.shape
     padding = dilation * (weight.size(2) // 2)

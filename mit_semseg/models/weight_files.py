@@ -1,5 +1,6 @@
 """Read checkpoint files without executing code stored in them."""
 
+import json
 import os
 import re
 import zipfile
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,7 +36,11 @@ def read_checkpoint(path: str | os.PathLike):
         raise WeightsError(f"checkpoint {path} does not exist" + (f"; found {shorten_list(found)}" if found else ""))
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+            state = OrderedDict(load_file(path))
+            state._metadata = json.loads(metadata.get("versions", "{}"))
+            return state
         if zipfile.is_zipfile(path):  # the format since PyTorch 1.6; `torch.load` does not verify checksums
             with zipfile.ZipFile(path) as archive:
                 # PyTorch 2.6 returns uninitialized memory for zip entries that are marked as directories.

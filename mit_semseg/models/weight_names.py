@@ -41,7 +41,7 @@ def convert_names(state: Mapping[str, Tensor], encoder: nn.Module) -> Mapping[st
     """
     own = encoder.state_dict()
     if "conv6.weight" in own and "classifier.0.weight" in state:
-        return _convert_vgg(state, own)
+        return _convert_vgg(state, own) or state
     names = {}
     if "conv1.0.weight" in state:
         names = RESNET_STEM
@@ -58,28 +58,33 @@ def convert_names(state: Mapping[str, Tensor], encoder: nn.Module) -> Mapping[st
 
 def _mobilenet_names(state: Mapping[str, Tensor], encoder: MobileNetV2) -> dict[str, str]:
     """Return the layer names in `state` and the corresponding names in `encoder`; {} if they are equal or unknown."""
-    ours = [name for name, layer in encoder.named_modules() if list(layer.parameters(recurse=False))]
-    if all(f"{name}.weight" in state for name in ours):
+    own_names = [name for name, layer in encoder.named_modules() if list(layer.parameters(recurse=False))]
+    if all(f"{name}.weight" in state for name in own_names):
         return {}
     for prefix, (stem, first, others) in MOBILENETS.items():
-        theirs, index = stem.split(), 0
+        file_names, index = stem.split(), 0
         for stage, (expansion, _, depth, *_) in enumerate(encoder.stages):
             for block in range(depth):
                 start = prefix.format(number=index + 1, index=index, stage=stage, block=block)
-                theirs += [start + name for name in (first if expansion == 1 else others).split()]
+                file_names += [start + name for name in (first if expansion == 1 else others).split()]
                 index += 1
-        if f"{theirs[-1]}.weight" in state:
-            return dict(zip(theirs, ours, strict=True))
+        if f"{file_names[-1]}.weight" in state:
+            return dict(zip(file_names, own_names, strict=True))
     return {}
 
 
 def _convert_vgg(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a state dict of torchvision's VGG, whose first two linear layers become convolutions."""
-    theirs, ours = (
+    """Convert a state dict of torchvision's VGG, whose first two linear layers become convolutions.
+
+    Return {} if the number of layers differs.
+    """
+    file_keys, own_keys = (
         sorted((key for key in keys if key.startswith("features.")), key=lambda key: (int(key.split(".")[1]), key))
         for keys in (state, own)
     )
-    converted = {new: state[key] for new, key in zip(ours, theirs, strict=True)}
+    if len(file_keys) != len(own_keys):
+        return {}
+    converted = {new: state[key] for new, key in zip(own_keys, file_keys, strict=True)}
     for layer, name, shape in (("classifier.0", "conv6", (512, 7, 7)), ("classifier.3", "conv7", (4096, 1, 1))):
         converted[f"{name}.weight"] = state[f"{layer}.weight"].view(-1, *shape)
         converted[f"{name}.bias"] = state[f"{layer}.bias"]

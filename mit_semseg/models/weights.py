@@ -76,7 +76,8 @@ def load_weights(
 
 def is_version_1(state: Mapping[str, Tensor]) -> bool:
     """Return whether a state dict belongs to a version 1.0 ResNet, whose stem has 64 instead of 128 output channels."""
-    return state.get("conv3.weight", torch.empty(0)).shape[:1] == (64,)
+    weight = state.get("conv3.weight", state.get("encoder.conv3.weight", torch.empty(0)))
+    return weight.shape[:1] == (64,)
 
 
 def is_whole_network(path: str | os.PathLike) -> bool:

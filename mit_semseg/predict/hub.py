@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config import Config
 from ..dataset import ClassTable
 from ..lib.utils import UTF8, UserError
 
@@ -43,20 +42,13 @@ def download(name: str) -> Path:
 
 
 def upload(
-    name: str,
-    save: Callable[[Path], None],
-    cfg: Config,
-    table: ClassTable,
-    panel: Image.Image | None,
-    *,
-    private: bool,
-    token: str | None,
+    name: str, save: Callable[[Path], None], card: str, panel: Image.Image | None, *, private: bool, token: str | None
 ) -> str:
     """Upload the file written by `save`, a model card and a panel; return the address. See `Segmenter.push_to_hub`."""
     api = _library().HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder, FILE))
-        Path(folder, "README.md").write_text(model_card(name, cfg, table, with_example=panel is not None), **UTF8)
+        Path(folder, "README.md").write_text(card, **UTF8)
         if panel:
             panel.save(Path(folder, EXAMPLE))
         try:
@@ -67,16 +59,20 @@ def upload(
     return f"{api.endpoint}/{name}"
 
 
-def model_card(name: str, cfg: Config, table: ClassTable, *, with_example: bool) -> str:
-    """Return a model card in Markdown, with the metrics in DIR/result/results.json if this file exists."""
-    network = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}"
+def read_results(folder: str, checkpoint: str) -> dict | None:
+    """Return the results that `eval.py` has written to a run folder; None if there are none for this checkpoint."""
+    path = Path(folder, "result", "results.json")
+    results = json.loads(path.read_text(**UTF8)) if path.is_file() else {}
+    return results if checkpoint and results.get("checkpoint") == checkpoint else None
+
+
+def model_card(name: str, network: str, table: ClassTable, results: dict | None, *, with_example: bool) -> str:
+    """Return a model card in Markdown. `network` names encoder and decoder; see `read_results` for `results`."""
     card = CARD.format(title=name.partition("/")[2], count=len(table), network=network, prefix=PREFIX, name=name)
     if with_example:
         card += f"\n![image and prediction]({EXAMPLE})\n"
-    path = Path(cfg.DIR, "result", "results.json")
-    if not path.is_file():
+    if not results:
         return f"{card}\nClasses: {', '.join(table.labels)}.\n"
-    results = json.loads(path.read_text(**UTF8))
     rows = [
         *(("mean IoU", results["mean_iou"]), ("pixel accuracy", results["pixel_accuracy"])),
         *((f"IoU of {entry['class']}", entry["iou"]) for entry in results["iou_per_class"] if entry["present"]),

@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ..build import build_module
 from ..config import OPTIONS, Config, load_config
 from ..dataset import ClassTable
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
-from ..lib.utils import UserError, atomic_write
+from ..lib.utils import UserError, atomic_write, expand_path
 from ..models import SegmentationModule
 
 FORMAT = "mit_semseg network 1"
-SECTIONS = ("DATASET.", "MODEL.", "INFERENCE.")  # options that `read_network` applies; TRAIN options are only recorded
-# Options about initial weights and label files, which have no meaning for a network file
+# Options that `read_network` does not apply, because they concern initial weights and label files
 NOT_APPLIED = {"DATASET.classes", "DATASET.ignore_values", "MODEL.pretrained", "MODEL.reset_classifier"}
 
 
@@ -41,18 +40,21 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     """Write a network file.
 
     The tensors are named as in the state dicts, after `encoder.` and `decoder.`. The metadata are those of
-    `describe_network`, the raw label values of the classes, and all options except paths.
+    `describe_network`, the raw label values of the classes, the version numbers of the layers, and all options except
+    paths.
     """
     options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
     metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
-    tensors = {
-        f"{part}.{key}": value.clone(memory_format=torch.contiguous_format)  # tensors must not share memory
-        for part in ("encoder", "decoder")
-        for key, value in getattr(module, part).state_dict().items()
-    }
+    tensors, versions = {}, {}
+    for part in ("encoder", "decoder"):
+        state = getattr(module, part).state_dict()
+        versions |= {f"{part}.{key}": entry for key, entry in state._metadata.items()}
+        for key, value in state.items():
+            tensors[f"{part}.{key}"] = value.clone(memory_format=torch.contiguous_format)  # must not share memory
+    metadata["versions"] = versions
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with atomic_write(path) as partial:
-        partial.write_bytes(save(tensors, text))  # `save_file` would hide the file from other users
+        partial.write_bytes(save(tensors, text))  # files of `save_file` can only be read by their owner
 
 
 def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationModule, Config, ClassTable]:
@@ -65,7 +67,7 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
     Raises:
         UserError: the file does not exist, is damaged or is not a network file.
     """
-    path = Path(path)
+    path = Path(expand_path(str(path))).absolute()
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -76,20 +78,7 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
             f"{path} is not a network file of this version ({metadata.get('format', 'no format')}, expected {FORMAT}); "
             f"write one with python -m mit_semseg.export --format safetensors"
         )
-    stored = {
-        key: value
-        for key, value in json.loads(metadata["options"]).items()
-        if key.startswith(SECTIONS) and key not in NOT_APPLIED
-    }
-    settings = [word for setting in stored.items() for word in setting]
-    cfg = load_config(None, [*settings, *opts])
+    stored = {key: value for key, value in json.loads(metadata["options"]).items() if key not in NOT_APPLIED}
+    cfg = load_config(None, [*(word for setting in stored.items() for word in setting), *opts])
     table = ClassTable.from_raw_values(*(json.loads(metadata[key]) for key in ("classes", "colors", "raw_values")))
-    module = build_module(cfg, torch.device("cpu"), resumed=True)
-    tensors = load_file(path)
-    for part in ("encoder", "decoder"):
-        state = {key.removeprefix(f"{part}."): value for key, value in tensors.items() if key.startswith(f"{part}.")}
-        try:
-            getattr(module, part).load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"network file {path} does not match its options: {' '.join(str(error).split())}") from None
-    return module, cfg, table
+    return build_module(cfg, torch.device("cpu"), checkpoint=str(path)), cfg, table

@@ -18,12 +18,14 @@ from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, predict_items, read_items
 from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
-from ..lib.utils import UserError
+from ..lib.utils import UserError, expand_path
 from ..models.pretrained import PUBLISHED, download_published, published_options
 from . import hub
 from .images import to_image
 from .network_file import read_network, write_network
 from .results import Result, with_unique_stems
+
+NOT_SAVED = "only networks that were loaded from a configuration or a file can be saved"
 
 
 class Segmenter:
@@ -50,6 +52,7 @@ class Segmenter:
         self._lock = threading.Lock()
         self._cfg: Config | None = None  # `save` needs the options and the unchanged network
         self._load: Callable[[], nn.Module] | None = None
+        self._checkpoint = ""  # checkpoint in DIR, or '' for a network file
 
     @classmethod
     def from_config(
@@ -100,20 +103,23 @@ class Segmenter:
         module = build_module(cfg, device, checkpoint=checkpoint)
         table = class_table_from_options(cfg.DATASET)
         segmenter = cls(module, table, cfg.DATASET, device=device, inference=inference_options(cfg))
-        segmenter._cfg = cfg
+        segmenter._cfg, segmenter._checkpoint = cfg, checkpoint
         segmenter._load = lambda: build_module(cfg, torch.device("cpu"), checkpoint=checkpoint)
         return segmenter
 
     def save(self, path: str | Path) -> None:
-        """Write a network file (.safetensors) with weights, options and classes, see `from_file`."""
+        """Write a network file (.safetensors) with weights, options and classes, see `from_file`.
+
+        The weights are read again from the checkpoint or file from which this network was loaded.
+        """
         if not self._load:
-            raise UserError("only networks that were loaded from a configuration or a file can be saved")
-        write_network(self._load(), self._cfg, self.table, path)
+            raise UserError(NOT_SAVED)
+        write_network(self._load(), self._cfg, self.table, expand_path(str(path)))
 
     def push_to_hub(self, name: str, *, example=None, private: bool = False, token: str | None = None) -> str:
         """Upload the network file and a model card to the Hugging Face hub, and return the address.
 
-        The card has the metrics in DIR/result/results.json, which `eval.py` writes.
+        The card has the metrics in DIR/result/results.json if `eval.py` has written them for the same checkpoint.
 
         Args:
             name: USER/NAME; the repository is created if it does not exist.
@@ -121,8 +127,16 @@ class Segmenter:
             private: whether a new repository is private.
             token: access token; None uses the one saved by `hf auth login`.
         """
+        name = name.removeprefix(hub.PREFIX)
+        if name.count("/") != 1:
+            raise UserError(f"{name!r} is not a name on the hub; give USER/NAME")
+        if not self._cfg:
+            raise UserError(NOT_SAVED)
         panel = self(example).panel() if example is not None else None
-        return hub.upload(name, self.save, self._cfg, self.table, panel, private=private, token=token)
+        network = f"{self._cfg.MODEL.arch_encoder} + {self._cfg.MODEL.arch_decoder}"
+        results = hub.read_results(self._cfg.DIR, self._checkpoint)
+        card = hub.model_card(name, network, self.table, results, with_example=example is not None)
+        return hub.upload(name, self.save, card, panel, private=private, token=token)
 
     def __call__(self, image) -> Result | list[Result]:
         """Segment an image, or a list or tuple of images; see `to_image` for supported types and for errors."""

@@ -1,6 +1,7 @@
 """Networks of timm (https://huggingface.co/docs/timm) as encoders."""
 
 import logging
+import re
 from collections.abc import Mapping
 
 import timm
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 MIN_STRIDE = 4  # feature maps with smaller strides are not used
 TRANSFORMER_MAPS = 4  # number of feature maps of a network whose maps all have the same stride
-PROBE_SIZE = (96, 128)  # approximate (height, width) of the image that tests whether a network takes images of any size
+PROBE_SIZE = (96, 128)  # approximate (height, width) of the test image in `_takes_multiples_of`
 
 torch.fx.wrap("renormalize")  # creates tensors for a dtype and a device, which are unknown in FX tracing
 
@@ -52,7 +53,7 @@ class TimmEncoder(nn.Module):
         out_channels: number of channels of each feature map.
         output_stride: stride of the last feature map.
         size_divisor: height and width of images must be multiples of this number.
-        mean, std: normalization of the network, for R, G and B values in 0..1.
+        mean, std: normalization of the network, for R, G and B values in 0..1; the state dict contains them.
 
     Raises:
         UserError: the name is unknown, or the network cannot take images of any size, or does not support the output
@@ -91,6 +92,12 @@ class TimmEncoder(nn.Module):
         if is_own:
             load_weights(self, weights, state=state, name=f"encoder timm:{name}", part="encoder")
 
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.mean, self.std], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.mean, self.std = map(tuple, state.tolist())
+
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
             x = renormalize(x, self.mean, self.std)
@@ -120,7 +127,7 @@ def _find_options(name: str, output_stride: int | None) -> tuple[dict, int]:
             break
     else:
         raise UserError(f"timm:{name} has no aligned feature maps for images of any size; choose another network")
-    if len(set(strides)) == 1:  # by default, timm returns the outputs of the last blocks
+    if len(set(strides)) == 1:  # use evenly spaced blocks; by default, timm returns the outputs of the last blocks
         blocks = len(network.feature_info.info)
         options["out_indices"] = [blocks * i // TRANSFORMER_MAPS - 1 for i in range(1, TRANSFORMER_MAPS + 1)]
     if output_stride not in (None, strides[-1]):
@@ -128,8 +135,8 @@ def _find_options(name: str, output_stride: int | None) -> tuple[dict, int]:
         network = _create_on_meta(name, options)
         if not network or network.feature_info.reduction()[-1] != output_stride:
             raise UserError(
-                f"MODEL.output_stride {output_stride}: timm:{name} supports only its default, {strides[-1]}; set "
-                f"MODEL.output_stride 0"
+                f"MODEL.output_stride {output_stride} is not supported by timm:{name}; set MODEL.output_stride 0 (the "
+                f"default of this network, {strides[-1]})"
             )
     return options, divisor
 
@@ -178,8 +185,16 @@ def _create(name: str, options: dict, pretrained: bool) -> nn.Module:
 def _create_from_state(name: str, options: dict, state: Mapping[str, Tensor], path: str) -> nn.Module:
     """Create a network with the weights of a state dict of timm, which was read from `path`.
 
-    timm does not report missing entries. To find them, the network is created from two different random states.
+    timm does not raise an error if entries are missing or belong to further blocks. Missing weights are found by
+    creating the network from two random states. Further blocks have names that differ from known ones in numbers only.
     """
+    with torch.device("meta"):
+        known = timm.create_model(name).state_dict()
+    patterns = {re.sub(r"\d+", "0", key) for key in known}
+    if further := [key for key in state if key not in known and re.sub(r"\d+", "0", key) in patterns]:
+        raise WeightsError(
+            f"{path} does not match encoder timm:{name}: unexpected in the file: {shorten_list(further)}"
+        )
     networks = []
     for seed in (0, 1):
         overlay = {"state_dict": dict(state)}  # a copy, because timm removes the classifier
@@ -197,6 +212,7 @@ def _create_from_state(name: str, options: dict, state: Mapping[str, Tensor], pa
     pairs = zip(networks[0].named_parameters(), networks[1].parameters(), strict=True)
     if missing := [key for (key, first), second in pairs if not torch.equal(first, second)]:
         raise WeightsError(f"{path} does not match encoder timm:{name}: missing in the file: {shorten_list(missing)}")
+    networks[0].pretrained_cfg.pop("state_dict", None)
     return networks[0]
 
 
