@@ -27,9 +27,9 @@ def network(encoder, decoder, norm="sync"):
 
 
 # These encoders are tested with every decoder; other encoders have equal channels and strides, and get one decoder.
-DIFFERENT = ("mobilenetv2dilated", "efficientnet_lite0dilated", "resnet18dilated", "hrnetv2")
+DIFFERENT = ("mobilenetv2dilated", "resnet18dilated", "hrnetv2")
 LONG = (
-    *("efficientnet_lite0", "resnet18", "resnet50", "resnet50dilated"),
+    *("efficientnet_lite0", "efficientnet_lite0dilated", "resnet18", "resnet50", "resnet50dilated"),
     *("resnet34_dilated16", "resnet50_dilated16", "vgg16_dilated8"),
 )
 PAIRS = [

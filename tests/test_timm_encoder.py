@@ -32,7 +32,7 @@ ALL = [
     *(name for name in timm.list_models("test_*") if name not in ONE_SIZE),
     *("convnext_tiny", "swin_tiny_patch4_window7_224", "mobilenetv4_conv_small", "resnet18d", "regnety_004"),
 ]
-SMALL = ("test_efficientnet", "test_mambaout", "test_vit")  # the others run with -m long
+SMALL = ("test_efficientnet", "test_vit")  # the others run with -m long
 PLAIN_OR_LONG = [pytest.param(name, marks=[pytest.mark.long] * (name not in SMALL)) for name in ALL]
 CPU = torch.device("cpu")
 
@@ -150,8 +150,11 @@ def test_norms_are_synchronized_if_asked(name, norm, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        *("mobilenetv4_conv_small", "test_resnet", "resnet18d", "test_efficientnet", "regnety_002", "test_nfnet"),
-        *("densenet121", "vgg11_bn", "hrnet_w18_small", "xception41", "repvit_m0_9", "test_byobnet"),
+        *("mobilenetv4_conv_small", "test_resnet", "resnet18d", "test_efficientnet", "regnety_002", "test_byobnet"),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("densenet121", "vgg11_bn", "hrnet_w18_small", "xception41", "repvit_m0_9", "test_nfnet")
+        ),
     ],
 )
 def test_fusion_does_not_change_outputs(name):
