@@ -88,18 +88,29 @@ def test_unusable_file_is_named(path, tmp_path, fault):
     assert "\n" not in str(error.value)
 
 
-def test_network_with_in_place_norms(tmp_path):
-    """Safetensors files do not store the version numbers by which other checkpoints are recognized."""
-    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "resnet18dilated", "MODEL.arch_decoder", "c1"]
-    opts += ["MODEL.norm", "inplace", "DIR", str(tmp_path), "DATASET.imgSizes", "40"]
-    module = build_module(load_config(None, opts), torch.device("cpu"), resumed=True)
-    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
+def save_and_load(run, encoder, *more):
+    """Save a network of the folder `run` to a file, compare the results of the loaded network, and return its options.
+
+    If the folder has no weights, random weights are written first.
+    """
+    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", encoder, "MODEL.arch_decoder", "c1"]
+    opts += ["DIR", str(run), "DATASET.imgSizes", "40", *more]
+    if not list(run.glob("*_epoch_1.pth")):
+        module = build_module(load_config(None, opts), torch.device("cpu"), resumed=True)
+        RunFolder(run).save_weights(module, "epoch_1.pth")
     own = Segmenter.from_config(None, "epoch_1.pth", opts, device="cpu")
-    own.save(tmp_path / "a.safetensors")
-    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
+    own.save(run / "a.safetensors")
+    loaded = Segmenter.from_file(run / "a.safetensors", device="cpu")
     assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    return opts
+
+
+def test_network_with_in_place_norms(tmp_path):
+    """In-place norms are recognized by the version numbers of the layers, which the file stores."""
+    opts = save_and_load(tmp_path, "resnet18dilated", "MODEL.norm", "inplace")
+    expected = Segmenter.from_config(None, "epoch_1.pth", opts, device="cpu")(PIXELS)
     loaded = Segmenter.from_config(None, str(tmp_path / "a.safetensors"), opts, device="cpu")
-    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    assert np.array_equal(loaded(PIXELS).label_map, expected.label_map)
     with pytest.raises(UserError, match=r"a\.safetensors.*MODEL\.norm"):
         Segmenter.from_file(tmp_path / "a.safetensors", device="cpu", opts=["MODEL.norm", "sync"])
 
@@ -107,13 +118,17 @@ def test_network_with_in_place_norms(tmp_path):
 def test_version_1_network(tmp_path):
     """With weights of version 1.0, the encoder `resnet34` is `resnet34_v1`."""
     write_weights(tmp_path, "resnet34_v1", "c1", "epoch_1.pth", 3)
-    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "resnet34", "MODEL.arch_decoder", "c1"]
-    own = Segmenter.from_config(
-        None, "epoch_1.pth", [*opts, "DIR", str(tmp_path), "DATASET.imgSizes", "40"], device="cpu"
-    )
-    own.save(tmp_path / "a.safetensors")
-    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
-    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
+    save_and_load(tmp_path, "resnet34")
+
+
+def test_network_of_timm(tmp_path):
+    """The file also initializes the encoder of another network."""
+    opts = save_and_load(tmp_path, "timm:test_efficientnet")
+    module = build_module(load_config(None, opts), torch.device("cpu"), checkpoint="epoch_1.pth")
+    opts += ["MODEL.weights_encoder", str(tmp_path / "a.safetensors")]
+    again = build_module(load_config(None, opts), torch.device("cpu"))
+    for key, value in module.encoder.state_dict().items():
+        assert torch.equal(again.encoder.state_dict()[key], value), key
 
 
 def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F811
@@ -126,22 +141,6 @@ def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F81
     first, second = (np.asarray(Image.open(tmp_path / name / "image_index.png")) for name in "ab")
     assert np.array_equal(first, second)
     here("mit_semseg.export", "--cfg", folder / "own.yaml", "--format", "safetensors", "--int8", code=2)
-
-
-def test_network_file_of_a_network_of_timm(tmp_path):
-    """The file also initializes the encoder of another network."""
-    opts = ["DATASET.num_class", "3", "MODEL.arch_encoder", "timm:test_efficientnet", "MODEL.arch_decoder", "c1"]
-    opts += ["DIR", str(tmp_path), "DATASET.imgSizes", "40"]
-    module = build_module(load_config(None, opts), torch.device("cpu"), resumed=True)
-    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
-    own = Segmenter.from_config(None, "epoch_1.pth", opts, device="cpu")
-    own.save(tmp_path / "a.safetensors")
-    loaded = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
-    assert np.array_equal(own(PIXELS).label_map, loaded(PIXELS).label_map)
-    opts += ["MODEL.weights_encoder", str(tmp_path / "a.safetensors")]
-    again = build_module(load_config(None, opts), torch.device("cpu"))
-    for key, value in module.encoder.state_dict().items():
-        assert torch.equal(again.encoder.state_dict()[key], value), key
 
 
 def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F811

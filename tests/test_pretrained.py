@@ -118,7 +118,9 @@ def test_next_source_is_tried_if_a_download_fails(site, tmp_path, monkeypatch, c
         f"/{folder.relative_to(site.folder)}/model.safetensors",
     ]
     messages = [record.getMessage() for record in caplog.records]
-    assert any(line.startswith("no ImageNet weights from published:resnet50-imagenet.pth") for line in messages)
+    assert any(
+        line.startswith("ImageNet weights are not available from published:resnet50-imagenet.pth") for line in messages
+    )
     assert sum("(timm ImageNet weights): state-dict entries from" in line for line in messages) == 2
 
 

@@ -17,7 +17,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from mit_semseg import build
-from mit_semseg.cli.export import export
+from mit_semseg.cli.export import ExportError, export
 from mit_semseg.config import load_config
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, enable_activation_checkpointing, to_batchnorm
 from mit_semseg.lib.utils import UserError
@@ -262,9 +262,23 @@ def test_frozen_encoder_and_fixed_norms():
     ("name", "kind"),
     [
         *(("test_convnext", "onnx"), ("resnet18d", "onnx"), ("test_vit3", "onnx"), ("test_vit3", "torch_export")),
-        *(("mobilenetv4_conv_small", "torch_export"), ("test_efficientnet", "torch_export")),
+        *(
+            ("mobilenetv4_conv_small", "onnx"),
+            ("mobilenetv4_conv_small", "torch_export"),
+            ("test_efficientnet", "onnx"),
+        ),
+        *(("test_efficientnet", "torch_export"), ("resnet18d", "torch_export")),
     ],
 )
 def test_export(name, kind, tmp_path):
     module = randomize_norms(network(make(name), "c1")).float()
     assert export(module, tmp_path / "file", kind=kind, metadata={}) < 1e-4
+
+
+@pytest.mark.long
+def test_file_that_does_not_support_small_images_is_refused(tmp_path):
+    """The program of ConvNeXt supports images of at least 64x64 pixels only."""
+    module = randomize_norms(network(make("test_convnext"), "c1")).float()
+    with pytest.raises(ExportError, match=r"network\.pt2.*--format"):
+        export(module, tmp_path / "network.pt2", kind="torch_export", metadata={})
+    assert not list(tmp_path.iterdir())

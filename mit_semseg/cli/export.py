@@ -20,7 +20,7 @@ from ..config import Config, add_config_arguments, load_config
 from ..dataset import ValDataset
 from ..dataset.classes import class_table_from_options
 from ..dataset.transforms import round_up
-from ..lib.utils import UserError, atomic_write, expand_path
+from ..lib.utils import UserError, atomic_write, expand_path, first_sentence
 from ..models.fuse_bn import fuse_batchnorm
 from ..predict.network_file import describe_network, write_network
 from .common import DEFAULT_CONFIG, add_verbosity
@@ -58,13 +58,22 @@ class ExportedNetwork(nn.Module):
 def export(module: nn.Module, path: Path, *, kind: str, output: str = "logits", metadata: dict[str, str]) -> float:
     """Export a `SegmentationModule` to a file and return the output difference measured by `compare`.
 
-    `kind` is a key of `FORMATS`, `output` is one of `OUTPUTS`, and `metadata` is stored in the file. Raise an
-    `ExportError` if a package is missing, or if the outputs of file and network differ by more than `TOLERANCE`.
+    `kind` is 'onnx' or 'torch_export', `output` is one of `OUTPUTS`, and `metadata` is stored in the file. Raise an
+    `ExportError` if a package is missing, if the network cannot be exported for images of any size, or if the outputs
+    of file and network differ by more than `TOLERANCE`.
     """
     network = ExportedNetwork(module, output).eval()
     with atomic_write(path) as partial:
-        exported = (_write_onnx if kind == "onnx" else _write_program)(network, partial, metadata)
-        difference = compare(network, exported)
+        try:
+            exported = (_write_onnx if kind == "onnx" else _write_program)(network, partial, metadata)
+            difference = compare(network, exported)
+        except ExportError:
+            raise
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise ExportError(
+                f"{path} was not written, because the exporter failed, or the file does not support images of any size "
+                f"({first_sentence(error)}); try another --format than {kind}"
+            ) from error
         if difference > TOLERANCE:
             raise ExportError(
                 f"{path} was not written, because outputs of file and network differ by {difference:.1e}, which is "

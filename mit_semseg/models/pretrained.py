@@ -125,10 +125,10 @@ def load_imagenet_weights(encoder: nn.Module, arch: str) -> None:
 
     The weights are read from the first source in `SOURCES` whose file exists or can be downloaded.
 
-    Raises a WeightsError if there are no weights for `arch`, or no source can be reached.
+    Raises a WeightsError if `arch` has no sources, or if none of its files can be found or downloaded.
     """
     if not imagenet_sources(arch):
-        raise WeightsError(f"there are no ImageNet weights for {arch}: {ADVICE}")
+        raise WeightsError(f"no ImageNet weights are available for {arch}: {ADVICE}")
     source, path = _find_weights(arch)
     kind = source.partition(":")[0]
     own, state = encoder.state_dict(), convert_names(read_state_dict(path), encoder)
@@ -152,7 +152,7 @@ def _find_weights(arch: str) -> tuple[str, Path]:
             return source, _fetch(url, path, sha256)
         except WeightsError as error:
             reasons.append(f"{source}: {error}")
-            logger.info("no ImageNet weights from %s", reasons[-1])
+            logger.info("ImageNet weights are not available from %s", reasons[-1])
     names = " or ".join(path.name for path, url in files.values() if url)
     raise WeightsError(
         f"cannot download ImageNet weights for {arch} ({'; '.join(reasons)}); {ADVICE}, or put {names} into "

@@ -82,7 +82,7 @@ class TimmEncoder(nn.Module):
             self.network = _create_from_state(name, options, state, weights)
         else:
             self.network = _create(name, options, pretrained and not weights)
-        if norm.synchronized:
+        if getattr(norm, "synchronized", False):
             convert_sync_batchnorm(self.network)
         _mark_blocks(self.network)
         info = self.network.feature_info
