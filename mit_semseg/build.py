@@ -164,9 +164,6 @@ def build_training(
         module.to(memory_format=torch.channels_last)
     if train.fix_bn:
         freeze_batch_norm(module)
-    if not train.lr_encoder:
-        freeze_batch_norm(module.encoder)
-        module.encoder.requires_grad_(False)
     if train.activation_checkpointing and not enable_activation_checkpointing(module.encoder):
         raise UserError(
             f"TRAIN.activation_checkpointing: {cfg.MODEL.arch_encoder} has no list of blocks; set it to False"
@@ -174,17 +171,22 @@ def build_training(
     if train.compile:
         compile_blocks(module.encoder)
         module.encoder.compiled = True
+    images_per_step = batches * train.batch_size_per_gpu
+    scale = images_per_step / train.lr_base_batch if train.lr_base_batch else 1.0
     optimizer = build_optimizer(
         module.encoder,
         module.decoder,
         train.optim,
-        rates=(train.lr_encoder, train.lr_decoder),
+        rates=(train.lr_encoder * scale, train.lr_decoder * scale),
+        lr_decay=train.lr_decay,
         beta1=train.beta1,
         weight_decay=train.weight_decay,
     )
     values = {field.name: train[field.name] for field in fields(TrainingOptions) if field.name != "run_options"}
     values["amp"] = resolve_amp(train.amp, next(module.parameters()).device)
-    values["epoch_iters"] = train.epoch_iters or math.ceil(images / (batches * train.batch_size_per_gpu))
+    values["epoch_iters"] = train.epoch_iters or math.ceil(images / images_per_step)
+    if not train.lr_encoder:
+        values["freeze_encoder"] = values["epoch_iters"] * train.num_epoch
     keys = [key for key in OPTIONS if key.startswith(RUN_SECTIONS) and key not in START_KEYS]
     stored = {key: cfg.option(key) for key in keys} | {"class names": list(class_table_from_options(cfg.DATASET).names)}
     return optimizer, TrainingOptions(**values, run_options=stored)

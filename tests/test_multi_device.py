@@ -56,7 +56,11 @@ def train(root, folder, batch_size, *, world=None, frozen=False, checkpointing=F
         trainer.fit(Doubles(data))
     finally:
         torch.set_default_dtype(torch.float32)
-    return trainer.history["train"], {k: v.numpy() for k, v in module.state_dict().items()}
+    state = module.state_dict()
+    if trainer.average:
+        with trainer.average.in_network():
+            state |= {f"average {key}": value.clone() for key, value in module.state_dict().items()}
+    return trainer.history["train"], {k: v.numpy() for k, v in state.items()}
 
 
 def _train_rank(rank, root, folder, batch_size, changes):
@@ -73,6 +77,7 @@ def train_on_two_ranks(root, folder, batch_size, **changes):
 
 
 REPLICAS, ACCUMULATED = {"world": World(devices=[CPU] * 2)}, {"accumulate": 2}
+FREEZE = {"freeze_encoder": 5, "ema": 0.9}
 
 
 @pytest.mark.parametrize(
@@ -81,10 +86,11 @@ REPLICAS, ACCUMULATED = {"world": World(devices=[CPU] * 2)}, {"accumulate": 2}
         (False, {"one": (4, {}), "replicas": (2, REPLICAS), "ranks": (2, {})}),
         (False, {"one": (4, ACCUMULATED), "replicas": (2, REPLICAS | ACCUMULATED), "ranks": (2, ACCUMULATED)}),
         (False, {"one": (4, {}), "again": (4, {"checkpointing": True}), "ranks": (2, {"checkpointing": True})}),
+        (False, {"one": (4, FREEZE), "replicas": (2, REPLICAS | FREEZE), "ranks": (2, FREEZE)}),
         # Accumulation equals a larger batch only with frozen norms, because statistics depend on the micro-batch.
         (True, {"one": (4, {}), "steps": (2, ACCUMULATED), "replicas": (2, REPLICAS), "ranks": (1, ACCUMULATED)}),
     ],
-    ids=["step", "accumulation", "checkpointing", "frozen"],
+    ids=["step", "accumulation", "checkpointing", "frozen encoder and average", "frozen norms"],
 )
 def test_same_global_batch_gives_the_same_training(root, tmp_path, frozen, variants):
     """Losses, accuracies, weights and running statistics are equal over 10 steps."""
@@ -143,6 +149,7 @@ def test_ranks_train_like_replicas(jobs):
     a, b = (torch.load(folder / name / "history_epoch_2.pth", weights_only=True) for name in ("replicas", "ranks"))
     assert len(a["train"]["loss"]) == 4
     assert b["train"]["loss"] == pytest.approx(a["train"]["loss"], rel=1e-5)
+    assert b["val"]["loss"] == pytest.approx(a["val"]["loss"], rel=1e-2)
     assert b["val"]["acc"] == pytest.approx(a["val"]["acc"], abs=0.02)
     log = (folder / "ranks" / "log.txt").read_text()
     assert "devices: cpu (1 threads) on each of 2 ranks" in log

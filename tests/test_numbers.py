@@ -42,20 +42,22 @@ def train(root, folder, overflows, **changes):
 
 
 def test_fp16_overflow_is_skipped_and_counted(root, tmp_path):
-    trainer = train(root, tmp_path, {2, 5, 7})
+    trainer = train(root, tmp_path, {2, 5, 7}, ema=0.9)
     assert trainer.overflows == 3
+    assert trainer.average.updates == 5
     state = trainer.module.state_dict()
     assert all(value.isfinite().all() for value in state.values())
     assert {int(value) for key, value in state.items() if key.endswith("num_batches_tracked")} == {5}
     assert np.isfinite(trainer.history["train"]["loss"]).all()
     assert read_resume(tmp_path / "resume.pth")["overflows"] == (3, 1)
-    assert train(root, tmp_path, {2, 5, 7}).overflows == 3  # resuming keeps this number
+    resumed = train(root, tmp_path, {2, 5, 7}, ema=0.9)
+    assert (resumed.overflows, resumed.average.updates) == (3, 5)
 
 
-@pytest.mark.parametrize("overflows", [{0}, {0, 1, 2}])
-def test_overflows_in_the_first_steps_leave_finite_momentum(root, tmp_path, overflows):
+@pytest.mark.parametrize(("overflows", "frozen"), [({0}, 0), ({0, 1, 2}, 0), ({3, 4}, 3)])
+def test_overflows_in_the_first_steps_leave_finite_momentum(root, tmp_path, overflows, frozen):
     # deterministic mode fills uninitialized memory with NaN
-    trainer = train(root, tmp_path, overflows, deterministic=True)
+    trainer = train(root, tmp_path, overflows, deterministic=True, freeze_encoder=frozen)
     assert trainer.overflows == len(overflows)
     momentum = [state["momentum_buffer"] for state in trainer.optimizer.state.values()]
     assert all(value.abs().max() < 1e4 for value in momentum)

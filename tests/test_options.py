@@ -119,8 +119,13 @@ CHANGES_WEIGHTS = {
     "TRAIN.optim": "AdamW",
     "TRAIN.lr_encoder": 0.005,
     "TRAIN.lr_decoder": 0.005,
+    "TRAIN.lr_decay": 0.5,
+    "TRAIN.lr_base_batch": 16,
+    "TRAIN.schedule": "cosine",
     "TRAIN.lr_pow": 2,
     "TRAIN.warmup_iters": 3,
+    "TRAIN.freeze_encoder": 1,
+    "TRAIN.ema": 0.9,
     "TRAIN.beta1": 0.5,
     "TRAIN.weight_decay": 0.1,
     "TRAIN.deep_sup_scale": 1.0,
@@ -385,6 +390,13 @@ def test_option_train_eval_epoch(run, baseline):
     assert same(weights(folder), weights(baseline))  # validation does not change training
 
 
+def test_option_train_patience(run):
+    short = {"TRAIN.num_epoch": 3, "TRAIN.epoch_iters": 1, "TRAIN.eval_epoch": 1}
+    rates = {"TRAIN.lr_encoder": 1e-12, "TRAIN.lr_decoder": 1e-12, "TRAIN.fix_bn": True}
+    folders = [run.train(**short, **rates, TRAIN__patience=patience) for patience in (0, 1)]
+    assert [(folder / "encoder_epoch_3.pth").is_file() for folder in folders] == [True, False]
+
+
 def test_option_train_checkpoint_iters(run, monkeypatch):
     names, save = [], trainer.save_atomic
     monkeypatch.setattr(trainer, "save_atomic", lambda obj, path: (names.append(path.name), save(obj, path)))
@@ -410,7 +422,9 @@ def test_option_train_tensorboard(run):
     folder = run.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    assert {"train/loss", "train/lr_encoder", "val/mean_iou", "val_iou/class 1"} <= set(events.Tags()["scalars"])
+    assert {"train/loss", "train/lr_encoder", "val/loss", "val/mean_iou", "val_iou/class 1"} <= set(
+        events.Tags()["scalars"]
+    )
     assert [event.step for event in events.Scalars("val/mean_iou")] == [1, 2]
     assert set(events.Tags()["images"]) == {"val/0", "val/1"}
 

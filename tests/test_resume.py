@@ -45,7 +45,8 @@ def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
                 raise KeyboardInterrupt
             return super().__getitem__(index)
 
-    val, training = ValDataset(root, "val", options()), {"eval_epoch": 1, "checkpoint_iters": 3}
+    val = ValDataset(root, "val", options())
+    training = {"eval_epoch": 1, "checkpoint_iters": 3, "ema": 0.9, "freeze_encoder": 2, "schedule": "cosine"}
     whole, expected = run(root, tmp_path / "whole", training=training, val_dataset=val)
     dataset = Failing(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(KeyboardInterrupt):
@@ -54,6 +55,7 @@ def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
     seed = 0 if stop < training["checkpoint_iters"] else 9
     resumed, got = run(root, tmp_path / "cut", seed=seed, training=training, val_dataset=val, resume="auto")
     assert same(got, expected)
+    assert same(*(weights(tmp_path / name, "epoch_2_raw.pth") for name in ("whole", "cut")))
     assert resumed.history == whole.history
     assert resumed.best_iou == whole.best_iou
 

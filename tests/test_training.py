@@ -1,5 +1,9 @@
 """Optimizer, learning rate schedule, frozen norms, mixed precision, and losses that are not finite."""
 
+import math
+from contextlib import nullcontext
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +26,8 @@ from mit_semseg.engine import (
 from mit_semseg.engine.checkpoint import read_resume
 from mit_semseg.engine.optim import lr_factor, set_learning_rates
 from mit_semseg.engine.train_step import LossWeights
+from mit_semseg.lib.utils import UserError
+from mit_semseg.models import ModelBuilder
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +63,47 @@ def test_sgd_step_equals_its_definition():
 
 
 @pytest.mark.parametrize(
-    ("step", "warmup", "factor"), [(0, 0, 1), (50, 0, 0.5**0.9), (100, 0, 0), (0, 10, 0.1), (9, 10, 0.91**0.9)]
+    ("schedule", "step", "warmup", "factor"),
+    [
+        *(("poly", 0, 0, 1), ("poly", 50, 0, 0.5**0.9), ("poly", 100, 0, 0)),
+        *(("poly", 0, 10, 0.1), ("poly", 9, 10, 0.91**0.9)),
+        *(("cosine", 0, 0, 1), ("cosine", 25, 0, 0.5 + 0.5**1.5), ("cosine", 50, 0, 0.5), ("cosine", 100, 0, 0)),
+        ("cosine", 4, 10, 0.5 * (1 + np.cos(0.04 * np.pi)) / 2),
+    ],
 )
-def test_learning_rate_schedule(step, warmup, factor):
-    training = TrainingOptions(num_epoch=1, epoch_iters=100, warmup_iters=warmup)
-    assert lr_factor(step, training) == pytest.approx(factor)
+def test_learning_rate_schedule(schedule, step, warmup, factor):
+    training = TrainingOptions(num_epoch=1, epoch_iters=100, schedule=schedule, warmup_iters=warmup)
+    assert lr_factor(step, training) == pytest.approx(factor, abs=1e-15)
+
+
+ENCODERS = (
+    *("mobilenetv2dilated", "efficientnet_lite0", "resnet18", "hrnetv2", "vgg16_dilated8"),
+    *("timm:test_convnext", "timm:test_vit", "timm:test_efficientnet", "timm:resnet18d"),
+)
+
+
+@pytest.mark.parametrize("arch", ENCODERS)
+def test_layer_wise_learning_rates_decrease_toward_the_image(arch):
+    """Stages are contiguous, start at the stem, and their learning rates have a constant ratio."""
+    with torch.device("meta") if ":" not in arch else nullcontext():
+        encoder = ModelBuilder.build_encoder(arch, pretrained=False)
+    optimizer = build_optimizer(encoder, tiny_module().decoder, rates=(0.1, 0.2), lr_decay=0.5)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    stages = [round(-math.log2(rates[id(p)] / 0.1)) for p in encoder.parameters()]
+    assert sorted(set(stages)) == list(range(max(stages) + 1))
+    assert len(set(stages)) >= 5
+    assert stages[0] == max(stages)
+    assert stages[-1] == 0
+    assert learning_rates(optimizer) == {"encoder": 0.1, "decoder": 0.2}
+    assert all(
+        (p.dim() > 1) == (group["weight_decay"] > 0) for group in optimizer.param_groups for p in group["params"]
+    )
+
+
+def test_layer_wise_learning_rates_need_an_encoder_with_stages():
+    module = tiny_module()
+    with pytest.raises(UserError, match=r"TRAIN\.lr_decay 0\.9.*TinyEncoder.*stage_of"):
+        build_optimizer(module.encoder, module.decoder, lr_decay=0.9)
 
 
 def test_unknown_optimizer_and_frozen_network_are_refused():
@@ -165,6 +207,19 @@ def test_unreadable_training_image_is_named_without_a_traceback(tmp_path, worker
     errors = here("train.py", small(folder, tmp_path / "run", TRAIN__workers=workers), code=2).stderr
     assert errors.startswith("error: ")
     assert "annotations/01.png" in errors
+
+
+@pytest.mark.parametrize("fix_bn", [False, True])
+def test_frozen_encoder_changes_after_the_given_steps(root, tmp_path, fix_bn):
+    changes = {"TRAIN.freeze_encoder": 2, "TRAIN.epoch_iters": 1, "TRAIN.num_epoch": 3, "TRAIN.fix_bn": fix_bn}
+    here("train.py", small(root, tmp_path, **changes))
+    epochs = [weights(tmp_path, f"epoch_{n}.pth") for n in (1, 2, 3)]
+    unchanged = [{key for key in a if torch.equal(a[key], b[key])} for a, b in pairwise(epochs)]
+    encoder = {key for key in epochs[0] if key.startswith("encoder.")}
+    norms = {key for key in encoder if key.rpartition(".")[0] + ".running_mean" in encoder}
+    assert encoder <= unchanged[0]
+    assert unchanged[1] & encoder == (norms if fix_bn else set())
+    assert "decoder.conv_last.weight" not in unchanged[0] | unchanged[1]
 
 
 def test_encoder_with_learning_rate_0_keeps_weights_and_statistics(root, tmp_path):

@@ -31,15 +31,18 @@ def log_plot_errors(name: str) -> Iterator[None]:
 
 
 def save_curves(history: dict, path: Path) -> None:
-    """Plot `history` to a PNG file: `train` (lists epoch, loss, acc), optionally `val` (lists epoch, mean_iou, acc)."""
+    """Plot the curves of `checkpoint.new_history` to a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4))  # margins are fixed, because an automatic layout would double the time
     left, right = figure.subplots(1, 2)
     figure.subplots_adjust(left=0.06, right=0.78, bottom=0.13, top=0.91, wspace=0.2)
     train, val = history["train"], history.get("val", {})
-    left.plot(train["epoch"], train["loss"], color="tab:blue")
-    left.set(title="Training loss", xlabel="epoch")
+    left.plot(train["epoch"], train["loss"], color="tab:blue", label="training")
+    if val.get("loss"):
+        left.plot(val["epoch"], val["loss"], "o-", color="tab:orange", label="validation")
+        left.legend(loc="upper right", fontsize="small")
+    left.set(title="Loss", xlabel="epoch")
     curves = [(train, "acc", "-", "pixel accuracy, training", "tab:blue")]
     if val.get("epoch"):
         curves.append((val, "acc", "o-", "pixel accuracy, validation", "tab:orange"))

@@ -65,6 +65,7 @@ class RunLogger:
             with self._stop_on_write_error():
                 if evaluation is not None:
                     summary = evaluation.summary
+                    self._writer.add_scalar("val/loss", evaluation.loss, epoch)
                     self._writer.add_scalar("val/mean_iou", summary.mean_iou, epoch)
                     self._writer.add_scalar("val/pixel_accuracy", summary.pixel_accuracy, epoch)
                     for i in np.flatnonzero(summary.present):

@@ -122,8 +122,29 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.optim": Option("SGD", "Optimizer: SGD or AdamW."),
     "TRAIN.lr_encoder": Option(0.02, "Initial learning rate of the encoder. 0 freezes the encoder.", low=0),
     "TRAIN.lr_decoder": Option(0.02, "Initial learning rate of the decoder.", low=0),
-    "TRAIN.lr_pow": Option(0.9, "Power of the polynomial learning rate schedule.", low=0),
+    "TRAIN.lr_decay": Option(
+        1.0,
+        "Learning rate of a stage of the encoder, as a fraction of the rate of the next stage; the last stage has "
+        "lr_encoder. For networks of timm, the stages are the groups of timm.",
+        low=0.01,
+        high=1,
+    ),
+    "TRAIN.lr_base_batch": Option(
+        0, "Multiply the learning rates by images per step / lr_base_batch. 0 does not change them.", low=0
+    ),
+    "TRAIN.schedule": Option("poly", "Learning rate schedule.", choices=("poly", "cosine")),
+    "TRAIN.lr_pow": Option(0.9, "Power of the poly schedule.", low=0),
     "TRAIN.warmup_iters": Option(0, "Steps of linear learning rate warmup.", low=0),
+    "TRAIN.freeze_encoder": Option(
+        0, "Steps at the start in which weights and statistics of the encoder do not change. lr_encoder 0: all.", low=0
+    ),
+    "TRAIN.ema": Option(
+        0.0,
+        "Decay of an exponential moving average of the weights, e.g. 0.999. Validation uses the averaged weights, and "
+        "weight files contain them; files with the suffix _raw contain the weights themselves. 0: no average.",
+        low=0,
+        high=0.999999,
+    ),
     "TRAIN.beta1": Option(0.9, "Momentum of SGD; beta1 of AdamW.", low=0, high=0.999999),
     "TRAIN.weight_decay": Option(1e-4, "Weight decay of convolution and linear weights.", low=0),
     "TRAIN.deep_sup_scale": Option(0.4, "Weight of the deep supervision loss.", low=0),
@@ -168,6 +189,9 @@ OPTIONS: dict[str, Option] = {
         "channels_last. Not for several devices in one process, nor with activation_checkpointing.",
     ),
     "TRAIN.eval_epoch": Option(0, "Epochs between validations. 0 does not validate.", low=0),
+    "TRAIN.patience": Option(
+        0, "Stop after this many validations in a row without a better mean IoU. 0: never.", low=0
+    ),
     "TRAIN.visualize": Option(False, "Write panels of every validation to DIR/vis."),
     "TRAIN.checkpoint_iters": Option(1000, "Steps between checkpoints. 0 saves only at the end of every epoch.", low=0),
     "TRAIN.resume": Option(

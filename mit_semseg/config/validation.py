@@ -163,6 +163,10 @@ def _check_unused(v: Mapping[str, object]) -> Iterator[str]:
         "TRAIN.label_smoothing": cross_entropy,
         "TRAIN.ohem_threshold": ohem,
         "TRAIN.ohem_min_kept": ohem,
+        "TRAIN.lr_pow": (v["TRAIN.schedule"] == "poly", "TRAIN.schedule poly"),
+        "TRAIN.patience": (v["TRAIN.eval_epoch"], "TRAIN.eval_epoch"),
+        "TRAIN.lr_decay": (v["TRAIN.lr_encoder"], "TRAIN.lr_encoder"),
+        "TRAIN.freeze_encoder": (v["TRAIN.lr_encoder"], "TRAIN.lr_encoder"),
         "INFERENCE.window_overlap": (v["INFERENCE.window_size"], "INFERENCE.window_size"),
         "DATASET.cat_max_ratio": (v["DATASET.crop_size"], "DATASET.crop_size"),
     }

@@ -132,6 +132,7 @@ class LabelledDataset(ImageListDataset):
     def __init__(self, root_dataset: str | os.PathLike, odgt, opt, *args, **kwargs):
         super().__init__(root_dataset, odgt, opt, *args, **kwargs)
         self.table = class_table_from_options(opt)
+        self.segm_downsampling_rate = getattr(opt, "segm_downsampling_rate", 1)
         self.palette = getattr(opt, "palette_labels", False)
         # A flag in shared memory, so that only one worker logs the warning about orientations.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
@@ -177,7 +178,6 @@ class TrainDataset(LabelledDataset):
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
         self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
-        self.segm_downsampling_rate = opt.segm_downsampling_rate
         self.random_flip, self.random_scale = getattr(opt, "random_flip", True), getattr(opt, "random_scale", ())
         self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed

@@ -1,6 +1,7 @@
 """Save, load and lock the files of a training run: weights, history and the checkpoint to resume from."""
 
 import logging
+import math
 import os
 import re
 import reprlib
@@ -34,7 +35,15 @@ class CheckpointError(UserError, RuntimeError):
 
 def new_history() -> dict:
     """Return empty training and validation curves. `epoch` is the position of every point, in epochs, e.g. 2.5."""
-    return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "mean_iou": [], "acc": []}}
+    return {"train": {"epoch": [], "loss": [], "acc": []}, "val": {"epoch": [], "loss": [], "mean_iou": [], "acc": []}}
+
+
+def complete_history(saved: dict) -> dict:
+    """Return saved curves; the validation losses are NaN if an earlier version saved the curves."""
+    history = new_history() | saved
+    losses = history["val"].setdefault("loss", [])
+    losses[:0] = [math.nan] * (len(history["val"]["epoch"]) - len(losses))
+    return history
 
 
 def save_atomic(obj, path: Path) -> None:
@@ -53,8 +62,9 @@ def _save(obj, path: Path) -> None:
 class RunFolder:
     """Folder of a training run (option DIR).
 
-    State dicts are in `encoder_<suffix>` and `decoder_<suffix>`, where the suffix is `epoch_N.pth` or `best.pth`. The
-    curves are in `history_epoch_N.pth`. The checkpoint to resume from is `resume.pth`.
+    State dicts are in `encoder_<suffix>` and `decoder_<suffix>`, where the suffix is `epoch_N.pth` or `best.pth`. With
+    TRAIN.ema, these files contain averaged weights; the weights themselves have the suffix `epoch_N_raw.pth` or
+    `best_raw.pth`. The curves are in `history_epoch_N.pth`. The checkpoint to resume from is `resume.pth`.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -175,14 +185,18 @@ class RunFolder:
                 load_weights(getattr(module, part), path, name=part, part=part)
         path = self.path("history", suffix)
         curves = read_checkpoint(path) if path.is_file() else {}
-        return new_history() | {
-            part: {key: [x.item() if isinstance(x, np.generic) else x for x in points] for key, points in lines.items()}
-            for part, lines in curves.items()
-        }
+        return complete_history(
+            {
+                part: {
+                    key: [x.item() if isinstance(x, np.generic) else x for x in points] for key, points in lines.items()
+                }
+                for part, lines in curves.items()
+            }
+        )
 
     def remove_run(self) -> None:
         """Remove all files of the run from the folder, except the log."""
-        weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best"))
+        weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best", "best_raw"))
         for pattern in (*weights, self.resume.name, "curves.png", "vis/epoch_*/**/*.png", "tensorboard/events.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
@@ -243,6 +257,7 @@ def trainer_state(trainer: "Trainer") -> dict:
         "optimizer": trainer.optimizer.state_dict(),
         "optimizer_name": type(trainer.optimizer).__name__,
         "scaler": trainer.scaler.state_dict(),
+        "average": trainer.average.state() if trainer.average else None,
         "batches": trainer.world.num_devices * trainer.options.accumulate,
         "amp": trainer.options.amp,
         "job": trainer.world.job,
@@ -274,7 +289,8 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
     _restore_optimizer(trainer.optimizer, state)
     if state["scaler"] and state.get("amp") == trainer.options.amp:
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.step, trainer.best_iou, trainer.history = state["step"], state["best_iou"], state["history"]
+    trainer.step, trainer.best_iou = state["step"], state["best_iou"]
+    trainer.history = complete_history(state["history"])
     trainer.metrics.totals.copy_(torch.tensor(state["metrics"]))
     trainer.skipped = dict.fromkeys(state["skipped"])
     trainer.overflows, trainer.overflows_in_a_row = state["overflows"]

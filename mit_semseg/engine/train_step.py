@@ -36,13 +36,17 @@ class TrainingOptions:
     epoch_iters: int = 5000
     start_epoch: int = 0
     disp_iter: int = 20
+    schedule: str = "poly"
     lr_pow: float = 0.9
     warmup_iters: int = 0
+    freeze_encoder: int = 0
+    ema: float = 0.0
     accumulate: int = 1
     clip_grad: float = 0.0
     amp: str = "off"
     channels_last: bool = False
     eval_epoch: int = 0
+    patience: int = 0
     checkpoint_iters: int = 1000
     workers: int = 0
     seed: int = 304
@@ -80,6 +84,26 @@ class LossWeights:
         self.loss = [[loss for loss, _ in row] for row in weights]
         self.accuracy = [[accuracy for _, accuracy in row] for row in weights]
         self.labelled, self.stop = sums[1], stops > 0
+
+
+@torch.inference_mode()
+def image_loss(network: nn.Module, scales: Sequence[Tensor], label: Tensor, downsampling: int) -> Tensor:
+    """Return the training loss of a validation image times its weight, and its weight, as a tensor (2,).
+
+    Args:
+        network: `SegmentationModule` in evaluation mode.
+        scales: normalized images (1, 3, h, w), one per scale. The loss is computed for the scale in the middle.
+        label: (H, W) class indices.
+        downsampling: downsampling rate of the labels in training.
+    """
+    image = scales[len(scales) // 2]
+    rows, columns = (
+        (2 * torch.arange(side // downsampling, device=label.device) + 1) * full // (2 * (side // downsampling))
+        for side, full in zip(image.shape[-2:], label.shape, strict=True)
+    )  # positions of the nearest labels
+    label = label[rows[:, None], columns].unsqueeze(0)
+    weight = batch_weight(network.crit, label).float()
+    return torch.stack([network({"img_data": image, "seg_label": label})[0].float() * weight, weight])
 
 
 class RunningMetrics:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from itertools import chain, islice
 
 import torch
@@ -40,9 +41,11 @@ from .train_step import (
     TrainingOptions,
     cudnn_benchmark,
     deterministic_algorithms,
+    image_loss,
     seed_step,
     weighted_sum,
 )
+from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +90,8 @@ class Trainer:
         constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
         self.step, self.best_iou, self.history = 0, -1.0, new_history()
+        self.average = WeightAverage(module, options.ema) if options.ema else None
+        self.encoder_parameters = [p for p in module.encoder.parameters() if p.requires_grad]
         self.metrics, self.timer = RunningMetrics(self.device), StepTimer()
         self.overflows, self.overflows_in_a_row = 0, 0
         self.labelled_pixels, self.classes_seen = 0.0, set()
@@ -101,6 +106,12 @@ class Trainer:
     def epoch(self) -> int:
         """Number of completed epochs."""
         return self.step // self.options.epoch_iters
+
+    def is_complete(self) -> bool:
+        """Return whether all steps are completed, or `patience` validations had no better mean IoU than one before."""
+        ious, patience = self.history["val"]["mean_iou"], self.options.patience
+        exhausted = patience and ious and len(ious) - 1 - ious.index(max(ious)) >= patience
+        return self.step >= self.options.total_steps or bool(exhausted)
 
     def fit(
         self,
@@ -132,10 +143,9 @@ class Trainer:
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
             if self.resumed_in_place and self.step % options.epoch_iters == 0:
                 self.end_epoch()  # the run may have been stopped before the epoch was saved and validated
-            if self.step < options.total_steps:
-                self.model = parallelize(self.module, self.world)
-            self.module.train()
-            while self.step < options.total_steps:
+            if not self.is_complete():
+                self.prepare_model()
+            while not self.is_complete():
                 self.watch()
                 micro_batches = [list(islice(loader, len(self.world.devices))) for _ in range(options.accumulate)]
                 self.timer.data_loaded()
@@ -146,6 +156,8 @@ class Trainer:
                 with self.world.communicating("training step"), cudnn_benchmark(benchmark):
                     self.train_step([self.to_devices(batches) for batches in micro_batches], weights)
                 self.step += 1
+                if self.step == options.freeze_encoder:
+                    self.prepare_model()
                 self.timer.step_done()
                 stop = weights.stop or (self.world.size == 1 and self.signals.received)
                 end = self.step % options.epoch_iters == 0
@@ -173,7 +185,7 @@ class Trainer:
         options, size = self.options, self.world.size
         before = None
         if options.amp == "fp16":
-            before = self.scaler.get_scale(), BufferSnapshot(self.module), not self.optimizer.state
+            before = self.scaler.get_scale(), BufferSnapshot(self.module), set(self.optimizer.state)
         self.optimizer.zero_grad(set_to_none=True)
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
@@ -197,13 +209,15 @@ class Trainer:
             dist.all_reduce(means)
         if not (before and self._undo_overflow(*before)):
             self.metrics.add(self.step + 1, torch.cat(losses), means)
+            if self.average:
+                self.average.update()
 
-    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, state_was_empty: bool) -> bool:
+    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, with_state: set[nn.Parameter]) -> bool:
         """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
 
         Args:
             scale, buffers: loss scale and buffers before the step.
-            state_was_empty: whether the optimizer had no state before the step.
+            with_state: parameters for which the optimizer had a state before the step.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
@@ -212,8 +226,8 @@ class Trainer:
             self.overflows_in_a_row = 0
             return False
         buffers.restore()
-        if state_was_empty:  # fused SGD leaves uninitialized momentum if its first update is skipped
-            self.optimizer.state.clear()
+        for parameter in set(self.optimizer.state) - with_state:  # fused SGD leaves their momentum uninitialized
+            del self.optimizer.state[parameter]
         self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1
         if self.overflows_in_a_row >= MAX_OVERFLOWS:
             raise TrainingStopped(
@@ -221,6 +235,15 @@ class Trainer:
                 f"{self.folder.describe_saved()}. Set TRAIN.amp bf16 or off, or a smaller learning rate"
             )
         return True
+
+    def prepare_model(self) -> None:
+        """Set the training mode, freeze the encoder in the first `freeze_encoder` steps, and set `model`."""
+        frozen = self.step < self.options.freeze_encoder
+        self.module.train()
+        self.module.encoder.train(not frozen)
+        for parameter in self.encoder_parameters:
+            parameter.requires_grad_(not frozen)
+        self.model = parallelize(self.module, self.world)
 
     def make_loader(self, dataset: TrainDataset) -> torch.utils.data.DataLoader:
         """Return a loader that yields the batches for this rank's devices, starting at the current step."""
@@ -272,7 +295,7 @@ class Trainer:
 
     def start(self, resume: str) -> None:
         """Prepare the folder and restore the checkpoint that is selected by `resume`, if any; see `fit`."""
-        options, folder = self.options, self.folder
+        options, folder, state = self.options, self.folder, {}
         path = folder.find_resume(resume, options.start_epoch)
         if self.world.is_main:
             folder.folder.mkdir(parents=True, exist_ok=True)
@@ -285,14 +308,17 @@ class Trainer:
                 "resuming after epoch %d with saved weights and history and a new optimizer", options.start_epoch
             )
         elif path:
-            restore_trainer(self, read_resume(path))
+            state = read_resume(path)
+            restore_trainer(self, state)
             self.resumed_in_place = path.resolve() == folder.resume.resolve()
             folder.check_epoch_length(self.step, options.epoch_iters)
             logger.info("resuming %s at step %d of %d", path, self.step, options.total_steps)
-            if self.step >= options.total_steps:
+            if self.is_complete():
                 logger.info("the run in %s is complete, so there is nothing to train", folder.folder)
         elif resume == "restart" and self.world.is_main:
             folder.remove_run()
+        if self.average:
+            self.average.load_state(state.get("average"))
         starts = self.world.gather((str(folder.folder.absolute()), self.step), "comparing the first step")
         if len({step for _, step in starts}) > 1:
             found = "; ".join(f"rank {rank}: step {step} in {path}" for rank, (path, step) in enumerate(starts))
@@ -376,8 +402,13 @@ class Trainer:
             self.run_logger.log_epoch(self.epoch, self.history, evaluation)
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation set, sharded over the ranks; extend the history and update the best weights."""
-        broadcast_buffers(self.module, self.world)
+        """Evaluate on the validation set, sharded over the ranks; extend the history and update the best weights.
+
+        With `ema`, the averaged weights are evaluated.
+        """
+        with self.average.in_network() if self.average else nullcontext():
+            broadcast_buffers(self.module, self.world)
+            predictor = Predictor(self.module, self.device, self.inference)
 
         def on_result(item, prediction):
             self.watch()
@@ -386,8 +417,9 @@ class Trainer:
                 self.run_logger.log_image(self.epoch, item, prediction)
 
         shard = evaluate(
-            Predictor(self.module, self.device, self.inference),
+            predictor,
             self.val_dataset.shard(self.world.rank, self.world.size),
+            loss=partial(image_loss, predictor.network, downsampling=self.val_dataset.segm_downsampling_rate),
             loading=LoadOptions(1, self.options.workers, self.world.timeout, self.world.local_size),
             progress=self.world.is_main,
             on_result=on_result,
@@ -396,8 +428,10 @@ class Trainer:
         self.report_skipped(evaluation.skipped)
         iou, accuracy = evaluation.summary.mean_iou, evaluation.summary.pixel_accuracy
         logger.info(
-            "validation after epoch %d: mean IoU %.4f (%.4f over the classes present), pixel accuracy %.2f %%%s",
+            "validation after epoch %d: loss %.4f, mean IoU %.4f (%.4f over the classes present), pixel accuracy "
+            "%.2f %%%s",
             self.epoch,
+            evaluation.loss,
             iou,
             evaluation.summary.mean_iou_present,
             accuracy * 100,
@@ -405,15 +439,27 @@ class Trainer:
         )
         if evaluation.warning:
             logger.warning(evaluation.warning)
-        for key, value in (("epoch", self.epoch), ("mean_iou", iou), ("acc", accuracy)):
+        points = {"epoch": self.epoch, "loss": evaluation.loss, "mean_iou": iou, "acc": accuracy}
+        for key, value in points.items():
             self.history["val"][key].append(value)
         if iou > self.best_iou:
             self.best_iou = iou
             self._save_weights("best.pth")
+        if self.is_complete() and self.step < self.options.total_steps:
+            logger.info(
+                "no better mean IoU than %.4f in the last %d validations: training stops (TRAIN.patience)",
+                self.best_iou,
+                self.options.patience,
+            )
         return evaluation
 
     def _save_weights(self, suffix: str) -> None:
-        if self.world.is_main:
+        """Save the weights on rank 0. With `ema`, save the averaged weights, and the others with the suffix `_raw`."""
+        if not self.world.is_main:
+            return
+        if self.average:
+            self.folder.save_weights(self.module, suffix.replace(".pth", "_raw.pth"))
+        with self.average.in_network() if self.average else nullcontext():
             self.folder.save_weights(self.module, suffix)
 
     def stop(self) -> None:

@@ -1,5 +1,6 @@
 """Evaluate a network on a validation set, in eval.py or during training."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Evaluation:
         table: class table with the class names.
         scores: metrics of every image.
         skipped: messages about unusable images (DATASET.on_error skip).
+        loss_sum, loss_weight: sum of the weighted losses of the images, and sum of their weights; see `evaluate`.
     """
 
     metric: SegmentationMetric
@@ -75,6 +77,8 @@ class Evaluation:
     table: ClassTable
     scores: Sequence[ImageScore] = ()
     skipped: Sequence[str] = ()
+    loss_sum: float = 0.0
+    loss_weight: float = 0.0
 
     @cached_property
     def summary(self) -> Summary:
@@ -95,7 +99,13 @@ class Evaluation:
         if skipped and not images:
             raise ImageFileError(f"none of the {len(skipped)} images can be used; the first error is: {skipped[0]}")
         seconds, scores = max(s.seconds for s in shards), [score for s in shards for score in s.scores]
-        return cls(total, images, seconds, shards[0].table, scores, skipped)
+        loss = sum(s.loss_sum for s in shards), sum(s.loss_weight for s in shards)
+        return cls(total, images, seconds, shards[0].table, scores, skipped, *loss)
+
+    @property
+    def loss(self) -> float:
+        """Weighted mean loss of the images; NaN without losses."""
+        return self.loss_sum / self.loss_weight if self.loss_weight else math.nan
 
     @property
     def warning(self) -> str:
@@ -212,6 +222,7 @@ def evaluate(
     *,
     loading: LoadOptions | None = None,
     progress: bool = True,
+    loss: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None,
     on_result: Callable[[dict, np.ndarray | None], None] | None = None,
 ) -> Evaluation:
     """Evaluate a network on a validation set.
@@ -221,18 +232,22 @@ def evaluate(
         dataset: validation set with images and labels.
         loading: options for loading images.
         progress: show a progress bar on a terminal.
+        loss: function of the images of all scales, (1, 3, h, w) each, and the label (H, W), on the device. It returns a
+            tensor with two elements: the loss of the image times its weight, and the weight.
         on_result: called with every item and the predicted label map (H, W), which is None for a skipped image.
 
     Raises:
         ImageFileError, ListError: an image or label is unusable and the dataset does not skip it.
     """
     loading, classes = loading or LoadOptions(), len(dataset.table)
+    losses = np.zeros(2)
     metric, scores, skipped = SegmentationMetric(classes), [], list(getattr(dataset, "skipped", ()))
     start = time.perf_counter()
 
-    def outputs(item: dict, label_map: Tensor) -> tuple[Tensor, Tensor | None]:
+    def outputs(item: dict, label_map: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         label = item["seg_label"][0].to(predictor.device, non_blocking=True)
-        return confusion_counts(label_map, label, classes), label_map if on_result else None
+        counts = confusion_counts(label_map, label, classes)
+        return counts, label_map if on_result else None, loss(item["img_data"], label) if loss else None
 
     with worker_errors(), progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress) as bar:
         items = read_items(dataset, predictor.device, loading)
@@ -245,7 +260,10 @@ def evaluate(
                 metric.merge(image)
                 s = image.summary()
                 scores.append(ImageScore(item["info"], s.mean_iou_present, s.pixel_accuracy, bool(s.present.any())))
+                if loss:
+                    losses += result[2].numpy()
             if on_result:
                 on_result(item, None if result is None else result[1].numpy())
             bar.update()
-    return Evaluation(metric, len(scores), time.perf_counter() - start, dataset.table, scores, skipped)
+    seconds = time.perf_counter() - start
+    return Evaluation(metric, len(scores), seconds, dataset.table, scores, skipped, *losses.tolist())

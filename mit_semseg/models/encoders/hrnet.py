@@ -1,5 +1,7 @@
 """HRNetV2-W48 (Sun et al., "High-Resolution Representations for Labeling Pixels and Regions", 2019)."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -71,6 +73,11 @@ class HRNetV2(nn.Module):
         self.transition3 = _new_branch(3, norm_layer)
         self.stage4 = nn.Sequential(*(HighResolutionModule(4, norm_layer) for _ in range(3)))
         self.apply(init_layer)
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage (0: stem) of the parameter with this name; see `build_optimizer`."""
+        match = re.match(r"(layer|stage|transition)(\d)", name)
+        return int(match[2]) + (match[1] == "transition") if match else 0
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         x = self.relu1(self.bn1(self.conv1(x)))

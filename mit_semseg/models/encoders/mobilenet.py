@@ -1,6 +1,8 @@
 """MobileNetV2 (Sandler et al., 2018) and EfficientNet-Lite0 (Liu, 2020) without their last 1x1 convolution."""
 
+from bisect import bisect_left
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,11 @@ class MobileNetV2(nn.Module):
             input_stride *= stage_stride
         self.features = nn.Sequential(*blocks)
         self.apply(init_layer)
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage (0: stem) of the parameter with this name; see `build_optimizer`."""
+        ends = list(accumulate((depth for _, _, depth, *_ in self.stages), initial=0))
+        return bisect_left(ends, int(name.split(".")[1]))
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         maps = []

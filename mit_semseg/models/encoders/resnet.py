@@ -1,5 +1,6 @@
 """ResNet (He et al., 2015) and ResNeXt (Xie et al., 2016) with a stem of three 3x3 convolutions."""
 
+import re
 from functools import partial
 
 from torch import Tensor, nn
@@ -109,6 +110,11 @@ class ResNet(nn.Module):
             channels, input_stride = planes * block.expansion, input_stride * stage_stride
         self.out_channels = tuple(64 * 2**i * block.expansion for i in range(4))
         self.apply(init_layer)
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage (0: stem) of the parameter with this name; see `build_optimizer`."""
+        match = re.match(r"layer(\d)", name)
+        return int(match[1]) if match else 0
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         x = self.relu1(self.bn1(self.conv1(x)))

@@ -3,10 +3,12 @@
 import logging
 import re
 from collections.abc import Mapping
+from functools import cached_property
 
 import timm
 import torch
 from timm.layers import BatchNormAct2d
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from ...lib.nn import SynchronizedBatchNorm2d
@@ -75,6 +77,7 @@ class TimmEncoder(nn.Module):
         if is_activated(norm):
             raise UserError(f"MODEL.norm inplace: timm:{name} has no in-place norms; set MODEL.norm sync or batch")
         _check_name(name)
+        self.architecture = name.partition(".")[0]
         options, self.size_divisor = _find_options(name, output_stride)
         state = read_state_dict(weights) if weights else {}
         is_own = any(key.removeprefix("encoder.").startswith("network.") for key in state)
@@ -98,11 +101,27 @@ class TimmEncoder(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.mean, self.std = map(tuple, state.tolist())
 
+    def stage_of(self, name: str) -> int:
+        """Return the group of the parameter with this name according to timm; see `build_optimizer`."""
+        return self._groups[_unify_separators(name.removeprefix("network."))]
+
+    @cached_property
+    def _groups(self) -> dict[str, int]:
+        # The network with its classifier has a group matcher; the names of its parameters contain other separators.
+        with torch.device("meta"):
+            network = timm.create_model(self.architecture)
+        groups = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+        return {_unify_separators(name): group for name, group in groups.items()}
+
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         if (self.mean, self.std) != (IMAGENET_MEAN, IMAGENET_STD):
             x = renormalize(x, self.mean, self.std)
         maps = _to_nchw(self.network(x), self.network)
         return maps[self.first_map :] if return_feature_maps else maps[-1:]
+
+
+def _unify_separators(name: str) -> str:
+    return name.removeprefix("model.").replace("_", ".")
 
 
 def _check_name(name: str) -> None:

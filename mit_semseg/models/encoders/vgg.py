@@ -1,5 +1,6 @@
 """VGG (Simonyan & Zisserman, 2014) at output stride 8, with its fully connected layers converted to convolutions."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
@@ -38,6 +39,11 @@ class VGG(nn.Module):
         self.conv7 = nn.Conv2d(FC_WIDTH, FC_WIDTH, 1)
         self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.5)
         self.apply(init_layer)
+
+    def stage_of(self, name: str) -> int:
+        """Return the stage (0: stem) of the parameter with this name; see `build_optimizer`."""
+        part, index = name.split(".")[:2]
+        return bisect_right(self.block_ends, int(index)) if part == "features" else len(self.block_ends)
 
     def forward(self, x: Tensor, return_feature_maps: bool = False) -> list[Tensor]:
         maps = []
