@@ -32,7 +32,7 @@ def main() -> int:
         logger.info("%d training images, %d classes", dataset.num_sample, len(dataset.table))
         torch.manual_seed(cfg.TRAIN.seed)
         with distributed.first_on_machine(world):
-            module = build.build_module(cfg, world.devices[0], resumed=resumed)
+            module = build.build_module(cfg, world.devices[0], resumed=resumed, dataset=dataset)
         batches = world.num_devices * cfg.TRAIN.accumulate
         optimizer, options = build.build_training(cfg, module, dataset.num_sample, batches)
         panels = [record["fpath_img"] for record in val_dataset.records] if val_dataset and cfg.TRAIN.visualize else []

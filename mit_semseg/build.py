@@ -12,8 +12,10 @@ import torch
 
 from .config import OPTIONS, Config, load_config
 from .dataset import TrainDataset, ValDataset
+from .dataset.class_counts import class_counts
 from .dataset.classes import class_table_from_options
 from .engine import RunFolder, TrainingOptions, build_loss, build_optimizer, freeze_batch_norm
+from .engine.losses import balanced_class_weights
 from .evaluation import InferenceOptions
 from .evaluation.evaluator import LoadOptions
 from .evaluation.inference import lacks_bfloat16
@@ -34,7 +36,12 @@ START_KEYS = ("TRAIN.resume", "TRAIN.start_epoch")
 
 
 def build_module(
-    cfg: Config, device: torch.device, *, checkpoint: str | None = None, resumed: bool = False
+    cfg: Config,
+    device: torch.device,
+    *,
+    checkpoint: str | None = None,
+    resumed: bool = False,
+    dataset: TrainDataset | None = None,
 ) -> SegmentationModule:
     """Build the segmentation network on a device.
 
@@ -42,6 +49,7 @@ def build_module(
         checkpoint: path of a checkpoint, or `epoch_20.pth` for `encoder_epoch_20.pth` and `decoder_epoch_20.pth` in
             DIR; missing files of a published model are downloaded. None (training) uses the weights in MODEL options.
         resumed: do not load initial weights, because the caller will restore a checkpoint.
+        dataset: training set, whose pixels are counted for TRAIN.class_weights auto; None uses no class weights then.
 
     Raises:
         UserError: weights do not exist or do not match the network, or the device does not support an option.
@@ -52,7 +60,8 @@ def build_module(
         if cfg.TRAIN.amp == "bf16" and lacks_bfloat16(device):
             raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
         files = ("", "") if resumed else (cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder)
-        return _assemble(cfg, files, pretrained=cfg.MODEL.pretrained and not resumed).to(device)
+        pretrained = cfg.MODEL.pretrained and not resumed
+        return _assemble(cfg, files, pretrained=pretrained, dataset=dataset).to(device)
     folder = RunFolder(cfg.DIR)
     if name := _missing_published(cfg, folder, checkpoint):
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
@@ -74,7 +83,9 @@ def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
     return name if all(cfg.option(key) == published.option(key) for key in keys) else ""
 
 
-def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> SegmentationModule:
+def _assemble(
+    cfg: Config, files: tuple[str, str], *, pretrained: bool, dataset: TrainDataset | None = None
+) -> SegmentationModule:
     """Build the network. `files` are the weight files of encoder and decoder; '' loads no weights."""
     model, train, norm = cfg.MODEL, cfg.TRAIN, NORMS[cfg.MODEL.norm]
     encoder = ModelBuilder.build_encoder(
@@ -104,9 +115,12 @@ def _assemble(cfg: Config, files: tuple[str, str], *, pretrained: bool) -> Segme
         reset_classifier=model.reset_classifier,
         norm_layer=norm,
     )
+    class_weights = train.class_weights
+    if class_weights == "auto":
+        class_weights = balanced_class_weights(class_counts(dataset)) if dataset else ()
     loss = build_loss(
         train.loss,
-        class_weights=train.class_weights,
+        class_weights=class_weights,
         label_smoothing=train.label_smoothing,
         ohem_threshold=train.ohem_threshold,
         ohem_min_kept=max(1, train.ohem_min_kept // cfg.DATASET.segm_downsampling_rate**2),  # unit: label pixels

@@ -12,8 +12,9 @@ from runs import ROOT, here
 from safetensors.torch import save_file
 from torchvision.models import get_model_weights, mobilenet_v2, vgg16, vgg19
 
+from mit_semseg.lib.utils import cache_dir
 from mit_semseg.models import ModelBuilder, pretrained
-from mit_semseg.models.pretrained import cache_dir, download, download_published
+from mit_semseg.models.pretrained import download, download_published
 from mit_semseg.models.weight_files import WeightsError
 from mit_semseg.models.weight_names import RESNET_STEM
 

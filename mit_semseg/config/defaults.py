@@ -72,6 +72,12 @@ OPTIONS: dict[str, Option] = {
     "DATASET.cat_max_ratio": Option(
         1.0, "Maximum fraction of one class in a crop. Other crops are drawn again. 1 accepts all.", low=0.01, high=1
     ),
+    "DATASET.class_sampling": Option(
+        0.0,
+        "Draw training images by the classes they contain, rare classes more often (Hoyer et al., 2022). The value is "
+        "the temperature: 0.01 draws mostly the rarest classes, 1 draws all almost equally often. 0: off.",
+        low=0,
+    ),
     "DATASET.color_jitter": Option(
         0.0, "Maximum change of brightness, contrast and saturation; for the hue, a fifth of this value.", low=0, high=1
     ),
@@ -152,7 +158,11 @@ OPTIONS: dict[str, Option] = {
         "ce", "ce: cross entropy. ohem: cross entropy of hard pixels. All losses except ce are computed per device."
     ),
     "TRAIN.class_weights": Option(
-        (), "Class weights in cross entropy: num_class numbers. () gives all classes weight 1.", low=0, fractions=True
+        (),
+        "Class weights in cross entropy: num_class numbers, or auto: XXX. () gives all classes weight 1.",
+        low=0,
+        kinds=(tuple, str),
+        fractions=True,
     ),
     "TRAIN.label_smoothing": Option(0.0, "Label smoothing of cross entropy.", low=0, high=0.999),
     "TRAIN.ohem_threshold": Option(

@@ -65,7 +65,7 @@ def _convert_to(kind: type, value: object, option: Option) -> object | None:
         items = _parse_list(value) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             return None
-        item_type = str if str in option.types else float if option.fractions else int
+        item_type = float if option.fractions else str if str in option.types else int
         converted = tuple(_convert_to(item_type, item, option) for item in items)
         return None if any(item is None for item in converted) else converted
     if kind is bool:
@@ -115,7 +115,9 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
         yield f"DATASET.classes has {len(names)} names, but DATASET.num_class is {num_class}; change one option"
     if v["DATASET.ignore_values"] and isinstance(names, str):
         yield "DATASET.ignore_values works only with a list in DATASET.classes; in a CSV file, use rows without a name"
-    if weights and len(weights) != num_class:
+    if isinstance(weights, str) and weights != "auto":
+        yield f"TRAIN.class_weights {weights!r} must be auto, or a list of {num_class} numbers"
+    elif weights not in ((), "auto") and len(weights) != num_class:
         yield f"TRAIN.class_weights has {len(weights)} numbers, but DATASET.num_class is {num_class}; change one option"
 
 

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,12 @@ from torch.utils.data import Dataset
 
 from ..lib.utils import progress_bar, shorten_list
 from .augment import Augmentation
+from .class_counts import class_counts
 from .classes import UNKNOWN, ClassTable, class_table_from_options
 from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
 from .layouts import ListError
 from .records import load_records
-from .samplers import OrientationBatches, shards
+from .samplers import OrientationBatches, class_probabilities, draw_by_class, shards
 from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up, scale_for, to_uint8_tensor
 
 logger = logging.getLogger(__name__)
@@ -144,12 +146,27 @@ class LabelledDataset(ImageListDataset):
         Raise ListError if the record has no label, and ImageFileError if a file cannot be used, image and label have
         different sizes, or a label value is not in the class table.
         """
-        label_path = self.path(record, "fpath_segm")
         image = read_image(self.path(record, "fpath_img"))
-        label = read_label(label_path, palette=self.palette)
+        label, table = self.load_label(record)
         if image.size != label.size:
             sizes = f"{label.width}x{label.height}, but its image has {image.width}x{image.height}"
-            raise ImageFileError(f"{label_path}: the label has size {sizes}; the sizes must be equal")
+            raise ImageFileError(
+                f"{self.path(record, 'fpath_segm')}: the label has size {sizes}; the sizes must be equal"
+            )
+        if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
+            self._orientation_logged.fill_(True)
+            message = "%s: %s; this is logged once. To list all such images, run python -m mit_semseg.dataset.doctor"
+            logger.warning(message, record["fpath_img"], mismatch)
+        return image, label, table
+
+    def load_label(self, record: dict) -> tuple[Image.Image, ClassTable]:
+        """Load a raw label (mode L or I;16) and its class table.
+
+        Raise ListError if the record has no label, and ImageFileError if the file cannot be used or a label value is
+        not in the class table.
+        """
+        label_path = self.path(record, "fpath_segm")
+        label = read_label(label_path, palette=self.palette)
         table = self.table.for_file(label_path)
         present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
         if len(unknown := present[table.index[present] == UNKNOWN]):
@@ -159,11 +176,7 @@ class LabelledDataset(ImageListDataset):
                 f"the values to DATASET.classes. To ignore them, add rows without names to the class table, or set "
                 f"DATASET.ignore_values"
             )
-        if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
-            self._orientation_logged.fill_(True)
-            message = "%s: %s; this is logged once. To list all such images, run python -m mit_semseg.dataset.doctor"
-            logger.warning(message, record["fpath_img"], mismatch)
-        return image, label, table
+        return label, table
 
 
 class TrainDataset(LabelledDataset):
@@ -182,7 +195,12 @@ class TrainDataset(LabelledDataset):
         self.augmentation = Augmentation.from_options(opt)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
         bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
-        self.order = OrientationBatches([self._is_upright(record) for record in bar], batch_per_gpu, seed)
+        upright = [self._is_upright(record) for record in bar]
+        temperature = getattr(opt, "class_sampling", 0)
+        draw = None
+        if temperature and (counts := class_counts(self)).any():
+            draw = partial(draw_by_class, counts > 0, class_probabilities(counts, temperature))
+        self.order = OrientationBatches(upright, batch_per_gpu, seed, draw=draw)
 
     @property
     def has_fixed_shape(self) -> bool:

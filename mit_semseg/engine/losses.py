@@ -6,6 +6,7 @@ batch without labelled pixels, the loss and its gradients are zero.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -190,6 +191,34 @@ def build_loss(
     """
     nll = {"weight": class_weights or None, "label_smoothing": label_smoothing}
     return lookup(LOSSES, name, "loss")(nll, (ohem_threshold, ohem_min_kept))
+
+
+def balanced_class_weights(counts: np.ndarray) -> tuple[float, ...]:
+    """Return the class weights of TRAIN.class_weights auto.
+
+    XXX
+
+    Args:
+        counts: (images, classes), number of pixels of every class in every image, see `dataset.class_counts`.
+    """
+    import os
+
+    kind = os.environ.get("XXX_WEIGHTS", "sqrt")
+    pixels = counts.sum(0)
+    present = pixels > 0
+    f = pixels[present] / pixels.sum()
+    if kind == "sqrt":
+        w = f**-0.5
+    elif kind == "enet":
+        w = 1 / np.log(1.02 + f)
+    elif kind == "median":
+        holder = np.array([counts[counts[:, c] > 0].sum() for c in np.flatnonzero(present)])
+        f = pixels[present] / holder
+        w = np.median(f) / f
+    w = w / (w * pixels[present]).sum() * pixels.sum()
+    weights = np.ones(len(pixels))
+    weights[present] = w
+    return tuple(weights.tolist())
 
 
 def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:

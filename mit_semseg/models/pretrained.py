@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from torch import nn
 
-from ..lib.utils import atomic_write, is_terminal
+from ..lib.utils import atomic_write, cache_dir, is_terminal
 from .weight_files import WeightsError, read_state_dict
 from .weight_names import convert_names
 from .weights import load_weights
@@ -71,12 +71,6 @@ SHA256 = {
         "23acb59ae788d6987927013167e3253068dfcc4505dfee379e77304a0f985c29",
     ),
 }
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloaded weights: `$MIT_SEMSEG_HOME`, by default `mit_semseg` in the user's cache."""
-    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(os.environ.get("MIT_SEMSEG_HOME") or f"{user_cache}/mit_semseg"))
 
 
 def download(url: str, path: Path, *, sha256: str = "") -> Path:

@@ -74,6 +74,15 @@ def expand_path(text: str) -> str:
     return text if os.path.exists(text) else os.path.expanduser(os.path.expandvars(text))
 
 
+def cache_dir() -> Path:
+    """Return the folder for downloaded weights and counted pixels.
+
+    This is `$MIT_SEMSEG_HOME`, by default `mit_semseg` in the user's cache.
+    """
+    user_cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(os.environ.get("MIT_SEMSEG_HOME") or f"{user_cache}/mit_semseg"))
+
+
 def available_cores() -> int:
     """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
