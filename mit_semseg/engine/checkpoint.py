@@ -313,8 +313,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     if sizes[0] != sizes[1] or state["optimizer_name"] != name:
         raise CheckpointError(
             f"the checkpoint was saved with another optimizer (saved: {state['optimizer_name']} for {sum(sizes[1])} "
-            f"tensors; now: {name} for {sum(sizes[0])} tensors); set TRAIN.optim and TRAIN.fix_bn as in the saved run, "
-            f"or start from scratch with TRAIN.resume restart"
+            f"tensors; now: {name} for {sum(sizes[0])} tensors); set TRAIN.optim, TRAIN.fix_bn and TRAIN.lr_decay as "
+            f"in the saved run, or start from scratch with TRAIN.resume restart"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
     # Fused optimizers need the state in the memory format of the parameter, which depends on TRAIN.channels_last.
