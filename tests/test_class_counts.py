@@ -1,18 +1,26 @@
 """Counting the pixels of every class, sampling by class, and class weights."""
 
+import math
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
-from runs import here, small
+from runs import here, small, words
 from scenes import options, write_data_set, write_pairs
 
+from mit_semseg import build
+from mit_semseg.config import ConfigError, load_config
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.class_counts import class_counts
 from mit_semseg.dataset.image_io import ImageFileError
 from mit_semseg.dataset.samplers import class_probabilities, draw_by_class
+from mit_semseg.engine import RunFolder
+from mit_semseg.engine.losses import balanced_class_weights
 from mit_semseg.lib.utils import cache_dir
 
 
@@ -71,6 +79,31 @@ def test_class_probabilities_equal_their_definition(counts, temperature):
     total = sum(np.exp(e - max(exponents)) for e, p in zip(exponents, pixels, strict=True) if p)
     expected = [np.exp(e - max(exponents)) / total if p else 0 for e, p in zip(exponents, pixels, strict=True)]
     np.testing.assert_allclose(got, np.array(expected, float), rtol=1e-9, atol=1e-300)
+
+
+@settings(max_examples=50, deadline=None)
+@given(COUNTS)
+def test_balanced_class_weights_equal_their_definition(counts):
+    pixels = counts.sum(0)
+    expected = [math.sqrt(pixels.sum() / p) if p else 1 for p in pixels.tolist()]
+    assert balanced_class_weights(counts) == pytest.approx(expected, rel=1e-12)
+
+
+def test_automatic_class_weights_are_those_of_the_training_set(dataset, tmp_path):
+    cfg = load_config(None, words(small(tmp_path / "data", tmp_path / "run", TRAIN__class_weights="auto"))[2:])
+    module = build.build_module(cfg, torch.device("cpu"), dataset=build.build_data(cfg)[0])
+    assert module.crit.weight.tolist() == pytest.approx(balanced_class_weights(class_counts(dataset)))
+    folder = RunFolder(cfg.DIR)
+    folder.folder.mkdir()
+    folder.save_weights(module, "epoch_1.pth")
+    shutil.rmtree(tmp_path / "data")  # evaluation does not count the pixels of the training set
+    assert build.build_module(cfg, torch.device("cpu"), checkpoint="epoch_1.pth").crit.weight is None
+
+
+@pytest.mark.parametrize("value", ["balanced", "(1,2)"])
+def test_invalid_class_weights_are_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match=r"TRAIN\.class_weights.*3"):
+        load_config(None, words(small(tmp_path, tmp_path, TRAIN__class_weights=value))[2:])
 
 
 def test_images_are_drawn_by_the_classes_they_contain():

@@ -103,6 +103,7 @@ CHANGES_WEIGHTS = {
     "DATASET.random_flip": False,
     "DATASET.random_scale": (0.5, 1.5),
     "DATASET.crop_size": (32, 40),
+    "DATASET.class_sampling": 0.01,
     "DATASET.color_jitter": 0.5,
     "DATASET.blur": 2.0,
     "DATASET.normalization": "caffe",
@@ -143,6 +144,7 @@ CHANGES_WEIGHTS = {
 # Options that change the trained weights only together with others, as (other options, two values to compare).
 CHANGES_WEIGHTS_WITH_OTHERS = {
     "DATASET.cat_max_ratio": ({"DATASET.crop_size": 24}, (1, 0.5)),
+    "TRAIN.class_weights": ({}, ("auto", (1, 1, 1))),
     "TRAIN.ohem_threshold": ({"TRAIN.loss": "ohem", "TRAIN.ohem_min_kept": 1}, (0.2, 1)),
     "TRAIN.ohem_min_kept": ({"TRAIN.loss": "ohem", "TRAIN.ohem_threshold": 0.1}, (1, 100_000)),
 }

@@ -159,7 +159,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.class_weights": Option(
         (),
-        "Class weights in cross entropy: num_class numbers, or auto: XXX. () gives all classes weight 1.",
+        "Class weights in cross entropy: num_class numbers. auto: 1 / sqrt(fraction of the training pixels that have "
+        "the class). () gives all classes weight 1.",
         low=0,
         kinds=(tuple, str),
         fractions=True,

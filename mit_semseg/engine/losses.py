@@ -194,31 +194,13 @@ def build_loss(
 
 
 def balanced_class_weights(counts: np.ndarray) -> tuple[float, ...]:
-    """Return the class weights of TRAIN.class_weights auto.
+    """Return the class weights 1 / sqrt(f), where f is the fraction of the labelled pixels that have the class.
 
-    XXX
-
-    Args:
-        counts: (images, classes), number of pixels of every class in every image, see `dataset.class_counts`.
+    The square root is a compromise between equal weights for all pixels and equal weights for all classes. The weight
+    of classes without pixels is 1. `counts` (images, classes) is the number of pixels, see `dataset.class_counts`.
     """
-    import os
-
-    kind = os.environ.get("XXX_WEIGHTS", "sqrt")
-    pixels = counts.sum(0)
-    present = pixels > 0
-    f = pixels[present] / pixels.sum()
-    if kind == "sqrt":
-        w = f**-0.5
-    elif kind == "enet":
-        w = 1 / np.log(1.02 + f)
-    elif kind == "median":
-        holder = np.array([counts[counts[:, c] > 0].sum() for c in np.flatnonzero(present)])
-        f = pixels[present] / holder
-        w = np.median(f) / f
-    w = w / (w * pixels[present]).sum() * pixels.sum()
-    weights = np.ones(len(pixels))
-    weights[present] = w
-    return tuple(weights.tolist())
+    pixels, total = counts.sum(0), max(1, counts.sum())
+    return tuple(np.sqrt(total / np.where(pixels > 0, pixels, total)).tolist())
 
 
 def batch_weight(loss: nn.Module | None, label: Tensor) -> Tensor:
