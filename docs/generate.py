@@ -64,8 +64,8 @@ images of any size are refused with an error. These are examples:
 
 | You want | Encoder and decoder |
 | --- | --- |
-| training on a CPU, or only PyPI is reachable | `efficientnet_lite0`, `MODEL.output_stride 16`, with `c1_deepsup` |
-| a fast network | `timm:mobilenetv4_conv_small` with `c1` or `upernet_lite` |
+| training on a CPU, or only PyPI is reachable | `efficientnet_lite0` with `upernet_tiny` |
+| a fast network | `timm:mobilenetv4_conv_small` with `upernet_tiny` |
 | a high mean IoU | `timm:convnext_tiny` or larger with `upernet` |
 | self-supervised weights | `timm:vit_small_patch14_dinov2` with `upernet`, `DATASET.padding_constant 56` |
 | the published networks | `resnet50dilated` with `ppm_deepsup`, see the [configurations](#configurations) |

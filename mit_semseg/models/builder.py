@@ -6,7 +6,19 @@ from functools import partial
 from torch import nn
 
 from ..lib.utils import UserError, closest
-from .decoders import ASPP, C1, PPM, PSP, C1Bilinear, C5Bilinear, Decoder, PSPBilinear, UPerNet, UPerNetLite
+from .decoders import (
+    ASPP,
+    C1,
+    PPM,
+    PSP,
+    C1Bilinear,
+    C5Bilinear,
+    Decoder,
+    PSPBilinear,
+    UPerNet,
+    UPerNetLite,
+    UPerNetTiny,
+)
 from .decoders.base import NORM_BIAS
 from .encoders.hrnet import HRNetV2
 from .encoders.mobilenet import EfficientNetLite0, MobileNetV2
@@ -52,6 +64,7 @@ DECODERS: dict[str, Callable[..., Decoder]] = {
     "ppm_deepsup": partial(PPM, deepsup=True),
     "upernet": UPerNet,
     "upernet_lite": UPerNetLite,
+    "upernet_tiny": UPerNetTiny,
     # DeepLabV3 and PSPNet of the Cityscapes toolbox
     "aspp": ASPP,
     "aspp_deepsup": partial(ASPP, deepsup=True),

@@ -7,18 +7,17 @@ from ..layers import POOL_SCALES, NormLayer, average_pool, conv_bn_relu, resize
 from ..pyramid import pyramid_sequential
 from .base import Decoder
 
-POOL_WIDTH = 512
-
 
 class UPerNet(Decoder):
     """Pyramid pooling of the last feature map, then a feature pyramid (FPN); its maps are fused at the largest size."""
 
+    pool_dim = 512  # number of channels of each pooled map
     fpn_dim = 512  # number of channels of each map in the feature pyramid
 
     def make_layers(self, norm_layer: NormLayer) -> None:
         dim, (*lateral, last) = self.fpn_dim, self.in_channels
-        self.ppm_conv = nn.ModuleList(conv_bn_relu(last, POOL_WIDTH, 1, norm_layer=norm_layer) for _ in POOL_SCALES)
-        self.ppm_last_conv = conv_bn_relu(last + len(POOL_SCALES) * POOL_WIDTH, dim, norm_layer=norm_layer)
+        self.ppm_conv = nn.ModuleList(conv_bn_relu(last, self.pool_dim, 1, norm_layer=norm_layer) for _ in POOL_SCALES)
+        self.ppm_last_conv = conv_bn_relu(last + len(POOL_SCALES) * self.pool_dim, dim, norm_layer=norm_layer)
         self.fpn_in = nn.ModuleList(conv_bn_relu(channels, dim, 1, norm_layer=norm_layer) for channels in lateral)
         self.fpn_out = nn.ModuleList(nn.Sequential(conv_bn_relu(dim, dim, norm_layer=norm_layer)) for _ in lateral)
         self.conv_last = nn.Sequential(
@@ -43,3 +42,9 @@ class UPerNetLite(UPerNet):
     """`UPerNet` with half as many channels in the feature pyramid."""
 
     fpn_dim = 256
+
+
+class UPerNetTiny(UPerNet):
+    """`UPerNet` with 64 channels in the pooled maps and in the feature pyramid, for small encoders."""
+
+    pool_dim = fpn_dim = 64
