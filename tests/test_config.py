@@ -204,9 +204,8 @@ def test_unquoted_file_pattern_is_recognized(tmp_path):
 def test_shipped_file_is_valid(path):
     config, text = load_config(path), path.read_text()
     assert f"--cfg config/{path.name}" in text
-    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(
-        path.stem, path.stem.removesuffix("-2026")
-    )  # the name of this file in version 2
+    stem = path.stem.removesuffix("-2026")
+    name = {"ade20k-hrnetv2": "ade20k-hrnetv2-c1"}.get(stem, stem)  # the name of this file in version 2
     if path.name.startswith("ade20k-"):
         encoder = config.MODEL.arch_encoder.replace(":", "-").partition(".")[0]  # without the tag of timm's weights
         assert name == f"ade20k-{encoder}-{config.MODEL.arch_decoder}"

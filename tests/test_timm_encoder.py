@@ -19,6 +19,7 @@ from torch import nn
 from mit_semseg import build
 from mit_semseg.cli.export import ExportError, export
 from mit_semseg.config import load_config
+from mit_semseg.engine import RunFolder, Trainer
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, enable_activation_checkpointing, to_batchnorm
 from mit_semseg.lib.utils import UserError
 from mit_semseg.models import DECODERS, ModelBuilder
@@ -241,15 +242,16 @@ def test_activation_checkpointing_keeps_less_memory_for_the_same_step(name):
     assert fewer_bytes < 0.9 * bytes_kept
 
 
-def test_frozen_encoder_and_fixed_norms():
+def test_frozen_encoder_and_fixed_norms(tmp_path):
     opts = ["MODEL.arch_encoder", "timm:test_efficientnet", "MODEL.arch_decoder", "c1", "MODEL.pretrained", "False"]
     for option, value in (("TRAIN.lr_encoder", "0"), ("TRAIN.fix_bn", "True")):
         cfg = load_config(None, [*opts, option, value])
         module = build.build_module(cfg, CPU)
-        optimizer, _ = build.build_training(cfg, module, 1, 1)
+        optimizer, training = build.build_training(cfg, module, 1, 1)
+        Trainer(module, optimizer, RunFolder(tmp_path), training).prepare_model()
         before = {key: value.clone() for key, value in module.encoder.state_dict().items()}
         batch = {"img_data": torch.randn(2, 3, 64, 64), "seg_label": torch.randint(0, 150, (2, 8, 8))}
-        module.train()(batch)[0].backward()
+        module(batch)[0].backward()
         optimizer.step()
         changed = {key for key, value in module.encoder.state_dict().items() if not torch.equal(before[key], value)}
         norms = {key for key in before if ".bn" in key or key == "_extra_state"}

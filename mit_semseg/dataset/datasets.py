@@ -146,13 +146,12 @@ class LabelledDataset(ImageListDataset):
         Raise ListError if the record has no label, and ImageFileError if a file cannot be used, image and label have
         different sizes, or a label value is not in the class table.
         """
+        label_path = self.path(record, "fpath_segm")
         image = read_image(self.path(record, "fpath_img"))
         label, table = self.load_label(record)
         if image.size != label.size:
             sizes = f"{label.width}x{label.height}, but its image has {image.width}x{image.height}"
-            raise ImageFileError(
-                f"{self.path(record, 'fpath_segm')}: the label has size {sizes}; the sizes must be equal"
-            )
+            raise ImageFileError(f"{label_path}: the label has size {sizes}; the sizes must be equal")
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)
             message = "%s: %s; this is logged once. To list all such images, run python -m mit_semseg.dataset.doctor"
