@@ -59,7 +59,7 @@ class Experiment:
     variants: Mapping[str, tuple[int, Mapping[str, object]]]
 
 
-RECIPE: dict[str, object] = {"TRAIN.loss": "ce+lovasz", "TRAIN.ema": 0.99}
+RECIPE: dict[str, object] = {"TRAIN.loss": "ce+lovasz", "TRAIN.class_weights": "auto", "TRAIN.ema": 0.99}
 EXPERIMENTS = {
     "random": Experiment(
         RANDOM_START,
