@@ -15,6 +15,7 @@ from test_models import NUM_CLASS, network
 from test_sync_bn import assert_equal_training
 from timm.layers import BatchNormAct2d
 from torch import nn
+from training import check_layer_wise_learning_rates
 
 from mit_semseg import build
 from mit_semseg.cli.export import ExportError, export
@@ -240,6 +241,11 @@ def test_activation_checkpointing_keeps_less_memory_for_the_same_step(name):
     assert torch.equal(other_loss, loss)
     assert [key for key, value in expected.items() if not torch.equal(tensors[key], value)] == []
     assert fewer_bytes < 0.9 * bytes_kept
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_vit", "test_efficientnet", "resnet18d"])
+def test_layer_wise_learning_rates_decrease_toward_the_image(name):
+    check_layer_wise_learning_rates(ModelBuilder.build_encoder(f"timm:{name}", pretrained=False))
 
 
 def test_frozen_encoder_and_fixed_norms(tmp_path):
