@@ -212,6 +212,8 @@ def allowed_values(key: str, option: Option) -> str:
     """Describe the allowed values of an option in Markdown."""
     if key == "MODEL.arch_encoder":
         return ", ".join(f"`{choice}`" for choice in (*ENCODERS, "timm:NAME"))
+    if key == "TRAIN.class_weights":
+        return "`auto`, or list of numbers, at least 0"
     if choices := CHOICES.get(key) or option.choices or ((True, False) if type(option.default) is bool else ()):
         return ", ".join(f"`{choice}`" for choice in choices)
     items = "names" if str in option.types else "numbers" if option.fractions else "integers"

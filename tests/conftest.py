@@ -23,6 +23,14 @@ def pytest_configure(config):
         os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads this when it is imported
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory):
+    """Use a cache folder that is empty at the start of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIT_SEMSEG_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     """Seed PyTorch before every test; `SEED=1 pytest` uses another seed."""

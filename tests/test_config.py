@@ -97,6 +97,7 @@ VAL: 3
     ("opts", "message"),
     [
         (["TRAIN.num_epoch"], "TRAIN.num_epoch"),
+        (["TRAIN.lr_encoder=0", "TRAIN.lr_decoder=0"], "TRAIN.lr_encoder and TRAIN.lr_decoder"),
         (["TRAIN.num_epochs=3"], r"TRAIN.num_epochs: .*did you mean TRAIN.num_epoch\?"),
         (["DATASET.imgSizes", "()"], "DATASET.imgSizes"),
         (["DATASET.imgMaxSize", "100"], "DATASET.imgMaxSize 100 .*DATASET.imgSizes"),

@@ -139,6 +139,8 @@ def _check_model_and_run(v: Mapping[str, object]) -> Iterator[str]:
         if v["TRAIN.compile"]:
             yield "TRAIN.compile and TRAIN.activation_checkpointing cannot be combined; set one of them to False"
 
+    if not v["TRAIN.lr_encoder"] and not v["TRAIN.lr_decoder"]:
+        yield "TRAIN.lr_encoder and TRAIN.lr_decoder are 0, so no weight is trained; set one of them to a larger value"
     num_epoch, start = v["TRAIN.num_epoch"], v["TRAIN.start_epoch"]
     if start >= num_epoch:
         yield f"TRAIN.start_epoch {start} must be less than TRAIN.num_epoch {num_epoch}"

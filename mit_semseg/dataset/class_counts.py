@@ -43,11 +43,6 @@ def class_counts(dataset: "LabelledDataset") -> np.ndarray:
     return counts
 
 
-def count_pixels(classes: np.ndarray, num_class: int) -> np.ndarray:
-    """Return the number of pixels of every class in an array of class indices; negative indices are not counted."""
-    return np.bincount(classes[classes >= 0], minlength=num_class)
-
-
 def _count(dataset: "LabelledDataset", record: dict) -> np.ndarray:
     try:
         label, table = dataset.load_label(record)
@@ -55,7 +50,8 @@ def _count(dataset: "LabelledDataset", record: dict) -> np.ndarray:
         if not dataset.skip:
             raise
         return np.zeros(len(dataset.table), np.int64)
-    return count_pixels(table.encode(np.asarray(label)), len(table))
+    classes = table.encode(np.asarray(label))
+    return np.bincount(classes[classes >= 0], minlength=len(table))
 
 
 def _fingerprint(dataset: "LabelledDataset") -> str:

@@ -1,4 +1,4 @@
-"""Parts of a training step: options, loss weights, running metrics, random seeds, deterministic algorithms."""
+"""Parts of a training step: options, losses and their weights, metrics, random seeds, deterministic algorithms."""
 
 import os
 import time

@@ -70,6 +70,8 @@ class Trainer:
         step: number of completed training steps.
         history: training and validation curves, see `checkpoint.new_history`.
         best_iou: best validation mean IoU so far, -1 before the first validation.
+        average: moving average of the weights; None without `ema`.
+        encoder_parameters: parameters of the encoder that are trained after the first `freeze_encoder` steps.
         skipped: dict whose keys are messages about unusable images (DATASET.on_error skip).
     """
 
