@@ -192,6 +192,90 @@ def test_single_device_and_eval_mode_equal_pytorch_bit_for_bit():
     assert torch.equal(DataParallelWithCallback(norm, ["cpu", "cpu"])(x), plain(x))
 
 
+def pooled_norm(channels=5) -> SynchronizedBatchNorm2d:
+    """Return a norm after global pooling, in float64, with running statistics of earlier steps."""
+    torch.manual_seed(0)
+    norm = SynchronizedBatchNorm2d(channels, clamp_variance=False).double()
+    norm.after_global_pooling = True
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return norm
+
+
+def pooled_batch(images):
+    torch.manual_seed(1)
+    return torch.randn(images, 5, 1, 1, dtype=torch.float64) * 2 + 1, torch.randn(images, 5, 1, 1, dtype=torch.float64)
+
+
+def train_pooled(norm, x, factor):
+    """Return output, gradients and running statistics of a training step."""
+    x = x.clone().requires_grad_()
+    y = norm(x)
+    (y * factor).sum().backward()
+    return [y.detach(), x.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+
+
+def expected_pooled(images):
+    """Compute the results of `train_pooled` by the definition."""
+    norm, (x, factor) = pooled_norm(), pooled_batch(images)
+    if images == 1:
+        mean, variance = x.flatten(), (x.flatten() - norm.running_mean) ** 2
+    else:
+        mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=1)
+    mean = 0.9 * norm.running_mean + 0.1 * mean
+    variance = 0.9 * norm.running_var + 0.1 * variance
+    std = (variance + norm.eps).sqrt()[:, None, None]
+    normalized = (x - mean[:, None, None]) / std
+    weight, bias = (p.detach()[:, None, None] for p in (norm.weight, norm.bias))
+    sums = (factor * normalized).sum((0, 2, 3)), factor.sum((0, 2, 3))
+    return [normalized * weight + bias, factor * weight / std, *sums, mean, variance]
+
+
+def assert_all_close(results, expected):
+    for a, b in zip(results, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("images", [1, 2, 15])
+def test_few_images_after_global_pooling_are_normalized_by_running_statistics(images):
+    assert_all_close(train_pooled(pooled_norm(), *pooled_batch(images)), expected_pooled(images))
+
+
+def test_16_images_after_global_pooling_are_normalized_by_their_statistics():
+    plain, (x, factor) = nn.BatchNorm2d(5).double(), pooled_batch(16)
+    plain.load_state_dict(pooled_norm().state_dict())
+    assert_all_close(train_pooled(pooled_norm(), x, factor), train_pooled(plain, x, factor))
+
+
+def test_replicas_share_running_statistics_after_global_pooling():
+    norm, (x, factor) = pooled_norm(), pooled_batch(5)
+    parallel = UserScatteredDataParallel(norm, ["cpu", "cpu"], timeout=20)
+    chunks = [chunk.requires_grad_() for chunk in x.split([3, 2])]
+    y = parallel(chunks)
+    (y * factor).sum().backward()
+    gradient = torch.cat([chunk.grad for chunk in chunks])
+    results = [y.detach(), gradient, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
+    assert_all_close(results, expected_pooled(5))
+
+
+def _train_pooled_on_rank(rank):
+    torch.manual_seed(0)
+    x, factor = (t[3 * rank : 3 * rank + 3] for t in pooled_batch(6))
+    return [t.numpy() for t in train_pooled(pooled_norm(), x, factor)]
+
+
+def test_ranks_share_running_statistics_after_global_pooling(tmp_path):
+    first, second = on_ranks(2, tmp_path, _train_pooled_on_rank)
+    *per_image, weight, bias, mean, variance = expected_pooled(6)
+    for index, expected in enumerate(per_image):
+        np.testing.assert_allclose(np.concatenate([first[index], second[index]]), expected)
+    for index, expected in enumerate((weight, bias), start=2):  # DDP adds the gradients of the ranks
+        np.testing.assert_allclose(first[index] + second[index], expected)
+    for rank in (first, second):
+        for index, expected in enumerate((mean, variance), start=4):
+            np.testing.assert_allclose(rank[index], expected)
+
+
 def test_conversion_is_reversible():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Sequential(nn.BatchNorm2d(4)))
     original = copy.deepcopy(net)

@@ -131,8 +131,18 @@ def norm_add_relu(norm: nn.Module, x: Tensor, shortcut: Tensor) -> Tensor:
 
 def pooling_branches(channels: int, width: int, norm_layer: NormLayer, activation: str = "relu") -> nn.ModuleList:
     """Return the branches of pyramid pooling; each averages over bins, then applies a 1x1 convolution block."""
-    conv = partial(conv_bn_relu, channels, width, 1, activation=activation, norm_layer=norm_layer)
-    return nn.ModuleList(nn.Sequential(AveragePooling(bins), *conv()) for bins in POOL_SCALES)
+    return nn.ModuleList(pooling_branch(bins, channels, width, norm_layer, activation) for bins in POOL_SCALES)
+
+
+def pooling_branch(
+    bins: int, channels: int, width: int, norm_layer: NormLayer, activation: str = "relu"
+) -> nn.Sequential:
+    """Return a branch that averages over bins and applies a 1x1 convolution block: (N, C, H, W) to (N, width, b, b)."""
+    block = conv_bn_relu(channels, width, 1, activation=activation, norm_layer=norm_layer)
+    for layer in block:
+        if isinstance(layer, SynchronizedBatchNorm2d):
+            layer.after_global_pooling = bins == 1
+    return nn.Sequential(AveragePooling(bins), *block)
 
 
 class AveragePooling(nn.Module):

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .replicas import ReplicaGroup
-from .sync_stats import RunningStats, SyncBatchNormFunction, statistics_class
+from .sync_stats import RunningStats, SyncBatchNormFunction, SyncStatistics, statistics_class
 
+MIN_IMAGES = 16  # with fewer images per step, norms after global pooling use running statistics
+# Attributes that `nn.BatchNorm*d` does not have
+EXTRA_ATTRIBUTES = "after_global_pooling", "clamp_variance", "synchronized", "layer_name", "replicas", "replica_index"
 _thread_state = threading.local()
 
 
@@ -37,8 +40,14 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         clamp_variance: in synchronized training, divide by sqrt(max(var, eps)), as for the published models; False
             divides by sqrt(var + eps), like PyTorch.
         synchronized: False computes statistics per replica and rank; replica 0 updates the running statistics.
+
+    Attributes:
+        after_global_pooling: whether the input has one value per image and channel. The statistics of a few images are
+            too noisy to learn from, so a training step with fewer than `MIN_IMAGES` images on all devices first updates
+            the running statistics, and then normalizes by them.
     """
 
+    after_global_pooling = False
     clamp_variance = True
     synchronized = True
     # `DataParallelWithCallback` sets the next three attributes in every replica.
@@ -59,8 +68,8 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return self._gather_and_normalize(x, self.weight, self.bias)
         if self._syncs_ranks():
             return self._normalize_replicas([(x, self.weight, self.bias)])[0]
-        if self._has_single_value(x):
-            return self._normalize_single_value(x)
+        if self._needs_running_stats([x]):
+            return self._normalize_by_running_stats([(x, self.weight, self.bias)])[0]
         if self.training and self.track_running_stats and not self._updates_running_stats():
             # Recomputation must save the same tensors: pass the running statistics, with momentum 0 to keep them.
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, True, 0.0, self.eps)
@@ -69,7 +78,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def to_plain(self) -> None:
         """Convert this layer in place to `nn.BatchNorm*d` with the same parameters and buffers."""
         self.__class__ = next(plain for plain, kind in reversed(SYNCHRONIZED.items()) if isinstance(self, kind))
-        for name in ("clamp_variance", "synchronized", "layer_name", "replicas", "replica_index"):
+        for name in EXTRA_ATTRIBUTES:
             vars(self).pop(name, None)
 
     def _display_name(self) -> str:
@@ -93,25 +102,36 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         """Return the output of each replica; `arguments` holds (input, weight, bias) of each replica."""
         inputs, weights, biases = zip(*arguments, strict=True)
+        if self._needs_running_stats(inputs):
+            return self._normalize_by_running_stats(arguments)
         stats = statistics_class(inputs[0])(self.eps, self.clamp_variance, self._display_name())
         return SyncBatchNormFunction.apply(stats, self._running_stats(), *inputs, *weights, *biases)
 
-    def _has_single_value(self, x: Tensor) -> bool:
-        return self.training and self.track_running_stats and x.numel() == x.size(1)
+    def _needs_running_stats(self, inputs: Sequence[Tensor]) -> bool:
+        """Return whether the inputs of all replicas have too few values per channel for statistics."""
+        if not (self.training and self.track_running_stats):
+            return False
+        ranks = dist.get_world_size() if self._syncs_ranks() else 1
+        images, values = ranks * sum(map(len, inputs)), ranks * sum(x.numel() // x.size(1) for x in inputs)
+        return values == 1 or (self.after_global_pooling and images < MIN_IMAGES)
 
-    def _normalize_single_value(self, x: Tensor) -> Tensor:
-        # A single value has no variance: use its squared deviation from the running mean; normalize by running stats.
-        value = x.detach().flatten().to(self.running_mean.dtype)
+    def _normalize_by_running_stats(self, arguments: Sequence[tuple[Tensor | None, ...]]) -> list[Tensor]:
+        """Update the running statistics and normalize by them; see `_normalize_replicas`."""
+        inputs = [x.detach() for x, *_ in arguments]
         if running := self._running_stats():
-            running.update(value, (value - self.running_mean).square())
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        y = (x - self.running_mean.view(shape)) * torch.rsqrt(self.running_var + self.eps).view(shape)
-        if self.affine:
-            y = y * self._effective_weight().view(shape) + self.bias.view(shape)
-        return y.to(x.dtype)
-
-    def _effective_weight(self) -> Tensor:
-        return self.weight
+            values = inputs[0].flatten(1).to(self.running_mean.dtype)
+            if values.numel() == self.num_features and not self._syncs_ranks():
+                # A single value has no variance: use its squared deviation from the running mean.
+                running.update(values[0], (values[0] - self.running_mean).square())
+            else:
+                stats = SyncStatistics(self.eps, layer_name=self._display_name(), local=not self.synchronized)
+                stats.merge(inputs, running)
+        # Copies, because the next forward pass can change the running statistics before the backward pass.
+        mean, variance = self.running_mean.clone(), self.running_var.clone()
+        return [
+            F.batch_norm(x, mean.to(x.device), variance.to(x.device), weight, bias, False, 0.0, self.eps)
+            for x, weight, bias in arguments
+        ]
 
     def _running_stats(self) -> RunningStats | None:
         """Count this batch; return the running statistics that it updates, or None."""

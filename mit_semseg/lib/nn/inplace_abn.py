@@ -115,8 +115,6 @@ class InPlaceABN(SynchronizedBatchNorm2d):
         self._check_input_dim(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias, shortcut)
-        if self._has_single_value(x) and not self._syncs_ranks():
-            return self._add_activate(self._normalize_single_value(x), shortcut)
         if self.training or not self.track_running_stats:
             return self._normalize_replicas([(x, self.weight, self.bias, shortcut)])[0]
         weight = self._effective_weight()
@@ -125,6 +123,10 @@ class InPlaceABN(SynchronizedBatchNorm2d):
 
     def _normalize_replicas(self, arguments: list[tuple[Tensor | None, ...]]) -> Sequence[Tensor]:
         inputs, weights, biases, shortcuts = zip(*arguments, strict=True)
+        if self._needs_running_stats(inputs):
+            weights = [effective_weight(weight, self.eps) for weight in weights]
+            outputs = self._normalize_by_running_stats(list(zip(inputs, weights, biases, strict=True)))
+            return [self._add_activate(y, shortcut) for y, shortcut in zip(outputs, shortcuts, strict=True)]
         local = not (self.synchronized and self.training)
         stats = statistics_class(inputs[0])(self.eps, layer_name=self._display_name(), local=local)
         running = self._running_stats()

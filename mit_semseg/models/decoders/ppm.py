@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..layers import POOL_SCALES, AveragePooling, NormLayer, conv_bn_relu, pooling_branches
+from ..layers import POOL_SCALES, NormLayer, conv_bn_relu, pooling_branch, pooling_branches
 from ..pyramid import pyramid_sequential
 from .base import Decoder
 
@@ -77,7 +77,7 @@ class ASPP(Decoder):
     def make_layers(self, norm_layer: NormLayer) -> None:
         channels = self.in_channels[-1]
         block = partial(conv_bn_relu, norm_layer=norm_layer, activation="leaky_relu")
-        self.conv1 = nn.Sequential(AveragePooling(1), *block(channels, ASPP_WIDTH, 1))
+        self.conv1 = pooling_branch(1, channels, ASPP_WIDTH, norm_layer, "leaky_relu")
         self.conv2 = block(channels, ASPP_WIDTH, 1)
         for i, rate in enumerate(ASPP_RATES, start=3):
             dilation = max(1, rate * 8 // self.output_stride)
