@@ -23,12 +23,14 @@ from common import write
 ROOT = Path(__file__).resolve().parents[1]
 RARE = ("pole", "sign symbol", "pedestrian", "bicyclist")
 STEPS_PER_EPOCH = 50
+TRAIN_DRIVES, TEST_DRIVE = ("0016E5", "0006R0"), "0001TP"  # the names of images start with these
 BASE = {
     "DATASET.list_train": "train",
     "DATASET.list_val": "val",
     "DATASET.num_class": 11,
     "DATASET.classes": "[sky,building,pole,road,pavement,tree,sign symbol,fence,car,pedestrian,bicyclist]",
     "DATASET.ignore_values": "[11]",
+    "DATASET.imgSizes": 192,
     "TRAIN.optim": "AdamW",
     "TRAIN.batch_size_per_gpu": 4,
     "TRAIN.epoch_iters": STEPS_PER_EPOCH,
@@ -37,13 +39,43 @@ BASE = {
 }
 RANDOM_START = {
     **BASE,
-    "DATASET.imgSizes": 192,
     "MODEL.arch_encoder": "mobilenetv2dilated",
     "MODEL.arch_decoder": "c1_deepsup",
     "MODEL.pretrained": False,
     "TRAIN.lr_encoder": 0.002,
     "TRAIN.lr_decoder": 0.002,
 }
+PRETRAINED = {
+    **BASE,
+    "DATASET.segm_downsampling_rate": 4,
+    "MODEL.arch_encoder": "efficientnet_lite0",
+    "MODEL.arch_decoder": "upernet_tiny",
+    "TRAIN.lr_encoder": 0.0005,
+    "TRAIN.lr_decoder": 0.001,
+    "TRAIN.loss": "ce+lovasz",
+}
+RECIPE = {"TRAIN.loss": "ce+lovasz", "TRAIN.class_weights": "auto", "TRAIN.ema": 0.99}
+CROP = {"DATASET.random_scale": "(0.27,1.07)", "DATASET.crop_size": "(192,256)"}  # 0.5 to 2 times 192 pixels
+JITTER = {"DATASET.color_jitter": 0.4}
+CROSS_ENTROPY = {"TRAIN.loss": "ce"}
+WEIGHTS, SAMPLING = {"TRAIN.class_weights": "auto"}, {"DATASET.class_sampling": 0.1}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training run of an experiment.
+
+    Attributes:
+        steps: number of steps.
+        options: options that differ from those of the experiment.
+        train: script that trains, and its arguments.
+        evaluate: run eval.py after the training; otherwise the training script writes the results.
+    """
+
+    steps: int
+    options: Mapping[str, object]
+    train: str = "train.py"
+    evaluate: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,38 +83,83 @@ class Experiment:
     """Training runs that differ in some options.
 
     Attributes:
-        options: options that all runs share.
-        variants: for every run, its number of steps and its options.
+        options: options of all runs.
+        variants: name -> run.
+        drives: train on the images of `TRAIN_DRIVES` and evaluate on those of `TEST_DRIVE`.
     """
 
     options: Mapping[str, object]
-    variants: Mapping[str, tuple[int, Mapping[str, object]]]
+    variants: Mapping[str, Variant]
+    drives: bool = False
 
 
-RECIPE: dict[str, object] = {"TRAIN.loss": "ce+lovasz", "TRAIN.class_weights": "auto", "TRAIN.ema": 0.99}
+def augmentations(steps: int) -> Experiment:
+    variants = {
+        "none": Variant(steps, {"DATASET.random_flip": False}),
+        "flip": Variant(steps, {}),
+        "flip, scale and crop": Variant(steps, CROP),
+        "flip, color jitter": Variant(steps, JITTER),
+        "flip, RandAugment": Variant(steps, {}, "benchmarks/augmentations.py rand_augment"),
+        "flip, ClassMix": Variant(steps, {}, "benchmarks/augmentations.py class_mix"),
+        "flip, scale and crop, color jitter": Variant(steps, {**CROP, **JITTER}),
+        "flip, scale and crop, ClassMix": Variant(steps, CROP, "benchmarks/augmentations.py class_mix"),
+    }
+    return Experiment(PRETRAINED, variants)
+
+
+def smp_variants(steps: int) -> dict[str, Variant]:
+    options = {"DATASET.segm_downsampling_rate": 1}
+    return {
+        f"smp {architecture}, {loss}": Variant(
+            steps, options, f"benchmarks/smp_training.py {architecture} {loss}", evaluate=False
+        )
+        for architecture in ("unet", "fpn", "deeplabv3plus", "upernet")
+        for loss in ("dice", "ce+dice", "ce+lovasz")
+    }
+
+
 EXPERIMENTS = {
     "random": Experiment(
         RANDOM_START,
         {
-            "SGD": (800, {"TRAIN.optim": "SGD", "TRAIN.lr_encoder": 0.02, "TRAIN.lr_decoder": 0.02}),
-            "AdamW": (800, {}),
-            "recipe": (800, RECIPE),
-            "recipe, half the steps": (400, RECIPE),
+            "SGD": Variant(800, {"TRAIN.optim": "SGD", "TRAIN.lr_encoder": 0.02, "TRAIN.lr_decoder": 0.02}),
+            "AdamW": Variant(800, {}),
+            "recipe": Variant(800, RECIPE),
+            "recipe, half the steps": Variant(400, RECIPE),
         },
+    ),
+    "augmentation-300": augmentations(300),
+    "augmentation-2000": augmentations(2000),
+    "rare": Experiment(
+        PRETRAINED,
+        {
+            "cross entropy": Variant(800, CROSS_ENTROPY),
+            "cross entropy, class weights": Variant(800, {**CROSS_ENTROPY, **WEIGHTS}),
+            "cross entropy, class sampling": Variant(800, {**CROSS_ENTROPY, **SAMPLING}),
+            "Lovasz": Variant(800, {}),
+            "Lovasz, class weights": Variant(800, WEIGHTS),
+            "Lovasz, class sampling": Variant(800, SAMPLING),
+        },
+    ),
+    "smp": Experiment(PRETRAINED, {"ours": Variant(300, {}), **smp_variants(300)}),
+    "smp-800": Experiment(PRETRAINED, {"ours": Variant(800, {}), **smp_variants(800)}),
+    "drives": Experiment(
+        PRETRAINED, {"ours": Variant(300, {}), "ours, cross entropy": Variant(300, CROSS_ENTROPY)}, drives=True
     ),
 }
 
 
-def run(options: Mapping[str, object], folder: Path, steps: int) -> dict[str, float]:
+def run(options: Mapping[str, object], folder: Path, variant: Variant) -> dict[str, float]:
     """Train and evaluate a network unless `folder` contains the results. Return mean IoU, rare IoU and minutes."""
     path = folder / "learning.json"
     if not path.is_file():
-        epochs, start = steps // STEPS_PER_EPOCH, time.perf_counter()
-        words = {**options, "TRAIN.num_epoch": epochs, "VAL.checkpoint": f"epoch_{epochs}.pth", "DIR": folder}
-        words = [str(word) for pair in words.items() for word in pair]
-        call("train.py", "--gpu", "cpu", *words, "TRAIN.resume", "restart")
+        epochs, start = variant.steps // STEPS_PER_EPOCH, time.perf_counter()
+        options = {**options, "TRAIN.num_epoch": epochs, "VAL.checkpoint": f"epoch_{epochs}.pth", "DIR": folder}
+        words = [str(word) for pair in options.items() for word in pair]
+        call(*variant.train.split(), *words, "TRAIN.resume", "restart", "--gpu", "cpu", "-q")
         minutes = (time.perf_counter() - start) / 60
-        call("eval.py", "--gpu", "cpu", *words)
+        if variant.evaluate:
+            call("eval.py", *words, "--gpu", "cpu", "-q")
         results = json.loads((folder / "result" / "results.json").read_text())
         rare = [row["iou"] for row in results["iou_per_class"] if row["class"] in RARE]
         row = {"mean IoU": results["mean_iou"], "rare": statistics.mean(rare), "minutes": minutes}
@@ -91,7 +168,22 @@ def run(options: Mapping[str, object], folder: Path, steps: int) -> dict[str, fl
 
 
 def call(script: str, *words: str) -> None:
-    subprocess.run([sys.executable, ROOT / script, "-q", *words], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, ROOT / script, *words], check=True, cwd=ROOT)
+
+
+def split_by_drive(data: Path, folder: Path) -> dict[str, Path]:
+    """Write lists of the training images of `TRAIN_DRIVES` and of `TEST_DRIVE`; return the options that select them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"DATASET.list_train": folder / "train.odgt", "DATASET.list_val": folder / "val.odgt"}
+    for path, prefixes in zip(options.values(), (TRAIN_DRIVES, (TEST_DRIVE,)), strict=True):
+        images = [image for image in sorted((data / "train/images").iterdir()) if image.name.startswith(prefixes)]
+        labels = [f"train/annotations/{image.stem}.png" for image in images]
+        records = [
+            json.dumps({"fpath_img": f"train/images/{image.name}", "fpath_segm": label})
+            for image, label in zip(images, labels, strict=True)
+        ]
+        path.write_text("\n".join(records) + "\n")
+    return options
 
 
 def main() -> None:
@@ -103,19 +195,19 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of variants (default: all)")
     parser.add_argument("--json", help="also write the results to this file")
     args = parser.parse_args()
-    experiment, rows = EXPERIMENTS[args.experiment], []
+    experiment, rows, out = EXPERIMENTS[args.experiment], [], args.out.absolute() / args.experiment
+    shared = {**experiment.options, "DATASET.root_dataset": args.data.absolute()}
+    if experiment.drives:
+        shared |= split_by_drive(args.data, out)
     for name in args.only or experiment.variants:
-        steps, changes = experiment.variants[name]
-        options = {**experiment.options, "DATASET.root_dataset": args.data.absolute(), **changes}
-        results = [
-            run({**options, "TRAIN.seed": seed}, args.out.absolute() / args.experiment / f"{name} {seed}", steps)
-            for seed in args.seeds
-        ]
+        variant = experiment.variants[name]
+        options = {**shared, **variant.options}
+        results = [run({**options, "TRAIN.seed": seed}, out / f"{name} {seed}", variant) for seed in args.seeds]
         ious = [100 * result["mean IoU"] for result in results]
         rows.append(
             {
                 "Variant": name,
-                "Steps": steps,
+                "Steps": variant.steps,
                 "Mean IoU, %": f"{statistics.mean(ious):.1f}",
                 "Spread": f"{max(ious) - min(ious):.1f}",
                 "Rare classes, %": f"{100 * statistics.mean(result['rare'] for result in results):.1f}",
