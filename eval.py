@@ -12,12 +12,14 @@ EXAMPLES = """\
 
 
 def main() -> int:
-    args = common.make_parser(__doc__, EXAMPLES, common.EVAL_KEYS).parse_intermixed_args()
+    parser = common.make_parser(__doc__, EXAMPLES, common.EVAL_KEYS)
+    evaluate.add_arguments(parser)
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     with distributed.join(devices.pick_devices(args.device), cfg.RUNTIME.timeout) as world:
         common.check_ranks(cfg, world)
         logs.setup_logger(world.rank, None, args.level)
-        return evaluate.run(cfg, world, args.cfg)
+        return evaluate.run(cfg, world, args)
 
 
 if __name__ == "__main__":

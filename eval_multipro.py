@@ -11,12 +11,14 @@ EXAMPLES = """\
 
 
 def main() -> int:
-    args = common.make_parser(__doc__, EXAMPLES, common.EVAL_KEYS).parse_intermixed_args()
+    parser = common.make_parser(__doc__, EXAMPLES, common.EVAL_KEYS)
+    evaluate.add_arguments(parser)
+    args = parser.parse_intermixed_args()
     cfg = load_config(args.cfg, args.opts)
     common.refuse_torchrun("eval_multipro.py starts its own processes; with torchrun use eval.py")
     world = World(devices=devices.pick_devices(args.device), timeout=cfg.RUNTIME.timeout)
     logs.setup_logger(0, None, args.level)
-    return evaluate.run(cfg, world, args.cfg)
+    return evaluate.run(cfg, world, args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main() -> int:
     with distributed.join(devices.pick_devices(args.device), cfg.RUNTIME.timeout) as world:
         common.check_ranks(cfg, world)
         logs.setup_logger(world.rank, None, args.level)
-        return segment.run(cfg, world, args.imgs, suffixes)
+        return segment.run(cfg, world, args.imgs, suffixes, args.min_confidence)
 
 
 if __name__ == "__main__":

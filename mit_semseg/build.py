@@ -70,7 +70,9 @@ def build_module(
     with folder.naming_checkpoints():
         if cfg.MODEL.norm == "inplace" and not has_inplace_norms(read_state_dict(files[0])):
             raise UserError(f"the weights {files[0]} were not trained with MODEL.norm inplace; set MODEL.norm sync")
-        return _assemble(cfg, files, pretrained=False).to(device)
+        module = _assemble(cfg, files, pretrained=False).to(device)
+    module.temperature = folder.read_temperature(checkpoint)
+    return module
 
 
 def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:

@@ -7,6 +7,7 @@ script as `__main__` with their own arguments, environment and output.
 import importlib
 import importlib.util
 import io
+import json
 import os
 import runpy
 import signal
@@ -203,6 +204,19 @@ def checked(done: subprocess.CompletedProcess, code: int | None) -> subprocess.C
     assert code in (done.returncode, None), f"got exit code {done.returncode}: {done.stdout[-2000:]}{done.stderr}"
     assert code not in (2, 130, 143) or "Traceback" not in done.stderr
     return done
+
+
+def results(path) -> tuple[dict, dict]:
+    """Return the content of results.json without times: exact values, and values that depend on rounding errors."""
+    content = {key: value for key, value in json.loads(Path(path).read_text()).items() if "second" not in key}
+    rounded = {row["image"]: row["label_quality"] for row in content.pop("per_image")}
+    return content, rounded | {"error": content.pop("expected_calibration_error")}
+
+
+def assert_same_results(first: tuple[dict, dict], second: tuple[dict, dict]) -> None:
+    """Compare the results of two evaluations, see `results`."""
+    assert first[0] == second[0]
+    assert first[1] == pytest.approx(second[1], rel=1e-4)
 
 
 def weights(folder, suffix="epoch_2.pth") -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Training and evaluation give the same results on one device, several devices and several ranks."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,7 @@ import subprocess
 import pytest
 import torch
 from ranks import ENV, TORCHRUN, changes_for, on_ranks, rank_environment, start_ranks, write_images
-from runs import ROOT, forked, here, script, words
+from runs import ROOT, assert_same_results, forked, here, results, script, words
 from scenes import options, tiny_module
 from test_training import Poisoned
 from training import CPU, make_trainer
@@ -162,13 +161,10 @@ def test_sharded_evaluation_and_segmentation_equal_one_process(jobs, root, tmp_p
     options = changes_for(root, folder / "ranks", TEST__result=tmp_path / "alone")
     path = folder / "ranks" / "result" / "results.json"
 
-    def scores():
-        return {k: v for k, v in json.loads(path.read_text()).items() if "second" not in k}
-
     here("eval.py", options)
-    alone = scores()
+    alone = results(path)
     assert by_ranks("eval.py", options).count("Mean IoU (over all") == 1
-    assert scores() == alone
+    assert_same_results(results(path), alone)
 
     images = "--imgs", root / "val" / "images", "--index"
     here("test.py", *images, options)

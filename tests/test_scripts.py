@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import ROOT, here, in_process, script, small
+from runs import ROOT, assert_same_results, here, in_process, results, script, small
 from scenes import options, tiny_module, write_data_set, write_pairs
 
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.records import load_records, write_odgt
+from mit_semseg.engine import RunFolder
 from mit_semseg.evaluation import Predictor, evaluate
 from mit_semseg.evaluation.evaluator import LoadOptions
 from mit_semseg.lib.utils import UserError
@@ -27,6 +28,16 @@ def trained(tmp_path_factory):
     options = small(folder, folder / "run")
     here("train.py", options)
     return options
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "b.PNG", "day/a.jpg", "day/a.png", "day/c.webp"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40), "olive").save(path, format={"jpg": "JPEG", "webp": "WEBP"}.get(name[-3:], "PNG"))
+    return folder
 
 
 def test_eval_prints_and_writes_the_same_scores(trained):
@@ -42,18 +53,82 @@ def test_eval_prints_and_writes_the_same_scores(trained):
         assert panel.size == (3 * 40 + 2 * 6, 56)
 
 
+def test_eval_ranks_labels_and_draws_the_doubtful_ones(trained):
+    folder = Path(trained["DIR"]) / "result"
+    here("eval.py", trained)
+    result = json.loads((folder / "results.json").read_text())
+    qualities = [row["label_quality"] for row in result["per_image"]]
+    assert len(qualities) == 3
+    assert qualities == sorted(qualities)
+    assert 0 <= qualities[0] <= qualities[-1] <= 1
+    with Image.open(folder / "doubtful" / "1.png") as panel:  # image, label, prediction, doubtful pixels
+        width, height = Image.open(Path(trained["DATASET.root_dataset"], result["per_image"][0]["image"])).size
+        assert panel.size == (4 * width + 3 * 6, height)
+    assert "doubtful/3.png" in (folder / "report.html").read_text()
+
+
+def test_temperature_is_fitted_saved_and_used(trained, photos, tmp_path):
+    run = Path(trained["DIR"])
+    here("eval.py", trained)
+    before = json.loads((run / "result" / "results.json").read_text())
+    segment(trained, tmp_path / "before", photos / "a.jpg", "--confidence", "--index")
+    done = here("eval.py", "--fit-temperature", {**trained, "--gpu": "cpu"})
+    fitted = json.loads((run / "temperature_epoch_2.json").read_text())
+    assert f"{fitted['temperature']:.3f}" in done.stdout
+    assert fitted["nll"][1] <= fitted["nll"][0]
+    after = json.loads((run / "result" / "results.json").read_text())
+    assert after["expected_calibration_error"] != before["expected_calibration_error"]
+    segment(trained, tmp_path / "after", photos / "a.jpg", "--confidence")
+    first, second = (np.asarray(Image.open(tmp_path / name / "a_confidence.png")) for name in ("before", "after"))
+    assert not np.array_equal(first, second)
+    one_scale = {**trained, "DATASET.imgSizes": 48}
+    segment(one_scale, tmp_path / "after", photos / "a.jpg", "--index")
+    (run / "temperature_epoch_2.json").unlink()
+    segment(one_scale, tmp_path / "before", photos / "a.jpg", "--index")
+    first, second = (np.asarray(Image.open(tmp_path / name / "a_index.png")) for name in ("before", "after"))
+    assert np.array_equal(first, second)
+
+
+def test_fitted_temperature_does_not_depend_on_the_number_of_workers(trained):
+    path, values = Path(trained["DIR"]) / "temperature_epoch_2.json", []
+    for devices in ("cpu", "cpu,cpu"):
+        here("eval_multipro.py", "--fit-temperature", {**trained, "--gpu": devices})
+        values.append(json.loads(path.read_text())["temperature"])
+        path.unlink()
+    assert values[0] == pytest.approx(values[1], rel=1e-3)
+
+
+def test_temperature_errors_name_the_option_or_the_file(trained):
+    path = Path(trained["DIR"]) / "temperature_epoch_2.json"
+    done = here("eval.py", "--fit-temperature", {**trained, "INFERENCE.window_size": 32}, code=2)
+    assert "INFERENCE.window_size" in done.stderr
+    for text in ("", "{}", '{"temperature": -1}', '{"temperature": "x"}', "[1]"):
+        path.write_text(text)
+        assert str(path) in here("eval.py", trained, code=2).stderr
+    path.unlink()
+
+
+def test_new_weights_discard_the_temperature(tmp_path):
+    folder = RunFolder(tmp_path)
+    for suffix in ("best.pth", "epoch_1.pth"):
+        folder.temperature_path(suffix).write_text('{"temperature": 2.5}')
+    folder.save_weights(tiny_module(), "best.pth")
+    assert (folder.read_temperature("best.pth"), folder.read_temperature("epoch_1.pth")) == (1, 2.5)
+    folder.remove_run()
+    assert folder.read_temperature("epoch_1.pth") == 1
+    (tmp_path / "temperature_net.json").write_text('{"temperature": 3}')
+    assert folder.read_temperature(str(tmp_path / "net.pth")) == 3
+
+
 def test_number_of_workers_does_not_change_the_scores(trained):
     """Evaluate three images in one process and in four processes."""
     path = Path(trained["DIR"]) / "result" / "results.json"
 
-    def scores():
-        return {key: value for key, value in json.loads(path.read_text()).items() if "second" not in key}
-
     here("eval.py", trained)
-    expected = scores()
+    expected = results(path)
     for devices in ("cpu", "cpu,cpu,cpu,cpu"):
         here("eval_multipro.py", {**trained, "--gpu": devices})
-        assert scores() == expected
+        assert_same_results(results(path), expected)
 
 
 def test_failed_or_killed_worker_ends_the_evaluation(trained):
@@ -105,16 +180,6 @@ def test_damaged_checkpoint_is_named_together_with_a_readable_one(trained, tmp_p
 # test.py
 
 
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    for name in ("a.jpg", "b.PNG", "day/a.jpg", "day/a.png", "day/c.webp"):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (50, 40), "olive").save(path, format={"jpg": "JPEG", "webp": "WEBP"}.get(name[-3:], "PNG"))
-    return folder
-
-
 def segment(trained, result, imgs, *arguments, run=here, **options):
     return run("test.py", "--imgs", imgs, {**trained, "TEST.result": result}, *arguments, **options)
 
@@ -135,6 +200,34 @@ def test_folder_keeps_its_structure_and_no_result_is_overwritten(trained, photos
     first = content["classes"][0]
     assert f"{first['class']}: {first['fraction'] * 100:.2f} %" in done.stdout
     assert "5 of 5 images segmented" in done.stdout
+
+
+def test_confidence_and_minimum_confidence(trained, photos, tmp_path):
+    arguments = "--confidence", "--labels", "--no-panel"
+    segment(trained, tmp_path, photos / "a.jpg", *arguments)
+    assert 0 not in np.asarray(Image.open(tmp_path / "a_label.png"))
+    limit = (int(np.median(Image.open(tmp_path / "a_confidence.png"))) + 0.5) / 255
+    segment(trained, tmp_path, photos / "a.jpg", *arguments, "--min-confidence", limit)
+    confidence = np.asarray(Image.open(tmp_path / "a_confidence.png"))
+    labels = np.asarray(Image.open(tmp_path / "a_label.png"))
+    assert confidence.shape == labels.shape == (40, 50)
+    assert confidence.min() >= 255 // 3
+    certain = confidence > limit * 255
+    assert np.array_equal(labels == 0, ~certain)  # 0 is the ignored value
+    assert 0 < certain.sum() < certain.size
+    with Image.open(tmp_path / "a_confidence_color.png") as picture:
+        assert picture.height == 40
+        assert picture.width > 50
+
+
+def test_minimum_confidence_errors_name_the_option(trained, photos, tmp_path):
+    names = {**trained, "DATASET.classes": "[a,b,c]"}  # no label value is ignored
+    for changed, arguments, name in (
+        (trained, ["--min-confidence", 0.5], "--labels"),
+        (trained, ["--labels", "--min-confidence", 1.5], "--min-confidence"),
+        (names, ["--labels", "--min-confidence", 0.5], "DATASET.ignore_values"),
+    ):
+        assert name in segment(changed, tmp_path, photos / "a.jpg", *arguments, code=2).stderr
 
 
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])

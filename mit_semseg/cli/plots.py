@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..evaluation.calibration import Reliability
 from ..evaluation.evaluator import Evaluation
 from ..lib.utils import WriteError, atomic_write
 
@@ -75,6 +76,27 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
     subset = "" if len(shown) == len(confusion) else f" (the {len(shown)} most frequent of {len(confusion)} classes)"
     axes.set(xlabel="prediction", ylabel="label", title=f"Confusion matrix{subset}")
     figure.colorbar(image, shrink=0.8, label="fraction of the label's pixels")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
+
+
+def save_reliability(reliability: Reliability, path: Path) -> None:
+    """Plot a reliability diagram to a PNG file: accuracy and fraction of the pixels in every bin of confidence."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
+    edges = np.linspace(0, 1, len(reliability.pixels) + 1)
+    style = {"width": np.diff(edges), "align": "edge", "edgecolor": "white"}
+    top.bar(edges[:-1], np.nan_to_num(reliability.accuracy), color="tab:blue", label="accuracy", **style)
+    top.plot([0, 1], [0, 1], "--", color="gray", label="perfect calibration")
+    top.set(title=f"Expected calibration error {reliability.error:.2%}", ylabel="accuracy", ylim=(0, 1))
+    top.legend(loc="upper left", fontsize="small")
+    fractions = reliability.pixels / max(reliability.pixels.sum(), 1)
+    bottom.bar(edges[:-1], fractions, color="tab:orange", **style)
+    bottom.set(xlabel="confidence", ylabel="fraction of pixels", xlim=(0, 1), ylim=(0, 1))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..evaluation.evaluator import Evaluation, ImageScore
 from ..lib.utils import UTF8, atomic_write
-from .plots import log_plot_errors, save_confusion
+from .plots import log_plot_errors, save_confusion, save_reliability
 
 MAX_PAIRS = 20  # maximum number of class pairs in the table of confused classes
 MAX_IMAGES = 12  # maximum number of worst images, and of best images, in the report
@@ -30,7 +30,8 @@ td { white-space: nowrap; }
 .absent { color: #999; }
 dl { display: flex; flex-wrap: wrap; gap: .6em 2em; margin: 0; } dt { color: #555; } dd { margin: 0; font-size: 1.3em; }
 figure { margin: 1em 0; } figure img { max-width: 100%; } figcaption { color: #555; overflow-wrap: anywhere; }
-.panel { display: inline-grid; max-width: 100%; } .columns { display: grid; grid-template-columns: repeat(3, 1fr); }
+.panel { display: inline-grid; max-width: 100%; }
+.columns { display: grid; grid-auto-columns: 1fr; grid-auto-flow: column; }
 .columns span { text-align: center; color: #555; } h1 { overflow-wrap: anywhere; }
 @media (max-width: 600px) {
   body { font-size: 13px; padding: 0; margin: 1em .5em; } td, th { padding: .2em .3em; } .bar { display: none; }
@@ -60,13 +61,22 @@ def confused_pairs(confusion: np.ndarray, limit: int = MAX_PAIRS) -> list[tuple[
     return [(int(a), int(b)) for a, b in zip(*np.unravel_index(order, wrong.shape), strict=True) if wrong[a, b]]
 
 
-def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str]) -> None:
-    """Write `report.html` and `confusion.png` to a folder.
+def write_report(
+    evaluation: Evaluation, folder: Path, title: str, panels: dict[str, str], doubtful: Sequence[str]
+) -> None:
+    """Write `report.html`, `confusion.png` and `calibration.png` to a folder.
 
-    `panels` maps image names to paths of panels, which are relative to `folder`.
+    Args:
+        evaluation: result with diagnostics.
+        folder: output folder.
+        title: title of the page.
+        panels: image names -> paths of panels, relative to `folder`.
+        doubtful: paths of the panels of the doubtful labels, relative to `folder`.
     """
     with log_plot_errors("confusion.png"):
         save_confusion(evaluation, folder / "confusion.png")
+    with log_plot_errors("calibration.png"):
+        save_reliability(evaluation.diagnostics.reliability, folder / "calibration.png")
     ranked = sorted((score for score in evaluation.scores if score.labelled), key=lambda s: (s.mean_iou, s.accuracy))
     body = (
         f"<h1>{escape(title)}</h1>"
@@ -75,6 +85,8 @@ def write_report(evaluation: Evaluation, folder: Path, title: str, panels: dict[
         + _confusions(evaluation)
         + _images("Worst", ranked[:MAX_IMAGES], panels)
         + _images("Best", ranked[::-1][:MAX_IMAGES], panels)
+        + _doubtful(evaluation, doubtful)
+        + _calibration(evaluation)
     )
     head = f"{HEAD}<title>{escape(title)}</title><style>{STYLE}</style>"
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}<script>{SCRIPT}</script></body></html>'
@@ -119,6 +131,7 @@ def _percent(value: float) -> tuple[float, str]:
 
 def _classes(evaluation: Evaluation) -> str:
     table, s, confusion = evaluation.table, evaluation.summary, evaluation.metric.confusion
+    boundary = np.nan_to_num(evaluation.diagnostics.boundary_iou)
     total, rows = max(confusion.sum(), 1), []
     for index, name in enumerate(table.names):
         pixels, iou = confusion[index].sum(), float(s.iou[index])
@@ -128,12 +141,17 @@ def _classes(evaluation: Evaluation) -> str:
         label = f'<span class="swatch" style="background: rgb{color}"></span>{short}'
         bar = f'{iou:.2%}<span class="bar"><i style="width: {iou:.1%}"></i></span>'
         recall = _percent(float(confusion[index, index] / max(pixels, 1)))
-        rows.append([(name, label), (iou, bar), recall, _percent(float(pixels / total))])
+        rows.append(
+            [(name, label), (iou, bar), _percent(float(boundary[index])), recall, _percent(float(pixels / total))]
+        )
     note = (
-        "Click a column header to sort. Accuracy (recall) is the fraction of the class's labelled pixels that are "
-        "predicted correctly. The names of classes without labelled pixels are gray."
+        "Click a column header to sort. Boundary IoU counts only pixels near boundaries. Accuracy (recall) is the "
+        "fraction of the class's labelled pixels that are predicted correctly. The names of classes without "
+        "labelled pixels are gray."
     )
-    return f"<h2>Classes</h2><p>{note}</p>" + _sortable(("class", "IoU", "accuracy", "fraction of all pixels"), rows)
+    return f"<h2>Classes</h2><p>{note}</p>" + _sortable(
+        ("class", "IoU", "boundary IoU", "accuracy", "fraction of all pixels"), rows
+    )
 
 
 def _confusions(evaluation: Evaluation) -> str:
@@ -153,12 +171,38 @@ def _images(name: str, scores: Sequence[ImageScore], panels: dict[str, str]) -> 
     html = f"<h2>{name} images</h2>"
     if scores and not panels:
         html += "<p>Set VAL.visualize True to show the images here.</p>"
-    columns = "".join(f"<span>{column}</span>" for column in ("image", "label", "prediction"))
     for score in scores:
         caption = f"{escape(score.name)}: mean IoU {score.mean_iou:.2%}, pixel accuracy {score.accuracy:.2%}"
-        panel = ""
-        if path := panels.get(score.name):
-            image = f'<img loading="lazy" src="{quote(os.fsencode(path))}" alt="{caption}">'
-            panel = f'<div class="panel"><div class="columns">{columns}</div>{image}</div>'
-        html += f"<figure>{panel}<figcaption>{caption}</figcaption></figure>"
+        html += _figure(panels.get(score.name), ("image", "label", "prediction"), caption)
     return html
+
+
+def _figure(path: str | None, columns: Sequence[str], caption: str) -> str:
+    """Return a figure with a panel, or only its caption if `path` is None. `caption` is HTML."""
+    panel = ""
+    if path:
+        image = f'<img loading="lazy" src="{quote(os.fsencode(path))}" alt="{caption}">'
+        names = "".join(f"<span>{column}</span>" for column in columns)
+        panel = f'<div class="panel"><div class="columns">{names}</div>{image}</div>'
+    return f"<figure>{panel}<figcaption>{caption}</figcaption></figure>"
+
+
+def _doubtful(evaluation: Evaluation, panels: Sequence[str]) -> str:
+    html = (
+        "<h2>Labels that look wrong</h2><p>Images with the lowest label quality, which is the soft minimum over the "
+        "pixels of the probability of the given label. Pixels are red where this probability is low. Check these "
+        "labels first; the network can also be wrong.</p>"
+    )
+    for entry, path in zip(evaluation.diagnostics.doubtful, panels, strict=True):
+        caption = f"{escape(entry.name)}: label quality {entry.quality:.3f}"
+        html += _figure(path, ("image", "label", "prediction", "doubtful pixels"), caption)
+    return html
+
+
+def _calibration(evaluation: Evaluation) -> str:
+    error = evaluation.diagnostics.reliability.error
+    caption = (
+        "<figcaption>Accuracy of the pixels whose largest class probability (confidence) is in a bin. Bars below the "
+        f"diagonal: the network is overconfident. Expected calibration error: {error:.2%}.</figcaption>"
+    )
+    return f'<h2>Calibration</h2><figure><img src="calibration.png" alt="Reliability diagram">{caption}</figure>'

@@ -9,12 +9,13 @@ import torch
 
 from ..build import load_options
 from ..config import Config
+from ..dataset.classes import class_table_from_options
 from ..dataset.loader import worker_errors
 from ..dataset.samplers import shards
 from ..engine import World
 from ..lib.utils import UserError, progress_bar
 from ..predict.images import find_inputs
-from ..predict.results import SUFFIXES, Result
+from ..predict.results import SUFFIXES, Result, check_ignored_value
 from ..predict.segmenter import Segmenter
 from ..predict.video import is_video, output_path, segment_video
 from .common import refuse_torchrun
@@ -32,9 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overlay": "also write the image blended with the class colors, next to a legend",
         "index": "also write the class index of every pixel as a grayscale PNG",
         "labels": "also write a grayscale PNG with the label values that the dataset uses, e.g. Cityscapes labelIds",
+        "confidence": "also write the largest class probability of every pixel as a grayscale PNG (255: 100 %%) and "
+        "in colors",
         "json": "also write a JSON file with the classes in the image and the fraction of pixels of each class",
     }.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    text = "with --labels: write the ignored label value where the largest class probability is below P (0 to 1)"
+    parser.add_argument("--min-confidence", type=float, metavar="P", default=0, help=text)
     text = "do not write the panel [image | prediction]"
     parser.add_argument("--no-panel", dest="panel", action="store_false", help=text)
     text = "for videos: weight of previous frames in the averaged logits, from 0 (off, default) to below 1"
@@ -46,21 +51,31 @@ def suffixes_of(args: argparse.Namespace) -> list[str]:
     suffixes = [suffix for suffix, name in SUFFIXES.items() if getattr(args, name)]
     if is_video(args.imgs):
         if suffixes != [".png"]:
-            raise UserError(f"{args.imgs} is a video; omit --overlay, --index, --labels, --json and --no-panel")
+            raise UserError(
+                f"{args.imgs} is a video; omit --overlay, --index, --labels, --confidence, --json and --no-panel"
+            )
         if not 0 <= args.smoothing < 1:
             raise UserError(f"--smoothing {args.smoothing:g} is out of range; use a value from 0 to below 1")
     elif args.smoothing:
         raise UserError(f"{args.imgs} is not a video; omit --smoothing {args.smoothing:g}, which is for videos only")
     if not suffixes:
-        raise UserError("--no-panel disables the only output file; add --overlay, --index, --labels or --json")
+        raise UserError(
+            "--no-panel disables the only output file; add --overlay, --index, --labels, --confidence or --json"
+        )
+    if args.min_confidence and not args.labels:
+        raise UserError(f"--min-confidence {args.min_confidence:g} needs --labels")
+    if not 0 <= args.min_confidence <= 1:
+        raise UserError(f"--min-confidence {args.min_confidence:g} is out of range; use a value from 0 to 1")
     return suffixes
 
 
-def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
+def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str], min_confidence: float = 0) -> int:
     """Segment images with TEST.checkpoint, write the output files to TEST.result, and return the exit code.
 
-    `inputs` is an image, a folder or a glob pattern; `suffixes` selects the output files (see `Result.save_as`).
+    `inputs` is an image, a folder or a glob pattern; `suffixes` and `min_confidence` are arguments of `Result.save_as`.
     """
+    if min_confidence:
+        check_ignored_value(class_table_from_options(cfg.DATASET))
     logger.info("devices: %s", describe_all(world))
     found = find_inputs(inputs, Path(cfg.TEST.result), suffixes) if world.is_main else None
     stems = world.gather(found, "looking for images")[0]  # all ranks use the list found by rank 0
@@ -71,7 +86,7 @@ def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
             if logger.isEnabledFor(logging.INFO):
                 bar.write(text)
 
-        reasons = run_sharded(segment_shard, world, len(stems), (cfg, stems, suffixes), on_report)
+        reasons = run_sharded(segment_shard, world, len(stems), (cfg, stems, suffixes, min_confidence), on_report)
     skipped = [reason for shard in reasons for reason in shard]
     if world.is_main:
         print(f"{len(stems) - len(skipped)} of {len(stems)} images segmented, results in {cfg.TEST.result}")
@@ -81,7 +96,12 @@ def run(cfg: Config, world: World, inputs: str, suffixes: Sequence[str]) -> int:
 
 
 def segment_shard(
-    shard: Shard, report: Callable[[str], None], cfg: Config, stems: dict[str, Path], suffixes: Sequence[str]
+    shard: Shard,
+    report: Callable[[str], None],
+    cfg: Config,
+    stems: dict[str, Path],
+    suffixes: Sequence[str],
+    min_confidence: float,
 ) -> list[str]:
     """Segment a shard of the images, write the output files, and return a message for every unreadable image.
 
@@ -92,7 +112,7 @@ def segment_shard(
     skipped = []
 
     def write(result: Result) -> None:
-        path = result.save_as(stems[result.path], suffixes)[0]
+        path = result.save_as(stems[result.path], suffixes, min_confidence=min_confidence)[0]
         classes = [
             f"\n  {result.table.labels[entry['index']]}: {entry['fraction'] * 100:.2f} %"
             for entry in result.classes
@@ -100,9 +120,10 @@ def segment_shard(
         ]
         report(f"{result.path} -> {path}{''.join(classes)}")
 
+    confidence = bool(min_confidence) or any(SUFFIXES[suffix] == "confidence" for suffix in suffixes)
     loading = load_options(cfg, cfg.TEST.batch_size, shard.local_size)
     with worker_errors(), background_writer() as submit:
-        for result in segmenter.segment_files(list(stems)[own.start : own.stop], loading):
+        for result in segmenter.segment_files(list(stems)[own.start : own.stop], loading, confidence=confidence):
             if isinstance(result, Result):
                 submit(write, result)
             else:

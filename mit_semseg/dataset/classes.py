@@ -68,9 +68,18 @@ class ClassTable:
         """Return the variant that matches the end of a label file's name, or this table if none matches."""
         return next((table for suffix, table in self.variants.items() if str(path).endswith(suffix)), self)
 
+    @cached_property
+    def ignored_value(self) -> int | None:
+        """The smallest raw label value that is ignored, or None."""
+        return next(iter(np.flatnonzero(self.index == IGNORE).tolist()), None)
+
     def decode(self, indices: np.ndarray) -> np.ndarray:
-        """Convert class indices (H, W) >= 0 to raw label values: uint8, or uint16 for a table with values above 255."""
-        return self.raw.astype(np.uint8 if self.raw.max() < 256 else np.uint16)[indices]
+        """Convert class indices (H, W) to raw label values: uint8, or uint16 for a table with values above 255.
+
+        Index -1 (`IGNORE`) becomes `ignored_value`; without such a value, all indices must be at least 0.
+        """
+        raw = np.append(self.raw, [] if self.ignored_value is None else self.ignored_value)
+        return raw.astype(np.uint8 if raw.max() < 256 else np.uint16)[indices]
 
     def encode(self, raw: np.ndarray) -> np.ndarray:
         """Convert raw label values (H, W) to class indices int64 (-1 if ignored, -2 if not in the table)."""

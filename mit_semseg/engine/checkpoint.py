@@ -1,5 +1,6 @@
 """Save, load and lock the files of a training run: weights, history and the checkpoint to resume from."""
 
+import json
 import logging
 import math
 import os
@@ -106,6 +107,27 @@ class RunFolder:
                 raise CheckpointError(f"checkpoint {path.absolute()} does not exist; {choices}")
         return paths
 
+    def temperature_path(self, suffix: str) -> Path:
+        """Return the path of the temperature of a checkpoint, e.g. `temperature_best.json`; see `weight_files`."""
+        return (
+            self.path("temperature", suffix).with_suffix(".json")
+            if len(Path(suffix).parts) == 1
+            else (Path(suffix).with_name(f"temperature_{Path(suffix).stem}.json"))
+        )
+
+    def read_temperature(self, suffix: str) -> float:
+        """Return the temperature of a checkpoint, by which inference divides logits; 1 if none was fitted."""
+        path = self.temperature_path(suffix)
+        if not path.is_file():
+            return 1.0
+        try:
+            value = float(json.loads(path.read_text(**UTF8))["temperature"])
+        except (ValueError, KeyError, TypeError):
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise CheckpointError(f"{path} does not contain a positive temperature; delete the file, or fit it again")
+        return value
+
     def describe_saved(self) -> str:
         """Return text for error messages that lists the saved checkpoints."""
         names = [*(f"epoch_{epoch}.pth" for epoch in self.epochs()), *(["resume.pth"] if self.resume.is_file() else [])]
@@ -176,6 +198,7 @@ class RunFolder:
         ):
             _save(module.encoder.state_dict(), encoder)
             _save(module.decoder.state_dict(), decoder)
+        self.temperature_path(suffix).unlink(missing_ok=True)  # it was fitted to the replaced weights
 
     def load_epoch(self, module, epoch: int) -> dict:
         """Load the weights of an epoch into a network. Return the saved history, or an empty history without a file."""
@@ -197,7 +220,14 @@ class RunFolder:
     def remove_run(self) -> None:
         """Remove all files of the run from the folder, except the log."""
         weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best", "best_raw"))
-        for pattern in (*weights, self.resume.name, "curves.png", "vis/epoch_*/**/*.png", "tensorboard/events.*"):
+        for pattern in (
+            *weights,
+            "temperature_*.json",
+            self.resume.name,
+            "curves.png",
+            "vis/epoch_*/**/*.png",
+            "tensorboard/events.*",
+        ):
             for path in self.folder.glob(pattern):
                 path.unlink()
 

@@ -18,7 +18,8 @@ from ..dataset.loader import images_to_device, iterate, make_loader, worker_erro
 from ..lib.nn import user_scattered_collate
 from ..lib.nn.scatter import HostCopy
 from ..lib.utils import progress_bar
-from .inference import Predictor
+from .diagnostics import Diagnostics
+from .inference import Prediction, Predictor
 from .metrics import SegmentationMetric, Summary, confusion_counts
 
 
@@ -49,12 +50,14 @@ class ImageScore:
         mean_iou: mean IoU over the classes in the label, 0..1.
         accuracy: pixel accuracy, 0..1.
         labelled: whether any pixel is labelled; otherwise, the metrics are 0.
+        label_quality: see `label_quality.label_quality`; NaN if it was not computed or no pixel is labelled.
     """
 
     name: str
     mean_iou: float
     accuracy: float
     labelled: bool = True
+    label_quality: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ class Evaluation:
         scores: metrics of every image.
         skipped: messages about unusable images (DATASET.on_error skip).
         loss_sum, loss_weight: sum of the weighted losses of the images, and sum of their weights; see `evaluate`.
+        diagnostics: boundary IoU, calibration and doubtful labels; None if they were not computed.
     """
 
     metric: SegmentationMetric
@@ -79,6 +83,7 @@ class Evaluation:
     skipped: Sequence[str] = ()
     loss_sum: float = 0.0
     loss_weight: float = 0.0
+    diagnostics: Diagnostics | None = None
 
     @cached_property
     def summary(self) -> Summary:
@@ -93,14 +98,17 @@ class Evaluation:
             ImageFileError: every image is unusable.
         """
         total, images = SegmentationMetric(shards[0].metric.num_class), sum(s.images for s in shards)
+        diagnostics = Diagnostics(total.num_class) if shards[0].diagnostics else None
         for shard in shards:
             total.merge(shard.metric)
+            if diagnostics:
+                diagnostics.merge(shard.diagnostics)
         skipped = [message for s in shards for message in s.skipped]
         if skipped and not images:
             raise ImageFileError(f"none of the {len(skipped)} images can be used; the first error is: {skipped[0]}")
         seconds, scores = max(s.seconds for s in shards), [score for s in shards for score in s.scores]
         loss = sum(s.loss_sum for s in shards), sum(s.loss_weight for s in shards)
-        return cls(total, images, seconds, shards[0].table, scores, skipped, *loss)
+        return cls(total, images, seconds, shards[0].table, scores, skipped, *loss, diagnostics)
 
     @property
     def loss(self) -> float:
@@ -123,6 +131,23 @@ class Evaluation:
     def as_dict(self) -> dict:
         """Return a dict for a JSON file; metrics are in 0..1."""
         s = self.summary
+        rows = [
+            {"class": name, "iou": float(iou), "present": bool(present)}
+            for name, iou, present in zip(self.table.names, s.iou, s.present, strict=True)
+        ]
+        more = {}
+        if self.diagnostics:
+            for row, iou in zip(rows, self.diagnostics.boundary_iou.tolist(), strict=True):
+                row["boundary_iou"] = None if math.isnan(iou) else iou
+            more = {
+                "mean_boundary_iou": self.diagnostics.mean_boundary_iou,
+                "expected_calibration_error": self.diagnostics.reliability.error,
+                "per_image": [
+                    {"image": x.name, "label_quality": x.label_quality, "mean_iou": x.mean_iou, "accuracy": x.accuracy}
+                    for x in sorted(self.scores, key=lambda score: (score.label_quality, score.name))
+                    if x.labelled
+                ],
+            }
         return {
             "mean_iou": s.mean_iou,
             "mean_iou_present_classes": s.mean_iou_present,
@@ -134,10 +159,8 @@ class Evaluation:
             "labelled_pixels": s.pixels,
             "seconds": round(self.seconds, 3),
             "images_per_second": round(self.images_per_second, 3),
-            "iou_per_class": [
-                {"class": name, "iou": float(iou), "present": bool(present)}
-                for name, iou, present in zip(self.table.names, s.iou, s.present, strict=True)
-            ],
+            "iou_per_class": rows,
+            **more,
         }
 
     def report(self) -> str:
@@ -156,6 +179,7 @@ class Evaluation:
             f"Pixel accuracy: {s.pixel_accuracy * 100:.2f} %",
             f"Mean accuracy:  {s.mean_accuracy * 100:.2f} %",
             f"Overall score:  {s.overall * 100:.2f} % (mean of mean IoU and pixel accuracy)",
+            *self._diagnostic_lines(),
             f"{self.images} images in {self.seconds:.1f} s: {self.images_per_second:.2f} images/s",
         ]
         if self.warning:
@@ -164,6 +188,14 @@ class Evaluation:
             lines += [f"{len(self.skipped)} images skipped, not included in the metrics:"]
             lines += [f"  {message}" for message in self.skipped]
         return "\n".join(lines)
+
+    def _diagnostic_lines(self) -> list[str]:
+        if not self.diagnostics:
+            return []
+        return [
+            f"Mean boundary IoU (over the present classes): {self.diagnostics.mean_boundary_iou:.4f}",
+            f"Expected calibration error: {self.diagnostics.reliability.error * 100:.2f} %",
+        ]
 
 
 def read_items(dataset, device: torch.device | str, loading: LoadOptions | None = None) -> Iterator[dict]:
@@ -193,7 +225,11 @@ def read_items(dataset, device: torch.device | str, loading: LoadOptions | None 
 
 
 def predict_items(
-    predictor: Predictor, items: Iterator[dict], batch_size: int, compute_outputs: Callable[[dict, Tensor], object]
+    predictor: Predictor,
+    items: Iterator[dict],
+    batch_size: int,
+    compute_outputs: Callable[[dict, Prediction], object],
+    **attributes: bool,
 ) -> Iterator[tuple[dict, object]]:
     """Yield pairs (item, outputs). The outputs are on the CPU; they are None if the item has an error.
 
@@ -202,13 +238,14 @@ def predict_items(
     Args:
         items: elements of a `ValDataset` or `TestDataset`, see `read_items`.
         batch_size: maximum number of images in a batch, see `LoadOptions`.
-        compute_outputs: function of an item and its label map on the device; returns tensors in nested tuples.
+        compute_outputs: function of an item and its prediction on the device; returns tensors in nested tuples.
+        attributes: optional attributes of the predictions, see `Predictor.predict`.
     """
     previous = None
     while batch := list(islice(items, batch_size)):
-        label_maps = predictor.label_maps([item for item in batch if "error" not in item])
+        predictions = predictor.predict([item for item in batch if "error" not in item], **attributes)
         for item in batch:
-            copy = HostCopy(None if "error" in item else compute_outputs(item, next(label_maps)))
+            copy = HostCopy(None if "error" in item else compute_outputs(item, next(predictions)))
             if previous:
                 yield previous[0], previous[1].wait()
             previous = item, copy
@@ -223,6 +260,7 @@ def evaluate(
     loading: LoadOptions | None = None,
     progress: bool = True,
     loss: Callable[[Sequence[Tensor], Tensor], Tensor] | None = None,
+    diagnostics: bool = False,
     on_result: Callable[[dict, np.ndarray | None], None] | None = None,
 ) -> Evaluation:
     """Evaluate a network on a validation set.
@@ -234,36 +272,43 @@ def evaluate(
         progress: show a progress bar on a terminal.
         loss: function of the images of all scales, (1, 3, h, w) each, and the label (H, W), on the device. It returns a
             tensor with two elements: the loss of the image times its weight, and the weight.
+        diagnostics: also compute the boundary IoU, the calibration and the label quality of every image.
         on_result: called with every item and the predicted label map (H, W), which is None for a skipped image.
 
     Raises:
         ImageFileError, ListError: an image or label is unusable and the dataset does not skip it.
     """
     loading, classes = loading or LoadOptions(), len(dataset.table)
-    losses = np.zeros(2)
+    losses, extra = np.zeros(2), Diagnostics(classes) if diagnostics else None
     metric, scores, skipped = SegmentationMetric(classes), [], list(getattr(dataset, "skipped", ()))
     start = time.perf_counter()
 
-    def outputs(item: dict, label_map: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def outputs(item: dict, prediction: Prediction) -> tuple:
         label = item["seg_label"][0].to(predictor.device, non_blocking=True)
-        counts = confusion_counts(label_map, label, classes)
-        return counts, label_map if on_result else None, loss(item["img_data"], label) if loss else None
+        return (
+            confusion_counts(prediction.label_map, label, classes),
+            prediction.label_map if on_result or extra else None,
+            loss(item["img_data"], label) if loss else None,
+            Diagnostics.measure(prediction, label) if extra else None,
+        )
 
     with worker_errors(), progress_bar(total=len(dataset), desc="evaluating", unit="img", shown=progress) as bar:
         items = read_items(dataset, predictor.device, loading)
-        for item, result in predict_items(predictor, items, loading.batch_size, outputs):
+        for item, result in predict_items(predictor, items, loading.batch_size, outputs, samples=diagnostics):
             if result is None:
                 skipped.append(item["error"])
             else:
+                counts, label_map, image_loss, measured = result
                 image = SegmentationMetric(classes)
-                image.add_counts(result[0].numpy())
+                image.add_counts(counts.numpy())
                 metric.merge(image)
-                s = image.summary()
-                scores.append(ImageScore(item["info"], s.mean_iou_present, s.pixel_accuracy, bool(s.present.any())))
+                s, name = image.summary(), item["info"]
+                quality = extra.add(name, label_map.numpy(), measured) if extra else math.nan
+                scores.append(ImageScore(name, s.mean_iou_present, s.pixel_accuracy, bool(s.present.any()), quality))
                 if loss:
-                    losses += result[2].numpy()
+                    losses += image_loss.numpy()
             if on_result:
-                on_result(item, None if result is None else result[1].numpy())
+                on_result(item, None if result is None else label_map.numpy())
             bar.update()
     seconds = time.perf_counter() - start
-    return Evaluation(metric, len(scores), seconds, dataset.table, scores, skipped, *losses.tolist())
+    return Evaluation(metric, len(scores), seconds, dataset.table, scores, skipped, *losses.tolist(), extra)

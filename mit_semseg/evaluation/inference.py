@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from ..lib.nn import compile_blocks
 from ..lib.utils import UserError
 from ..models.fuse_bn import fuse_batchnorm
-from .label_map import label_map_from_logits, labels_of_strip, probability_strips
+from .label_map import (
+    label_map_from_logits,
+    labels_of_strip,
+    probability_strips,
+    sample_positions,
+    sampled_probabilities,
+)
 from .sliding_window import sliding_window_strips
 
 logger = logging.getLogger(__name__)
@@ -45,12 +52,27 @@ class InferenceOptions:
     compile: bool = False
 
 
+class Prediction(NamedTuple):
+    """Prediction for an image, on the device of the network.
+
+    Attributes:
+        label_map: (H, W) class indices, see `Predictor.label_map`.
+        confidence: (H, W) float32, the largest class probability of every pixel.
+        samples: (C, h, w) class probabilities of the pixels at `sample_positions`.
+    """
+
+    label_map: Tensor
+    confidence: Tensor | None = None
+    samples: Tensor | None = None
+
+
 class Predictor:
     """A network prepared for inference on a device.
 
     Args:
         model: a `SegmentationModule` on the device, which is copied and prepared (see `prepare`); or another object
-            with the method `logits` and the attribute `align_corners`, which is used unchanged.
+            with the method `logits` and the attribute `align_corners`, which is used unchanged. Class probabilities are
+            the softmax of the logits divided by the attribute `temperature`, if the model has one.
         device: device of the model.
         options: options for inference.
     """
@@ -58,6 +80,7 @@ class Predictor:
     def __init__(self, model, device: torch.device | str = "cpu", options: InferenceOptions | None = None):
         self.device, self.options = torch.device(device), options or InferenceOptions()
         self.network = prepare(model, self.device, self.options) if isinstance(model, nn.Module) else model
+        self.temperature = getattr(model, "temperature", 1.0)
 
     def label_map(self, item: dict) -> Tensor:
         """Return the class with the largest probability at every pixel, without waiting for the device.
@@ -69,25 +92,70 @@ class Predictor:
         Returns:
             (H, W) class indices on the device, uint8 for at most 256 classes, else int16.
         """
-        size = tuple(item["img_ori"].shape[:2])
-        if self.options.window_size is None:
-            return self._label_map([x[0] for x in self._logits(item["img_data"])], size)
-        return torch.cat([labels_of_strip(strip) for strip in self._strips(item["img_data"], size)])
+        return self._predict(item, None).label_map
 
     def label_maps(self, items: Sequence[dict]) -> Iterator[Tensor]:
-        """Yield the label map of every item. On a GPU, consecutive images of equal size form a batch, so rounding may
-        differ from `label_map`."""
+        """Yield the label map of every item, see `predict`."""
+        return (prediction.label_map for prediction in self.predict(items))
+
+    def predict(
+        self, items: Sequence[dict], *, confidence: bool = False, samples: bool = False
+    ) -> Iterator[Prediction]:
+        """Yield the prediction for every item. On a GPU, consecutive images of equal size form a batch, so rounding may
+        differ from `label_map`.
+
+        Args:
+            items: see `label_map`.
+            confidence, samples: also compute these attributes of `Prediction`.
+        """
         if self.device.type != "cuda" or self.options.window_size is not None:
-            yield from map(self.label_map, items)
+            for item in items:
+                yield self._predict(item, None, confidence=confidence, samples=samples)
             return
         for _, group in groupby(items, key=lambda item: [x.shape for x in item["img_data"]]):
             batch = list(group)
             logits = self._logits([torch.cat(same) for same in zip(*(x["img_data"] for x in batch), strict=True)])
             for i, item in enumerate(batch):
-                yield self._label_map([x[i] for x in logits], tuple(item["img_ori"].shape[:2]))
+                yield self._predict(item, [x[i] for x in logits], confidence=confidence, samples=samples)
 
-    def _label_map(self, logits: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        return label_map_from_logits(logits, size, align_corners=self.network.align_corners)
+    @torch.inference_mode()
+    def _predict(
+        self, item: dict, logits: Sequence[Tensor] | None, *, confidence: bool = False, samples: bool = False
+    ) -> Prediction:
+        """Return the prediction for an item; `logits` are those of `logits(item)`, or None to compute them."""
+        size, align_corners = tuple(item["img_ori"].shape[:2]), self.network.align_corners
+        if self.options.window_size is not None:
+            return self._predict_with_windows(item, size, confidence=confidence, samples=samples)
+        logits = self.logits(item) if logits is None else logits
+        scaled = self._scale(logits)
+        label_map = label_map_from_logits(scaled if len(logits) > 1 else logits, size, align_corners=align_corners)
+        largest = sampled = None
+        if confidence:
+            strips = probability_strips(scaled, size, align_corners=align_corners)
+            largest = torch.cat([strip.amax(0).float() for strip in strips])
+        if samples:
+            sampled = sampled_probabilities(scaled, size, align_corners=align_corners)
+        return Prediction(label_map, largest, sampled)
+
+    def _predict_with_windows(
+        self, item: dict, size: tuple[int, int], *, confidence: bool, samples: bool
+    ) -> Prediction:
+        (rows, columns), top = sample_positions(size), 0
+        label_map, largest, sampled = [], [], []
+        for strip in self._strips(item["img_data"], size):
+            label_map.append(labels_of_strip(strip))
+            if confidence:
+                largest.append(strip.amax(0).float())
+            if samples:
+                inside = [row - top for row in rows if top <= row < top + strip.size(1)]
+                sampled.append(strip[:, inside][..., columns.start :: columns.step])
+            top += strip.size(1)
+        return Prediction(
+            torch.cat(label_map), torch.cat(largest) if confidence else None, torch.cat(sampled, 1) if samples else None
+        )
+
+    def _scale(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
+        return logits if self.temperature == 1 else [x / self.temperature for x in logits]
 
     @torch.inference_mode()
     def top_classes(self, item: dict, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -139,10 +207,11 @@ class Predictor:
         """Yield strips (C, n, width) of class probabilities, from top to bottom."""
         align_corners = self.network.align_corners
         if self.options.window_size is None:
-            yield from probability_strips([x[0] for x in self._logits(scales)], size, align_corners=align_corners)
+            logits = self._scale([x[0] for x in self._logits(scales)])
+            yield from probability_strips(logits, size, align_corners=align_corners)
             return
         yield from sliding_window_strips(
-            lambda regions: self._logits([regions]),
+            lambda regions: self._scale(self._logits([regions])),
             scales,
             size,
             self.options.window_size,

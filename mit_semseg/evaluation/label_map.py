@@ -27,6 +27,7 @@ _opencv_lock = threading.Lock()
 # Maximum number of probabilities per strip, see `probability_strips`. Small strips stay in the caches of a CPU; large
 # strips need few kernel launches on other devices (256 MiB in float32).
 CPU_STRIP_ELEMENTS, DEVICE_STRIP_ELEMENTS = 2**21, 2**26
+SAMPLE_STRIDE = 4  # distance of sampled pixels; a 16th of the pixels suffices for statistics of probabilities
 SAFE_RANGE = 100.0  # maximum difference of logits for which softmax cannot divide by zero, see `_ResizedLogits`
 
 
@@ -187,6 +188,25 @@ def probability_strips(
                 scores = scores.softmax(dim=0)
             total = scores if total is None else total.add_(scores)
         yield total.div_(len(logits)) if len(logits) > 1 else total
+
+
+def sample_positions(size: tuple[int, int]) -> tuple[range, range]:
+    """Return the rows and the columns of the sampled pixels in an image of size (height, width)."""
+    return tuple(range(min(SAMPLE_STRIDE // 2, (side - 1) // 2), side, SAMPLE_STRIDE) for side in size)
+
+
+def sampled_logits(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Return the logits (C, n, m) at the `sample_positions` of an image, for logits `x` (C, h, w) of one scale."""
+    for dim, (positions, side) in enumerate(zip(sample_positions(size), size, strict=True), start=1):
+        neighbors = bilinear_neighbors(x.size(dim), side, align_corners, x.dtype, x.device)
+        low, high, weight = (values[positions.start :: positions.step] for values in neighbors)
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight.view(-1, 1) if dim == 1 else weight)
+    return x
+
+
+def sampled_probabilities(logits: Sequence[Tensor], size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Return the class probabilities (C, n, m) at the `sample_positions` of an image; see `probability_strips`."""
+    return sum(sampled_logits(x, size, align_corners=align_corners).softmax(dim=0) for x in logits) / len(logits)
 
 
 def rows_per_strip(logits: Tensor, width: int) -> int:

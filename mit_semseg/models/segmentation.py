@@ -30,7 +30,12 @@ class SegmentationModule(SegmentationModuleBase):
         crit: loss function of log-probabilities (N, C, H, W) and labels (N, H, W), e.g. `nn.NLLLoss(ignore_index=-1)`.
             If it has a method `of_logits(logits, labels)`, this method is called instead.
         deep_sup_scale: weight of the deep supervision (auxiliary) loss; None disables this loss.
+
+    Attributes:
+        temperature: inference divides the logits by this number before softmax, see `evaluation.calibration`.
     """
+
+    temperature = 1.0
 
     def __init__(self, enc: nn.Module, dec: nn.Module, crit: nn.Module | None, deep_sup_scale: float | None = None):
         super().__init__()

@@ -40,8 +40,8 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     """Write a network file.
 
     The tensors are named as in the state dicts, after `encoder.` and `decoder.`. The metadata are those of
-    `describe_network`, the raw label values of the classes, the version numbers of the layers, and all options except
-    paths.
+    `describe_network`, the raw label values of the classes, the version numbers of the layers, the temperature, and all
+    options except paths.
     """
     options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
     metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
@@ -51,7 +51,7 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
         versions |= {f"{part}.{key}": entry for key, entry in state._metadata.items()}
         for key, value in state.items():
             tensors[f"{part}.{key}"] = value.clone(memory_format=torch.contiguous_format)  # must not share memory
-    metadata["versions"] = versions
+    metadata |= {"versions": versions, "temperature": module.temperature}
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with atomic_write(path) as partial:
         partial.write_bytes(save(tensors, text))  # files of `save_file` can only be read by their owner
@@ -81,4 +81,6 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
     stored = {key: value for key, value in json.loads(metadata["options"]).items() if key not in NOT_APPLIED}
     cfg = load_config(None, [*(word for setting in stored.items() for word in setting), *opts])
     table = ClassTable.from_raw_values(*(json.loads(metadata[key]) for key in ("classes", "colors", "raw_values")))
-    return build_module(cfg, torch.device("cpu"), checkpoint=str(path)), cfg, table
+    module = build_module(cfg, torch.device("cpu"), checkpoint=str(path))
+    module.temperature = json.loads(metadata.get("temperature", "1"))
+    return module, cfg, table

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
 
@@ -12,11 +13,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
+from ..dataset.classes import IGNORE
 from ..lib.utils import UTF8, UserError, atomic_write
-from .visualize import OPACITY, class_fractions, colorEncode, overlay, panel
+from .visualize import OPACITY, class_fractions, colorEncode, draw_confidence, overlay, panel
 
 # Suffixes of output files (see `Result.save_as`), each with the name of the test.py argument that selects it.
-SUFFIXES = {".png": "panel", "_overlay.png": "overlay", "_index.png": "index", "_label.png": "labels", ".json": "json"}
+SUFFIXES = {
+    ".png": "panel",
+    "_overlay.png": "overlay",
+    "_index.png": "index",
+    "_label.png": "labels",
+    "_confidence.png": "confidence",
+    "_confidence_color.png": "confidence",
+    ".json": "json",
+}
 SOFTWARE = "mit_semseg"  # value of the PNG tag that identifies files of this program
 PNG_LEVEL = 1  # compression level; compared with Pillow's default 6, half the time and 10 % larger files
 
@@ -31,6 +41,7 @@ class Result:
     table: ClassTable  # class names and colors
     _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
     stem: Path | None = field(default=None, repr=False)  # relative output path without suffix for `save`, or None
+    _confidence: np.ndarray | None = field(default=None, repr=False)  # None: `confidence` runs the network again
 
     @property
     def classes(self) -> list[dict]:
@@ -57,19 +68,38 @@ class Result:
             raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
         return self._top_classes(self.image, top)
 
+    @cached_property
+    def confidence(self) -> np.ndarray:
+        """(H, W) float32, the largest class probability of every pixel. The first access runs the network again."""
+        return self._top_classes(self.image, 1)[1][0] if self._confidence is None else self._confidence
+
+    def label_values(self, min_confidence: float = 0.0) -> np.ndarray:
+        """Return the raw label values (H, W) of the dataset, uint8 or uint16.
+
+        Pixels whose confidence is below `min_confidence` get the ignored value of the class table.
+
+        Raises:
+            UserError: `min_confidence` is not 0, and the class table has no ignored value.
+        """
+        if not min_confidence:
+            return self.table.decode(self.label_map)
+        check_ignored_value(self.table)
+        return self.table.decode(np.where(self.confidence < min_confidence, IGNORE, self.label_map))
+
     def save(self, folder: str | Path, suffixes: Sequence[str] = (".png",)) -> list[Path]:
         """Save output files, which are named after the image, to a folder and return their paths; see `save_as`."""
         stem = self.stem or unique_stems([Path(self.path).name or "image"]).popitem()[1]
         return self.save_as(Path(folder, stem), suffixes)
 
-    def save_as(self, stem: Path, suffixes: Sequence[str]) -> list[Path]:
+    def save_as(self, stem: Path, suffixes: Sequence[str], *, min_confidence: float = 0.0) -> list[Path]:
         """Save one file `<stem><suffix>` for every suffix, and return the paths of these files.
 
         Args:
             stem: path without suffix.
             suffixes: `.png` (panel), `_overlay.png` (overlay with legend), `_index.png` (class indices as 8-bit gray,
-                or 16-bit for more than 256 classes), `_label.png` (raw label values of the dataset, for
-                evaluation servers) or `.json` (see `as_dict`).
+                or 16-bit for more than 256 classes), `_label.png` (see `label_values`), `_confidence.png` (8-bit gray,
+                255 is a confidence of 1), `_confidence_color.png` (colors, with a scale) or `.json` (see `as_dict`).
+            min_confidence: argument of `label_values`.
 
         Raises:
             UserError: a file with one of these paths exists and was not written by this program.
@@ -81,23 +111,33 @@ class Result:
                 with atomic_write(path) as partial:
                     partial.write_text(json.dumps(self.as_dict(), indent=1, ensure_ascii=False), **UTF8)
             else:
-                save_png(self.render(suffix), path)
+                save_png(self.render(suffix, min_confidence), path)
         return paths
 
-    def render(self, suffix: str) -> Image.Image:
+    def render(self, suffix: str, min_confidence: float = 0.0) -> Image.Image:
         """Return the image that `save_as` writes for a suffix."""
         if suffix == "_overlay.png":
             return self.overlay()
         if suffix == "_index.png":
             return Image.fromarray(self.label_map.astype(np.uint8 if len(self.table) <= 256 else np.uint16))
         if suffix == "_label.png":
-            return Image.fromarray(self.table.decode(self.label_map))
+            return Image.fromarray(self.label_values(min_confidence))
+        if suffix == "_confidence.png":
+            return Image.fromarray(np.rint(self.confidence * 255).astype(np.uint8))
+        if suffix == "_confidence_color.png":
+            return draw_confidence(self.confidence)
         return self.panel()
 
     def as_dict(self) -> dict:
         """Return the content of the JSON file: `image` (path), `width`, `height` and `classes`."""
         height, width = self.label_map.shape
         return {"image": self.path, "width": width, "height": height, "classes": self.classes}
+
+
+def check_ignored_value(table: ClassTable) -> None:
+    """Raise a `UserError` if the class table has no ignored label value."""
+    if table.ignored_value is None:
+        raise UserError("a minimum confidence needs an ignored label value; set DATASET.ignore_values, e.g. [255]")
 
 
 def with_unique_stems(results: Sequence[Result]) -> list[Result]:

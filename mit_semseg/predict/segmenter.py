@@ -156,8 +156,11 @@ class Segmenter:
         scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
         return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
 
-    def _result(self, name: str, pixels: np.ndarray, label_map: torch.Tensor) -> Result:
-        return Result(name, pixels, label_map.cpu().numpy().astype(np.int64), self.table, self._top_classes)
+    def _result(
+        self, name: str, pixels: np.ndarray, label_map: torch.Tensor, confidence: torch.Tensor | None = None
+    ) -> Result:
+        labels, largest = label_map.cpu().numpy().astype(np.int64), None if confidence is None else confidence.numpy()
+        return Result(name, pixels, labels, self.table, self._top_classes, _confidence=largest)
 
     def _top_classes(self, pixels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
         with self._lock:
@@ -189,17 +192,24 @@ class Segmenter:
                 label_map = label_map_from_logits(mean, size, align_corners=align_corners)
             yield self._result(name, item["img_ori"], label_map)
 
-    def segment_files(self, paths: Sequence[str], loading: LoadOptions) -> Iterator[Result | tuple[str, str]]:
-        """Yield the results of image files in order; for an unreadable file, yield (path, error message) instead."""
+    def segment_files(
+        self, paths: Sequence[str], loading: LoadOptions, *, confidence: bool = False
+    ) -> Iterator[Result | tuple[str, str]]:
+        """Yield the results of image files in order; for an unreadable file, yield (path, error message) instead.
+
+        With `confidence`, the confidence of every result is computed together with the label map.
+        """
         dataset = TestDataset([{"fpath_img": path} for path in paths], self._options).with_skipping()
         items = read_items(dataset, self.device, loading)
-        results = predict_items(self._predictor, items, loading.batch_size, lambda item, label_map: label_map)
+        results = predict_items(
+            self._predictor, items, loading.batch_size, lambda item, prediction: prediction, confidence=confidence
+        )
         while True:
             with self._lock:
-                item, label_map = next(results, (None, None))
+                item, prediction = next(results, (None, None))
             if item is None:
                 return
-            if label_map is None:
+            if prediction is None:
                 yield item["info"], item["error"]
             else:
-                yield self._result(item["info"], item["img_ori"], label_map)
+                yield self._result(item["info"], item["img_ori"], prediction.label_map, prediction.confidence)

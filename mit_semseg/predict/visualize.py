@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..dataset import ClassTable
+from ..lib import opencv as cv2
 
 GAP = 6  # pixels between the parts of a panel
 OPACITY = 0.55  # weight of the class colors in overlays
@@ -37,10 +38,13 @@ def panel(images: Sequence[np.ndarray]) -> Image.Image:
     return Image.fromarray(np.concatenate([part for image in images for part in (gap, image)][1:], axis=1))
 
 
-def result_panel(item: dict, prediction: np.ndarray, table: ClassTable) -> Image.Image:
-    """Draw a panel [image | label | prediction] of a `ValDataset` item; `prediction` contains class indices (H, W)."""
+def result_panel(item: dict, prediction: np.ndarray, table: ClassTable, more: Sequence[np.ndarray] = ()) -> Image.Image:
+    """Draw a panel [image | label | prediction] of a `ValDataset` item.
+
+    `prediction` contains class indices (H, W); `more` are images (H, W, 3) uint8 to the right of the prediction.
+    """
     maps = item["seg_label"][0].numpy(), prediction
-    return panel([item["img_ori"], *(colorEncode(label_map, table.colors) for label_map in maps)])
+    return panel([item["img_ori"], *(colorEncode(label_map, table.colors) for label_map in maps), *more])
 
 
 def overlay(
@@ -55,6 +59,43 @@ def overlay(
     canvas.paste(blended, (0, 0))
     canvas.paste(key, (blended.width + GAP, 0))
     return canvas
+
+
+def draw_confidence(confidence: np.ndarray) -> Image.Image:
+    """Draw confidences (H, W) in 0..1 with a color scale: dark is uncertain, yellow is certain."""
+    height, size = confidence.shape[0], max(11, min(20, confidence.shape[0] // 24))
+    scale = np.repeat(np.linspace(1, 0, height)[:, None], size, axis=1)
+    bar, image = (Image.fromarray(_viridis(values)) for values in (scale, confidence))
+    font, texts = ImageFont.load_default(size), ("100 %", "50 %", "0 %")
+    canvas = Image.new(
+        "RGB", (image.width + 3 * GAP + bar.width + round(max(map(font.getlength, texts))), height), "white"
+    )
+    canvas.paste(image, (0, 0))
+    canvas.paste(bar, (image.width + GAP, 0))
+    for text, y, anchor in zip(texts, (0, height // 2, height), ("la", "lm", "ld"), strict=True):
+        ImageDraw.Draw(canvas).text(
+            (image.width + 2 * GAP + bar.width, y), text, fill="black", font=font, anchor=anchor
+        )
+    return canvas
+
+
+def draw_doubt(image: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Draw where the label of an image (H, W, 3) uint8 looks wrong; return (H, W, 3) uint8.
+
+    `given` (h, w) is the probability of the label, NaN where the label is ignored. The image becomes gray; pixels
+    with a low probability become red.
+    """
+    size = image.shape[1::-1]
+    doubt = Image.fromarray(np.nan_to_num(1 - given).astype(np.float32)).resize(size, Image.Resampling.NEAREST)
+    gray = np.asarray(Image.fromarray(image).convert("L").convert("RGB"), np.float32) * 0.5
+    weight = np.asarray(doubt)[..., None]
+    return (gray + weight * (np.array([255, 32, 32], np.float32) - gray)).astype(np.uint8)
+
+
+def _viridis(values: np.ndarray) -> np.ndarray:
+    """Convert values (H, W) in 0..1 to colors (H, W, 3) uint8."""
+    gray = np.rint(np.asarray(values) * 255).astype(np.uint8)
+    return np.ascontiguousarray(cv2.applyColorMap(gray, cv2.COLORMAP_VIRIDIS)[..., ::-1])
 
 
 def _legend(label_map: np.ndarray, table: ClassTable, height: int) -> Image.Image:
