@@ -13,7 +13,7 @@ import torch
 from .config import OPTIONS, Config, load_config
 from .dataset import TrainDataset, ValDataset
 from .dataset.class_counts import class_counts
-from .dataset.classes import class_table_from_options
+from .dataset.classes import class_names, class_table_from_options
 from .engine import RunFolder, TrainingOptions, build_loss, build_optimizer, freeze_batch_norm
 from .engine.losses import balanced_class_weights
 from .evaluation import InferenceOptions
@@ -115,6 +115,8 @@ def _assemble(
         in_channels=encoder.out_channels,
         output_stride=encoder.output_stride,
         reset_classifier=model.reset_classifier,
+        old_classes=class_names(model.weights_classes) if model.reset_classifier else (),
+        class_names=class_table_from_options(cfg.DATASET).names,
         norm_layer=norm,
     )
     class_weights = train.class_weights

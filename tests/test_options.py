@@ -293,7 +293,16 @@ def test_option_model_reset_classifier(run, baseline):
     changes = {"DATASET.num_class": 5, "MODEL.weights_decoder": baseline / "decoder_epoch_2.pth"}
     with pytest.raises(UserError, match=r"MODEL\.reset_classifier True"):
         run.train(**changes)
-    assert "conv_last.weight" in log_of(run.train(**changes, MODEL__reset_classifier=True))
+    assert "3 of 5 classes" in log_of(run.train(**changes, MODEL__reset_classifier=True))
+
+
+def test_option_model_weights_classes(run, baseline, tmp_path):
+    plain = tmp_path / "decoder.pth"  # without the names of the classes
+    torch.save(dict(torch.load(baseline / "decoder_epoch_2.pth", weights_only=True)), plain)
+    changes = {"DATASET.num_class": 2, "DATASET.classes": "[sky,road]", "DATASET.ignore_values": "[0,3]"}
+    changes |= {"MODEL.weights_decoder": plain, "MODEL.reset_classifier": True}
+    assert "MODEL.weights_classes" in log_of(run.train(**changes))
+    assert "1 of 2 classes" in log_of(run.train(**changes, MODEL__weights_classes="[road,river,sea]"))
 
 
 def test_option_train_start_epoch(run):

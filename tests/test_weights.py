@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 
+from mit_semseg.config import load_config
+from mit_semseg.dataset import class_table
 from mit_semseg.engine import RunFolder
 from mit_semseg.models import ModelBuilder
-from mit_semseg.models.weight_files import WeightsError, read_checkpoint
-from mit_semseg.models.weights import load_weights
+from mit_semseg.models.weight_files import WeightsError, read_checkpoint, read_state_dict
+from mit_semseg.models.weights import load_weights, saved_class_names
+from mit_semseg.predict.network_file import write_network
 
 
 @pytest.fixture
@@ -75,10 +78,40 @@ def test_different_number_of_classes_needs_reset_classifier(tmp_path):
     classifier = decoder.conv_last.weight.clone()
     with pytest.raises(WeightsError, match=r"MODEL\.reset_classifier True"):
         load_weights(decoder, tmp_path / "d.pth")
-    report = load_weights(decoder, tmp_path / "d.pth", reset_classifier=True)
+    report = load_weights(decoder, tmp_path / "d.pth", reset_classifier=True)  # the names are unknown
     assert report["skipped"] == [f"conv_last{head}.{leaf}" for head in ("", "_deepsup") for leaf in ("weight", "bias")]
     assert torch.equal(decoder.conv_last.weight, classifier)
     assert torch.equal(decoder.cbr[0].weight, torch.load(tmp_path / "d.pth", weights_only=True)["cbr.0.weight"])
+
+
+@pytest.mark.parametrize("old_count", [3, 4])
+@pytest.mark.parametrize("given", [False, True])
+def test_reset_classifier_keeps_the_rows_of_equal_names(tmp_path, old_count, given):
+    old_names, names = ["wall", "building;edifice", "sky", "tree"][:old_count], ["Sky", "edifice", "river"]
+    old, new = tiny_module(old_count).decoder, tiny_module(3, seed=1).decoder
+    if not given:
+        old.class_names = old_names
+    new.class_names, random = names, {key: value.clone() for key, value in new.state_dict().items()}
+    torch.save(old.state_dict(), tmp_path / "d.pth")
+    load_weights(new, tmp_path / "d.pth", reset_classifier=True, old_classes=old_names if given else ["x"] * old_count)
+    for name, value in new.state_dict().items():
+        loaded = old.state_dict()[name]
+        if name.startswith("conv_last"):
+            assert torch.equal(value, torch.stack([loaded[2], loaded[1], random[name][2]]))
+        else:
+            assert torch.equal(value, loaded)
+
+
+def test_class_names_are_stored_in_every_kind_of_file(tmp_path):
+    module, names = tiny_module(), ["a", "b", "c;d"]
+    module.decoder.class_names = names
+    folder = RunFolder(tmp_path)
+    folder.save_weights(module, "best.pth")
+    network = tmp_path / "net.safetensors"
+    write_network(module, load_config(None, ["DATASET.num_class", 3]), class_table(names, 3), network)
+    for path in (tmp_path / "decoder_best.pth", network):
+        assert saved_class_names(read_state_dict(path)) == names
+    assert saved_class_names(read_state_dict(tmp_path / "encoder_best.pth")) == ()
 
 
 def test_file_saved_on_a_gpu_loads_without_one(encoder_file, tmp_path):

@@ -119,7 +119,15 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.pretrained": Option(True, "Initialize the encoder with ImageNet weights if weights_encoder is ''."),
     "MODEL.reset_classifier": Option(
-        False, "Initialize the classifier randomly if weights_decoder has another number of classes."
+        False,
+        "Classes of weights_decoder with other names than yours: initialize their rows of the classifier randomly, and "
+        "keep the rows of classes with equal names.",
+    ),
+    "MODEL.weights_classes": Option(
+        "ade20k",
+        "For reset_classifier: classes of weights_decoder, see DATASET.classes; not used if the file contains names.",
+        kinds=(tuple, str),
+        path=True,
     ),
     "TRAIN.batch_size_per_gpu": Option(2, "Images per device and batch.", low=1),
     "TRAIN.num_epoch": Option(20, "Number of epochs.", low=1),

@@ -122,6 +122,13 @@ def class_table(
     return table
 
 
+def class_names(classes: str | Sequence[str]) -> tuple[str, ...]:
+    """Return names of classes in the order of their indices; `classes`: see `class_table`, except ''."""
+    if not isinstance(classes, str):
+        return tuple(map(str, classes))
+    return read_csv(TABLE_FOLDER / f"{classes}.csv" if classes in BUILT_IN_TABLES else Path(classes)).names
+
+
 def class_table_from_options(options) -> ClassTable:
     """Build a class table from the DATASET options. Missing options have their defaults."""
     names = ("classes", "num_class", "ignore_values")

@@ -141,6 +141,7 @@ class ModelBuilder:
         *,
         in_channels: Sequence[int] | None = None,
         reset_classifier: bool = False,
+        old_classes: Sequence[str] = (),
         **kwargs,
     ) -> Decoder:
         """Build a decoder.
@@ -152,8 +153,10 @@ class ModelBuilder:
             use_softmax: return probabilities instead of log-probabilities if the decoder is called without `segSize`.
             in_channels: channels of each feature map, i.e. `encoder.out_channels`. Required for UPerNet unless the
                 encoder is ResNet-50, ResNet-101 or ResNeXt-101.
-            reset_classifier: start from a random classifier if `weights` has a different number of classes.
-            kwargs: options of `Decoder`, e.g. the encoder's `output_stride` and `norm_layer`.
+            reset_classifier: keep only the rows of the classifier in `weights` whose classes have the same names, see
+                `load_weights`.
+            old_classes: class names of `weights` if the file contains none.
+            kwargs: options of `Decoder`, e.g. the encoder's `output_stride`, `norm_layer` and `class_names`.
 
         Raises a ValueError for an unknown name, and a WeightsError if the weights cannot be loaded.
         """
@@ -163,7 +166,8 @@ class ModelBuilder:
             in_channels = (256, 512, 1024 if "upernet" in arch else fc_dim // 2, fc_dim)
         decoder = lookup(DECODERS, arch, "decoder")(in_channels, num_class, use_softmax=use_softmax, **kwargs)
         if weights:
-            load_weights(decoder, weights, name=f"decoder {arch}", part="decoder", reset_classifier=reset_classifier)
+            options = {"reset_classifier": reset_classifier, "old_classes": old_classes}
+            load_weights(decoder, weights, name=f"decoder {arch}", part="decoder", **options)
         return decoder
 
 

@@ -2,8 +2,9 @@
 
 import logging
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,14 @@ TOOLBOX_DECODER = {  # prefixes of decoder keys in these checkpoints -> prefixes
 
 
 def load_weights(
-    module: nn.Module, path: str | os.PathLike, *, state=None, name="model", part="", reset_classifier: bool = False
+    module: nn.Module,
+    path: str | os.PathLike,
+    *,
+    state=None,
+    name="model",
+    part="",
+    reset_classifier: bool = False,
+    old_classes: Sequence[str] = (),
 ) -> dict[str, list[str]]:
     """Load a state dict from a file; its keys and shapes must match those of the module.
 
@@ -40,16 +48,27 @@ def load_weights(
     Args:
         state: state dict in the file, if the caller has already read it.
         part: 'encoder' or 'decoder'; selects the entries of this part if the file contains a whole network.
-        reset_classifier: skip the classifier in the file if its number of classes differs from that of the module.
+        reset_classifier: load only the rows of the classifier whose classes have the same name in the file and in
+            `module.class_names`; see `equal_names`. Other rows keep their random values. Without names, all rows are
+            loaded if the number of classes is equal, and no row if it differs.
+        old_classes: class names of the file if its metadata contain none; ignored if their number is wrong.
 
     Returns a dict with four lists of keys: 'loaded', 'legacy' (ignored), 'missing' and 'skipped' (classifier).
     Raises a WeightsError if the file cannot be read or does not match `module`, which is then unchanged.
     """
     own, matching, legacy, skipped, unexpected, mismatched = module.state_dict(), {}, [], [], [], []
-    state = _adapt_to_norms(module, read_state_dict(path) if state is None else state, path, name, part)
+    state = read_state_dict(path) if state is None else state
+    old_classes = saved_class_names(state) or old_classes
+    state = _adapt_to_norms(module, state, path, name, part)
+    rows = None
+    if reset_classifier:
+        rows = _rows_of_equal_names(state, old_classes, getattr(module, "class_names", ()), path)
     for key, value in state.items():
         if key not in own:
             (legacy if key.endswith(LEGACY_SUFFIXES) else unexpected).append(key)
+        elif rows and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
+            matching[key] = own[key].clone()
+            matching[key][list(rows)] = value[list(rows.values())].to(own[key])
         elif value.shape == own[key].shape:
             matching[key] = value
         elif reset_classifier and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
@@ -72,6 +91,44 @@ def load_weights(
     counts = ", ".join(f"{len(keys)} {kind} ({shorten_list(keys)})" for kind, keys in report.items() if keys)
     logger.info("%s: state-dict entries from %s: %s", name, path, counts)
     return report
+
+
+def saved_class_names(state: Mapping[str, Tensor]) -> Sequence[str]:
+    """Return the class names in the metadata of a state dict that `read_state_dict` has returned, or ()."""
+    entries = getattr(state, "_metadata", {})
+    return next((entry["classes"] for entry in entries.values() if "classes" in entry), ())
+
+
+def equal_names(old: Sequence[str], new: Sequence[str]) -> dict[int, int]:
+    """Return the index in `new` -> index in `old` of all classes with equal names.
+
+    Names are equal if they have a synonym in common. Synonyms are separated by `;`; case is ignored. If a name has
+    several matches, the first one is used.
+    """
+    index: dict[str, int] = {}
+    for i, name in enumerate(old):
+        for word in _synonyms(name):
+            index.setdefault(word, i)
+    matches = {i: [index[word] for word in _synonyms(name) if word in index] for i, name in enumerate(new)}
+    return {i: found[0] for i, found in matches.items() if found}
+
+
+def _synonyms(name: str) -> list[str]:
+    return [word.strip().casefold() for word in name.split(";")]
+
+
+def _rows_of_equal_names(
+    state: Mapping[str, Tensor], old: Sequence[str], new: Sequence[str], path: str | os.PathLike
+) -> dict[int, int] | None:
+    """Return rows of the new classifier -> rows of the classifier in `state`, or None if the names are unknown."""
+    count = next((len(x) for key, x in state.items() if re.fullmatch(r"conv_last(\.\d+)?\.bias", key)), 0)
+    if not new or len(old) != count:
+        logger.warning("the names of the %d classes in %s are unknown; set MODEL.weights_classes", count, path)
+        return None
+    rows = equal_names(old, new)
+    names = shorten_list([new[i] for i in rows]) if rows else "none"
+    logger.info("classifier: %d of %d classes have the same name in %s: %s", len(rows), len(new), path, names)
+    return rows
 
 
 def is_version_1(state: Mapping[str, Tensor]) -> bool:

@@ -1,6 +1,7 @@
 """Base class of the decoders."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -9,6 +10,11 @@ from torch import Tensor, nn
 from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_layer, resize
 
 NORM_BIAS = 1e-4  # initial bias of norms in decoders, as for the published models
+
+
+def _save_class_names(decoder: "Decoder", state: dict, prefix: str, metadata: dict) -> None:
+    if decoder.class_names:
+        metadata["classes"] = list(decoder.class_names)
 
 
 class Decoder(nn.Module, ABC):
@@ -21,15 +27,26 @@ class Decoder(nn.Module, ABC):
             without support for this head raise a ValueError.
         use_softmax: return probabilities instead of log-probabilities in calls without `segSize`.
         norm_layer: function that returns a normalization layer for a number of channels.
+        class_names: names of the classes, which are saved in the metadata of the state dict.
     """
 
     align_corners = False  # option of bilinear resizing, as in the training of the published weights
     norm_bias = NORM_BIAS
 
     def __init__(
-        self, in_channels, num_class=150, *, output_stride=8, deepsup=False, use_softmax=False, norm_layer=DEFAULT_NORM
+        self,
+        in_channels,
+        num_class=150,
+        *,
+        output_stride=8,
+        deepsup=False,
+        use_softmax=False,
+        norm_layer=DEFAULT_NORM,
+        class_names: Sequence[str] = (),
     ):
         super().__init__()
+        self.class_names = tuple(class_names)
+        self.register_state_dict_post_hook(_save_class_names)
         self.in_channels, self.output_stride = tuple(in_channels), output_stride
         self.num_class, self.use_softmax, self.deepsup = num_class, use_softmax, deepsup
         self.make_layers(norm_layer)
