@@ -158,7 +158,10 @@ def load_options(cfg: Config, batch_size: int, local_size: int) -> LoadOptions:
 
 def build_val_dataset(cfg: Config, max_images: int = 0) -> ValDataset:
     """Return the validation set, or only its first `max_images` images if `max_images` is not 0."""
-    return ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_val, cfg.DATASET, max_images or -1)
+    data = cfg.DATASET
+    return ValDataset(
+        data.root_dataset, data.list_train if data.val_fraction else data.list_val, data, max_images or -1
+    )
 
 
 def build_data(cfg: Config) -> tuple[TrainDataset, ValDataset | None]:

@@ -23,7 +23,6 @@ def options(**changes) -> SimpleNamespace:
         "num_class": 3,
         "classes": "",
         "ignore_values": (),
-        "palette_labels": False,
     }
     return SimpleNamespace(**{**values, **changes})
 

@@ -91,7 +91,7 @@ def test_stored_values_are_read(tmp_path, encode, number, arguments):
         ("a.jpg", "L", {"quality": 100}, "PNG"),
         ("a.webp", "L", {"lossless": False}, "PNG"),
         ("a.tif", "L", {"compression": "jpeg"}, "PNG"),
-        ("a.tif", "P", {}, r"DATASET\.palette_labels True"),
+        ("a.tif", "P", {}, r"DATASET\.label_format palette"),
         ("a.tif", "RGBA", {}, "mode L"),
         ("a.png", "LA", {}, "getchannel"),
         ("a.tif", "F", {}, "astype"),

@@ -98,7 +98,7 @@ def write_voc(root):
 
 
 def test_pascal_voc_labels(tmp_path):
-    opt = options(classes="pascal_voc", num_class=21, palette_labels=True)
+    opt = options(classes="pascal_voc", num_class=21, label_format="palette")
     dataset = ValDataset(write_voc(tmp_path), "ImageSets/Segmentation/train.txt", opt)
     assert [r["fpath_img"] for r in dataset.records] == ["JPEGImages/2007_000032.jpg", "JPEGImages/2007_000063.jpg"]
     assert set(dataset[1]["seg_label"].unique().tolist()) == {-1, 0, 15}

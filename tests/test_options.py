@@ -269,10 +269,29 @@ def test_option_dataset_on_error(run):
             run.train(DATASET__list_train="missing.odgt", DATASET__on_error=mode)
 
 
-def test_option_dataset_palette_labels(run, baseline):
-    with pytest.raises(UserError, match=r"DATASET\.palette_labels True"):
+SPLIT = {"DATASET.list_val": "./data/validation.odgt", "DATASET.val_fraction": 0.5}
+
+
+def test_option_dataset_val_fraction(run, baseline):
+    assert run.evaluate(baseline, **SPLIT)["images"] == run.evaluate(baseline, DATASET__list_val="train")["images"] // 2
+    with pytest.raises(UserError, match=r"DATASET\.val_fraction.*DATASET\.list_val"):
+        run.evaluate(baseline, DATASET__val_fraction=0.5)
+
+
+def test_option_dataset_val_seed(run, baseline):
+    results = [run.evaluate(baseline, **SPLIT, DATASET__val_seed=seed) for seed in range(6)]
+    assert len({frozenset(row["image"] for row in result["per_image"]) for result in results}) > 1
+
+
+def test_option_dataset_val_groups(run, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.val_groups"):  # all names belong to one group
+        run.evaluate(baseline, **SPLIT, DATASET__val_groups=True)
+
+
+def test_option_dataset_label_format(run, baseline):
+    with pytest.raises(UserError, match=r"DATASET\.label_format palette"):
         run.train(DATASET__list_train="palette")
-    assert same(weights(run.train(DATASET__list_train="palette", DATASET__palette_labels=True)), weights(baseline))
+    assert same(weights(run.train(DATASET__list_train="palette", DATASET__label_format="palette")), weights(baseline))
 
 
 def test_option_model_fc_dim(run, baseline):

@@ -32,6 +32,17 @@ OPTIONS: dict[str, Option] = {
         path=True,
     ),
     "DATASET.list_val": Option("./data/validation.odgt", "Validation list, see list_train.", path=True),
+    "DATASET.val_fraction": Option(
+        0.0,
+        "Use this fraction of the images in list_train for validation, instead of list_val. 0: off.",
+        low=0,
+        high=0.9,
+    ),
+    "DATASET.val_groups": Option(
+        False,
+        "With val_fraction: images whose names differ only in the last number, e.g. frames of a video, stay together.",
+    ),
+    "DATASET.val_seed": Option(0, "With val_fraction: seed of the choice of images.", low=0),
     "DATASET.num_class": Option(150, "Number of classes.", low=1, high=32767),
     "DATASET.classes": Option(
         "",
@@ -46,7 +57,12 @@ OPTIONS: dict[str, Option] = {
         low=0,
         high=65535,
     ),
-    "DATASET.palette_labels": Option(False, "Use the indices of palette images (PASCAL VOC) as label values."),
+    "DATASET.label_format": Option(
+        "gray",
+        "Content of label files. gray: gray values are the label values. palette: palette indices are the label values "
+        "(PASCAL VOC). colors: the colors of the class table.",
+        choices=("gray", "palette", "colors"),
+    ),
     "DATASET.imgSizes": Option(
         (300, 375, 450, 525, 600),
         "Short sides of resized images. Training draws one per batch; evaluation averages over all.",

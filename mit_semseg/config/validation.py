@@ -110,6 +110,11 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
     if min(sizes if isinstance(sizes, (list, tuple)) else (sizes,)) > v["DATASET.imgMaxSize"]:
         yield f"DATASET.imgMaxSize {v['DATASET.imgMaxSize']} must be at least the minimum of DATASET.imgSizes {sizes}"
 
+    if v["DATASET.val_fraction"] and v["DATASET.list_val"] != OPTIONS["DATASET.list_val"].default:
+        yield "DATASET.val_fraction takes images from list_train; remove either DATASET.list_val or val_fraction"
+    if v["DATASET.label_format"] == "colors" and not isinstance(v["DATASET.classes"], str):
+        yield "DATASET.label_format colors needs a class table with colors; set DATASET.classes to a CSV file"
+
     names, num_class, weights = v["DATASET.classes"], v["DATASET.num_class"], v["TRAIN.class_weights"]
     if not isinstance(names, str) and len(names) != num_class:
         yield f"DATASET.classes has {len(names)} names, but DATASET.num_class is {num_class}; change one option"

@@ -58,9 +58,9 @@ def _fingerprint(dataset: "LabelledDataset") -> str:
     """Return a hash of the class table and of path, size and modification time of every label file."""
     digest = hashlib.sha256()
     for table in (dataset.table, *dataset.table.variants.values()):
-        digest.update(table.index.tobytes())
+        digest.update(table.index.tobytes() + repr(sorted(table.raw_of_color.items())).encode())
     for record in dataset.records:
         path = dataset.path(record, "fpath_segm").absolute()
         stat = path.stat() if path.is_file() else None
-        digest.update(repr((str(path), stat and (stat.st_size, stat.st_mtime_ns), dataset.palette)).encode())
+        digest.update(repr((str(path), stat and (stat.st_size, stat.st_mtime_ns), dataset.label_format)).encode())
     return digest.hexdigest()[:32]

@@ -19,7 +19,7 @@ from .class_counts import class_counts
 from .classes import UNKNOWN, ClassTable, class_table_from_options
 from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
 from .layouts import ListError
-from .records import load_records
+from .records import load_records, split_records
 from .samplers import OrientationBatches, class_probabilities, draw_by_class, shards
 from .transforms import imresize, imresize_fast, normalize, pad_batch, round_up, scale_for, to_uint8_tensor
 
@@ -42,6 +42,8 @@ class ImageListDataset(Dataset):
         skipped: with DATASET.on_error skip, one message per skipped line or file of the list.
     """
 
+    part: int | None = None  # set of a split (DATASET.val_fraction): 0 for training, 1 for validation, None for both
+
     def __init__(
         self, root_dataset: str | os.PathLike, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
     ):
@@ -49,6 +51,8 @@ class ImageListDataset(Dataset):
         self.skip = getattr(opt, "on_error", "stop") == "skip"
         self.skipped: list[str] = []
         records = load_records(odgt, root_dataset, self.skipped if self.skip else None)
+        if self.part is not None and (fraction := getattr(opt, "val_fraction", 0)):
+            records = split_records(records, fraction, seed=opt.val_seed, groups=opt.val_groups)[self.part]
         records = records[:max_sample] if max_sample > 0 else records
         self.records = records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
         self.img_sizes = tuple(opt.imgSizes) if isinstance(opt.imgSizes, (list, tuple)) else (int(opt.imgSizes),)
@@ -135,7 +139,7 @@ class LabelledDataset(ImageListDataset):
         super().__init__(root_dataset, odgt, opt, *args, **kwargs)
         self.table = class_table_from_options(opt)
         self.segm_downsampling_rate = getattr(opt, "segm_downsampling_rate", 1)
-        self.palette = getattr(opt, "palette_labels", False)
+        self.label_format = getattr(opt, "label_format", "gray")
         # A flag in shared memory, so that only one worker logs the warning about orientations.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
 
@@ -165,8 +169,8 @@ class LabelledDataset(ImageListDataset):
         not in the class table.
         """
         label_path = self.path(record, "fpath_segm")
-        label = read_label(label_path, palette=self.palette)
         table = self.table.for_file(label_path)
+        label = read_label(label_path, self.label_format, table.values_of_colors if table.color_labels else None)
         present = np.flatnonzero(label.histogram()) if label.mode == "L" else np.unique(label)
         if len(unknown := present[table.index[present] == UNKNOWN]):
             values, known = shorten_list([str(value) for value in unknown], 8), table.describe_raw_values()
@@ -186,6 +190,8 @@ class TrainDataset(LabelledDataset):
             be a multiple of segm_downsampling_rate.
         batch_per_gpu: number of images per batch.
     """
+
+    part = 0
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
@@ -283,6 +289,8 @@ class TrainDataset(LabelledDataset):
 
 class ValDataset(LabelledDataset):
     """Labelled images, resized to every scale of evaluation. Takes the arguments of `ImageListDataset`."""
+
+    part = 1
 
     def load(self, record: dict) -> dict:
         """Return the dict from `multi_scale` plus `seg_label` (1, H, W) int64 with -1 for ignored pixels."""

@@ -10,21 +10,25 @@ import argparse
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from ..config import add_config_arguments, load_config
+from ..config import Config, add_config_arguments, load_config
 from ..lib.utils import UserError, prepare_streams, progress_bar, shorten_list
 from .classes import IGNORE, ClassTable
-from .datasets import ValDataset
+from .datasets import LabelledDataset
 from .image_io import orientation_mismatch, unusual_properties
-from .records import load_records
+from .records import load_records, sequence_of, split_records
 
+THUMBNAIL = 16  # width and height of thumbnails
+SIMILAR = 0.5  # neighboring frames: maximum difference of thumbnails, as a fraction of the typical difference
+MIN_SIMILAR = 5  # minimum number of similar pairs for a warning
 MAX_EXAMPLES = 3  # maximum number of printed problems with the same cause
 _FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no partner .*|[0-9]+x?")
 
@@ -39,6 +43,7 @@ class DatasetReport:
     sizes: Counter = field(default_factory=Counter)  # number of usable images per (width, height)
     problems: list[str] = field(default_factory=list)  # one message per unusable file or line
     notes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # unusual property -> image paths
+    thumbnails: dict[str, np.ndarray] = field(default_factory=dict)  # image path -> (THUMBNAIL, THUMBNAIL) gray values
 
     def __post_init__(self):
         self.pixels = np.zeros(len(self.table) + 1, np.int64)  # number of pixels per class, then ignored pixels
@@ -61,12 +66,14 @@ class DatasetReport:
         yield f"  sizes: {ranges}, most frequent {width}x{height} ({count} images)"
         yield f"  orientations: {portrait} portrait, {sum(self.sizes.values()) - portrait} landscape or square"
         names = (*self.table.labels, "(ignored)")
-        column = max(map(len, names))
-        yield f"  {'class':<{column}}       pixels  images"
+        values = [shorten_list(self.table.label_values(i), 3) for i in (*range(len(self.table)), IGNORE)]
+        column, width = max(map(len, names)), max(len("label"), *map(len, values))
+        yield f"  {'class':<{column}}  {'label':<{width}}       pixels  images"
         for i in (*np.argsort(-self.pixels[:-1], kind="stable"), -1):
             if self.pixels[i]:
                 percent = 100 * self.pixels[i] / self.pixels.sum()
-                yield f"  {names[i]:<{column}}  {percent:>9.3f} %  {self.images_per_class[i]:>6}"
+                number = self.images_per_class[i]
+                yield f"  {names[i]:<{column}}  {values[i]:<{width}}  {percent:>9.3f} %  {number:>6}"
         if absent := [name for name, pixels in zip(names[:-1], self.pixels[:-1], strict=True) if not pixels]:
             yield f"  classes without pixels ({len(absent)}): {', '.join(absent)}"
 
@@ -84,8 +91,10 @@ def group_by_cause(problems: Sequence[str]) -> list[str]:
     return lines
 
 
-def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int], np.ndarray, list[str]] | UserError:
-    """Return (size, number of pixels per class with ignored pixels last, notes), or the error of an unusable record."""
+def _inspect_record(
+    dataset: LabelledDataset, record: dict
+) -> tuple[tuple[int, int], np.ndarray, list[str], np.ndarray] | UserError:
+    """Return (size, number of pixels per class with ignored pixels last, notes, thumbnail), or an error."""
     try:
         image, label, table = dataset.load_pair(record)
     except UserError as error:
@@ -99,10 +108,12 @@ def _inspect_record(dataset: ValDataset, record: dict) -> tuple[tuple[int, int],
     if any(Path(record[key]).is_absolute() or ".." in Path(record[key]).parts for key in ("fpath_img", "fpath_segm")):
         notes.append("path outside DATASET.root_dataset")
     classes, count = table.encode(np.asarray(label)), len(table)
-    return image.size, np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1), notes
+    pixels = np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1)
+    thumbnail = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return image.size, pixels, notes, np.asarray(thumbnail, np.float32)
 
 
-def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
+def inspect_dataset(dataset: LabelledDataset, source: str) -> DatasetReport:
     """Load and check every image and label of a dataset. The report shows `source` as the name of the list."""
     report, records = DatasetReport(source, dataset.table, len(dataset.records)), dataset.records
     with ThreadPoolExecutor() as pool:
@@ -112,13 +123,56 @@ def inspect_dataset(dataset: ValDataset, source: str) -> DatasetReport:
             if isinstance(result, UserError):
                 report.problems.append(str(result))
                 continue
-            size, pixels, notes = result
+            size, pixels, notes, report.thumbnails[record["fpath_img"]] = result
             report.sizes[size] += 1
             report.pixels += pixels
             report.images_per_class += pixels > 0
             for note in notes:
                 report.notes[note].append(record["fpath_img"])
     return report
+
+
+def sequence_warning(training: Mapping[str, np.ndarray], validation: Mapping[str, np.ndarray]) -> str:
+    """Return a warning if validation images look like frames between training images of the same video, else ''.
+
+    A validation image is compared with the training image that has the nearest number in its name and with the median
+    of the other training images. The arguments map image paths to thumbnails.
+    """
+    sequences: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for path in training:
+        name, number = sequence_of(path)
+        sequences[Path(name).name].append((number, path))
+    similar, compared, thumbnails = [], 0, np.array(list(training.values()))
+    for path, thumbnail in validation.items():
+        name, number = sequence_of(path)
+        if candidates := sequences.get(Path(name).name):
+            neighbor = min(candidates, key=lambda candidate: abs(candidate[0] - number))[1]
+            typical = np.median(np.abs(thumbnails - thumbnail).mean((1, 2)))
+            compared += 1
+            if np.abs(training[neighbor] - thumbnail).mean() < SIMILAR * typical:
+                similar.append((path, neighbor))
+    if len(similar) < max(MIN_SIMILAR, compared / 2, len(validation) / 4):
+        return ""
+    return (
+        f"warning: {len(similar)} of {len(validation)} validation images look like frames next to training images, for "
+        f"example {similar[0][0]} and {similar[0][1]}. The validation metrics will be too good. Put whole sequences "
+        f"into one list; DATASET.val_fraction with DATASET.val_groups True does that"
+    )
+
+
+def _lists(options: Config) -> Iterator[tuple[str, list[dict], list[str]]]:
+    """Yield name, records and problems of the training list and of the validation list."""
+    for source in dict.fromkeys((options.list_train, "" if options.val_fraction else options.list_val)):
+        if not source:
+            continue
+        problems: list[str] = []
+        records = load_records(source, options.root_dataset, problems)
+        if not options.val_fraction:
+            yield source, records, problems
+            continue
+        parts = split_records(records, options.val_fraction, seed=options.val_seed, groups=options.val_groups)
+        yield f"{source} (training)", parts[0], problems
+        yield f"{source} (validation)", parts[1], []
 
 
 def main() -> int:
@@ -130,13 +184,15 @@ def main() -> int:
     code = 0
     try:
         options = load_config(args.cfg, args.opts).DATASET
-        for source in dict.fromkeys((options.list_train, options.list_val)):
-            problems: list[str] = []
-            records = load_records(source, options.root_dataset, problems)
-            report = inspect_dataset(ValDataset(options.root_dataset, records, options), source)
+        reports = []
+        for source, records, problems in _lists(options):
+            report = inspect_dataset(LabelledDataset(options.root_dataset, records, options), source)
             report.problems[:0] = problems
             print(report.format())
             code = 1 if report.problems else code
+            reports.append(report)
+        if len(reports) == 2 and (warning := sequence_warning(*(report.thumbnails for report in reports))):
+            print(warning)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 """Decode image files to RGB, and label files to their stored values."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import BinaryIO
 
@@ -142,18 +142,35 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
 LABEL_FORMATS = ("PNG", "TIFF", "BMP", "PPM", "GIF", "TGA", "PCX")  # lossless formats; PPM includes PGM and PBM
 LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp")  # lossy compression methods
 _NOT_GRAY = {
-    "P": "a palette (mode P); set DATASET.palette_labels True if the palette indices are the label values",
+    "P": "a palette (mode P); set DATASET.label_format palette if the indices are the label values, or colors if the "
+    "colors are those of the class table",
     "LA": "an alpha channel (mode LA); save the gray channel with Image.open(f).getchannel('L').save('label.png')",
+    "RGB": "colors (mode RGB); set DATASET.label_format colors if they are those of the class table",
     "F": "floating point pixels (mode F); convert them to integers with "
     "Image.fromarray(np.asarray(Image.open(f)).astype('uint16')).save('label.png')",
 }
 
 
-def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image:
-    """Read the stored values of a label file: gray with at most 16 bits or, if `palette` is True, palette indices.
+_NOT_GRAY_OTHER = "mode {}; save one value per class as gray PNG (mode L)"
 
-    Return an image of mode L, or of mode I;16 if there are values above 255. `info["orientation"]` is the applied EXIF
-    orientation. Raise ImageFileError if the file is damaged, has a lossy format, or has pixels of another type.
+
+def read_label(
+    path: str | os.PathLike, kind: str = "gray", values_of_colors: Callable[[np.ndarray], np.ndarray] | None = None
+) -> Image.Image:
+    """Read the label values in a file.
+
+    Args:
+        path: file in a lossless format.
+        kind: `gray` for gray pixels with at most 16 bits; `palette` also allows palette indices; with `colors`,
+            `values_of_colors` converts the colors (H, W) int32, R + 256 * G + 65536 * B, to label values (H, W).
+        values_of_colors: function, see `kind`; raises ImageFileError for unknown colors.
+
+    Returns:
+        An image of mode L, or of mode I;16 if there are values above 255. `info["orientation"]` is the applied EXIF
+        orientation.
+
+    Raises:
+        ImageFileError: the file is damaged, has a lossy format, or has pixels of another type.
     """
     with _open(path) as image:
         compression = image.info.get("compression", "")
@@ -166,10 +183,11 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
             image.load()
         except Exception as error:
             raise ImageFileError(f"{path}: the label image is damaged ({_reason(error)})") from None
-        if image.mode not in ("1", "L") and not image.mode.startswith("I") and not (image.mode == "P" and palette):
-            problem = _NOT_GRAY.get(image.mode, f"mode {image.mode}; save one value per class as gray PNG (mode L)")
+        gray = image.mode in ("1", "L") or image.mode.startswith("I") or (image.mode == "P" and kind == "palette")
+        if not gray and kind != "colors":
+            problem = _NOT_GRAY.get(image.mode, _NOT_GRAY_OTHER.format(image.mode))
             raise ImageFileError(f"{path}: labels must be gray with at most 16 bits; found {problem}")
-        values = _stored_values(image, codec, arguments)
+        values = _colors(image, path, values_of_colors) if values_of_colors else _stored_values(image, codec, arguments)
         low, high = values.min(), values.max()
         if low < 0 or high > MAX_16_BIT:
             raise ImageFileError(f"{path}: label values {low}..{high} are not in 0..{MAX_16_BIT}")
@@ -179,6 +197,17 @@ def read_label(path: str | os.PathLike, *, palette: bool = False) -> Image.Image
             label = ImageOps.exif_transpose(label)
     label.info["orientation"] = orientation
     return label
+
+
+def _colors(
+    image: Image.Image, path: str | os.PathLike, values_of_colors: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """Return the label values of the colors of an image; transparency is ignored."""
+    pixels = np.asarray(image.convert("RGB").convert("RGBA")).view("<i4")[..., 0] & 0xFFFFFF
+    try:
+        return values_of_colors(pixels)
+    except ImageFileError as error:
+        raise ImageFileError(f"{path}: {error}") from None
 
 
 def _stored_values(image: Image.Image, codec: str, arguments) -> np.ndarray:

@@ -1,9 +1,12 @@
 """Load records from image lists and folders, and write records to odgt files."""
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,6 +44,50 @@ def load_records(
     if problems is not None:
         problems += found
     return records
+
+
+def split_records(
+    records: Sequence[Record], fraction: float, *, seed: int = 0, groups: bool = False
+) -> tuple[list[Record], list[Record]]:
+    """Split records into a training set and a validation set, both in the order of `records`.
+
+    The choice depends only on the names of the images and the seed: when images are added, most of the others stay in
+    their set.
+
+    Args:
+        records: at least two records; with `groups`, of at least two groups.
+        fraction: fraction of the validation set. Both sets have at least one record (with `groups`, one group).
+        seed: another seed gives another split.
+        groups: images whose names are equal up to the last number (`sequence_of`) stay in the same set.
+
+    Raises:
+        ListError: there are fewer than two records, or fewer than two groups.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for i, record in enumerate(records):
+        members[sequence_of(record["fpath_img"])[0] if groups else record["fpath_img"]].append(i)
+    if len(members) < 2:
+        kind = "one group of names (DATASET.val_groups)" if groups and len(records) > 1 else "one image"
+        raise ListError(f"DATASET.val_fraction {fraction:g} cannot split the images, because there is only {kind}")
+    wanted, chosen = fraction * len(records), set()
+    order = sorted(members, key=lambda name: hashlib.sha256(f"{seed} {name}".encode(errors="replace")).digest())
+    for name in order:
+        size = len(members[name])
+        # Add a group if that brings the size nearer to `wanted`, but keep one group for training.
+        if len(chosen) + size / 2 <= wanted and len(chosen) + size < len(records):
+            chosen.update(members[name])
+    if not chosen:
+        chosen.update(members[min(order, key=lambda name: len(members[name]))])
+    return tuple([r for i, r in enumerate(records) if (i in chosen) == part] for part in (False, True))
+
+
+def sequence_of(path: str) -> tuple[str, int]:
+    """Return the part of a path before the last number in the file name, and this number (-1 without a number)."""
+    match = re.fullmatch(r"(.*?)(\d+)(\D*)", Path(path).stem, re.DOTALL)
+    if not match:
+        return path, -1
+    start, number, _ = match.groups()
+    return str(Path(path).with_name(f"{start}#")), int(number)
 
 
 def _read_source(path: Path, root: str | os.PathLike) -> tuple[list[Record], list[str]]:

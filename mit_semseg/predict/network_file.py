@@ -18,7 +18,13 @@ from ..models import SegmentationModule
 
 FORMAT = "mit_semseg network 1"
 # Options that `read_network` does not apply, because they concern initial weights and label files
-NOT_APPLIED = {"DATASET.classes", "DATASET.ignore_values", "MODEL.pretrained", "MODEL.reset_classifier"}
+NOT_APPLIED = {
+    "DATASET.classes",
+    "DATASET.ignore_values",
+    "DATASET.label_format",
+    "MODEL.pretrained",
+    "MODEL.reset_classifier",
+}
 
 
 def describe_network(cfg: Config, table: ClassTable) -> dict[str, object]:
@@ -78,7 +84,8 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
             f"{path} is not a network file of this version ({metadata.get('format', 'no format')}, expected {FORMAT}); "
             f"write one with python -m mit_semseg.export --format safetensors"
         )
-    stored = {key: value for key, value in json.loads(metadata["options"]).items() if key not in NOT_APPLIED}
+    options = json.loads(metadata["options"])  # of this version or an earlier one
+    stored = {key: value for key, value in options.items() if key in OPTIONS and key not in NOT_APPLIED}
     cfg = load_config(None, [*(word for setting in stored.items() for word in setting), *opts])
     table = ClassTable.from_raw_values(*(json.loads(metadata[key]) for key in ("classes", "colors", "raw_values")))
     module = build_module(cfg, torch.device("cpu"), checkpoint=str(path))
