@@ -5,7 +5,7 @@ import torch
 from mit_semseg import build
 from mit_semseg.cli import common, devices, logs
 from mit_semseg.cli.run_logger import RunLogger
-from mit_semseg.config import load_config
+from mit_semseg.config import OPTIONS, load_config
 from mit_semseg.engine import RunFolder, Trainer, distributed
 
 EXAMPLES = """\
@@ -38,7 +38,12 @@ def main() -> int:
         panels = [record["fpath_img"] for record in val_dataset.records] if val_dataset and cfg.TRAIN.visualize else []
         trainer = Trainer(module, optimizer, folder, options, world)
         with RunLogger(
-            cfg.DIR, dataset.table, tensorboard=cfg.TRAIN.tensorboard, images=panels, main=world.is_main
+            cfg.DIR,
+            dataset.table,
+            logger=cfg.TRAIN.logger,
+            options={key: cfg.option(key) for key in OPTIONS},
+            images=panels,
+            main=world.is_main,
         ) as run_logger:
             inference = build.inference_options(cfg)
             trainer.fit(dataset, val_dataset, resume=cfg.TRAIN.resume, inference=inference, run_logger=run_logger)

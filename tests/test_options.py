@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from runs import in_process, same, small, weights, words
 from scenes import write_pairs
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mit_semseg import build
 from mit_semseg.config import load_config
@@ -448,15 +447,9 @@ def test_option_train_resume(run, baseline):
     assert same(weights(copy), weights(baseline))
 
 
-def test_option_train_tensorboard(run):
-    folder = run.train(TRAIN__tensorboard=True, TRAIN__eval_epoch=1)
-    events = EventAccumulator(str(folder / "tensorboard"))
-    events.Reload()
-    assert {"train/loss", "train/lr_encoder", "val/loss", "val/mean_iou", "val_iou/class 1"} <= set(
-        events.Tags()["scalars"]
-    )
-    assert [event.step for event in events.Scalars("val/mean_iou")] == [1, 2]
-    assert set(events.Tags()["images"]) == {"val/0", "val/1"}
+def test_option_train_logger(run):
+    events = list((run.train(TRAIN__logger="tensorboard") / "tensorboard").glob("events.*"))
+    assert len(events) == 1
 
 
 @pytest.fixture

@@ -235,7 +235,12 @@ OPTIONS: dict[str, Option] = {
         "resume.pth file resumes from that file.",
         path=True,
     ),
-    "TRAIN.tensorboard": Option(False, "Write scalars and images for TensorBoard to DIR/tensorboard."),
+    "TRAIN.logger": Option(
+        "none",
+        "Also pass metrics, learning rates, IoU per class, validation panels and options to an experiment tracker. "
+        "tensorboard writes to DIR/tensorboard.",
+        choices=("none", "tensorboard", "wandb", "trackio", "mlflow"),
+    ),
     "RUNTIME.timeout": Option(1800.0, "Timeout in seconds for ranks, replicas and data loading.", low=0.1, high=1e6),
     "VAL.batch_size": Option(
         1,

@@ -223,6 +223,7 @@ class RunFolder:
         for pattern in (
             *weights,
             "temperature_*.json",
+            "logger_run.json",
             self.resume.name,
             "curves.png",
             "vis/epoch_*/**/*.png",

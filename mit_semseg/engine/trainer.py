@@ -401,7 +401,7 @@ class Trainer:
         if self.world.is_main:
             save_atomic(self.history, self.folder.path("history", f"epoch_{self.epoch}.pth"))
         if self.run_logger:
-            self.run_logger.log_epoch(self.epoch, self.history, evaluation)
+            self.run_logger.log_epoch(self.step, self.history, evaluation)
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation set, sharded over the ranks; extend the history and update the best weights.
