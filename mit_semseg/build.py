@@ -95,6 +95,7 @@ def _assemble(
         weights=files[0],
         pretrained=pretrained,
         output_stride=model.output_stride or None,
+        in_channels=cfg.DATASET.channels if cfg.DATASET.mean else None,
         norm_layer=norm,
     )
     if model.fc_dim not in (OPTIONS["MODEL.fc_dim"].default, encoder.out_channels[-1]):

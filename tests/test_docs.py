@@ -24,9 +24,7 @@ from mit_semseg.dataset.synthetic import write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", *DOCS]
-EXECUTED = (
-    "quickstart", "own-data", "training", "evaluation", "segmenting", "exporting", "wrong-labels", "confidence", "boundaries",
-)
+EXECUTED = ("quickstart", "own-data", "training", "evaluation", "segmenting", "exporting", "wrong-labels", "confidence")
 PUBLISHED, SMALLER = "ade20k-resnet50dilated-ppm_deepsup", "ade20k-resnet18dilated-c1_deepsup"  # SMALLER is faster
 
 

@@ -151,7 +151,10 @@ def write_doubtful(evaluation: Evaluation, dataset: ValDataset, folder: Path) ->
     records, names = {record["fpath_img"]: record for record in dataset.records}, []
     for rank, entry in enumerate(evaluation.diagnostics.doubtful, start=1):
         image, label, table = dataset.load_pair(records[entry.name])
-        item = {"img_ori": np.asarray(image), "seg_label": torch.from_numpy(table.encode(np.asarray(label)))[None]}
+        item = {
+            "img_ori": np.asarray(dataset.to_rgb(image)),
+            "seg_label": torch.from_numpy(table.encode(np.asarray(label)))[None],
+        }
         picture = result_panel(item, entry.label_map, dataset.table, [draw_doubt(item["img_ori"], entry.given)])
         names.append(f"doubtful/{rank}.png")
         save_png(picture, folder / names[-1])

@@ -2,7 +2,7 @@
 
     python -m mit_semseg.export --cfg config/NAME.yaml --format onnx [--out FILE] [KEY VALUE ...]
 
-An ONNX or torch_export file can be used without this package. Its input is a batch of normalized images (N, 3, H, W) of
+An ONNX or torch_export file can be used without this package. Its input is a batch of normalized images (N, C, H, W) of
 at least 32x32 pixels. Its output is logits (N, C, H, W) or, with `--output labels`, class indices (N, H, W). A
 safetensors file contains the weights and options for `Segmenter.from_file`.
 """
@@ -31,8 +31,8 @@ FORMATS = {"onnx": ".onnx", "torch_export": ".pt2", "safetensors": ".safetensors
 OUTPUTS = ("logits", "labels")
 OPSET = 18  # lowest ONNX opset version with antialiased resizing
 # Shapes of inputs; the sides are rounded up to multiples of the encoder's `size_divisor`, see `make_input`
-EXAMPLE_SHAPE = (2, 3, 72, 104)  # for tracing; N, H and W are dynamic
-TEST_SHAPES = ((1, 3, 65, 97), (2, 3, 120, 81), (1, 3, 33, 129))
+EXAMPLE_SHAPE = (2, 72, 104)  # (N, H, W), for tracing; all are dynamic
+TEST_SHAPES = ((1, 65, 97), (2, 120, 81), (1, 33, 129))
 TOLERANCE = 1e-4  # maximum allowed difference returned by `compare`
 
 
@@ -49,7 +49,7 @@ class ExportedNetwork(nn.Module):
         self.encoder, self.decoder, self.output = fused.encoder, fused.decoder, output
 
     def forward(self, image: Tensor) -> Tensor:
-        """Map normalized images (N, 3, H, W) to logits (N, C, H, W) or class indices (N, H, W) int64."""
+        """Map normalized images (N, C, H, W) to logits (N, C, H, W) or class indices (N, H, W) int64."""
         logits = self.decoder.head(self.encoder(image, return_feature_maps=True))
         logits = self.decoder.resize(logits, image.shape[-2:])
         return logits.argmax(dim=1) if self.output == "labels" else logits
@@ -104,10 +104,11 @@ def compare(network: nn.Module, exported: Callable[[Tensor], Tensor]) -> float:
 
 
 def make_input(network: nn.Module, shape: Sequence[int], seed: int = 0) -> Tensor:
-    """Return a random image (N, 3, H, W) whose sides are at least those in `shape` and are supported by the encoder."""
-    divisor = getattr(getattr(network, "encoder", None), "size_divisor", 1)
-    sides = (round_up(side, divisor) for side in shape[2:])
-    return torch.randn(*shape[:2], *sides, generator=torch.Generator().manual_seed(seed))
+    """Return random images (N, C, H, W) for `shape` (N, H, W); H and W are rounded up to what the encoder supports."""
+    divisor = getattr(network.encoder, "size_divisor", 1)
+    channels = next(m for m in network.encoder.modules() if isinstance(m, nn.Conv2d)).in_channels
+    sides = (round_up(side, divisor) for side in shape[1:])
+    return torch.randn(shape[0], channels, *sides, generator=torch.Generator().manual_seed(seed))
 
 
 def _trace_arguments(network: nn.Module) -> dict:

@@ -10,12 +10,14 @@ import torch
 from ..build import load_options
 from ..config import Config
 from ..dataset.classes import class_table_from_options
+from ..dataset.image_io import ImageFileError
 from ..dataset.loader import worker_errors
 from ..dataset.samplers import shards
 from ..engine import World
 from ..lib.utils import UserError, progress_bar
 from ..predict.images import find_inputs
-from ..predict.results import SUFFIXES, Result, check_ignored_value
+from ..predict.raster import is_raster
+from ..predict.results import SUFFIXES, Result, check_ignored_value, raster_suffixes
 from ..predict.segmenter import Segmenter
 from ..predict.video import is_video, output_path, segment_video
 from .common import refuse_torchrun
@@ -123,7 +125,19 @@ def segment_shard(
     confidence = bool(min_confidence) or any(SUFFIXES[suffix] == "confidence" for suffix in suffixes)
     loading = load_options(cfg, cfg.TEST.batch_size, shard.local_size)
     with worker_errors(), background_writer() as submit:
-        for result in segmenter.segment_files(list(stems)[own.start : own.stop], loading, confidence=confidence):
+        paths = list(stems)[own.start : own.stop]
+        rasters = [path for path in paths if is_raster(path)]
+        for path in rasters:
+            try:
+                files = segmenter.segment_raster(
+                    path, stems[path], raster_suffixes(suffixes), min_confidence=min_confidence
+                )
+                report(f"{path} -> {', '.join(map(str, files))}")
+            except ImageFileError as error:
+                skipped.append(str(error))
+                report(f"{path}: skipped")
+        images = [path for path in paths if path not in rasters]
+        for result in segmenter.segment_files(images, loading, confidence=confidence) if images else ():
             if isinstance(result, Result):
                 submit(write, result)
             else:

@@ -115,6 +115,15 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
     if v["DATASET.label_format"] == "colors" and not isinstance(v["DATASET.classes"], str):
         yield "DATASET.label_format colors needs a class table with colors; set DATASET.classes to a CSV file"
 
+    channels, bands = v["DATASET.channels"], bool(v["DATASET.mean"] or v["DATASET.std"])
+    if (bands or channels != 3) and not len(v["DATASET.mean"]) == len(v["DATASET.std"]) == channels:
+        counts = f"{len(v['DATASET.mean'])} and {len(v['DATASET.std'])}"
+        yield f"DATASET.channels {channels} needs {channels} numbers in DATASET.mean and DATASET.std; got {counts}"
+    if bands and (v["DATASET.color_jitter"] or v["DATASET.blur"]):
+        yield "DATASET.color_jitter and DATASET.blur cannot be combined with DATASET.mean; remove them"
+    if bands and v["DATASET.normalization"] != "imagenet":
+        yield "DATASET.normalization caffe cannot be combined with DATASET.mean; remove one of them"
+
     names, num_class, weights = v["DATASET.classes"], v["DATASET.num_class"], v["TRAIN.class_weights"]
     if not isinstance(names, str) and len(names) != num_class:
         yield f"DATASET.classes has {len(names)} names, but DATASET.num_class is {num_class}; change one option"

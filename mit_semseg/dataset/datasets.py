@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..lib.utils import progress_bar, shorten_list
 from .augment import Augmentation
+from .bands import BandImage, Bands
 from .class_counts import class_counts
 from .classes import UNKNOWN, ClassTable, class_table_from_options
 from .image_io import ImageFileError, image_size, orientation_mismatch, read_image, read_label
@@ -58,6 +59,7 @@ class ImageListDataset(Dataset):
         self.img_sizes = tuple(opt.imgSizes) if isinstance(opt.imgSizes, (list, tuple)) else (int(opt.imgSizes),)
         self.img_max_size, self.padding_constant = opt.imgMaxSize, opt.padding_constant
         self.normalization = getattr(opt, "normalization", "imagenet")
+        self.bands = Bands.from_options(opt)
         self.fast_resize = getattr(opt, "eval_resize", "pixel-exact") == "fast"
         self.uint8 = False
 
@@ -84,8 +86,11 @@ class ImageListDataset(Dataset):
         return dataset
 
     def as_uint8(self):
-        """Return a copy of this dataset with uint8 `img_data`; `images_to_device` normalizes it on the device."""
-        return self._copy(uint8=True)
+        """Return a copy of this dataset with uint8 `img_data`; `images_to_device` normalizes it on the device.
+
+        Images that are not RGB (DATASET.channels) stay float32.
+        """
+        return self._copy(uint8=self.bands is None)
 
     def with_skipping(self):
         """Return a copy of this dataset that skips unusable images, as with DATASET.on_error skip."""
@@ -108,27 +113,39 @@ class ImageListDataset(Dataset):
             raise ListError(f"the record of {record.get('fpath_img')} has no {key}; add it to the list")
         return Path(self.root_dataset, record[key])
 
-    def multi_scale(self, image: Image.Image) -> dict:
-        """Resize an RGB image to every scale of evaluation. Sides are rounded up to multiples of padding_constant.
+    def read(self, path: str | os.PathLike) -> Image.Image | BandImage:
+        """Read an image file, see `read_image` and `Bands.read`."""
+        return self.bands.read(path) if self.bands else read_image(path)
 
-        Return a dict: `img_ori` is the image, an array (H, W, 3) uint8; `img_data` is a list of normalized tensors
-        (1, 3, h, w). After `as_uint8`, `img_ori` and the items of `img_data` are uint8 tensors, and the dict contains
-        `normalization` for `images_to_device`.
+    def to_rgb(self, image: Image.Image | BandImage) -> Image.Image:
+        """Return the RGB image that shows the result of `read`."""
+        return image.preview() if self.bands else image
+
+    def multi_scale(self, image: Image.Image | BandImage) -> dict:
+        """Resize an image to every scale of evaluation. Sides are rounded up to multiples of padding_constant.
+
+        Return a dict: `img_ori` is the image (for a BandImage, its preview), an array (H, W, 3) uint8; `img_data` is a
+        list of normalized tensors (1, C, h, w), C = 3 for RGB. After `as_uint8`, `img_ori` and the items of `img_data`
+        are uint8 tensors, and the dict contains `normalization` for `images_to_device`.
         """
         scales = []
         for short_side in self.img_sizes:
             scale = scale_for(*image.size, short_side, self.img_max_size)
             size = tuple(round_up(max(1, int(side * scale)), self.padding_constant) for side in image.size)
             scales.append(self._to_tensor(self._resize(image, size)).unsqueeze(0))
-        original = np.array(image)
+        original = np.array(self.to_rgb(image))
         if not self.uint8:
             return {"img_ori": original, "img_data": scales}
         return {"img_ori": torch.from_numpy(original), "img_data": scales, "normalization": self.normalization}
 
-    def _resize(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def _resize(self, image: Image.Image | BandImage, size: tuple[int, int]) -> Image.Image | BandImage:
+        if self.bands:
+            return image.resize(size)
         return (imresize_fast if self.fast_resize else imresize)(image, size)
 
-    def _to_tensor(self, image: Image.Image) -> torch.Tensor:
+    def _to_tensor(self, image: Image.Image | BandImage) -> torch.Tensor:
+        if self.bands:
+            return image.to_tensor()
         return to_uint8_tensor(image) if self.uint8 else normalize(image, self.normalization)
 
 
@@ -143,18 +160,19 @@ class LabelledDataset(ImageListDataset):
         # A flag in shared memory, so that only one worker logs the warning about orientations.
         self._orientation_logged = torch.zeros((), dtype=torch.bool).share_memory_()
 
-    def load_pair(self, record: dict) -> tuple[Image.Image, Image.Image, ClassTable]:
-        """Load an image (RGB), its raw label (mode L or I;16) and the class table of the label.
+    def load_pair(self, record: dict) -> tuple[Image.Image | BandImage, Image.Image, ClassTable]:
+        """Load an image (RGB, or a BandImage), its raw label (mode L or I;16) and the class table of the label.
 
         EXIF orientations are applied. A warning is logged once per dataset if they differ between image and label.
         Raise ListError if the record has no label, and ImageFileError if a file cannot be used, image and label have
         different sizes, or a label value is not in the class table.
         """
         label_path = self.path(record, "fpath_segm")
-        image = read_image(self.path(record, "fpath_img"))
+        image = self.read(self.path(record, "fpath_img"))
         label, table = self.load_label(record)
         if image.size != label.size:
-            sizes = f"{label.width}x{label.height}, but its image has {image.width}x{image.height}"
+            (width, height), (label_width, label_height) = image.size, label.size
+            sizes = f"{label_width}x{label_height}, but its image has {width}x{height}"
             raise ImageFileError(f"{label_path}: the label has size {sizes}; the sizes must be equal")
         if (mismatch := orientation_mismatch(image, label)) and not self._orientation_logged:
             self._orientation_logged.fill_(True)
@@ -218,7 +236,7 @@ class TrainDataset(LabelledDataset):
         if record.get("width") and record.get("height"):
             return record["height"] > record["width"]
         with suppress(ImageFileError) if self.skip else nullcontext():
-            width, height = image_size(self.path(record, "fpath_img"))
+            width, height = (Bands.size if self.bands else image_size)(self.path(record, "fpath_img"))
             return height > width
         return False  # unreadable; `load_batch` will skip the image
 
@@ -237,10 +255,10 @@ class TrainDataset(LabelledDataset):
     ) -> dict:
         """Load a batch of N records. `flips` marks records to flip. DATASET.random_scale overrides `short_side`.
 
-        Return a dict: `img_data` (N, 3, H, W) float32, `seg_label` (N, h, w) int64 with -1 for ignored pixels, and
-        `info`, a list of N image paths. After `as_uint8`, `img_data` is uint8, and the dict also has `normalization`
-        and `sizes`, a list of N (height, width). With DATASET.on_error skip, unusable records are replaced, and
-        `skipped` has one message per unusable record.
+        Return a dict: `img_data` (N, C, H, W) float32, C = 3 for RGB, `seg_label` (N, h, w) int64 with -1 for ignored
+        pixels, and `info`, a list of N image paths. After `as_uint8`, `img_data` is uint8, and the dict also has
+        `normalization` and `sizes`, a list of N (height, width). With DATASET.on_error skip, unusable records are
+        replaced, and `skipped` has one message per unusable record.
         """
         rng = rng or np.random.default_rng(self.seed)
         images, labels, paths, skipped = [], [], [], []
@@ -309,4 +327,4 @@ class TestDataset(ImageListDataset):
 
     def load(self, record: dict) -> dict:
         """Read the image and return the dict from `multi_scale`."""
-        return self.multi_scale(read_image(record["fpath_img"]))
+        return self.multi_scale(self.read(record["fpath_img"]))

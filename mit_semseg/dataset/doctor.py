@@ -99,17 +99,17 @@ def _inspect_record(
         image, label, table = dataset.load_pair(record)
     except UserError as error:
         return error
-    size = record.get("width", image.width), record.get("height", image.height)
+    size = record.get("width", image.size[0]), record.get("height", image.size[1])
     if size != image.size:
         return UserError(f"{record['fpath_img']}: the list has size {size}, the file {image.size}; correct the list")
-    notes = unusual_properties(dataset.path(record, "fpath_img"))
+    notes = [] if dataset.bands else unusual_properties(dataset.path(record, "fpath_img"))
     if mismatch := orientation_mismatch(image, label):
         notes.append(mismatch)
     if any(Path(record[key]).is_absolute() or ".." in Path(record[key]).parts for key in ("fpath_img", "fpath_segm")):
         notes.append("path outside DATASET.root_dataset")
     classes, count = table.encode(np.asarray(label)), len(table)
     pixels = np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1)
-    thumbnail = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    thumbnail = dataset.to_rgb(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     return image.size, pixels, notes, np.asarray(thumbnail, np.float32)
 
 

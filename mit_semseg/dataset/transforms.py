@@ -87,15 +87,16 @@ def downsample_label(label: np.ndarray, rate: int) -> np.ndarray:
 def pad_batch(
     images: Sequence[Tensor], labels: Sequence[np.ndarray], multiple: int, rate: int, size: Sequence[int] | None = None
 ) -> dict[str, Tensor]:
-    """Pad images (3, h, w) float32 or uint8 and their labels (h, w) to one size; downsample the labels by `rate`.
+    """Pad images (C, h, w) float32 or uint8 and their labels (h, w) to one size; downsample the labels by `rate`.
 
     If `size` is None, (H, W) is the maximum height and width, rounded up to multiples of `multiple`. Return a dict:
-    `img_data` (N, 3, H, W) is padded with zeros, and channels last if uint8. `seg_label` (N, ceil(H / rate),
+    `img_data` (N, C, H, W) is padded with zeros, and channels last if uint8. `seg_label` (N, ceil(H / rate),
     ceil(W / rate)) int64 is padded with the ignore index.
     """
     height, width = size or (round_up(max(x.shape[i] for x in images), multiple) for i in (1, 2))
     memory_format = torch.channels_last if images[0].dtype == torch.uint8 else torch.contiguous_format
-    img_data = torch.empty(len(images), 3, height, width, dtype=images[0].dtype, memory_format=memory_format).zero_()
+    shape = len(images), len(images[0]), height, width
+    img_data = torch.empty(shape, dtype=images[0].dtype, memory_format=memory_format).zero_()
     seg_label = torch.full((len(images), -(-height // rate), -(-width // rate)), IGNORE, dtype=torch.int64)
     for i, (image, label) in enumerate(zip(images, labels, strict=True)):
         img_data[i, :, : image.shape[1], : image.shape[2]] = image

@@ -209,14 +209,20 @@ class Predictor:
         if self.options.window_size is None:
             logits = self._scale([x[0] for x in self._logits(scales)])
             yield from probability_strips(logits, size, align_corners=align_corners)
-            return
-        yield from sliding_window_strips(
+        else:
+            yield from self.window_strips(scales, size, self.options.window_size)
+
+    def window_strips(
+        self, scales: Sequence[Tensor], size: tuple[int, int], window: tuple[int, int]
+    ) -> Iterator[Tensor]:
+        """Yield class probabilities of sliding windows, see `sliding_window_strips`."""
+        return sliding_window_strips(
             lambda regions: self._scale(self._logits([regions])),
             scales,
             size,
-            self.options.window_size,
+            window,
             self.options.window_overlap,
-            align_corners,
+            self.network.align_corners,
         )
 
     def _arithmetic(self) -> AbstractContextManager:

@@ -24,7 +24,7 @@ from .encoders.hrnet import HRNetV2
 from .encoders.mobilenet import EfficientNetLite0, MobileNetV2
 from .encoders.resnet import resnet18, resnet34, resnet50, resnet101, resnext101
 from .encoders.vgg import vgg16, vgg19
-from .layers import init_layer
+from .layers import has_input_channels, init_layer, set_input_channels
 from .pretrained import load_imagenet_weights
 from .weight_files import read_state_dict
 from .weight_names import convert_names
@@ -102,7 +102,13 @@ class ModelBuilder:
 
     @staticmethod
     def build_encoder(
-        arch: str = "resnet50dilated", fc_dim: int = 512, weights: str = "", *, pretrained: bool = True, **kwargs
+        arch: str = "resnet50dilated",
+        fc_dim: int = 512,
+        weights: str = "",
+        *,
+        pretrained: bool = True,
+        in_channels: int | None = None,
+        **kwargs,
     ) -> nn.Module:
         """Build an encoder.
 
@@ -113,10 +119,19 @@ class ModelBuilder:
             weights: file with a state dict of the encoder, also of torchvision or timm for the same network; '' loads
                 ImageNet weights and downloads them if needed.
             pretrained: if False and `weights` is '', start from random weights.
+            in_channels: channels of the images; the first convolution of RGB weights is inflated, see
+                `set_input_channels`. None: RGB images with ImageNet normalization.
             kwargs: `norm_layer`, and `output_stride` 8, 16 or 32 (HRNetV2 also 4, VGG only 8); None means the default.
 
         Raises a ValueError for an invalid name or output stride, and a WeightsError if the weights cannot be loaded.
         """
+        if in_channels is not None:
+            inflated = weights and has_input_channels(read_state_dict(weights), in_channels)
+            rgb = {"weights": "", "pretrained": False} if inflated else {"weights": weights, "pretrained": pretrained}
+            encoder = set_input_channels(ModelBuilder.build_encoder(arch, **rgb, **kwargs), in_channels)
+            if inflated:
+                load_weights(encoder, weights, name=f"encoder {arch}", part="encoder")
+            return encoder
         arch, options = arch.lower(), {key: value for key, value in kwargs.items() if value is not None}
         if arch.startswith(TIMM):
             return _timm_encoder()(arch.removeprefix(TIMM), weights=weights, pretrained=pretrained, **options)

@@ -1,6 +1,6 @@
 """Building blocks shared by encoders and decoders."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -189,6 +189,8 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def renormalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Convert images (N, 3, H, W) with ImageNet normalization to (value - mean) / std, for values in 0..1."""
+    if (tuple(mean), tuple(std)) == (IMAGENET_MEAN, IMAGENET_STD):
+        return x
     scale, offset = _renormalization(tuple(mean), tuple(std), x.dtype, x.device)
     return torch.addcmul(offset, x, scale)
 
@@ -205,6 +207,31 @@ def _renormalization(
         for mean, _, new_mean, new_std in channels
     ]
     return torch.stack(scale), torch.stack(terms)
+
+
+def set_input_channels(encoder: nn.Module, channels: int) -> nn.Module:
+    """Change the first convolution of an encoder in place from 3 to `channels` input channels; return the encoder.
+
+    As in timm, the RGB weights are repeated and multiplied by 3 / `channels`; for one channel, they are summed. Images
+    are then not converted from ImageNet normalization to that of the weights.
+    """
+    conv = next(m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    if channels != 3:
+        weight = conv.weight.detach()
+        if channels == 1:
+            weight = weight.sum(1, keepdim=True)
+        else:
+            weight = weight[:, [i % 3 for i in range(channels)]] * (3 / channels)
+        conv.in_channels, conv.weight = channels, nn.Parameter(weight)
+    if hasattr(encoder, "mean"):
+        encoder.mean, encoder.std = IMAGENET_MEAN, IMAGENET_STD
+    return encoder
+
+
+def has_input_channels(state: Mapping[str, Tensor], channels: int) -> bool:
+    """Return whether the first convolution in the state dict of an encoder has this number of input channels."""
+    shapes = (x.shape for key, x in state.items() if x.dim() == 4 and not key.startswith("decoder."))
+    return channels != 3 and next(shapes, (0, 0))[1] == channels
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..dataset.bands import BandImage, Bands
 from ..dataset.image_io import as_rgb, read_image
 from ..dataset.layouts import VIDEO_ENDINGS, find_files, find_images
 from ..lib.utils import UserError, shorten_list
-from .results import check_overwriting, is_output_file, unique_stems
+from .raster import is_raster
+from .results import check_overwriting, is_output_file, raster_suffixes, unique_stems
 
 logger = logging.getLogger(__name__)
 
@@ -23,11 +25,15 @@ class UnsupportedImageError(UserError, TypeError):
     """An image has an unsupported type, shape, dtype or value range."""
 
 
-def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
+def to_image(source, name: str = "image", bands: Bands | None = None) -> tuple[str, Image.Image | BandImage]:
     """Return the tuple (path, RGB image). If the image has no path, `name` replaces the path.
 
-    `source` is a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
-    (3, H, W), uint8 or floating point in 0..1.
+    Args:
+        source: a path; the bytes of an image file; a PIL image; an array (H, W, 3) or (H, W) uint8; or a tensor
+            (3, H, W), uint8 or floating point in 0..1.
+        name: see above.
+        bands: for networks with DATASET.mean; then `source` is a path or an array (H, W, channels), and the result
+            contains a `BandImage`.
 
     Raises:
         ImageFileError: the file is missing or cannot be decoded.
@@ -36,7 +42,12 @@ def to_image(source, name: str = "image") -> tuple[str, Image.Image]:
     if isinstance(source, (str, Path)):
         if str(source).startswith(("http://", "https://")):
             raise UnsupportedImageError(f"{source}: URLs are not supported; download the file and pass its path")
-        return str(source), read_image(source)
+        return str(source), bands.read(source) if bands else read_image(source)
+    if bands:
+        if not isinstance(source, np.ndarray):
+            kind = type(source).__name__
+            raise UnsupportedImageError(f"got {kind}; a network with DATASET.mean needs a path or an array (H, W, C)")
+        return name, bands.from_array(source, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return name, read_image(io.BytesIO(source), f"{name} ({len(source)} bytes)")
     if isinstance(source, Image.Image):
@@ -91,7 +102,8 @@ def find_inputs(pattern: str, folder: Path, suffixes: Sequence[str]) -> dict[str
     stems = unique_stems([str(p.relative_to(base)) for p in images])
     outputs = {str(p): folder / stems[str(p.relative_to(base))] for p in images}
     for image, stem in outputs.items():
-        check_overwriting(image, [Path(f"{stem}{suffix}") for suffix in suffixes])
+        endings = raster_suffixes(suffixes) if is_raster(image) else suffixes
+        check_overwriting(image, [Path(f"{stem}{suffix}") for suffix in endings])
     return outputs
 
 

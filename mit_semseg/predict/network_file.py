@@ -29,12 +29,14 @@ NOT_APPLIED = {
 
 def describe_network(cfg: Config, table: ClassTable) -> dict[str, object]:
     """Return metadata about input (normalization), classes and architecture of a network."""
-    caffe = cfg.DATASET.normalization == "caffe"
+    caffe, data = cfg.DATASET.normalization == "caffe", cfg.DATASET
+    mean, std = (CAFFE_MEAN, [1, 1, 1]) if caffe else ([255 * value for value in x] for x in (MEAN, STD))
+    values = "in units of the training images" if data.mean else "0 to 255"
     return {
-        "input": "images (N, 3, H, W) float32: (value - mean) / std per channel, values 0 to 255",
-        "channels": "BGR" if caffe else "RGB",
-        "mean": CAFFE_MEAN if caffe else [255 * value for value in MEAN],
-        "std": [1, 1, 1] if caffe else [255 * value for value in STD],
+        "input": f"images (N, {data.channels}, H, W) float32: (value - mean) / std per channel, values {values}",
+        "channels": f"{data.channels} channels" if data.mean else "BGR" if caffe else "RGB",
+        "mean": list(data.mean or mean),
+        "std": list(data.std or std),
         "classes": list(table.names),
         "colors": table.colors.tolist(),
         "network": f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}",

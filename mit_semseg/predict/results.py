@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
 from ..dataset.classes import IGNORE
+from ..dataset.rasters import SOFTWARE
 from ..lib.utils import UTF8, UserError, atomic_write
 from .visualize import OPACITY, class_fractions, colorEncode, draw_confidence, overlay, panel
 
@@ -27,7 +28,13 @@ SUFFIXES = {
     "_confidence_color.png": "confidence",
     ".json": "json",
 }
-SOFTWARE = "mit_semseg"  # value of the PNG tag that identifies files of this program
+# Suffixes of images that are segmented window by window, see `raster.segment_raster`
+RASTER_SUFFIXES = {
+    "_index.png": "_index.tif",
+    "_label.png": "_label.tif",
+    "_confidence.png": "_confidence.tif",
+}
+SOFTWARE_TAG = 305  # TIFF tag
 PNG_LEVEL = 1  # compression level; compared with Pillow's default 6, half the time and 10 % larger files
 
 
@@ -39,7 +46,7 @@ class Result:
     image: np.ndarray  # (H, W, 3) uint8 RGB
     label_map: np.ndarray  # (H, W) int64 class indices
     table: ClassTable  # class names and colors
-    _top_classes: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
+    _top_classes: Callable[[int], tuple[np.ndarray, np.ndarray]] = field(repr=False)
     stem: Path | None = field(default=None, repr=False)  # relative output path without suffix for `save`, or None
     _confidence: np.ndarray | None = field(default=None, repr=False)  # None: `confidence` runs the network again
 
@@ -66,12 +73,12 @@ class Result:
         """
         if not 1 <= top <= len(self.table):
             raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
-        return self._top_classes(self.image, top)
+        return self._top_classes(top)
 
     @cached_property
     def confidence(self) -> np.ndarray:
         """(H, W) float32, the largest class probability of every pixel. The first access runs the network again."""
-        return self._top_classes(self.image, 1)[1][0] if self._confidence is None else self._confidence
+        return self._top_classes(1)[1][0] if self._confidence is None else self._confidence
 
     def label_values(self, min_confidence: float = 0.0) -> np.ndarray:
         """Return the raw label values (H, W) of the dataset, uint8 or uint16.
@@ -140,6 +147,12 @@ def check_ignored_value(table: ClassTable) -> None:
         raise UserError("a minimum confidence needs an ignored label value; set DATASET.ignore_values, e.g. [255]")
 
 
+def raster_suffixes(suffixes: Sequence[str]) -> list[str]:
+    """Return the suffixes of the results of a large image, which has neither a panel nor an overlay."""
+    chosen = [RASTER_SUFFIXES[suffix] for suffix in suffixes if suffix in RASTER_SUFFIXES]
+    return chosen or [RASTER_SUFFIXES["_index.png"]]
+
+
 def with_unique_stems(results: Sequence[Result]) -> list[Result]:
     """Return the results with unique stems for `save`. If two file names are equal, all stems contain folders."""
     names = [Path(result.path).name for result in results]
@@ -165,7 +178,7 @@ def unique_stems(names: Sequence[str]) -> dict[str, Path]:
         short = path.with_suffix("")
         preferred = [short, path] if uses[str(short).casefold()] == 1 else [path]
         for stem in chain(preferred, (path.with_name(f"{path.name}_{number}") for number in count(2))):
-            files = {f"{stem}{suffix}".casefold() for suffix in SUFFIXES}
+            files = {f"{stem}{suffix}".casefold() for suffix in (*SUFFIXES, *RASTER_SUFFIXES.values())}
             if not files & taken:
                 stems[name] = stem
                 taken |= files
@@ -192,12 +205,13 @@ def check_overwriting(image: str, paths: Sequence[Path]) -> None:
 
 
 def is_output_file(path: Path) -> bool:
-    """Return whether a file is a PNG written by `save_png`, or a JSON file written by `Result.save_as`."""
+    """Return whether a file was written by `save_png`, `Result.save_as` or `segment_raster`."""
     try:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(content, dict) and {"image", "classes"} <= content.keys()
         with Image.open(path) as image:
-            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
+            tags = image.tag_v2 if image.format == "TIFF" else {}
+            return SOFTWARE in (image.info.get("Software"), tags.get(SOFTWARE_TAG))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False

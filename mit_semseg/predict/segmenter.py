@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import nn
 from ..build import auto_device, build_module, inference_options
 from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
+from ..dataset.bands import BandImage
 from ..dataset.classes import class_table_from_options
-from ..dataset.transforms import normalize_batch
+from ..dataset.loader import images_to_device
 from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, predict_items, read_items
 from ..evaluation.label_map import label_map_from_logits
@@ -23,6 +25,7 @@ from ..models.pretrained import PUBLISHED, download_published, published_options
 from . import hub
 from .images import to_image
 from .network_file import read_network, write_network
+from .raster import segment_raster
 from .results import Result, with_unique_stems
 
 NOT_SAVED = "only networks that were loaded from a configuration or a file can be saved"
@@ -145,26 +148,35 @@ class Segmenter:
         return self._segment(image, "image")
 
     def _segment(self, image, name: str) -> Result:
-        name, rgb = to_image(image, name)
+        name, image = to_image(image, name, self._dataset.bands)
         with self._lock:
-            item = self._preprocess(rgb)
+            item = self._preprocess(image)
             label_map = self._predictor.label_map(item)
-        return self._result(name, item["img_ori"], label_map)
+        return self._result(name, image, item["img_ori"], label_map)
 
-    def _preprocess(self, image: Image.Image) -> dict:
+    def _preprocess(self, image: Image.Image | BandImage) -> dict:
         item = self._dataset.multi_scale(image)
-        scales = [normalize_batch(scale.to(self.device), item["normalization"]) for scale in item["img_data"]]
-        return {"img_ori": item["img_ori"].numpy(), "img_data": scales}
+        return {"img_ori": np.asarray(item["img_ori"]), "img_data": images_to_device(item, self.device)}
 
     def _result(
-        self, name: str, pixels: np.ndarray, label_map: torch.Tensor, confidence: torch.Tensor | None = None
+        self,
+        name: str,
+        image: Image.Image | BandImage | None,
+        pixels: np.ndarray,
+        label_map: torch.Tensor,
+        confidence: torch.Tensor | None = None,
     ) -> Result:
+        """Return a result; `image` is None if the image must be read again from the path `name` when it is needed."""
         labels, largest = label_map.cpu().numpy().astype(np.int64), None if confidence is None else confidence.numpy()
-        return Result(name, pixels, labels, self.table, self._top_classes, _confidence=largest)
+        source = image if self._dataset.bands else Image.fromarray(pixels)
+        return Result(name, pixels, labels, self.table, partial(self._top_classes, name, source), _confidence=largest)
 
-    def _top_classes(self, pixels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def _top_classes(
+        self, path: str, image: Image.Image | BandImage | None, count: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        image = self._dataset.read(path) if image is None else image
         with self._lock:
-            return self._predictor.top_classes(self._preprocess(Image.fromarray(pixels)), count)
+            return self._predictor.top_classes(self._preprocess(image), count)
 
     def segment_frames(self, frames: Iterable[np.ndarray], *, smoothing: float = 0.0) -> Iterator[Result]:
         """Segment video frames (H, W, 3) uint8 RGB of equal size, and yield a result for every frame.
@@ -183,14 +195,32 @@ class Segmenter:
             if not smoothing:
                 yield self._segment(frame, f"frame_{number}")
                 continue
-            name, image = to_image(frame, f"frame_{number}")
+            name, image = to_image(frame, f"frame_{number}", self._dataset.bands)
             with self._lock:
                 item = self._preprocess(image)
                 logits = self._predictor.logits(item)
                 mean = [torch.lerp(new, old, smoothing) for new, old in zip(logits, mean or logits, strict=True)]
                 align_corners, size = self._predictor.network.align_corners, item["img_ori"].shape[:2]
                 label_map = label_map_from_logits(mean, size, align_corners=align_corners)
-            yield self._result(name, item["img_ori"], label_map)
+            yield self._result(name, image, item["img_ori"], label_map)
+
+    def segment_raster(
+        self,
+        path: str | Path,
+        stem: str | Path,
+        suffixes: Sequence[str] = ("_index.tif",),
+        *,
+        min_confidence: float = 0,
+    ) -> list[Path]:
+        """Segment a large or georeferenced image in bounded memory, and return the paths of the written TIFF files.
+
+        The arguments and errors are those of `raster.segment_raster`.
+        """
+        data = self._dataset
+        options = {"bands": data.bands, "normalization": data.normalization, "multiple": data.padding_constant}
+        options |= {"suffixes": suffixes, "min_confidence": min_confidence}
+        with self._lock:
+            return segment_raster(self._predictor, path, stem, self.table, **options)
 
     def segment_files(
         self, paths: Sequence[str], loading: LoadOptions, *, confidence: bool = False
@@ -212,4 +242,4 @@ class Segmenter:
             if prediction is None:
                 yield item["info"], item["error"]
             else:
-                yield self._result(item["info"], item["img_ori"], prediction.label_map, prediction.confidence)
+                yield self._result(item["info"], None, item["img_ori"], prediction.label_map, prediction.confidence)
