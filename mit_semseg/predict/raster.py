@@ -41,7 +41,7 @@ def is_raster(path: str | os.PathLike) -> bool:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # about the number of pixels, and about truncated files
             with Image.open(path) as image:
                 tags = getattr(image, "tag_v2", ())
     except Image.DecompressionBombError:

@@ -81,6 +81,8 @@ def main() -> None:
         if not 0 < value < math.inf:
             raise UserError(f"--max-{name} {value} is out of range; use a finite number above 0")
     cfg = load_config(args.cfg, args.opts)
+    if cfg.DATASET.mean:
+        raise UserError("the web page supports only 8-bit RGB images, not DATASET.mean; segment images with test.py")
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]
     networks = Networks(find_checkpoints(cfg), partial(Segmenter.from_cfg, cfg, device=device))
