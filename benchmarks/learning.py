@@ -99,10 +99,10 @@ def augmentations(steps: int) -> Experiment:
         "flip": Variant(steps, {}),
         "flip, scale and crop": Variant(steps, CROP),
         "flip, color jitter": Variant(steps, JITTER),
-        "flip, RandAugment": Variant(steps, {}, "benchmarks/augmentations.py rand_augment"),
-        "flip, ClassMix": Variant(steps, {}, "benchmarks/augmentations.py class_mix"),
+        "flip, RandAugment": Variant(steps, {}, "benchmarks/train_variant.py rand_augment"),
+        "flip, ClassMix": Variant(steps, {}, "benchmarks/train_variant.py class_mix"),
         "flip, scale and crop, color jitter": Variant(steps, {**CROP, **JITTER}),
-        "flip, scale and crop, ClassMix": Variant(steps, CROP, "benchmarks/augmentations.py class_mix"),
+        "flip, scale and crop, ClassMix": Variant(steps, CROP, "benchmarks/train_variant.py class_mix"),
     }
     return Experiment(PRETRAINED, variants)
 
@@ -141,8 +141,21 @@ EXPERIMENTS = {
             "Lovasz, class sampling": Variant(800, SAMPLING),
         },
     ),
+    "pretrained": Experiment(
+        {**PRETRAINED, "DATASET.imgSizes": "(240,300,360)"},
+        {
+            "own-folders.yaml": Variant(450, {}),
+            "with cross entropy": Variant(450, CROSS_ENTROPY),
+        },
+    ),
+    "aspp": Experiment(
+        {**RANDOM_START, "MODEL.arch_decoder": "aspp", "MODEL.output_stride": 16},
+        {
+            "batch statistics": Variant(400, {}, "benchmarks/train_variant.py batch_statistics"),
+            "running statistics": Variant(400, {}),
+        },
+    ),
     "smp": Experiment(PRETRAINED, {"ours": Variant(300, {}), **smp_variants(300)}),
-    "smp-800": Experiment(PRETRAINED, {"ours": Variant(800, {}), **smp_variants(800)}),
     "drives": Experiment(
         PRETRAINED, {"ours": Variant(300, {}), "ours, cross entropy": Variant(300, CROSS_ENTROPY)}, drives=True
     ),

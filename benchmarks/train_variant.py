@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from mit_semseg.dataset import datasets
+from mit_semseg.lib.nn import batchnorm
 
 OPERATIONS = 2  # number of operations that RandAugment applies to an image
 PROBABILITY = 0.5  # probability that ClassMix changes an image
@@ -82,6 +83,13 @@ def mix(
     return image, label
 
 
+def batch_statistics() -> None:
+    """Normalize after global pooling by the statistics of the batch, also in steps with few images."""
+    batchnorm.MIN_IMAGES = 0
+
+
+VARIANTS = {"rand_augment": rand_augment, "class_mix": class_mix, "batch_statistics": batch_statistics}
+
 if __name__ == "__main__":
-    {"rand_augment": rand_augment, "class_mix": class_mix}[sys.argv.pop(1)]()
+    VARIANTS[sys.argv.pop(1)]()
     runpy.run_path(str(Path(__file__).parents[1] / "train.py"), run_name="__main__")
