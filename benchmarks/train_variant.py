@@ -1,6 +1,8 @@
-"""train.py with a data augmentation that the package does not have, to measure it with benchmarks/learning.py.
+"""train.py with a change that the package does not have, to measure it with benchmarks/learning.py.
 
-python benchmarks/augmentations.py {rand_augment,class_mix} --cfg config/own-folders.yaml [KEY VALUE ...]
+    python benchmarks/train_variant.py {rand_augment,class_mix,batch_statistics} --cfg FILE [KEY VALUE ...]
+
+The other arguments are those of train.py.
 """
 
 import runpy

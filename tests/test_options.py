@@ -268,6 +268,25 @@ def test_option_dataset_on_error(run):
             run.train(DATASET__list_train="missing.odgt", DATASET__on_error=mode)
 
 
+BANDS = {"DATASET.mean": (100, 100, 100), "DATASET.std": (50, 50, 50)}
+
+
+def test_option_dataset_channels(run):
+    with pytest.raises(UserError, match=r"DATASET\.channels 4.*DATASET\.mean"):
+        run.train(DATASET__channels=4)
+    with pytest.raises(UserError, match=r"DATASET\.channels\), got an image of"):
+        run.train(DATASET__channels=4, DATASET__mean=(1, 1, 1, 1), DATASET__std=(1, 1, 1, 1))
+
+
+def test_option_dataset_mean(run, baseline):
+    assert not same(weights(run.train(**BANDS)), weights(baseline))
+
+
+def test_option_dataset_std(run):
+    first, second = (run.train(**BANDS | {"DATASET.std": std}) for std in ((50, 50, 50), (60, 60, 60)))
+    assert not same(weights(first), weights(second))
+
+
 SPLIT = {"DATASET.list_val": "./data/validation.odgt", "DATASET.val_fraction": 0.5}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..lib.utils import UserError
 from .image_io import ImageFileError
 
-CACHE_BYTES = 256 * 2**20  # memory for decoded blocks
+CACHE_BYTES = 128 * 2**20  # memory for decoded blocks
 BLOCK = 512  # height and width of the blocks of written files
 SOFTWARE = "mit_semseg"  # value of the tag that identifies files of this program
 
@@ -28,6 +28,8 @@ def _rasterio():
         raise UserError(
             'large images, and TIFF files with other than 3 channels, need rasterio; run pip install -e ".[raster]"'
         ) from None
+    # `warnings.catch_warnings` would not be thread-safe.
+    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     return rasterio
 
 
@@ -69,7 +71,7 @@ def open_raster(path: str | os.PathLike) -> Iterator[Raster]:
     """Open an image file; raise ImageFileError if it cannot be read."""
     rasterio = _rasterio()
     try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), _without_warnings(), rasterio.open(path) as source:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), rasterio.open(path) as source:
             yield Raster(source, str(path))
     except rasterio.errors.RasterioError as error:
         reason = "file not found" if not Path(path).is_file() else error
@@ -113,15 +115,8 @@ def create_raster(
     profile |= {"compress": "deflate", "BIGTIFF": "IF_SAFER"}
     if min(width, height) >= BLOCK:
         profile |= {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}
-    with _without_warnings(), rasterio.open(path, "w", **profile) as target:
+    with rasterio.open(path, "w", **profile) as target:
         target.update_tags(TIFFTAG_SOFTWARE=SOFTWARE)
         if colors and dtype == np.uint8:
             target.write_colormap(1, {value: (*color, 255) for value, color in colors.items()})
         yield RasterWriter(target)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", _rasterio().errors.NotGeoreferencedWarning)
-        yield

@@ -27,7 +27,7 @@ from ..evaluation import Predictor
 from ..evaluation.label_map import labels_of_strip
 from ..lib.utils import UserError, atomic_write
 
-WINDOW = 1024  # side of sliding windows if INFERENCE.window_size is 0
+WINDOW = 512  # side of sliding windows if INFERENCE.window_size is 0
 ROWS = 512  # number of rows that are written at once
 GEO_TAGS = 33550, 34264, 34735  # TIFF tags of a georeference
 TILE_TAG = 322  # TIFF tag of tiled files
