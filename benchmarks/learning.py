@@ -13,16 +13,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from common import write
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RARE = ("pole", "sign symbol", "pedestrian", "bicyclist")
 STEPS_PER_EPOCH = 50
+SMOOTH = 3  # number of points that a plot averages
 TRAIN_DRIVES, TEST_DRIVE = ("0016E5", "0006R0"), "0001TP"  # the names of images start with these
 BASE = {
     "DATASET.list_train": "train",
@@ -113,8 +116,8 @@ def smp_variants(steps: int) -> dict[str, Variant]:
         f"smp {architecture}, {loss}": Variant(
             steps, options, f"benchmarks/smp_training.py {architecture} {loss}", evaluate=False
         )
-        for architecture in ("unet", "fpn", "deeplabv3plus", "upernet")
-        for loss in ("dice", "ce+dice", "ce+lovasz")
+        for architecture in ("unet", "fpn", "deeplabv3plus")
+        for loss in ("ce+dice", "ce+lovasz")
     }
 
 
@@ -199,6 +202,22 @@ def split_by_drive(data: Path, folder: Path) -> dict[str, Path]:
     return options
 
 
+def plot_losses(variants: Mapping[str, Variant], seeds: Sequence[int], out: Path, path: Path) -> None:
+    """Plot the training losses of all variants, averaged over the seeds and over `SMOOTH` points of the log."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, variant in variants.items():
+        history = f"history_epoch_{variant.steps // STEPS_PER_EPOCH}.pth"
+        runs = [torch.load(out / f"{name} {seed}" / history)["train"] for seed in seeds]
+        steps, losses = (np.mean([run[key] for run in runs], axis=0) for key in ("epoch", "loss"))
+        steps, losses = (np.convolve(x, np.ones(SMOOTH) / SMOOTH, "valid") for x in (steps, losses))
+        axes.plot(steps * STEPS_PER_EPOCH, losses, label=name)
+    axes.set(xlabel="step", ylabel="training loss", title=f"Mean of {len(seeds)} runs")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=EXPERIMENTS)
@@ -207,6 +226,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[304])
     parser.add_argument("--only", nargs="+", help="names of variants (default: all)")
     parser.add_argument("--json", help="also write the results to this file")
+    parser.add_argument("--plot", type=Path, help="also plot the training losses to this PNG file")
     args = parser.parse_args()
     experiment, rows, out = EXPERIMENTS[args.experiment], [], args.out.absolute() / args.experiment
     shared = {**experiment.options, "DATASET.root_dataset": args.data.absolute()}
@@ -228,6 +248,10 @@ def main() -> None:
             }
         )
         print(rows[-1], flush=True)
+    if args.plot:
+        plot_losses(
+            {name: experiment.variants[name] for name in args.only or experiment.variants}, args.seeds, out, args.plot
+        )
     write(args.json, f"learning {args.experiment}", torch.device("cpu"), rows)
 
 
