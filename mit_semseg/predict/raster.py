@@ -148,7 +148,7 @@ def segment_raster(
             targets.append(stack.enter_context(create_raster(partial, raster, **options)))
         reader, top = WindowReader(raster, predictor.device, bands, normalization, multiple), 0
         window = predictor.options.window_size or (WINDOW, WINDOW)
-        for labels, confidence in _blocks(predictor.window_strips([reader], reader.shape[2:], window)):
+        for labels, confidence in _blocks(predictor.window_strips([reader], reader.shape[2:], window), reader.shape[3]):
             rows = slice(top, min(top + len(labels), height))
             inside = slice(0, rows.stop - rows.start), slice(0, width)
             valid = raster.valid(rows)
@@ -159,18 +159,24 @@ def segment_raster(
     return paths
 
 
-def _blocks(strips: Iterator[Tensor]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Join strips of probabilities (C, n, W) to blocks of about `ROWS` rows; yield class indices and confidences."""
-    labels, confidences, rows = [], [], 0
+def _blocks(strips: Iterator[Tensor], width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Join strips of probabilities (C, n, W) to blocks of `ROWS` rows; yield class indices and confidences (n, W).
+
+    The arrays are used again for the next block. Separate arrays for every strip would fragment the memory.
+    """
+    labels, confidence, filled = np.empty((ROWS, width), np.int16), np.empty((ROWS, width), np.uint8), 0
     for strip in strips:
-        labels.append(labels_of_strip(strip).cpu().numpy())
-        confidences.append(strip.amax(0).mul(255).round().to(torch.uint8).cpu().numpy())
-        rows += strip.size(1)
-        if rows >= ROWS:
-            yield np.concatenate(labels), np.concatenate(confidences)
-            labels, confidences, rows = [], [], 0
-    if rows:
-        yield np.concatenate(labels), np.concatenate(confidences)
+        while strip.size(1):
+            part, strip = strip[:, : ROWS - filled], strip[:, ROWS - filled :]
+            rows = slice(filled, filled + part.size(1))
+            labels[rows] = labels_of_strip(part).cpu().numpy()
+            confidence[rows] = part.amax(0).mul(255).round().to(torch.uint8).cpu().numpy()
+            filled = rows.stop
+            if filled == ROWS:
+                yield labels, confidence
+                filled = 0
+    if filled:
+        yield labels[:filled], confidence[:filled]
 
 
 def _make_output(suffix: str, table: ClassTable, min_confidence: float) -> _Output:
