@@ -100,13 +100,11 @@ OPTIONS: dict[str, Option] = {
     "DATASET.blur": Option(
         0.0, "Maximum standard deviation of Gaussian blur, in pixels; applied to half of the training images.", low=0
     ),
-    "DATASET.channels": Option(
-        3, "Channels of the images. Other numbers than 3 need mean and std; TIFF files need rasterio.", low=1, high=1000
-    ),
+    "DATASET.channels": Option(3, "Channels of the images. Other numbers than 3 need mean and std.", low=1, high=1000),
     "DATASET.mean": Option(
         (),
-        "Mean of every channel, in units of the file (8 bits, 16 bits or floating point). If set, images are not "
-        "converted to 8-bit RGB.",
+        "Mean of every channel, in units of the file. If set, images are not converted to 8-bit RGB, and are read with "
+        "rasterio. The doctor prints mean and standard deviation.",
         fractions=True,
     ),
     "DATASET.std": Option((), "Standard deviation of every channel, see mean.", low=1e-12, fractions=True),

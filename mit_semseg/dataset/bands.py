@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .image_io import ImageFileError, image_size, open_image
-from .rasters import is_tiff, open_raster
+from .image_io import ImageFileError
+from .rasters import open_raster
 
 PREVIEW_STD = 2.0  # previews show values from mean - 2 std to mean + 2 std
 
@@ -30,16 +30,14 @@ class Bands:
         return cls(tuple(mean), tuple(std)) if mean else None
 
     def read(self, path: str | os.PathLike) -> "BandImage":
-        """Read an image file. TIFF files are read with rasterio, other files with Pillow; see `from_array` for errors.
+        """Read an image file with rasterio, because Pillow reduces 16-bit colors to 8 bits.
 
         Raises:
-            ImageFileError: the file cannot be read.
+            ImageFileError: the file cannot be read, or see `from_array`.
+            UserError: rasterio is not installed.
         """
-        if is_tiff(path):
-            with open_raster(path) as raster:
-                return self.from_array(raster.read(), str(path))
-        with open_image(path) as image:
-            return self.from_array(np.asarray(image), str(path))
+        with open_raster(path) as raster:
+            return self.from_array(raster.read(), str(path))
 
     def from_array(self, pixels: np.ndarray, name: str) -> "BandImage":
         """Return the image of an array (H, W, N), or (H, W) for one channel.
@@ -59,8 +57,6 @@ class Bands:
     @staticmethod
     def size(path: str | os.PathLike) -> tuple[int, int]:
         """Read (width, height) of an image file from its header."""
-        if not is_tiff(path):
-            return image_size(path)
         with open_raster(path) as raster:
             return raster.size
 
@@ -95,9 +91,10 @@ class BandImage:
         return BandImage(x[0].permute(1, 2, 0).numpy(), self.bands)
 
     def to_tensor(self) -> Tensor:
-        """Return (value - mean) / std, (N, H, W) float32; NaN becomes 0, the mean."""
+        """Return (value - mean) / std, (N, H, W) float32; values that are not finite become 0, the mean."""
         x = (self.pixels.astype(np.float32) - np.float32(self.bands.mean)) / np.float32(self.bands.std)
-        return torch.from_numpy(np.nan_to_num(x, copy=False)).permute(2, 0, 1).contiguous()
+        x = np.nan_to_num(x, copy=False, nan=0, posinf=0, neginf=0)
+        return torch.from_numpy(x).permute(2, 0, 1).contiguous()
 
     def preview(self) -> Image.Image:
         """Return an RGB image of the first three channels; fewer channels become gray."""

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -47,6 +48,7 @@ class DatasetReport:
 
     def __post_init__(self):
         self.pixels = np.zeros(len(self.table) + 1, np.int64)  # number of pixels per class, then ignored pixels
+        self.channels: list[np.ndarray] = []  # of every image: mean and mean square of every channel, (2, C)
         self.images_per_class = np.zeros(len(self.table) + 1, np.int64)  # number of images with pixels of each class
 
     def format(self) -> str:
@@ -65,6 +67,11 @@ class DatasetReport:
         ranges = f"width {min(widths)}..{max(widths)}, height {min(heights)}..{max(heights)}"
         yield f"  sizes: {ranges}, most frequent {width}x{height} ({count} images)"
         yield f"  orientations: {portrait} portrait, {sum(self.sizes.values()) - portrait} landscape or square"
+        if self.channels:
+            mean, square = np.mean(self.channels, axis=0)
+            std = np.sqrt(np.maximum(square - mean**2, 0))
+            yield f"  mean of every channel: [{', '.join(f'{x:.5g}' for x in mean)}] (DATASET.mean)"
+            yield f"  standard deviation: [{', '.join(f'{x:.5g}' for x in std)}] (DATASET.std)"
         names = (*self.table.labels, "(ignored)")
         values = [shorten_list(self.table.label_values(i), 3) for i in (*range(len(self.table)), IGNORE)]
         column, width = max(map(len, names)), max(len("label"), *map(len, values))
@@ -91,10 +98,18 @@ def group_by_cause(problems: Sequence[str]) -> list[str]:
     return lines
 
 
-def _inspect_record(
-    dataset: LabelledDataset, record: dict
-) -> tuple[tuple[int, int], np.ndarray, list[str], np.ndarray] | UserError:
-    """Return (size, number of pixels per class with ignored pixels last, notes, thumbnail), or an error."""
+class _Inspection(NamedTuple):
+    """Properties of an image and its label."""
+
+    size: tuple[int, int]  # (width, height)
+    pixels: np.ndarray  # number of pixels per class, then ignored pixels
+    notes: list[str]  # unusual properties
+    thumbnail: np.ndarray  # see `DatasetReport`
+    channels: np.ndarray | None  # mean and mean square of every channel, (2, C), if DATASET.mean is set
+
+
+def _inspect_record(dataset: LabelledDataset, record: dict) -> _Inspection | UserError:
+    """Return the properties of a record, or the error of an unusable record."""
     try:
         image, label, table = dataset.load_pair(record)
     except UserError as error:
@@ -110,7 +125,11 @@ def _inspect_record(
     classes, count = table.encode(np.asarray(label)), len(table)
     pixels = np.bincount(np.where(classes == IGNORE, count, classes).ravel(), minlength=count + 1)
     thumbnail = dataset.to_rgb(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
-    return image.size, pixels, notes, np.asarray(thumbnail, np.float32)
+    channels = None
+    if dataset.bands:
+        values = np.nan_to_num(image.pixels.astype(np.float64))
+        channels = np.stack([values.mean((0, 1)), (values**2).mean((0, 1))])
+    return _Inspection(image.size, pixels, notes, np.asarray(thumbnail, np.float32), channels)
 
 
 def inspect_dataset(dataset: LabelledDataset, source: str) -> DatasetReport:
@@ -123,11 +142,13 @@ def inspect_dataset(dataset: LabelledDataset, source: str) -> DatasetReport:
             if isinstance(result, UserError):
                 report.problems.append(str(result))
                 continue
-            size, pixels, notes, report.thumbnails[record["fpath_img"]] = result
-            report.sizes[size] += 1
-            report.pixels += pixels
-            report.images_per_class += pixels > 0
-            for note in notes:
+            report.sizes[result.size] += 1
+            report.pixels += result.pixels
+            report.images_per_class += result.pixels > 0
+            report.thumbnails[record["fpath_img"]] = result.thumbnail
+            if result.channels is not None:
+                report.channels.append(result.channels)
+            for note in result.notes:
                 report.notes[note].append(record["fpath_img"])
     return report
 

@@ -23,7 +23,7 @@ class ImageFileError(UserError, ValueError):
 
 
 @contextmanager
-def open_image(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
+def _open(source: Source, name: str | None = None, formats: Sequence[str] | None = None) -> Iterator[Image.Image]:
     """Open an image file with Pillow; raise ImageFileError if it is missing or no image. `name` is for messages."""
     name = name or source
     try:
@@ -58,7 +58,7 @@ def _reason(error: Exception) -> str:
 
 def image_size(path: str | os.PathLike, formats: Sequence[str] | None = None) -> tuple[int, int]:
     """Read (width, height) from the header and apply the EXIF orientation. `formats`: names of the allowed formats."""
-    with open_image(path, formats=formats) as image:
+    with _open(path, formats=formats) as image:
         width, height = image.size
         if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
             return width, height  # `getexif` would decode all pixels to find EXIF data at the end of the file
@@ -81,7 +81,7 @@ def read_image(path: Source, name: str | None = None, formats: Sequence[str] | N
     `info["orientation"]` of the returned image is the applied EXIF orientation (1: upright). `name` replaces the path
     in error messages. Raise ImageFileError if the file cannot be read, or its pixels are not integers of 1 to 16 bits.
     """
-    with open_image(path, name, formats) as image:
+    with _open(path, name, formats) as image:
         return as_rgb(image, name or str(path))
 
 
@@ -125,7 +125,7 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
     """Return messages that name unusual properties of a readable image and their handling by `read_image`."""
     found = []
     try:
-        with open_image(path) as image:
+        with _open(path) as image:
             if image.mode != "RGB":
                 found.append(f"mode {image.mode} is converted to RGB")
             if min(image.size) < SMALL_SIDE:
@@ -136,7 +136,7 @@ def unusual_properties(path: str | os.PathLike) -> list[str]:
                 found.append("an EXIF orientation is applied")
             if image.mode.startswith("I") and image.getextrema()[1] <= MAX_16_BIT // 2:
                 found.append(f"dark 16-bit gray image; all values are below {MAX_16_BIT // 2 + 1}")
-        with open_image(path) as image:
+        with _open(path) as image:
             image.verify()  # compares checksums, which decoding ignores
     except Exception as error:
         found.append(f"readable, but not a valid file ({_reason(error)})")
@@ -176,7 +176,7 @@ def read_label(
     Raises:
         ImageFileError: the file is damaged, has a lossy format, or has pixels of another type.
     """
-    with open_image(path) as image:
+    with _open(path) as image:
         compression = image.info.get("compression", "")
         if image.format not in LABEL_FORMATS or compression in LOSSY_TIFF:
             name = f"{image.format} {compression}".strip()

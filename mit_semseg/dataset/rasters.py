@@ -26,7 +26,7 @@ def _rasterio():
         import rasterio
     except ImportError:
         raise UserError(
-            'large images, and TIFF files with other than 3 channels, need rasterio; run pip install -e ".[raster]"'
+            'large images and images with DATASET.mean need rasterio; run pip install -e ".[raster]"'
         ) from None
     # `warnings.catch_warnings` would not be thread-safe.
     warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
@@ -96,7 +96,7 @@ def create_raster(
     like: Raster,
     *,
     dtype: np.dtype,
-    nodata: int,
+    nodata: int | None,
     colors: Mapping[int, Sequence[int]] | None = None,
 ) -> Iterator[RasterWriter]:
     """Create a compressed, tiled TIFF file with the size and the georeference of another image.
@@ -105,7 +105,7 @@ def create_raster(
         path: output file.
         like: image whose size and georeference are used.
         dtype: uint8 or uint16.
-        nodata: value of pixels without data.
+        nodata: value of pixels without data, or None.
         colors: value -> (R, G, B), stored as color table in uint8 files.
     """
     rasterio = _rasterio()

@@ -1,6 +1,6 @@
 """Label quality: images whose labels disagree with confident predictions.
 
-Lad and Mueller, "Estimating label errors in semantic segmentation with uncertainty quantification", 2023.
+Lad and Mueller, "Estimating label quality and errors in semantic segmentation data via any model", 2023.
 """
 
 import torch

@@ -63,7 +63,7 @@ class _Output(NamedTuple):
     """Content of an output file."""
 
     dtype: np.dtype
-    nodata: int  # value of pixels without data
+    nodata: int | None  # value of pixels without data
     colors: dict[int, list[int]]  # value -> (R, G, B)
     render: Callable[[np.ndarray, np.ndarray], np.ndarray]  # class indices and confidences (n, W) -> values (n, W)
 
@@ -128,8 +128,8 @@ def segment_raster(
         table: class names and colors.
         bands, normalization, multiple: see `WindowReader`.
         suffixes: `_index.tif` (class indices), `_label.tif` (label values) and `_confidence.tif` (255 is 100 %). Pixels
-            without data in the image have the class index 255 (65535 for more than 255 classes) or the ignored label
-            value, and confidence 0.
+            without data in the image have the class index 255 (65535 for more than 255 classes), the ignored label
+            value if there is one, and confidence 0.
         min_confidence: pixels with a smaller confidence get the ignored label value in `_label.tif`.
 
     Raises:
@@ -154,7 +154,8 @@ def segment_raster(
             valid = raster.valid(rows)
             for output, target in zip(outputs, targets, strict=True):
                 values = output.render(labels[inside], confidence[inside])
-                target.write(values if valid is None else np.where(valid, values, output.nodata), rows)
+                masked = valid is not None and output.nodata is not None
+                target.write(np.where(valid, values, output.nodata) if masked else values, rows)
             top += len(labels)
     return paths
 
@@ -192,6 +193,5 @@ def _make_output(suffix: str, table: ClassTable, min_confidence: float) -> _Outp
     def decode(labels: np.ndarray, confidence: np.ndarray) -> np.ndarray:
         return table.decode(np.where(confidence < min_confidence * 255, IGNORE, labels.astype(np.int64)))
 
-    nodata = 0 if table.ignored_value is None else table.ignored_value
     colors = dict(zip(table.raw.tolist(), table.colors.tolist(), strict=True))
-    return _Output(table.decode(np.zeros((1, 1), np.int64)).dtype, nodata, colors, decode)
+    return _Output(table.decode(np.zeros((1, 1), np.int64)).dtype, table.ignored_value, colors, decode)

@@ -144,7 +144,10 @@ class Result:
 def check_ignored_value(table: ClassTable) -> None:
     """Raise a `UserError` if the class table has no ignored label value."""
     if table.ignored_value is None:
-        raise UserError("a minimum confidence needs an ignored label value; set DATASET.ignore_values, e.g. [255]")
+        raise UserError(
+            "a minimum confidence needs an ignored label value; set DATASET.ignore_values, e.g. [255], or add a row "
+            "without a name to the CSV file in DATASET.classes"
+        )
 
 
 def raster_suffixes(suffixes: Sequence[str]) -> list[str]:
