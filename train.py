@@ -44,6 +44,7 @@ def main() -> int:
             options={key: cfg.option(key) for key in OPTIONS},
             images=panels,
             main=world.is_main,
+            resumed=resumed,
         ) as run_logger:
             inference = build.inference_options(cfg)
             trainer.fit(dataset, val_dataset, resume=cfg.TRAIN.resume, inference=inference, run_logger=run_logger)

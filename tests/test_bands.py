@@ -14,10 +14,13 @@ from test_raster import write_tiff
 from torch import nn
 
 from mit_semseg import Segmenter
+from mit_semseg.build import build_module
+from mit_semseg.config import load_config
 from mit_semseg.config.validation import ConfigError
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.bands import Bands
 from mit_semseg.dataset.image_io import ImageFileError
+from mit_semseg.engine import RunFolder
 from mit_semseg.models import ModelBuilder
 from mit_semseg.models.layers import set_input_channels
 
@@ -157,6 +160,29 @@ def test_first_convolution_of_inflated_encoders(name, channels):
     expected = rgb.sum(1, keepdim=True) if channels == 1 else rgb[:, [i % 3 for i in range(channels)]] * 3 / channels
     torch.testing.assert_close(conv.weight, expected)
     assert encoder(torch.rand(1, channels, 64, 64))[-1].isfinite().all()
+
+
+def test_pixels_without_data_become_the_mean(tmp_path):
+    pixels = np.full((40, 48, 2), 7.0, np.float32)
+    pixels[:10] = -9999
+    write_tiff(tmp_path / "a.tif", pixels, tiled=False, geo=False, nodata=-9999)
+    tensor = Bands((5.0, 5.0), (2.0, 2.0)).read(tmp_path / "a.tif").to_tensor()
+    assert tensor[:, :10].eq(0).all()
+    assert tensor[:, 10:].eq(1).all()
+
+
+@pytest.mark.parametrize("name", ["timm:test_efficientnet", "timm:test_convnext", "timm:test_vit"])
+def test_networks_of_timm_are_saved_and_loaded(tmp_path, name):
+    opts = ["MODEL.arch_encoder", name, "MODEL.arch_decoder", "c1", "MODEL.pretrained", False, "DATASET.num_class", 3]
+    opts += ["DIR", str(tmp_path), "DATASET.padding_constant", 16, "DATASET.segm_downsampling_rate", 16]
+    opts += [word for pair in band_options(4).items() for word in pair]
+    module = build_module(load_config(None, opts), torch.device("cpu"))
+    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
+    segmenter = Segmenter.from_cfg(load_config(None, opts), "epoch_1.pth", torch.device("cpu"))
+    segmenter.save(tmp_path / "a.safetensors")
+    image = np.random.default_rng(0).integers(0, 200, (48, 64, 4), np.uint8)
+    again = Segmenter.from_file(tmp_path / "a.safetensors", device="cpu")
+    assert np.array_equal(segmenter(image).label_map, again(image).label_map)
 
 
 def test_wrong_numbers_of_channels_and_options_are_errors(tmp_path):

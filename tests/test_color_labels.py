@@ -77,6 +77,14 @@ def test_table_without_unique_colors_is_an_error(tmp_path, text, message):
         class_table(str(tmp_path / "t.csv"), 3, label_format="colors")
 
 
+def test_classes_with_several_values_and_colors_are_written_in_their_color(tmp_path):
+    text = "raw,name,color\n0,,#000000\n1,a,#ff0000\n2,a,#ff0000\n3,b,\n4,b,#00ff00\n"
+    (tmp_path / "t.csv").write_text(text)
+    table = class_table(str(tmp_path / "t.csv"), 2, label_format="colors")
+    expected = [[[255, 0, 0], [0, 255, 0], [0, 0, 0]]]
+    assert table.decode(np.array([[0, 1, -1]])).tolist() == expected
+
+
 def test_class_has_precedence_over_ignored_values_of_its_color():
     table = class_table("cityscapes", 19, label_format="colors")  # license plates (ignored) have the color of cars
     blue = np.array([[142 * 65536]])

@@ -150,6 +150,19 @@ def test_spoiled_labels_have_the_lowest_quality(tmp_path):
     assert np.nanmean(doubt[:4, :5]) < 0.1 < 0.8 < np.nanmean(doubt[4:, 5:])
 
 
+def test_image_without_labelled_samples_has_no_quality(tmp_path):
+    write_pairs(tmp_path / "val", [(40, 40)] * 2, values=(1, 2, 3))
+    sparse = np.zeros((40, 40), np.uint8)
+    sparse[0, 0] = 1  # not at a sampled position
+    Image.fromarray(sparse).save(tmp_path / "val/annotations/00.png")
+    result = evaluate(
+        Predictor(ColorNetwork()), ValDataset(tmp_path, "val", options(imgSizes=40)), loading=LOADING, diagnostics=True
+    )
+    rows = json.loads(json.dumps(result.as_dict(), allow_nan=False))["per_image"]
+    assert [row["image"] for row in rows] == ["val/images/01.png", "val/images/00.png"]
+    assert rows[1]["label_quality"] is None
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp("data"))

@@ -23,6 +23,7 @@ from mit_semseg.config import load_config
 from mit_semseg.engine import RunFolder
 from mit_semseg.lib.utils import UserError
 from mit_semseg.predict.hub import model_card, read_results
+from mit_semseg.predict.network_file import read_network
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,21 @@ def test_export_and_evaluation_of_a_network_file(folder, tmp_path):  # noqa: F81
     first, second = (np.asarray(Image.open(tmp_path / name / "image_index.png")) for name in "ab")
     assert np.array_equal(first, second)
     here("mit_semseg.export", "--cfg", folder / "own.yaml", "--format", "safetensors", "--int8", code=2)
+
+
+def test_temperature_names_and_ignored_value_are_kept(tmp_path):
+    opts = ["MODEL.arch_encoder", "resnet18", "MODEL.arch_decoder", "c1", "DATASET.num_class", 3, "DIR", str(tmp_path)]
+    opts += ["DATASET.classes", "[a,b,c]", "DATASET.ignore_values", "[255]", "MODEL.pretrained", False]
+    module = build_module(load_config(None, opts), torch.device("cpu"))
+    RunFolder(tmp_path).save_weights(module, "epoch_1.pth")
+    (tmp_path / "temperature_epoch_1.json").write_text('{"temperature": 2.5}')
+    path = tmp_path / "a.safetensors"
+    Segmenter.from_cfg(load_config(None, opts), "epoch_1.pth", torch.device("cpu")).save(path)
+    module, _, table = read_network(path)
+    assert (module.temperature, table.ignored_value, module.decoder.class_names) == (2.5, 255, ("a", "b", "c"))
+    assert build_module(load_config(None, opts), torch.device("cpu"), checkpoint=str(path)).temperature == 2.5
+    result = Segmenter.from_file(path, device="cpu")(PIXELS)
+    assert np.array_equal(result.label_values(1.0), np.full(PIXELS.shape[:2], 255))
 
 
 def test_segmenter_of_a_module_cannot_be_saved(segmenter, tmp_path):  # noqa: F811

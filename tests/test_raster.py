@@ -13,11 +13,12 @@ from runs import ROOT, here, small
 from scenes import options, tiny_module, write_data_set
 
 from mit_semseg import Segmenter
-from mit_semseg.dataset import TestDataset, class_table
+from mit_semseg.dataset import TestDataset, class_table, rasters
 from mit_semseg.dataset.image_io import ImageFileError
 from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.lib.utils import UserError
 from mit_semseg.predict.raster import is_raster
+from mit_semseg.predict.results import is_output_file
 
 TRANSFORM = from_origin(500_000, 5_200_000, 0.5, 0.5)
 
@@ -80,6 +81,38 @@ def test_georeference_colors_and_missing_pixels_are_kept(tmp_path):
     assert (index.read(1)[:10, :30] == 255).all()
 
 
+def test_palette_colors_and_ground_control_points_are_kept(tmp_path):
+    pixels = random_pixels(64, 64)
+    image = Image.fromarray(pixels).quantize(16, dither=Image.Dither.NONE)
+    palette = {i: tuple(image.getpalette()[3 * i : 3 * i + 3]) for i in range(16)}
+    points = [rasterio.control.GroundControlPoint(r, c, 500 + c, 900 - r) for r, c in ((0, 0), (0, 60), (60, 0))]
+    with rasterio.open(
+        tmp_path / "p.tif", "w", driver="GTiff", height=64, width=64, count=1, dtype="uint8", photometric="palette"
+    ) as target:
+        target.write(np.asarray(image), 1)
+        target.write_colormap(1, palette)
+        target.gcps = points, rasterio.CRS.from_epsg(32632)
+    write_tiff(tmp_path / "rgb.tif", np.asarray(image.convert("RGB")))
+    net = segmenter()
+    first, second = (net.segment_raster(tmp_path / f"{name}.tif", tmp_path / name)[0] for name in ("p", "rgb"))
+    with rasterio.open(first) as result:
+        assert np.array_equal(result.read(1), rasterio.open(second).read(1))
+        assert [(point.x, point.y) for point in result.gcps[0]] == [(point.x, point.y) for point in points]
+    assert is_raster(tmp_path / "p.tif")
+
+
+def test_results_are_recognized_at_any_size(tmp_path, monkeypatch):
+    write_tiff(tmp_path / "a.tif", random_pixels(64, 64))
+    (path,) = segmenter().segment_raster(tmp_path / "a.tif", tmp_path / "a")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert is_output_file(path)
+    assert not is_output_file(tmp_path / "a.tif")
+    segmenter().segment_raster(tmp_path / "a.tif", tmp_path / "a")
+    write_tiff(tmp_path / "a_index.tif", random_pixels(64, 64))
+    with pytest.raises(UserError, match=r"a_index\.tif"):
+        segmenter().segment_raster(tmp_path / "a.tif", tmp_path / "a")
+
+
 def test_minimum_confidence_writes_the_ignored_value(tmp_path):
     write_tiff(tmp_path / "a.tif", random_pixels(64, 64))
     net, suffixes = segmenter(), ("_label.tif", "_confidence.tif")
@@ -106,13 +139,15 @@ def test_tiled_and_georeferenced_files_and_files_above_the_limit_are_rasters(tmp
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert is_raster(tmp_path / "image.png")
     monkeypatch.setitem(sys.modules, "rasterio", None)
+    assert not is_raster(tmp_path / "image.png")
+    rasters._rasterio.cache_clear()
     with pytest.raises(UserError, match="rasterio"):
         segmenter().segment_raster(tmp_path / "image.png", tmp_path / "a")
 
 
 def test_damaged_files_and_other_types_of_pixels_are_errors(tmp_path):
     write_tiff(tmp_path / "a.tif", random_pixels(64, 64).astype(np.uint16))
-    with pytest.raises(UserError, match=r"a\.tif.*DATASET\.mean"):
+    with pytest.raises(ImageFileError, match=r"a\.tif.*DATASET\.mean"):
         segmenter().segment_raster(tmp_path / "a.tif", tmp_path / "a")
     assert not list(tmp_path.glob("a_*"))
     path = write_tiff(tmp_path / "b.tif", random_pixels(256, 256), compress="deflate")

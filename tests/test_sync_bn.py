@@ -258,6 +258,13 @@ def test_replicas_share_running_statistics_after_global_pooling():
     assert_all_close(results, expected_pooled(5))
 
 
+def test_replicas_with_one_image_each_share_running_statistics_after_global_pooling():
+    norm, (x, _) = pooled_norm(), pooled_batch(2)
+    UserScatteredDataParallel(norm, ["cpu", "cpu"], timeout=20)(list(x.split(1)))
+    *_, mean, variance = expected_pooled(2)
+    assert_all_close([norm.running_mean, norm.running_var], [mean, variance])
+
+
 def _train_pooled_on_rank(rank):
     torch.manual_seed(0)
     x, factor = (t[3 * rank : 3 * rank + 3] for t in pooled_batch(6))

@@ -103,6 +103,14 @@ def test_training_continues_if_a_tracker_fails(root, tmp_path):
     assert "training is complete" in done.stdout
 
 
+def test_crash_before_the_first_checkpoint_starts_another_run(root, tmp_path):
+    environment = {"TRACKIO_DIR": str(tmp_path / "store")}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logger_run.json").write_text('{"trackio": "earlier"}')
+    train(root, tmp_path / "run", "trackio", 1, **environment)
+    assert json.loads((tmp_path / "run" / "logger_run.json").read_text())["trackio"] != "earlier"
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "mlflow"])
 def test_missing_package_is_named(root, tmp_path, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)

@@ -15,7 +15,7 @@ from shared_data import shared
 from mit_semseg.config import load_config
 from mit_semseg.dataset import class_table
 from mit_semseg.engine import RunFolder
-from mit_semseg.models import ModelBuilder
+from mit_semseg.models import DECODERS, ModelBuilder
 from mit_semseg.models.weight_files import WeightsError, read_checkpoint, read_state_dict
 from mit_semseg.models.weights import load_weights, saved_class_names
 from mit_semseg.predict.network_file import write_network
@@ -100,6 +100,25 @@ def test_reset_classifier_keeps_the_rows_of_equal_names(tmp_path, old_count, giv
             assert torch.equal(value, torch.stack([loaded[2], loaded[1], random[name][2]]))
         else:
             assert torch.equal(value, loaded)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_reset_classifier_changes_only_the_classifier_of_every_decoder(tmp_path, name):
+    def build(count, names, **options):
+        channels = (8, 16, 32, 64)
+        return ModelBuilder.build_decoder(name, num_class=count, in_channels=channels, class_names=names, **options)
+
+    old = build(4, ["wall", "sky", "tree", "car"])
+    torch.save(old.state_dict(), tmp_path / "d.pth")
+    new = build(2, ["tree", "river"], weights=str(tmp_path / "d.pth"), reset_classifier=True)
+    classifier = {f"{layer}.{leaf}" for layer in new.classifier_layers() for leaf in ("weight", "bias")}
+    before = old.state_dict()
+    for key, value in new.state_dict().items():
+        if key in classifier:
+            assert torch.equal(value[0], before[key][2])
+            assert len(value) == 2
+        else:
+            assert torch.equal(value, before[key]), key
 
 
 def test_class_names_are_stored_in_every_kind_of_file(tmp_path):

@@ -62,6 +62,9 @@ def fit(cfg: Config, world: World, dataset: ValDataset) -> float:
             "which is then also used with sliding windows"
         )
     parts = run_sharded(sample_shard, world, len(dataset), (cfg, dataset), lambda name: None)
+    parts = [part for part in parts if len(part[1])]
+    if not parts:
+        raise UserError("--fit-temperature: no pixel of the validation set is labelled; check the label files")
     logits, labels = zip(*parts, strict=True)
     logits = [torch.from_numpy(np.concatenate(scale, axis=1)) for scale in zip(*logits, strict=True)]
     result = fit_temperature(logits, torch.from_numpy(np.concatenate(labels)))

@@ -202,5 +202,5 @@ def _int8_datasets(cfg: Config, args: argparse.Namespace) -> tuple[ValDataset, V
     for name in ("calibration", "scored"):
         if getattr(args, name) < 1:
             raise ExportError(f"--{name} {getattr(args, name)} is too small; use at least 1 image")
-    training = ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_train, cfg.DATASET)
+    training = ValDataset(cfg.DATASET.root_dataset, cfg.DATASET.list_train, cfg.DATASET, part=0)
     return training.subsample(args.calibration), build_val_dataset(cfg).subsample(args.scored)

@@ -33,6 +33,7 @@ class RunLogger:
         options: names and values of all options.
         images: paths of all validation images, whose panels are written to `folder`/vis/epoch_N; empty for no panels.
         main: whether this is rank 0. Other ranks write only panels.
+        resumed: continue the run of the tracker that an earlier training in `folder` has started.
 
     Raises:
         UserError: the tracker is not installed.
@@ -47,8 +48,9 @@ class RunLogger:
         options: Mapping[str, object],
         images: Sequence[str],
         main: bool,
+        resumed: bool,
     ):
-        self.folder, self.table, self.options, self.main = Path(folder), table, options, main
+        self.resumed, self.folder, self.table, self.options, self.main = resumed, Path(folder), table, options, main
         self._stems, self._panels = unique_stems(images), []
         self._tracker_class = TRACKERS.get(logger) if main else None
         if self._tracker_class and not find_spec(self._tracker_class.package):
@@ -92,7 +94,7 @@ class RunLogger:
         `logger_run.json` contains its run, which a resumed training continues.
         """
         path, name = self.folder / "logger_run.json", self._tracker_class.package
-        stored = json.loads(path.read_text(**UTF8)) if path.is_file() else {}
+        stored = json.loads(path.read_text(**UTF8)) if self.resumed and path.is_file() else {}
         tracker = self._tracker_class(self.folder, self.options, stored.get(name, ""))
         if tracker.run:
             with atomic_write(path) as partial:

@@ -126,7 +126,7 @@ def segment_shard(
     loading = load_options(cfg, cfg.TEST.batch_size, shard.local_size)
     with worker_errors(), background_writer() as submit:
         paths = list(stems)[own.start : own.stop]
-        rasters = [path for path in paths if is_raster(path)]
+        rasters = dict.fromkeys(path for path in paths if is_raster(path))
         for path in rasters:
             try:
                 files = segmenter.segment_raster(

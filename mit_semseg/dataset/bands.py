@@ -37,7 +37,7 @@ class Bands:
             UserError: rasterio is not installed.
         """
         with open_raster(path) as raster:
-            return self.from_array(raster.read(), str(path))
+            return self.from_array(raster.read_with_nan(), str(path))
 
     def from_array(self, pixels: np.ndarray, name: str) -> "BandImage":
         """Return the image of an array (H, W, N), or (H, W) for one channel.

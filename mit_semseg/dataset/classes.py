@@ -53,9 +53,13 @@ class ClassTable:
     raw_of_color: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
-    def from_raw_values(cls, names: Sequence[str], colors: Sequence[Sequence[int]], raw: Sequence[int]) -> "ClassTable":
-        """Build a table in which every class has one raw label value."""
+    def from_raw_values(
+        cls, names: Sequence[str], colors: Sequence[Sequence[int]], raw: Sequence[int], ignored: int | None = None
+    ) -> "ClassTable":
+        """Build a table in which every class has one raw label value; `ignored` is an ignored value."""
         index = np.full(RAW_VALUES, UNKNOWN, np.int64)
+        if ignored is not None:
+            index[ignored] = IGNORE
         index[raw] = np.arange(len(raw))
         return cls(tuple(names), np.array(colors, np.uint8), index, np.array(raw, np.int32))
 
@@ -90,11 +94,11 @@ class ClassTable:
         Index -1 (`IGNORE`) becomes `ignored_value`; without such a value, all indices must be at least 0. With
         `color_labels`, return the colors (H, W, 3) uint8 of these values.
         """
-        raw = np.append(self.raw, [] if self.ignored_value is None else self.ignored_value)
         if self.color_labels:
-            color_of_raw = {value: color for color, value in reversed(self.raw_of_color.items())}
-            colors = np.array([color_of_raw[value] for value in raw], "<u4")
-            return colors.view(np.uint8).reshape(-1, 4)[indices, :3]
+            ignored = [color for color, raw in self.raw_of_color.items() if raw == self.ignored_value][:1]
+            colors = np.array(ignored, "<u4").view(np.uint8).reshape(-1, 4)[:, :3]
+            return np.concatenate([self.colors, colors])[indices]
+        raw = np.append(self.raw, [] if self.ignored_value is None else self.ignored_value)
         return raw.astype(np.uint8 if raw.max() < 256 else np.uint16)[indices]
 
     def encode(self, raw: np.ndarray) -> np.ndarray:

@@ -37,23 +37,33 @@ class ImageListDataset(Dataset):
         odgt: list of images, see `load_records`.
         opt: object with imgSizes, imgMaxSize and padding_constant, and optionally other DATASET options.
         max_sample, start_idx, end_idx: use records `start_idx:end_idx` of the first `max_sample`; -1 sets no limit.
+        part: with DATASET.val_fraction, 0 selects the training images, and 1 the validation images.
 
     Attributes:
         records: one `Record` per image.
         skipped: with DATASET.on_error skip, one message per skipped line or file of the list.
     """
 
-    part: int | None = None  # set of a split (DATASET.val_fraction): 0 for training, 1 for validation, None for both
+    default_part: int | None = None  # `part` if it is not given
 
     def __init__(
-        self, root_dataset: str | os.PathLike, odgt, opt, max_sample: int = -1, start_idx: int = -1, end_idx: int = -1
+        self,
+        root_dataset: str | os.PathLike,
+        odgt,
+        opt,
+        max_sample: int = -1,
+        start_idx: int = -1,
+        end_idx: int = -1,
+        *,
+        part: int | None = None,
     ):
         self.root_dataset = root_dataset
         self.skip = getattr(opt, "on_error", "stop") == "skip"
         self.skipped: list[str] = []
         records = load_records(odgt, root_dataset, self.skipped if self.skip else None)
-        if self.part is not None and (fraction := getattr(opt, "val_fraction", 0)):
-            records = split_records(records, fraction, seed=opt.val_seed, groups=opt.val_groups)[self.part]
+        part = self.default_part if part is None else part
+        if part is not None and (fraction := getattr(opt, "val_fraction", 0)):
+            records = split_records(records, fraction, seed=opt.val_seed, groups=opt.val_groups)[part]
         records = records[:max_sample] if max_sample > 0 else records
         self.records = records[max(start_idx, 0) : end_idx if end_idx >= 0 else None]
         self.img_sizes = tuple(opt.imgSizes) if isinstance(opt.imgSizes, (list, tuple)) else (int(opt.imgSizes),)
@@ -209,7 +219,7 @@ class TrainDataset(LabelledDataset):
         batch_per_gpu: number of images per batch.
     """
 
-    part = 0
+    default_part = 0
 
     def __init__(self, root_dataset, odgt, opt, batch_per_gpu: int = 1, *, seed: int = 304):
         super().__init__(root_dataset, odgt, opt)
@@ -308,7 +318,7 @@ class TrainDataset(LabelledDataset):
 class ValDataset(LabelledDataset):
     """Labelled images, resized to every scale of evaluation. Takes the arguments of `ImageListDataset`."""
 
-    part = 1
+    default_part = 1
 
     def load(self, record: dict) -> dict:
         """Return the dict from `multi_scale` plus `seg_label` (1, H, W) int64 with -1 for ignored pixels."""

@@ -9,6 +9,7 @@ properties of usable files. Exit codes: 0 if all files can be used, 1 if some ca
 import argparse
 import re
 import sys
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from .records import load_records, sequence_of, split_records
 
 THUMBNAIL = 16  # width and height of thumbnails
 SIMILAR = 0.5  # neighboring frames: maximum difference of thumbnails, as a fraction of the typical difference
+MAX_COMPARED = 500  # maximum number of training images from which a typical difference is computed
 MIN_SIMILAR = 5  # minimum number of similar pairs for a warning
 MAX_EXAMPLES = 3  # maximum number of printed problems with the same cause
 _FILES_AND_NUMBERS = re.compile(r"^.*?(?=: | has no partner| is missing)|has no partner .*|[0-9]+x?")
@@ -127,8 +129,10 @@ def _inspect_record(dataset: LabelledDataset, record: dict) -> _Inspection | Use
     thumbnail = dataset.to_rgb(image).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     channels = None
     if dataset.bands:
-        values = np.nan_to_num(image.pixels.astype(np.float64))
-        channels = np.stack([values.mean((0, 1)), (values**2).mean((0, 1))])
+        finite = np.isfinite(image.pixels)
+        values = np.where(finite, image.pixels, 0).astype(np.float64)
+        counts = np.maximum(finite.sum((0, 1)), 1)
+        channels = np.stack([values.sum((0, 1)) / counts, (values**2).sum((0, 1)) / counts])
     return _Inspection(image.size, pixels, notes, np.asarray(thumbnail, np.float32), channels)
 
 
@@ -163,11 +167,16 @@ def sequence_warning(training: Mapping[str, np.ndarray], validation: Mapping[str
     for path in training:
         name, number = sequence_of(path)
         sequences[Path(name).name].append((number, path))
-    similar, compared, thumbnails = [], 0, np.array(list(training.values()))
+    for frames in sequences.values():
+        frames.sort()
+    step = -(-len(training) // MAX_COMPARED)
+    similar, compared, thumbnails = [], 0, np.array(list(training.values())[::step])
     for path, thumbnail in validation.items():
         name, number = sequence_of(path)
-        if candidates := sequences.get(Path(name).name):
-            neighbor = min(candidates, key=lambda candidate: abs(candidate[0] - number))[1]
+        if frames := sequences.get(Path(name).name):
+            position = bisect_left(frames, (number, ""))
+            near = frames[max(position - 1, 0) : position + 1]
+            neighbor = min(near, key=lambda frame: abs(frame[0] - number))[1]
             typical = np.median(np.abs(thumbnails - thumbnail).mean((1, 2)))
             compared += 1
             if np.abs(training[neighbor] - thumbnail).mean() < SIMILAR * typical:

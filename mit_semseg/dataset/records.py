@@ -65,7 +65,8 @@ def split_records(
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, record in enumerate(records):
-        members[sequence_of(record["fpath_img"])[0] if groups else record["fpath_img"]].append(i)
+        name = record["fpath_img"]
+        members[sequence_of(name)[0] if groups else Path(name).as_posix()].append(i)
     if len(members) < 2:
         kind = "one group of names (DATASET.val_groups)" if groups and len(records) > 1 else "one image"
         raise ListError(f"DATASET.val_fraction {fraction:g} cannot split the images, because there is only {kind}")
@@ -87,7 +88,7 @@ def sequence_of(path: str) -> tuple[str, int]:
     if not match:
         return path, -1
     start, number, _ = match.groups()
-    return str(Path(path).with_name(f"{start}#")), int(number)
+    return Path(path).with_name(f"{start}#").as_posix(), int(number)
 
 
 def _read_source(path: Path, root: str | os.PathLike) -> tuple[list[Record], list[str]]:

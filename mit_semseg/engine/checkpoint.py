@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..lib.utils import HOST, UTF8, UserError, atomic_write, shorten_list
-from ..models.weight_files import WeightsError, read_checkpoint
+from ..models.weight_files import WeightsError, read_checkpoint, stored_temperature
 from ..models.weights import is_whole_network, load_weights
 from .distributed import World
 
@@ -109,23 +109,20 @@ class RunFolder:
 
     def temperature_path(self, suffix: str) -> Path:
         """Return the path of the temperature of a checkpoint, e.g. `temperature_best.json`; see `weight_files`."""
-        return (
-            self.path("temperature", suffix).with_suffix(".json")
-            if len(Path(suffix).parts) == 1
-            else (Path(suffix).with_name(f"temperature_{Path(suffix).stem}.json"))
-        )
+        base = self.folder / suffix if len(Path(suffix).parts) == 1 else Path(suffix)
+        return base.with_name(f"temperature_{base.stem}.json")
 
     def read_temperature(self, suffix: str) -> float:
         """Return the temperature of a checkpoint, by which inference divides logits; 1 if none was fitted."""
         path = self.temperature_path(suffix)
         if not path.is_file():
-            return 1.0
+            return stored_temperature(suffix)
         try:
             value = float(json.loads(path.read_text(**UTF8))["temperature"])
         except (ValueError, KeyError, TypeError):
             value = math.nan
         if not 0 < value < math.inf:
-            raise CheckpointError(f"{path} does not contain a positive temperature; delete the file, or fit it again")
+            raise CheckpointError(f"{path} does not contain a positive temperature; delete the file")
         return value
 
     def describe_saved(self) -> str:

@@ -143,8 +143,13 @@ class Evaluation:
                 "mean_boundary_iou": self.diagnostics.mean_boundary_iou,
                 "expected_calibration_error": self.diagnostics.reliability.error,
                 "per_image": [
-                    {"image": x.name, "label_quality": x.label_quality, "mean_iou": x.mean_iou, "accuracy": x.accuracy}
-                    for x in sorted(self.scores, key=lambda score: (score.label_quality, score.name))
+                    {
+                        "image": x.name,
+                        "label_quality": None if math.isnan(x.label_quality) else x.label_quality,
+                        "mean_iou": x.mean_iou,
+                        "accuracy": x.accuracy,
+                    }
+                    for x in sorted(self.scores, key=lambda x: (math.isnan(x.label_quality), x.label_quality, x.name))
                     if x.labelled
                 ],
             }
@@ -204,7 +209,7 @@ def read_items(dataset, device: torch.device | str, loading: LoadOptions | None 
     Call this function in the context `loader.worker_errors`, which converts errors of workers.
 
     Args:
-        dataset: `ValDataset` or `TestDataset`, whose images are normalized on the device; other items are not changed.
+        dataset: `ValDataset` or `TestDataset`, whose images are normalized on the device.
         device: device to which images are copied.
         loading: options for loading images.
     """
@@ -219,8 +224,8 @@ def read_items(dataset, device: torch.device | str, loading: LoadOptions | None 
         pin_memory=torch.device(device).type == "cuda",
     )
     for item in chain.from_iterable(iterate(loader)):
-        if "normalization" in item:
-            item = {**item, "img_ori": item["img_ori"].numpy(), "img_data": images_to_device(item, device)}
+        if "img_data" in item:
+            item = {**item, "img_ori": np.asarray(item["img_ori"]), "img_data": images_to_device(item, device)}
         yield item
 
 

@@ -147,8 +147,8 @@ class Predictor:
             if confidence:
                 largest.append(strip.amax(0).float())
             if samples:
-                inside = [row - top for row in rows if top <= row < top + strip.size(1)]
-                sampled.append(strip[:, inside][..., columns.start :: columns.step])
+                first = rows.start - top if top <= rows.start else (rows.start - top) % rows.step
+                sampled.append(strip[:, first :: rows.step, columns.start :: columns.step])
             top += strip.size(1)
         return Prediction(
             torch.cat(label_map), torch.cat(largest) if confidence else None, torch.cat(sampled, 1) if samples else None

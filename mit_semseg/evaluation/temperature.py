@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..dataset import ValDataset
 from ..dataset.loader import worker_errors
-from ..lib.utils import UserError
 from .calibration import Reliability, calibration_counts
 from .evaluator import LoadOptions, read_items
 from .inference import Predictor
@@ -29,7 +28,7 @@ TEMPERATURES = 0.05, 20.0  # range of temperatures that are tried
 def sample_logits(
     predictor: Predictor, dataset: ValDataset, pixels: int, loading: LoadOptions | None = None
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the logits of randomly chosen labelled pixels for `fit_temperature`, on the CPU.
+    """Return the logits of randomly chosen labelled pixels, and their labels, for `fit_temperature`, on the CPU.
 
     Args:
         predictor: network prepared for inference without sliding windows.
@@ -50,9 +49,7 @@ def sample_logits(
             sampled = [sampled_logits(x, size, align_corners=align_corners) for x in predictor.logits(item)]
             logits.append([x.flatten(1)[:, chosen.to(x.device)].float().cpu() for x in sampled])
             labels.append(label[chosen])
-    if not sum(map(len, labels)):
-        raise UserError("no pixel of the validation set is labelled; check the label files")
-    return [torch.cat(parts, dim=1) for parts in zip(*logits, strict=True)], torch.cat(labels)
+    return [torch.cat(parts, dim=1) for parts in zip(*logits, strict=True)], torch.cat([torch.empty(0).long(), *labels])
 
 
 @dataclass(frozen=True)

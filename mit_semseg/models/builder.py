@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import torch
 from torch import nn
 
 from ..lib.utils import UserError, closest
@@ -24,7 +25,7 @@ from .encoders.hrnet import HRNetV2
 from .encoders.mobilenet import EfficientNetLite0, MobileNetV2
 from .encoders.resnet import resnet18, resnet34, resnet50, resnet101, resnext101
 from .encoders.vgg import vgg16, vgg19
-from .layers import has_input_channels, init_layer, set_input_channels
+from .layers import first_convolution, init_layer, set_input_channels
 from .pretrained import load_imagenet_weights
 from .weight_files import read_state_dict
 from .weight_names import convert_names
@@ -126,12 +127,15 @@ class ModelBuilder:
         Raises a ValueError for an invalid name or output stride, and a WeightsError if the weights cannot be loaded.
         """
         if in_channels is not None:
-            inflated = weights and has_input_channels(read_state_dict(weights), in_channels)
-            rgb = {"weights": "", "pretrained": False} if inflated else {"weights": weights, "pretrained": pretrained}
-            encoder = set_input_channels(ModelBuilder.build_encoder(arch, **rgb, **kwargs), in_channels)
-            if inflated:
-                load_weights(encoder, weights, name=f"encoder {arch}", part="encoder")
-            return encoder
+            if weights and in_channels != 3:
+                encoder = ModelBuilder.build_encoder(arch, pretrained=False, **kwargs)
+                state, key = read_state_dict(weights), f"{first_convolution(encoder)}.weight"
+                if state.get(key, state.get(f"encoder.{key}", torch.empty(0, 3))).size(1) == in_channels:
+                    set_input_channels(encoder, in_channels)
+                    load_weights(encoder, weights, name=f"encoder {arch}", part="encoder")
+                    return encoder
+            encoder = ModelBuilder.build_encoder(arch, weights=weights, pretrained=pretrained, **kwargs)
+            return set_input_channels(encoder, in_channels)
         arch, options = arch.lower(), {key: value for key, value in kwargs.items() if value is not None}
         if arch.startswith(TIMM):
             return _timm_encoder()(arch.removeprefix(TIMM), weights=weights, pretrained=pretrained, **options)

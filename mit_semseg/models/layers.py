@@ -1,6 +1,6 @@
 """Building blocks shared by encoders and decoders."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..lib.nn import InPlaceABN, InPlaceABNSync, SynchronizedBatchNorm2d
-from ..lib.utils import IMAGENET_MEAN, IMAGENET_STD, cache_tensors
+from ..lib.utils import IMAGENET_MEAN, IMAGENET_STD, UserError, cache_tensors
 
 torch.fx.wrap("dilated_depthwise")  # FX cannot trace its conditions on shapes
 
@@ -215,7 +215,7 @@ def set_input_channels(encoder: nn.Module, channels: int) -> nn.Module:
     As in timm, the RGB weights are repeated and multiplied by 3 / `channels`; for one channel, they are summed. Images
     are then not converted from ImageNet normalization to that of the weights.
     """
-    conv = next(m for m in encoder.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3)
+    conv = encoder.get_submodule(first_convolution(encoder))
     if channels != 3:
         weight = conv.weight.detach()
         if channels == 1:
@@ -228,10 +228,12 @@ def set_input_channels(encoder: nn.Module, channels: int) -> nn.Module:
     return encoder
 
 
-def has_input_channels(state: Mapping[str, Tensor], channels: int) -> bool:
-    """Return whether the first convolution in the state dict of an encoder has this number of input channels."""
-    shapes = (x.shape for key, x in state.items() if x.dim() == 4 and not key.startswith("decoder."))
-    return channels != 3 and next(shapes, (0, 0))[1] == channels
+def first_convolution(encoder: nn.Module) -> str:
+    """Return the name of the first convolution with three input channels; raise a UserError if there is none."""
+    for name, layer in encoder.named_modules():
+        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
+            return name
+    raise UserError(f"{type(encoder).__name__} has no convolution of RGB images, so DATASET.channels is not supported")
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:

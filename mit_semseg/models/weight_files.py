@@ -58,6 +58,14 @@ def read_checkpoint(path: str | os.PathLike):
         ) from None
 
 
+def stored_temperature(path: str | os.PathLike) -> float:
+    """Return the temperature in the metadata of a `.safetensors` file; 1 if there is none, and for other files."""
+    if Path(path).suffix != ".safetensors":
+        return 1.0
+    with safe_open(path, "pt") as file:
+        return float((file.metadata() or {}).get("temperature", 1.0))
+
+
 def _numpy_scalar_types() -> list:
     """Return the functions and classes that `torch.load` must allow to unpickle NumPy scalars."""
     scalar = np.float64(0).__reduce__()[0]

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
@@ -60,18 +59,19 @@ def load_weights(
     state = read_state_dict(path) if state is None else state
     old_classes = saved_class_names(state) or old_classes
     state = _adapt_to_norms(module, state, path, name, part)
-    rows = None
-    if reset_classifier:
-        rows = _rows_of_equal_names(state, old_classes, getattr(module, "class_names", ()), path)
+    classifier, rows = (module.classifier_layers() if hasattr(module, "classifier_layers") else []), None
+    if reset_classifier and classifier:
+        count = len(state.get(f"{classifier[0]}.weight", ()))
+        rows = _rows_of_equal_names(count, old_classes, module.class_names, path)
     for key, value in state.items():
         if key not in own:
             (legacy if key.endswith(LEGACY_SUFFIXES) else unexpected).append(key)
-        elif rows and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
+        elif rows and key.rpartition(".")[0] in classifier and value.shape[1:] == own[key].shape[1:]:
             matching[key] = own[key].clone()
             matching[key][list(rows)] = value[list(rows.values())].to(own[key])
         elif value.shape == own[key].shape:
             matching[key] = value
-        elif reset_classifier and key.startswith("conv_last") and value.shape[1:] == own[key].shape[1:]:
+        elif reset_classifier and key.rpartition(".")[0] in classifier and value.shape[1:] == own[key].shape[1:]:
             skipped.append(key)
         else:
             mismatched.append(f"{key} is {tuple(value.shape)}, expected {tuple(own[key].shape)}")
@@ -118,10 +118,9 @@ def _synonyms(name: str) -> list[str]:
 
 
 def _rows_of_equal_names(
-    state: Mapping[str, Tensor], old: Sequence[str], new: Sequence[str], path: str | os.PathLike
+    count: int, old: Sequence[str], new: Sequence[str], path: str | os.PathLike
 ) -> dict[int, int] | None:
-    """Return rows of the new classifier -> rows of the classifier in `state`, or None if the names are unknown."""
-    count = next((len(x) for key, x in state.items() if re.fullmatch(r"conv_last(\.\d+)?\.bias", key)), 0)
+    """Return rows of the new classifier -> rows of the `count` rows in the file, or None if the names are unknown."""
     if not new or len(old) != count:
         logger.warning("the names of the %d classes in %s are unknown; set MODEL.weights_classes", count, path)
         return None

@@ -53,6 +53,7 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     """
     options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
     metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
+    metadata["ignored_value"] = table.ignored_value
     tensors, versions = {}, {}
     for part in ("encoder", "decoder"):
         state = getattr(module, part).state_dict()
@@ -89,7 +90,8 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
     options = json.loads(metadata["options"])  # of this version or an earlier one
     stored = {key: value for key, value in options.items() if key in OPTIONS and key not in NOT_APPLIED}
     cfg = load_config(None, [*(word for setting in stored.items() for word in setting), *opts])
-    table = ClassTable.from_raw_values(*(json.loads(metadata[key]) for key in ("classes", "colors", "raw_values")))
+    values = (json.loads(metadata[key]) for key in ("classes", "colors", "raw_values"))
+    table = ClassTable.from_raw_values(*values, json.loads(metadata.get("ignored_value", "null")))
     module = build_module(cfg, torch.device("cpu"), checkpoint=str(path))
-    module.temperature = json.loads(metadata.get("temperature", "1"))
+    module.decoder.class_names = table.names
     return module, cfg, table

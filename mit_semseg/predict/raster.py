@@ -26,6 +26,7 @@ from ..dataset.transforms import normalize_batch, round_up
 from ..evaluation import Predictor
 from ..evaluation.label_map import labels_of_strip
 from ..lib.utils import UserError, atomic_write
+from .results import check_ignored_value, check_overwriting
 
 WINDOW = 512  # side of sliding windows if INFERENCE.window_size is 0
 ROWS = 512  # number of rows that are written at once
@@ -36,7 +37,7 @@ TILE_TAG = 322  # TIFF tag of tiled files
 def is_raster(path: str | os.PathLike) -> bool:
     """Return whether an image is segmented window by window.
 
-    This applies to images with more pixels than Pillow decodes and, if rasterio is installed, to TIFF files that are
+    If rasterio is installed, this applies to images with more pixels than Pillow decodes, and to TIFF files that are
     tiled or georeferenced.
     """
     try:
@@ -45,7 +46,7 @@ def is_raster(path: str | os.PathLike) -> bool:
             with Image.open(path) as image:
                 tags = getattr(image, "tag_v2", ())
     except Image.DecompressionBombError:
-        return True
+        return find_spec("rasterio") is not None
     except (OSError, SyntaxError, ValueError):  # not an image, or a TIFF file that Pillow does not support
         tags = None
     if not is_tiff(path) or find_spec("rasterio") is None:
@@ -94,16 +95,10 @@ class WindowReader:
 
     def _read(self, rows: slice, columns: slice) -> Tensor:
         """Return the pixels of a window that are inside the image."""
-        pixels = self.raster.read(rows, columns)
         if self.bands:
+            pixels = self.raster.read_with_nan(rows, columns)
             return self.bands.from_array(pixels, self.raster.name).to_tensor()[None].to(self.device)
-        pixels = pixels[..., :3] if pixels.shape[2] >= 3 else pixels[..., :1].repeat(3, 2)
-        if pixels.dtype != np.uint8:
-            raise UserError(
-                f"{self.raster.name} has pixels of type {pixels.dtype}; train a network with DATASET.channels, "
-                f"DATASET.mean and DATASET.std for such images"
-            )
-        x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None].to(self.device)
+        x = torch.from_numpy(self.raster.read_rgb(rows, columns)).permute(2, 0, 1)[None].to(self.device)
         return normalize_batch(x, self.normalization)
 
 
@@ -133,10 +128,14 @@ def segment_raster(
         min_confidence: pixels with a smaller confidence get the ignored label value in `_label.tif`.
 
     Raises:
-        ImageFileError: the file cannot be read.
-        UserError: the type of the pixels is not supported.
+        ImageFileError: the file cannot be read, or the type of its pixels is not supported.
+        UserError: a result would overwrite another file, or `min_confidence` needs an ignored label value.
+        WriteError: a result cannot be written.
     """
     paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
+    check_overwriting(str(path), paths)
+    if min_confidence:
+        check_ignored_value(table)
     outputs = [_make_output(suffix, table, min_confidence) for suffix in suffixes]
     with ExitStack() as stack:
         raster = stack.enter_context(open_raster(path))
@@ -147,7 +146,7 @@ def segment_raster(
             options = {"dtype": output.dtype, "nodata": output.nodata, "colors": output.colors}
             targets.append(stack.enter_context(create_raster(partial, raster, **options)))
         reader, top = WindowReader(raster, predictor.device, bands, normalization, multiple), 0
-        window = predictor.options.window_size or (WINDOW, WINDOW)
+        window = predictor.options.window_size or (round_up(WINDOW, multiple),) * 2
         for labels, confidence in _blocks(predictor.window_strips([reader], reader.shape[2:], window), reader.shape[3]):
             rows = slice(top, min(top + len(labels), height))
             inside = slice(0, rows.stop - rows.start), slice(0, width)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import chain, count
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..dataset import ClassTable
 from ..dataset.classes import IGNORE
-from ..dataset.rasters import SOFTWARE
+from ..dataset.rasters import SOFTWARE, is_tiff, raster_software
 from ..lib.utils import UTF8, UserError, atomic_write
 from .visualize import OPACITY, class_fractions, colorEncode, draw_confidence, overlay, panel
 
@@ -34,7 +35,6 @@ RASTER_SUFFIXES = {
     "_label.png": "_label.tif",
     "_confidence.png": "_confidence.tif",
 }
-SOFTWARE_TAG = 305  # TIFF tag
 PNG_LEVEL = 1  # compression level; compared with Pillow's default 6, half the time and 10 % larger files
 
 
@@ -213,8 +213,9 @@ def is_output_file(path: Path) -> bool:
         if path.suffix == ".json":
             content = json.loads(path.read_text(encoding="utf-8"))
             return isinstance(content, dict) and {"image", "classes"} <= content.keys()
+        if is_tiff(path):
+            return find_spec("rasterio") is not None and raster_software(path) == SOFTWARE
         with Image.open(path) as image:
-            tags = image.tag_v2 if image.format == "TIFF" else {}
-            return SOFTWARE in (image.info.get("Software"), tags.get(SOFTWARE_TAG))
+            return image.format == "PNG" and image.info.get("Software") == SOFTWARE
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return False

@@ -168,13 +168,14 @@ class Segmenter:
     ) -> Result:
         """Return a result; `image` is None if the image must be read again from the path `name` when it is needed."""
         labels, largest = label_map.cpu().numpy().astype(np.int64), None if confidence is None else confidence.numpy()
-        source = image if self._dataset.bands else Image.fromarray(pixels)
+        source = image if self._dataset.bands else pixels
         return Result(name, pixels, labels, self.table, partial(self._top_classes, name, source), _confidence=largest)
 
     def _top_classes(
-        self, path: str, image: Image.Image | BandImage | None, count: int
+        self, path: str, source: np.ndarray | BandImage | None, count: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        image = self._dataset.read(path) if image is None else image
+        image = self._dataset.read(path) if source is None else source
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
         with self._lock:
             return self._predictor.top_classes(self._preprocess(image), count)
 
@@ -201,7 +202,8 @@ class Segmenter:
                 logits = self._predictor.logits(item)
                 mean = [torch.lerp(new, old, smoothing) for new, old in zip(logits, mean or logits, strict=True)]
                 align_corners, size = self._predictor.network.align_corners, item["img_ori"].shape[:2]
-                label_map = label_map_from_logits(mean, size, align_corners=align_corners)
+                scaled = [x / self._predictor.temperature for x in mean] if len(mean) > 1 else mean
+                label_map = label_map_from_logits(scaled, size, align_corners=align_corners)
             yield self._result(name, image, item["img_ori"], label_map)
 
     def segment_raster(

@@ -120,7 +120,7 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
         inputs = [x.detach() for x, *_ in arguments]
         if running := self._running_stats():
             values = inputs[0].flatten(1).to(self.running_mean.dtype)
-            if values.numel() == self.num_features and not self._syncs_ranks():
+            if len(inputs) == 1 and values.numel() == self.num_features and not self._syncs_ranks():
                 # A single value has no variance: use its squared deviation from the running mean.
                 running.update(values[0], (values[0] - self.running_mean).square())
             else:

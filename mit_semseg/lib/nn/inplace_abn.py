@@ -117,7 +117,7 @@ class InPlaceABN(SynchronizedBatchNorm2d):
             return self._gather_and_normalize(x, self.weight, self.bias, shortcut)
         if self.training or not self.track_running_stats:
             return self._normalize_replicas([(x, self.weight, self.bias, shortcut)])[0]
-        weight = self._effective_weight()
+        weight = effective_weight(self.weight, self.eps)
         y = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, False, 0.0, self.eps)
         return self._add_activate(y, shortcut)
 
@@ -140,9 +140,6 @@ class InPlaceABN(SynchronizedBatchNorm2d):
 
     def _add_activate(self, y: Tensor, shortcut: Tensor | None) -> Tensor:
         return _activate(y if shortcut is None else y + shortcut, self.slope)
-
-    def _effective_weight(self) -> Tensor | None:
-        return effective_weight(self.weight, self.eps)
 
 
 class InPlaceABNSync(InPlaceABN):

@@ -64,6 +64,12 @@ class Decoder(nn.Module, ABC):
     def head(self, features: list[Tensor]) -> Tensor:
         """Return logits (N, num_class, h, w), not yet resized to the image."""
 
+    def classifier_layers(self) -> list[str]:
+        """Return the names of the convolutions whose output channels are the classes."""
+        names = [name for name, layer in self.named_modules() if isinstance(layer, nn.Conv2d)]
+        main = [name for name in names if f"{name}.".startswith("conv_last.")][-1]
+        return [main, *(name for name in names if name == "conv_last_deepsup")]
+
     def make_deepsup(self, channels: int, norm_layer: NormLayer, *, dropout: float = 0.0, **options) -> None:
         """Create the layers before the auxiliary classifier; see `layers.conv_bn_relu` for `options`."""
         self.cbr_deepsup = conv_bn_relu(self.in_channels[-2:][0], channels, norm_layer=norm_layer, **options)
