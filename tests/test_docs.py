@@ -100,7 +100,7 @@ def folder(tmp_path_factory):
     (folder / "mine.yaml").write_text(own_data)
     for file, old, new in (
         ("config/quickstart.yaml", "epoch_iters: 50", "epoch_iters: 2"),
-        ("mine.yaml", "num_epoch: 30", "num_epoch: 1"),
+        ("mine.yaml", "num_epoch: 20", "num_epoch: 1"),
         ("mine.yaml", "[300, 375, 450]", "[64, 72]"),
     ):
         text = (folder / file).read_text()
