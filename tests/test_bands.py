@@ -1,7 +1,6 @@
 """Images with 1, 4 or 13 channels, in 16 bits or floating point (DATASET.channels, mean, std)."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from torch import nn
 from mit_semseg import Segmenter
 from mit_semseg.build import build_module
 from mit_semseg.config import load_config
-from mit_semseg.config.validation import ConfigError
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.bands import Bands
 from mit_semseg.dataset.image_io import ImageFileError
@@ -196,7 +194,6 @@ def test_wrong_numbers_of_channels_and_options_are_errors(tmp_path):
         (band_options(4, **{"DATASET.normalization": "caffe"}), "DATASET.normalization"),
     ):
         assert name in here("train.py", {**small(root, tmp_path / "run"), **changes}, code=2).stderr
-    assert issubclass(ConfigError, ValueError)
 
 
 def test_resumed_run_and_initial_weights(tmp_path):
@@ -217,4 +214,3 @@ def test_resumed_run_and_initial_weights(tmp_path):
     second = next(iter(torch.load(tmp_path / "again/encoder_epoch_1.pth", weights_only=True).values()))
     torch.testing.assert_close(second, first, rtol=1e-3, atol=1e-5)
     here("train.py", {**run, "TRAIN.resume": "auto", "TRAIN.num_epoch": 2})
-    shutil.rmtree(tmp_path / "again")

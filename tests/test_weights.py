@@ -121,6 +121,16 @@ def test_reset_classifier_changes_only_the_classifier_of_every_decoder(tmp_path,
             assert torch.equal(value, before[key]), key
 
 
+def test_reset_classifier_without_equal_names_keeps_random_rows(tmp_path):
+    old, new = tiny_module(3).decoder, tiny_module(3, seed=1).decoder
+    old.class_names, new.class_names = ["a", "b", "c"], ["d", "e", "f"]
+    random = {key: value.clone() for key, value in new.state_dict().items()}
+    torch.save(old.state_dict(), tmp_path / "d.pth")
+    load_weights(new, tmp_path / "d.pth", reset_classifier=True)
+    for name, value in new.state_dict().items():
+        assert torch.equal(value, random[name] if name.startswith("conv_last") else old.state_dict()[name])
+
+
 def test_class_names_are_stored_in_every_kind_of_file(tmp_path):
     module, names = tiny_module(), ["a", "b", "c;d"]
     module.decoder.class_names = names

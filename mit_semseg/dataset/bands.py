@@ -63,7 +63,7 @@ class Bands:
 
 @dataclass(frozen=True)
 class BandImage:
-    """An image with the methods of `PIL.Image.Image` that datasets use."""
+    """An image with any number of channels."""
 
     pixels: np.ndarray  # (H, W, N), integers or floats
     bands: Bands
@@ -73,9 +73,7 @@ class BandImage:
     def size(self) -> tuple[int, int]:
         return self.pixels.shape[1::-1]
 
-    def transpose(self, method: Image.Transpose) -> "BandImage":
-        if method != Image.Transpose.FLIP_LEFT_RIGHT:
-            raise NotImplementedError(method)
+    def flip_left_right(self) -> "BandImage":
         return BandImage(self.pixels[:, ::-1], self.bands)
 
     def crop(self, box: Sequence[int]) -> "BandImage":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..lib.utils import progress_bar, shorten_list
@@ -278,7 +278,8 @@ class TrainDataset(LabelledDataset):
             if self.random_scale:
                 scale = rng.uniform(*self.random_scale)
             if flip:
-                image, label = (x.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for x in (image, label))
+                label = ImageOps.mirror(label)
+                image = image.flip_left_right() if self.bands else ImageOps.mirror(image)
             size = tuple(max(1, int(side * scale)) for side in image.size)
             image, label = self._resize(image, size), imresize(label, size, "nearest")
             image, classes = self.augmentation(image, np.asarray(label), table.encode, rng)

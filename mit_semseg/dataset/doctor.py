@@ -192,17 +192,18 @@ def sequence_warning(training: Mapping[str, np.ndarray], validation: Mapping[str
 
 def _lists(options: Config) -> Iterator[tuple[str, list[dict], list[str]]]:
     """Yield name, records and problems of the training list and of the validation list."""
-    for source in dict.fromkeys((options.list_train, "" if options.val_fraction else options.list_val)):
-        if not source:
-            continue
-        problems: list[str] = []
-        records = load_records(source, options.root_dataset, problems)
-        if not options.val_fraction:
-            yield source, records, problems
-            continue
-        parts = split_records(records, options.val_fraction, seed=options.val_seed, groups=options.val_groups)
-        yield f"{source} (training)", parts[0], problems
-        yield f"{source} (validation)", parts[1], []
+    if not options.val_fraction:
+        for source in dict.fromkeys((options.list_train, options.list_val)):
+            problems: list[str] = []
+            yield source, load_records(source, options.root_dataset, problems), problems
+        return
+    problems = []
+    records = load_records(options.list_train, options.root_dataset, problems)
+    training, validation = split_records(
+        records, options.val_fraction, seed=options.val_seed, groups=options.val_groups
+    )
+    yield f"{options.list_train} (training)", training, problems
+    yield f"{options.list_train} (validation)", validation, []
 
 
 def main() -> int:

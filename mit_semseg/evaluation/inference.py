@@ -82,17 +82,18 @@ class Predictor:
         self.network = prepare(model, self.device, self.options) if isinstance(model, nn.Module) else model
         self.temperature = getattr(model, "temperature", 1.0)
 
-    def label_map(self, item: dict) -> Tensor:
+    def label_map(self, item: dict, logits: Sequence[Tensor] | None = None) -> Tensor:
         """Return the class with the largest probability at every pixel, without waiting for the device.
 
         Args:
             item: element of a `ValDataset` or `TestDataset`. `img_ori` is the image (H, W, 3); `img_data` is a list of
                 normalized images (1, 3, h, w), one per scale.
+            logits: replaces the result of `logits(item)`; not supported with a sliding window.
 
         Returns:
             (H, W) class indices on the device, uint8 for at most 256 classes, else int16.
         """
-        return self._predict(item, None).label_map
+        return self._predict(item, logits).label_map
 
     def label_maps(self, items: Sequence[dict]) -> Iterator[Tensor]:
         """Yield the label map of every item, see `predict`."""

@@ -66,7 +66,7 @@ def load_weights(
     for key, value in state.items():
         if key not in own:
             (legacy if key.endswith(LEGACY_SUFFIXES) else unexpected).append(key)
-        elif rows and key.rpartition(".")[0] in classifier and value.shape[1:] == own[key].shape[1:]:
+        elif rows is not None and key.rpartition(".")[0] in classifier and value.shape[1:] == own[key].shape[1:]:
             matching[key] = own[key].clone()
             matching[key][list(rows)] = value[list(rows.values())].to(own[key])
         elif value.shape == own[key].shape:

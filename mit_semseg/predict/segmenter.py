@@ -18,7 +18,6 @@ from ..dataset.classes import class_table_from_options
 from ..dataset.loader import images_to_device
 from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, predict_items, read_items
-from ..evaluation.label_map import label_map_from_logits
 from ..lib.nn.scatter import as_device
 from ..lib.utils import UserError, expand_path
 from ..models.pretrained import PUBLISHED, download_published, published_options
@@ -201,9 +200,7 @@ class Segmenter:
                 item = self._preprocess(image)
                 logits = self._predictor.logits(item)
                 mean = [torch.lerp(new, old, smoothing) for new, old in zip(logits, mean or logits, strict=True)]
-                align_corners, size = self._predictor.network.align_corners, item["img_ori"].shape[:2]
-                scaled = [x / self._predictor.temperature for x in mean] if len(mean) > 1 else mean
-                label_map = label_map_from_logits(scaled, size, align_corners=align_corners)
+                label_map = self._predictor.label_map(item, mean)
             yield self._result(name, image, item["img_ori"], label_map)
 
     def segment_raster(
