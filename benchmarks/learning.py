@@ -148,7 +148,8 @@ EXPERIMENTS = {
         {**PRETRAINED, "DATASET.imgSizes": "(240,300,360)"},
         {
             "own-folders.yaml": Variant(450, {}),
-            "with cross entropy": Variant(450, CROSS_ENTROPY),
+            "with class weights and averaged weights": Variant(450, {**WEIGHTS, "TRAIN.ema": 0.99}),
+            "with cross entropy and cosine schedule": Variant(450, {**CROSS_ENTROPY, "TRAIN.schedule": "cosine"}),
         },
     ),
     "aspp": Experiment(
