@@ -59,7 +59,7 @@ PRETRAINED = {
 }
 RECIPE = {"TRAIN.loss": "ce+lovasz", "TRAIN.class_weights": "auto", "TRAIN.ema": 0.99}
 CROP = {"DATASET.random_scale": "(0.27,1.07)", "DATASET.crop_size": "(192,256)"}  # 0.5 to 2 times 192 pixels
-JITTER = {"DATASET.color_jitter": 0.4}
+JITTER, CLASS_MIX = {"DATASET.color_jitter": 0.4}, {"DATASET.class_mix": 0.5}
 CROSS_ENTROPY = {"TRAIN.loss": "ce"}
 WEIGHTS, SAMPLING = {"TRAIN.class_weights": "auto"}, {"DATASET.class_sampling": 0.1}
 
@@ -103,9 +103,9 @@ def augmentations(steps: int) -> Experiment:
         "flip, scale and crop": Variant(steps, CROP),
         "flip, color jitter": Variant(steps, JITTER),
         "flip, RandAugment": Variant(steps, {}, "benchmarks/train_variant.py rand_augment"),
-        "flip, ClassMix": Variant(steps, {}, "benchmarks/train_variant.py class_mix"),
+        "flip, ClassMix": Variant(steps, CLASS_MIX),
         "flip, scale and crop, color jitter": Variant(steps, {**CROP, **JITTER}),
-        "flip, scale and crop, ClassMix": Variant(steps, CROP, "benchmarks/train_variant.py class_mix"),
+        "flip, scale and crop, ClassMix": Variant(steps, {**CROP, **CLASS_MIX}),
     }
     return Experiment(PRETRAINED, variants)
 

@@ -9,7 +9,14 @@ from PIL import Image
 from scenes import options, write_pairs
 
 from mit_semseg.dataset import TrainDataset, class_table
-from mit_semseg.dataset.augment import Augmentation, adjust_colors, gaussian_blur, largest_class_fraction, random_crop
+from mit_semseg.dataset.augment import (
+    Augmentation,
+    adjust_colors,
+    gaussian_blur,
+    largest_class_fraction,
+    mix_classes,
+    random_crop,
+)
 from mit_semseg.dataset.classes import IGNORE
 from mit_semseg.dataset.records import add_sizes
 from mit_semseg.dataset.transforms import CAFFE_MEAN, normalize
@@ -68,6 +75,35 @@ def test_augmentation_depends_on_the_seed_alone():
     assert Augmentation(jitter=1.0, blur=5.0)(image, label, unchanged, rng(3))[1] is label
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 2**32))
+def test_class_mix_pastes_half_of_the_classes_of_the_previous_image(sizes, seed):
+    labels = [rng(i).integers(IGNORE, 5, size) for i, size in enumerate(sizes)]
+    images = [torch.from_numpy(np.stack([label, np.full_like(label, i)])) for i, label in enumerate(labels)]
+    copies = [image.clone() for image in images], [label.copy() for label in labels]
+    mixed_images, mixed_labels = mix_classes(images, labels, 1.0, rng(seed))
+    assert all(torch.equal(a, b) for a, b in zip(images, copies[0], strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(labels, copies[1], strict=True))
+    for i, (image, label) in enumerate(zip(mixed_images, mixed_labels, strict=True)):
+        source = np.full((9, 9), IGNORE)
+        source[: sizes[i - 1][0], : sizes[i - 1][1]] = labels[i - 1]
+        source = source[: sizes[i][0], : sizes[i][1]]
+        pasted = image[1].numpy() != i
+        assert np.array_equal(image[0], label)  # image and label have the same pasted pixels
+        assert np.array_equal(label, np.where(pasted, source, labels[i]))
+        if len(sizes) > 1:
+            chosen, present = set(source[pasted]), set(labels[i - 1].flat) - {IGNORE}
+            assert len(chosen) <= (len(present) + 1) // 2
+            assert not chosen & set(source[~pasted])
+            assert IGNORE not in chosen
+
+
+def test_class_mix_changes_images_with_the_given_probability():
+    images, labels = list(torch.arange(200.0).view(200, 1, 1, 1)), [np.zeros((1, 1), int)] * 200
+    mixed, _ = mix_classes(images, labels, 0.25, rng())
+    assert 30 < sum(not torch.equal(a, b) for a, b in zip(images, mixed, strict=True)) < 70
+
+
 def test_color_factors():
     image = Image.new("RGB", (4, 4), (100, 50, 200))
     assert np.array_equal(np.asarray(adjust_colors(image, 1, 1, 1, 0)), np.asarray(image))
@@ -124,3 +160,18 @@ def test_random_scale_is_relative_to_the_original_size(data):
     dataset = TrainDataset(data, "train", options(random_scale=(0.5, 0.5), padding_constant=8), batch_per_gpu=1)
     sizes = {tuple(dataset[i]["img_data"].shape[-2:]) for i in range(12)}
     assert sizes == {(24, 32), (40, 16), (16, 16), (48, 48)}
+
+
+def test_batches_with_class_mix_depend_on_seed_and_index_alone(data):
+    opt = options(crop_size=40, segm_downsampling_rate=1)
+    plain, mixed, again = (
+        TrainDataset(data, "train", opt, batch_per_gpu=3, seed=1)
+        for opt in (opt, *[options(**vars(opt), class_mix=0.5)] * 2)
+    )
+    changed = 0
+    for index in (5, 0, 3):
+        batch = mixed[index]
+        assert all(torch.equal(batch[key], again[index][key]) for key in ("img_data", "seg_label"))
+        assert batch["info"] == plain[index]["info"]
+        changed += int((batch["seg_label"] != plain[index]["seg_label"]).any((1, 2)).sum())
+    assert 1 <= changed <= 8

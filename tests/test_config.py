@@ -98,6 +98,7 @@ VAL: 3
     [
         (["TRAIN.num_epoch"], "TRAIN.num_epoch"),
         (["TRAIN.lr_encoder=0", "TRAIN.lr_decoder=0"], "TRAIN.lr_encoder and TRAIN.lr_decoder"),
+        (["DATASET.class_mix=1", "TRAIN.batch_size_per_gpu=1"], "TRAIN.batch_size_per_gpu"),
         (["TRAIN.num_epochs=3"], r"TRAIN.num_epochs: .*did you mean TRAIN.num_epoch\?"),
         (["DATASET.imgSizes", "()"], "DATASET.imgSizes"),
         (["DATASET.imgMaxSize", "100"], "DATASET.imgMaxSize 100 .*DATASET.imgSizes"),

@@ -103,6 +103,7 @@ CHANGES_WEIGHTS = {
     "DATASET.random_scale": (0.5, 1.5),
     "DATASET.crop_size": (32, 40),
     "DATASET.class_sampling": 0.01,
+    "DATASET.class_mix": 1,
     "DATASET.color_jitter": 0.5,
     "DATASET.blur": 2.0,
     "DATASET.normalization": "caffe",

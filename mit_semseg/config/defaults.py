@@ -94,6 +94,13 @@ OPTIONS: dict[str, Option] = {
         "the temperature: 0.01 draws mostly the rarest classes, 1 draws all almost equally often. 0: off.",
         low=0,
     ),
+    "DATASET.class_mix": Option(
+        0.0,
+        "Probability that pixels of half of the classes of another image of the batch are pasted into a training image "
+        "(ClassMix; Olsson et al., 2021).",
+        low=0,
+        high=1,
+    ),
     "DATASET.color_jitter": Option(
         0.0, "Maximum change of brightness, contrast and saturation; for the hue, a fifth of this value.", low=0, high=1
     ),

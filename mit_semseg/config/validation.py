@@ -115,6 +115,9 @@ def _check_dataset(v: Mapping[str, object]) -> Iterator[str]:
     if v["DATASET.label_format"] == "colors" and not isinstance(v["DATASET.classes"], str):
         yield "DATASET.label_format colors needs a class table with colors; set DATASET.classes to a CSV file"
 
+    if v["DATASET.class_mix"] and v["TRAIN.batch_size_per_gpu"] == 1:
+        yield "DATASET.class_mix needs at least two images per batch; increase TRAIN.batch_size_per_gpu"
+
     channels, bands = v["DATASET.channels"], bool(v["DATASET.mean"] or v["DATASET.std"])
     if (bands or channels != 3) and not len(v["DATASET.mean"]) == len(v["DATASET.std"]) == channels:
         counts = f"{len(v['DATASET.mean'])} and {len(v['DATASET.std'])}"

@@ -1,11 +1,13 @@
-"""Data augmentation with random crops, color jitter and blur. Random numbers come from the caller's generator."""
+"""Data augmentation: random crops, color jitter, blur and ClassMix. Random numbers come from the caller's generator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.random import Generator
 from PIL import Image
+from torch import Tensor
 
 from .classes import IGNORE
 
@@ -77,6 +79,38 @@ def random_crop(
         if max_ratio >= 1 or largest_class_fraction(classes) < max_ratio:
             break
     return (left, top, left + width, top + height), classes
+
+
+def mix_classes(
+    images: Sequence[Tensor], labels: Sequence[np.ndarray], probability: float, rng: Generator
+) -> tuple[list[Tensor], list[np.ndarray]]:
+    """Paste half of the classes of the previous image of a batch into each image with this probability (ClassMix).
+
+    `images` (C, H, W) and `labels` (H, W) can have different sizes; pixels keep their positions. Return new images and
+    labels. The source of a paste is the image as it was given. Olsson et al., 2021, https://arxiv.org/abs/2007.07936.
+    """
+    mixed = [
+        paste_classes(images[i], labels[i], images[i - 1], labels[i - 1], rng)
+        if rng.random() < probability
+        else (images[i], labels[i])
+        for i in range(len(images))
+    ]
+    return [image for image, _ in mixed], [label for _, label in mixed]
+
+
+def paste_classes(
+    image: Tensor, label: np.ndarray, source: Tensor, source_label: np.ndarray, rng: Generator
+) -> tuple[Tensor, np.ndarray]:
+    """Paste the pixels of half of the classes of `source` (rounded up), see `mix_classes`."""
+    present = np.unique(source_label[source_label != IGNORE])
+    chosen = rng.permutation(present)[: (len(present) + 1) // 2]
+    height, width = (min(sides) for sides in zip(label.shape, source_label.shape, strict=True))
+    area = np.s_[..., :height, :width]
+    mask = np.isin(source_label[area], chosen)
+    image, label = image.clone(), label.copy()
+    label[area][mask] = source_label[area][mask]
+    image[area] = torch.where(torch.from_numpy(mask), source[area], image[area])
+    return image, label
 
 
 def largest_class_fraction(classes: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from ..lib.utils import progress_bar, shorten_list
-from .augment import Augmentation
+from .augment import Augmentation, mix_classes
 from .bands import BandImage, Bands
 from .class_counts import class_counts
 from .classes import UNKNOWN, ClassTable, class_table_from_options
@@ -225,7 +225,7 @@ class TrainDataset(LabelledDataset):
         super().__init__(root_dataset, odgt, opt)
         self.fast_resize = getattr(opt, "train_resize", "pixel-exact") == "fast"
         self.random_flip, self.random_scale = getattr(opt, "random_flip", True), getattr(opt, "random_scale", ())
-        self.augmentation = Augmentation.from_options(opt)
+        self.augmentation, self.class_mix = Augmentation.from_options(opt), getattr(opt, "class_mix", 0)
         self.batch_per_gpu, self.seed = batch_per_gpu, seed
         bar = progress_bar(self.records, desc="reading image sizes", unit="img", leave=False)
         upright = [self._is_upright(record) for record in bar]
@@ -286,6 +286,8 @@ class TrainDataset(LabelledDataset):
             images.append(self._to_tensor(image))
             labels.append(classes)
             paths.append(record["fpath_img"])
+        if self.class_mix:
+            images, labels = mix_classes(images, labels, self.class_mix, rng)
         batch = pad_batch(images, labels, self.padding_constant, self.segm_downsampling_rate, self.augmentation.crop)
         batch["info"] = paths
         if self.skip:

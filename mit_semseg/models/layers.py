@@ -46,9 +46,9 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 def dilated_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
     """Convolve each channel of (N, C, H, W) with its own kernel; the size does not change.
 
-    On CPUs, PyTorch's gradients of this operation are slow. In training with channels last input on a CPU, each feature
-    map is split into dilation² maps that contain every dilation-th row and column, and that are convolved without
-    dilation.
+    On CPUs without AVX-512, PyTorch's gradients of this operation are slow. In training with channels last input on a
+    CPU, each feature map is split into dilation² maps that contain every dilation-th row and column, and that are
+    convolved without dilation.
     """
     n, channels, height, width = x.shape
     padding = dilation * (weight.size(2) // 2)
