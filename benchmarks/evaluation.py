@@ -7,7 +7,9 @@ worker loads the images.
 
 - baseline: Pillow and NumPy prepare the images. The network runs in float32, channels first. The logits of all
   classes are resized to the image size, softmax is averaged over the scales, and histograms give the IoU.
-- ours: `evaluate` with the options of eval.py, in float32 or bfloat16.
+- ours: `evaluate` with the options of eval.py, in float32 or bfloat16. It also computes boundary IoU, calibration and
+  label quality, which the baseline does not.
+- without boundary IoU: the same, except that the pixels near boundaries are not counted.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from data import write_images
 from mit_semseg.dataset import ValDataset
 from mit_semseg.dataset.transforms import MEAN, STD, round_up, scale_for
-from mit_semseg.evaluation import InferenceOptions, Predictor, evaluate
+from mit_semseg.evaluation import InferenceOptions, Predictor, diagnostics, evaluate
 from mit_semseg.evaluation.evaluator import LoadOptions
 from mit_semseg.models import ModelBuilder, SegmentationModule, pyramid
 from mit_semseg.predict.results import save_png
@@ -85,15 +87,22 @@ def baseline(module: SegmentationModule, dataset: ValDataset, folder: Path, work
     return totals
 
 
-def ours(predictor: Predictor, dataset: ValDataset, folder: Path, workers: int):
+def no_boundary_counts(prediction: torch.Tensor, label: torch.Tensor, num_class: int) -> torch.Tensor:
+    """Replace `boundary_counts`, without its work."""
+    return torch.zeros(3, num_class, dtype=torch.int64, device=label.device)
+
+
+def ours(predictor: Predictor, dataset: ValDataset, folder: Path, workers: int, boundaries: bool):
     """Call `evaluate` and write panels; return the result of `evaluate`."""
-    with ThreadPoolExecutor(2) as pool:
+    counts = diagnostics.boundary_counts if boundaries else no_boundary_counts
+    with ThreadPoolExecutor(2) as pool, mock.patch.object(diagnostics, "boundary_counts", counts):
 
         def save(item, label_map):
             path = folder / f"{Path(item['info']).stem}.png"
             pool.submit(lambda: save_png(result_panel(item, label_map, dataset.table), path))
 
-        return evaluate(predictor, dataset, loading=LoadOptions(workers=workers), progress=False, on_result=save)
+        loading = LoadOptions(workers=workers)
+        return evaluate(predictor, dataset, loading=loading, progress=False, on_result=save, diagnostics=True)
 
 
 def measure(
@@ -114,7 +123,9 @@ def measure(
         implementations = {"baseline": partial(baseline, module, dataset, out, workers)}
         for precision in ("fp32", "bf16"):
             predictor = Predictor(module, device, InferenceOptions(precision=precision))
-            implementations[f"ours, {precision}"] = partial(ours, predictor, dataset, out, workers)
+            for boundaries, suffix in ((True, ""), (False, ", without boundary IoU")):
+                run = partial(ours, predictor, dataset, out, workers, boundaries)
+                implementations[f"ours, {precision}{suffix}"] = run
         ms = interleaved(implementations, device, repeats)
     return [
         {
