@@ -36,12 +36,11 @@ KINDS = {int: "integer", float: "number", str: "path"}
 MODELS_PAGE = """\
 # Encoders and decoders
 
-    O="MODEL.arch_encoder resnet50 MODEL.output_stride 0 MODEL.arch_decoder upernet"
-    python train.py --cfg mine.yaml $O DIR ckpt/upernet
+    python train.py --cfg mine.yaml DIR ckpt/upernet MODEL.arch_encoder resnet50 MODEL.arch_decoder upernet
 
 `mine.yaml` is your configuration, see [train on your own images](own-data.md). Every encoder works with every decoder.
-`MODEL.output_stride 0` selects the default of the encoder.
-The [columns](#columns) are explained after the tables.
+`eval.py` and `test.py` need the same options, so it is best to write them into a copy of the file. The
+[columns](#columns) are explained after the tables.
 
 ## Encoders
 
@@ -53,8 +52,7 @@ encoder of PSPNet and DeepLabV3 for [Cityscapes](datasets.md#cityscapes).
 ## Networks of timm
 
     pip install -e ".[timm]"
-    O="MODEL.arch_encoder timm:convnext_tiny MODEL.output_stride 0 MODEL.arch_decoder upernet"
-    python train.py --cfg mine.yaml $O DIR ckpt/convnext
+    python train.py --cfg mine.yaml DIR ckpt/convnext MODEL.arch_encoder timm:convnext_tiny MODEL.arch_decoder upernet
 
 `timm:NAME` is a network of [timm](https://huggingface.co/docs/timm), optionally with the tag of its weights, such as
 `timm:convnext_tiny.in12k_ft_in1k`. In Python, `timm.list_pretrained()` lists the names. Networks that cannot process
@@ -66,17 +64,17 @@ images of any size are refused with an error. These are examples:
 | --- | --- |
 | training on a CPU, or only PyPI is reachable | `efficientnet_lite0` with `upernet_tiny` |
 | a fast network | `timm:mobilenetv4_conv_small` with `upernet_tiny` |
-| a high mean IoU | `timm:convnext_tiny` or larger with `upernet` |
+| a high mean IoU | `timm:convnext_tiny` or larger with `upernet`, `lr_encoder 0.0001`, `lr_decoder 0.0001` |
 | self-supervised weights | `timm:vit_small_patch14_dinov2` with `upernet`, `DATASET.padding_constant 56` |
 | the published networks | `resnet50dilated` with `ppm_deepsup`, see the [configurations](#configurations) |
 
 - Output stride: most convolutional networks support `MODEL.output_stride` 8 and 16. A small output stride improves thin
   objects with `c1`, `ppm` and `aspp`, and costs more time. `upernet` combines the maps at strides 4 to 32.
 - Plain vision transformers: all maps have the same stride. `DATASET.padding_constant`, `DATASET.crop_size` and
-  `INFERENCE.window_size` must be multiples of the patch size.
+  `INFERENCE.window_size` must be multiples of the patch size, such as 56 for patches of 14 pixels.
 - Normalization: the encoder converts images with ImageNet normalization to the normalization of its weights. Therefore,
-  keep the default of `DATASET.normalization`. With `MODEL.weights_encoder`, give the tag of the weights in the file,
-  because it sets the normalization.
+  keep the default of `DATASET.normalization`. With `MODEL.weights_encoder`, name the tag of these weights in
+  `MODEL.arch_encoder` (`timm:NAME.TAG`), because the tag selects the normalization.
 - `MODEL.norm inplace` is not supported. `MODEL.norm sync` synchronizes the batch norms of a network, if it has any.
 - Licenses: each network of timm and its weights have their own license.
 
@@ -86,12 +84,23 @@ images of any size are refused with an error. These are examples:
 
 Parameters and GFLOPs are for the feature maps of the encoder `resnet50dilated` and 150 classes.
 
+- `c1`: a 3x3 convolution.
+- `ppm`: pyramid pooling, as in PSPNet. `psp` is the variant of the Cityscapes networks.
+- `aspp`: convolutions with several dilations, as in DeepLabV3.
+- `upernet`: pyramid pooling and a feature pyramid with 512 channels; `_lite` has 256, `_tiny` has 64.
+- `_deepsup`: a second classifier on an earlier feature map, for training only.
+- `_bilinear`: decoders of [version 1.0](version-1.md).
+
+Set `DATASET.segm_downsampling_rate` to 4 for `upernet`, and otherwise to the output stride of the encoder. For other
+values, the logits are resized to the labels.
+
 ## Configurations
 
 {configs}
 
 "Published metrics" are those of the authors, in %: mean IoU / pixel accuracy / overall score. Missing numbers were not
-published. The metrics were not measured with this repository.
+published. The metrics were not measured with this repository. Configurations with `2026` in their names use newer
+training options, and were not trained.
 
 34.84 is probably a typing error in the published table: with an overall score of 54.07, the mean IoU would be 32.39.
 

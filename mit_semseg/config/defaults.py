@@ -75,7 +75,8 @@ OPTIONS: dict[str, Option] = {
     "DATASET.random_flip": Option(True, "Flip half of the training images left to right."),
     "DATASET.random_scale": Option(
         (),
-        "Range of random scales for training, e.g. (0.5, 2.0). If empty, the short side is one of imgSizes.",
+        "Range of random scales for training, relative to the image file, e.g. (0.5, 2.0). Replaces imgSizes and "
+        "imgMaxSize in training. If empty, the short side is one of imgSizes.",
         low=0.01,
         fractions=True,
     ),
@@ -186,7 +187,7 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.ema": Option(
         0.0,
         "Decay of an exponential moving average of the weights, e.g. 0.999. Validation uses the averaged weights, and "
-        "weight files contain them; files with the suffix _raw contain the weights themselves. 0: no average.",
+        "weight files contain them; files with the suffix _raw contain the weights of the last step. 0: no average.",
         low=0,
         high=0.999999,
     ),
@@ -194,7 +195,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.weight_decay": Option(1e-4, "Weight decay of convolution and linear weights.", low=0),
     "TRAIN.deep_sup_scale": Option(0.4, "Weight of the deep supervision loss.", low=0),
     "TRAIN.loss": Option(
-        "ce", "ce: cross entropy. ohem: cross entropy of hard pixels. All losses except ce are computed per device."
+        "ce",
+        "ce: cross entropy. ohem: cross entropy of hard pixels. dice: soft Dice loss. lovasz: surrogate for one minus "
+        "the mean IoU. a+b: sum. All losses except ce are computed per device.",
     ),
     "TRAIN.class_weights": Option(
         (),
