@@ -18,6 +18,7 @@ from mit_semseg.config import ConfigError, load_config
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.class_counts import class_counts
 from mit_semseg.dataset.image_io import ImageFileError
+from mit_semseg.dataset.layouts import ListError
 from mit_semseg.dataset.samplers import class_probabilities, draw_by_class
 from mit_semseg.engine import RunFolder
 from mit_semseg.engine.losses import balanced_class_weights
@@ -65,6 +66,10 @@ def test_unusable_label_is_named_or_has_no_pixels(dataset):
     counts = class_counts(dataset.with_skipping())
     assert not counts[2].any()
     assert counts[[0, 1, 3]].any(axis=1).all()
+    del dataset.records[2]["fpath_segm"]
+    with pytest.raises(ListError, match="fpath_segm"):
+        class_counts(dataset)
+    assert np.array_equal(class_counts(dataset.with_skipping()), counts)
 
 
 COUNTS = arrays(np.int64, (7, 4), elements=st.integers(0, 1000)).filter(np.any)

@@ -99,6 +99,11 @@ VAL: 3
         (["TRAIN.num_epoch"], "TRAIN.num_epoch"),
         (["TRAIN.lr_encoder=0", "TRAIN.lr_decoder=0"], "TRAIN.lr_encoder and TRAIN.lr_decoder"),
         (["DATASET.class_mix=1", "TRAIN.batch_size_per_gpu=1"], "TRAIN.batch_size_per_gpu"),
+        (["TRAIN.freeze_encoder=2", "TRAIN.lr_decoder=0"], "TRAIN.lr_decoder"),
+        (["DATASET.val_groups=True"], "DATASET.val_fraction"),
+        (["DATASET.val_seed=3"], "DATASET.val_fraction"),
+        (["MODEL.weights_classes=cityscapes"], "MODEL.reset_classifier"),
+        (["TRAIN.deep_sup_scale=1", "MODEL.arch_decoder=c1"], "TRAIN.deep_sup_scale"),
         (["TRAIN.num_epochs=3"], r"TRAIN.num_epochs: .*did you mean TRAIN.num_epoch\?"),
         (["DATASET.imgSizes", "()"], "DATASET.imgSizes"),
         (["DATASET.imgMaxSize", "100"], "DATASET.imgMaxSize 100 .*DATASET.imgSizes"),
@@ -170,7 +175,9 @@ def test_paths_expand_home_and_environment_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "base.yaml", "TRAIN: {seed: 5}")
     write(tmp_path / "a.yaml", "_BASE_: ~/base.yaml")
-    config = load_config("~/a.yaml", [word for key in paths for word in (key, "${HOME}/$UNSET_x")])
+    config = load_config(
+        "~/a.yaml", ["MODEL.reset_classifier", "True", *(word for key in paths for word in (key, "${HOME}/$UNSET_x"))]
+    )
     assert config.TRAIN.seed == 5
     assert {get(config, key) for key in paths} == {str(tmp_path / "$UNSET_x")}  # $UNSET_x has no value
     monkeypatch.chdir(tmp_path)

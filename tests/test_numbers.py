@@ -63,6 +63,30 @@ def test_overflows_in_the_first_steps_leave_finite_momentum(root, tmp_path, over
     assert all(value.abs().max() < 1e4 for value in momentum)
 
 
+class InfiniteGradient(MaskedNLLLoss):
+    """A loss with a finite value, and with infinite gradients in the first three steps (two calls per step)."""
+
+    calls = 0
+
+    def of_logits(self, logits, label):
+        self.calls += 1
+        return super().of_logits(logits, label) + ((logits * 0).abs().sum().sqrt() if self.calls <= 6 else 0)
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_steps_with_infinite_gradients_are_skipped_and_counted(root, tmp_path, amp):
+    trainer = make_trainer(
+        tmp_path, module=tiny_module(crit=InfiniteGradient()), amp=amp, disp_iter=4, deterministic=True
+    )
+    before = trainer.module.decoder.conv_last.weight.detach().clone()
+    trainer.fit(TrainDataset(root, "train", options(), 2))
+    assert trainer.overflows == 3
+    assert trainer.scaler.get_scale() == 1
+    after = trainer.module.decoder.conv_last.weight
+    assert after.isfinite().all()
+    assert 0 < (after - before).abs().max() < 1
+
+
 def overflow_on_rank_1(rank, folder, world_size):
     module = to_batchnorm(tiny_module(crit=MaskedNLLLoss()))
     world = World(rank, world_size, rank, world_size)

@@ -13,7 +13,7 @@ from scenes import options, tiny_module, write_data_set
 
 from mit_semseg import Segmenter
 from mit_semseg.dataset import TestDataset, class_table, rasters
-from mit_semseg.dataset.image_io import ImageFileError
+from mit_semseg.dataset.image_io import ImageFileError, read_image
 from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.lib.utils import UserError
 from mit_semseg.predict.raster import is_raster
@@ -45,13 +45,14 @@ def segmenter(window=(48, 64), classes=3, **changes):
 
 
 @pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
-@pytest.mark.parametrize("size", [(96, 160), (93, 157), (20, 30)])
+@pytest.mark.parametrize("size", [(96, 160), (93, 157), (20, 30), (510, 40)])
 def test_result_equals_a_sliding_window_over_the_whole_image(tmp_path, size):
-    pixels, net = random_pixels(*size), segmenter()
+    multiple = 24 if size[0] == 510 else 8  # the rows 512 to 528 contain only padding
+    pixels, net = random_pixels(*size), segmenter(padding_constant=multiple)
     write_tiff(tmp_path / "a.tif", pixels)
     paths = net.segment_raster(tmp_path / "a.tif", tmp_path / "a", ("_index.tif", "_confidence.tif"))
     index, confidence = (rasterio.open(path).read(1) for path in paths)
-    padded = np.zeros([-(-side // 8) * 8 for side in size] + [3], np.uint8)
+    padded = np.zeros([-(-side // multiple) * multiple for side in size] + [3], np.uint8)
     padded[: size[0], : size[1]] = pixels
     dataset = TestDataset([], options(imgSizes=(min(padded.shape[:2]),), imgMaxSize=1000))
     item = dataset.multi_scale(Image.fromarray(padded))
@@ -142,6 +143,29 @@ def test_tiled_and_georeferenced_files_and_files_above_the_limit_are_rasters(tmp
     rasters._rasterio.cache_clear()
     with pytest.raises(UserError, match="rasterio"):
         segmenter().segment_raster(tmp_path / "image.png", tmp_path / "a")
+
+
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_gray_pixels_equal_those_of_other_readers(tmp_path, dtype, photometric):
+    pixels = random_pixels(64, 64, 1).astype(dtype) * (1 if dtype == np.uint8 else 257)
+    path = write_tiff(tmp_path / "a.tif", pixels, photometric=photometric)
+    with rasters.open_raster(path) as raster:
+        assert np.array_equal(raster.read_rgb(slice(None), slice(None)), np.asarray(read_image(path)))
+
+
+def test_orientation_is_applied_or_refused(tmp_path, monkeypatch):
+    pixels, exif = random_pixels(64, 96), Image.Exif()
+    exif[274] = 6
+    path = write_tiff(tmp_path / "a.tif", pixels)
+    with Image.open(path) as image:
+        image.save(tmp_path / "turned.tif", tiffinfo={**dict(image.tag_v2), 274: 6})
+    assert not is_raster(tmp_path / "turned.tif")
+    Image.fromarray(pixels).save(tmp_path / "turned.jpg", exif=exif)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert is_raster(tmp_path / "turned.jpg")
+    with pytest.raises(ImageFileError, match=r"turned\.jpg.*orientation"):
+        segmenter().segment_raster(tmp_path / "turned.jpg", tmp_path / "a")
 
 
 def test_damaged_files_and_other_types_of_pixels_are_errors(tmp_path):

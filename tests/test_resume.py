@@ -47,6 +47,7 @@ def test_resume_at_any_step_is_bit_identical(root, tmp_path, stop):
 
     val = ValDataset(root, "val", options())
     training = {"eval_epoch": 1, "checkpoint_iters": 3, "ema": 0.9, "freeze_encoder": 2, "schedule": "cosine"}
+    training |= {"disp_iter": 4}
     whole, expected = run(root, tmp_path / "whole", training=training, val_dataset=val)
     dataset = Failing(root, "train", options(), batch_per_gpu=2)
     with pytest.raises(KeyboardInterrupt):

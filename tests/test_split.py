@@ -9,7 +9,7 @@ from scenes import options, write_pairs
 from mit_semseg.dataset import TrainDataset, ValDataset
 from mit_semseg.dataset.doctor import sequence_warning
 from mit_semseg.dataset.layouts import ListError
-from mit_semseg.dataset.records import sequence_of, split_records
+from mit_semseg.dataset.records import sequences_of, split_records
 
 NAMES = st.lists(st.from_regex(r"\A[ab]{1,2}/[xy]{0,2}[0-9]{1,3}z?\.png\Z"), min_size=2, max_size=60, unique=True)
 
@@ -21,8 +21,8 @@ def records_of(names):
 @given(names=NAMES, fraction=st.floats(0.01, 0.9), seed=st.integers(0, 3), groups=st.booleans())
 def test_split_is_a_partition_with_the_wanted_size(names, fraction, seed, groups):
     records = records_of(names)
-    sequences = {sequence_of(name)[0] for name in names}
-    if groups and len(sequences) < 2:
+    sequences = dict(zip(names, (name for name, _ in sequences_of(names)), strict=True))
+    if groups and len(set(sequences.values())) < 2:
         with pytest.raises(ListError, match=r"DATASET\.val_groups"):
             split_records(records, fraction, seed=seed, groups=groups)
         return
@@ -31,7 +31,7 @@ def test_split_is_a_partition_with_the_wanted_size(names, fraction, seed, groups
     assert validation
     assert sorted(map(records.index, training + validation)) == list(range(len(records)))
     if groups:
-        parts = [{sequence_of(record["fpath_img"])[0] for record in part} for part in (training, validation)]
+        parts = [{sequences[record["fpath_img"]] for record in part} for part in (training, validation)]
         assert not parts[0] & parts[1]
     else:
         assert abs(len(validation) - fraction * len(records)) <= 1
@@ -54,10 +54,32 @@ def test_groups_nearest_to_the_wanted_size_are_chosen():
         assert len(validation) in (62, 101)
 
 
-def test_sequences_are_the_names_before_the_last_number():
-    assert sequence_of("a/0016E5_08131.jpg") == sequence_of("a/0016E5_8.png")[:1] + (8131,)
-    assert sequence_of("a/x1_left.png") == ("a/x#", 1)
-    assert sequence_of("a/scene.png") == ("a/scene.png", -1)
+@pytest.mark.parametrize(
+    ("names", "sequences"),
+    [
+        (
+            ["a/0016E5_08131.jpg", "a/0016E5_8.png", "b/scene.png"],
+            [("a/0016E5_#", 8131), ("a/0016E5_#", 8), (None, -1)],
+        ),
+        (["a/x1_left.png", "a/x2_left.png"], [("a/x#", 1), ("a/x#", 2)]),
+        (["x_000019_leftImg8bit.png", "x_000020_leftImg8bit.png"], [("x_#", 19), ("x_#", 20)]),
+        (["000000_10.png", "000001_10.png"], [("#", 0), ("#", 1)]),
+        (["100.png", "200.png", "1300.png"], [("#", 100), ("#", 200), ("#", 1300)]),
+        (["v1/7.png", "v2/7.png"], [("v1/#", 7), ("v2/#", 7)]),
+    ],
+)
+def test_sequences_are_the_names_before_the_last_number(names, sequences):
+    expected = [(name or path, number) for path, (name, number) in zip(names, sequences, strict=True)]
+    assert sequences_of(names) == expected
+
+
+def test_split_does_not_depend_on_the_folder_of_absolute_paths():
+    names = [f"drive/{i}.png" for i in range(30)]
+    parts = []
+    for folder in ("/data", "/mnt/scratch/data"):
+        validation = split_records(records_of([f"{folder}/{name}" for name in names]), 0.3)[1]
+        parts.append([record["fpath_img"].removeprefix(folder) for record in validation])
+    assert parts[0] == parts[1]
 
 
 def test_datasets_use_disjoint_parts(tmp_path):

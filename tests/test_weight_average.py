@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import here, same, small, weights
 from scenes import options, tiny_module, write_data_set
-from training import run
+from training import make_trainer, run
 
-from mit_semseg.dataset import ValDataset
+from mit_semseg.dataset import TrainDataset, ValDataset
+from mit_semseg.engine import MaskedNLLLoss
 from mit_semseg.engine.checkpoint import read_resume
 from mit_semseg.engine.weight_average import WeightAverage
 
@@ -108,3 +109,24 @@ def test_restart_removes_all_weight_files(root, tmp_path):
     run(root, tmp_path, training={"ema": 0.9, "eval_epoch": 1}, val_dataset=val)
     run(root, tmp_path, resume="restart")
     assert not [path.name for path in tmp_path.glob("*raw*")]
+
+
+def test_class_weights_are_not_averaged(root, tmp_path):
+    """A run is resumed with other class weights; the loss always has the new ones."""
+    for epochs, class_weights in enumerate((None, [1, 1, 1], [1, 2, 30]), start=1):
+        module = tiny_module(crit=MaskedNLLLoss(weight=class_weights))
+        trainer = make_trainer(tmp_path, module=module, ema=0.9, num_epoch=epochs)
+        trainer.fit(TrainDataset(root, "train", options(), 2), resume="auto")
+        assert trainer.average.updates == epochs * trainer.options.epoch_iters
+        if class_weights:
+            with trainer.average.in_network():
+                assert module.crit.weight.tolist() == class_weights
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_resumed_run_keeps_the_files_of_completed_epochs(root, tmp_path, more):
+    run(root, tmp_path, training={"ema": 0.9, "num_epoch": 1})
+    (tmp_path / "temperature_epoch_1.json").write_text('{"temperature": 1.5}')
+    before = {path: path.read_bytes() for path in tmp_path.glob("*_epoch_1*")}
+    run(root, tmp_path, training={"num_epoch": 1 + more}, resume="auto")
+    assert {path: path.read_bytes() for path in tmp_path.glob("*_epoch_1*")} == before

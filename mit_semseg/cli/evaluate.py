@@ -137,7 +137,8 @@ def report(
     print(evaluation.report())
     folder = Path(cfg.DIR, "result")
     with atomic_write(folder / "results.json") as partial_path:
-        keys = "root_dataset", "list_val", "imgSizes", "imgMaxSize"
+        split = ("list_train", "val_fraction", "val_groups", "val_seed") if cfg.DATASET.val_fraction else ("list_val",)
+        keys = "root_dataset", *split, "imgSizes", "imgMaxSize"
         options = {key: cfg.DATASET[key] for key in keys} | cfg.INFERENCE
         content = {"config": config_path, "checkpoint": cfg.VAL.checkpoint, "options": options, **evaluation.as_dict()}
         partial_path.write_text(json.dumps(content, indent=1, ensure_ascii=False), **UTF8)

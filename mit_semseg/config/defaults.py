@@ -163,7 +163,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.batch_size_per_gpu": Option(2, "Images per device and batch.", low=1),
     "TRAIN.num_epoch": Option(20, "Number of epochs.", low=1),
-    "TRAIN.start_epoch": Option(0, "Load this epoch (weights and history) from DIR and continue. 0: off.", low=0),
+    "TRAIN.start_epoch": Option(
+        0, "Load this epoch (weights, averaged with TRAIN.ema, and history) from DIR and continue. 0: off.", low=0
+    ),
     "TRAIN.epoch_iters": Option(5000, "Steps per epoch. 0 is one pass over the training images.", low=0),
     "TRAIN.optim": Option("SGD", "Optimizer: SGD or AdamW."),
     "TRAIN.lr_encoder": Option(0.02, "Initial learning rate of the encoder. 0 freezes the encoder.", low=0),

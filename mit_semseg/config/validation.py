@@ -158,6 +158,8 @@ def _check_model_and_run(v: Mapping[str, object]) -> Iterator[str]:
 
     if not v["TRAIN.lr_encoder"] and not v["TRAIN.lr_decoder"]:
         yield "TRAIN.lr_encoder and TRAIN.lr_decoder are 0, so no weight is trained; set one of them to a larger value"
+    if v["TRAIN.freeze_encoder"] and not v["TRAIN.lr_decoder"]:
+        yield "TRAIN.freeze_encoder needs TRAIN.lr_decoder above 0; otherwise, the first steps train no weight"
     num_epoch, start = v["TRAIN.num_epoch"], v["TRAIN.start_epoch"]
     if start >= num_epoch:
         yield f"TRAIN.start_epoch {start} must be less than TRAIN.num_epoch {num_epoch}"
@@ -188,6 +190,10 @@ def _check_unused(v: Mapping[str, object]) -> Iterator[str]:
         "TRAIN.patience": (v["TRAIN.eval_epoch"], "TRAIN.eval_epoch"),
         "TRAIN.lr_decay": (v["TRAIN.lr_encoder"], "TRAIN.lr_encoder"),
         "TRAIN.freeze_encoder": (v["TRAIN.lr_encoder"], "TRAIN.lr_encoder"),
+        "TRAIN.deep_sup_scale": (v["MODEL.arch_decoder"].endswith("_deepsup"), "a decoder with deep supervision"),
+        "MODEL.weights_classes": (v["MODEL.reset_classifier"], "MODEL.reset_classifier"),
+        "DATASET.val_groups": (v["DATASET.val_fraction"], "DATASET.val_fraction"),
+        "DATASET.val_seed": (v["DATASET.val_fraction"], "DATASET.val_fraction"),
         "INFERENCE.window_overlap": (v["INFERENCE.window_size"], "INFERENCE.window_size"),
         "DATASET.cat_max_ratio": (v["DATASET.crop_size"], "DATASET.crop_size"),
     }

@@ -5,6 +5,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,7 +61,7 @@ def _fingerprint(dataset: "LabelledDataset") -> str:
     for table in (dataset.table, *dataset.table.variants.values()):
         digest.update(table.index.tobytes() + repr(sorted(table.raw_of_color.items())).encode())
     for record in dataset.records:
-        path = dataset.path(record, "fpath_segm").absolute()
+        path = Path(dataset.root_dataset, record.get("fpath_segm", "")).absolute()
         stat = path.stat() if path.is_file() else None
         digest.update(repr((str(path), stat and (stat.st_size, stat.st_mtime_ns), dataset.label_format)).encode())
     return digest.hexdigest()[:32]

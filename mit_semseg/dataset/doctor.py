@@ -26,7 +26,7 @@ from ..lib.utils import UserError, prepare_streams, progress_bar, shorten_list
 from .classes import IGNORE, ClassTable
 from .datasets import LabelledDataset
 from .image_io import orientation_mismatch, unusual_properties
-from .records import load_records, sequence_of, split_records
+from .records import load_records, sequences_of, split_records
 
 THUMBNAIL = 16  # width and height of thumbnails
 SIMILAR = 0.5  # neighboring frames: maximum difference of thumbnails, as a fraction of the typical difference
@@ -164,15 +164,16 @@ def sequence_warning(training: Mapping[str, np.ndarray], validation: Mapping[str
     of the other training images. The arguments map image paths to thumbnails.
     """
     sequences: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    found = dict(zip((*training, *validation), sequences_of([*training, *validation]), strict=True))
     for path in training:
-        name, number = sequence_of(path)
+        name, number = found[path]
         sequences[Path(name).name].append((number, path))
     for frames in sequences.values():
         frames.sort()
     step = -(-len(training) // MAX_COMPARED)
     similar, compared, thumbnails = [], 0, np.array(list(training.values())[::step])
     for path, thumbnail in validation.items():
-        name, number = sequence_of(path)
+        name, number = found[path]
         if frames := sequences.get(Path(name).name):
             position = bisect_left(frames, (number, ""))
             near = frames[max(position - 1, 0) : position + 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..lib.utils import UserError, WriteError
-from .image_io import ImageFileError
+from .image_io import MAX_8_BIT, MAX_16_BIT, ImageFileError
 
 CACHE_BYTES = 128 * 2**20  # memory for decoded blocks
 BLOCK = 512  # height and width of the blocks of written files
@@ -74,17 +74,22 @@ class Raster:
         return pixels if valid is None else np.where(valid[..., None], pixels, np.float32(np.nan)).astype(np.float32)
 
     def read_rgb(self, rows: slice, columns: slice) -> np.ndarray:
-        """Return the colors (h, w, 3) uint8 of a window of an 8-bit gray, palette or RGB image.
+        """Return the colors (h, w, 3) uint8 of a window of a gray (8 or 16 bits), palette or RGB image (8 bits).
 
         Raises:
             ImageFileError: the file is damaged or has another type of pixels.
         """
-        if set(self.source.dtypes) != {"uint8"}:
+        gray_16_bit = self.source.dtypes == ("uint16",)
+        if not gray_16_bit and set(self.source.dtypes) != {"uint8"}:
             raise ImageFileError(
                 f"{self.name} has pixels of type {self.source.dtypes[0]}, not uint8; train a network with DATASET.mean "
                 f"for such images"
             )
         pixels = self.read(rows, columns)
+        if gray_16_bit:
+            pixels = (pixels * np.float32(MAX_8_BIT / MAX_16_BIT)).round().astype(np.uint8)
+        elif self.source.tags(ns="IMAGE_STRUCTURE").get("MINISWHITE") == "YES":
+            pixels = 255 - pixels
         if self.source.colorinterp[0].name == "palette":
             colors = self.source.colormap(1)
             return np.array([colors.get(i, (0, 0, 0))[:3] for i in range(256)], np.uint8)[pixels[..., 0]]
@@ -111,6 +116,11 @@ def open_raster(path: str | os.PathLike) -> Iterator[Raster]:
         with _reading(path):
             source = rasterio.open(path)
         with source:
+            if (orientation := source.tags().get("EXIF_Orientation", "1")) != "1":
+                raise ImageFileError(
+                    f"{path}: EXIF orientations (here {orientation}) are not supported for large images and with "
+                    f"DATASET.mean; rotate the pixels, for example with mogrify -auto-orient"
+                )
             yield Raster(source, str(path))
 
 

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 
 from ..lib.utils import UTF8, atomic_write, progress_bar, shorten_list
@@ -52,21 +53,25 @@ def split_records(
     """Split records into a training set and a validation set, both in the order of `records`.
 
     The choice depends only on the names of the images and the seed: when images are added, most of the others stay in
-    their set.
+    their set. Of absolute paths, only the part below their common folder counts.
 
     Args:
         records: at least two records; with `groups`, of at least two groups.
         fraction: fraction of the validation set. Both sets have at least one record (with `groups`, one group).
         seed: another seed gives another split.
-        groups: images whose names are equal up to the last number (`sequence_of`) stay in the same set.
+        groups: images whose names are equal up to the last number (`sequences_of`) stay in the same set.
 
     Raises:
         ListError: there are fewer than two records, or fewer than two groups.
     """
+    paths = [record["fpath_img"] for record in records]
+    if all(map(os.path.isabs, paths)) and len(paths) > 1:
+        folder = os.path.commonpath(paths)
+        paths = [os.path.relpath(path, folder) for path in paths]
+    names = [name for name, _ in sequences_of(paths)] if groups else [Path(path).as_posix() for path in paths]
     members: dict[str, list[int]] = defaultdict(list)
-    for i, record in enumerate(records):
-        name = record["fpath_img"]
-        members[sequence_of(name)[0] if groups else Path(name).as_posix()].append(i)
+    for i, name in enumerate(names):
+        members[name].append(i)
     if len(members) < 2:
         kind = "one group of names (DATASET.val_groups)" if groups and len(records) > 1 else "one image"
         raise ListError(f"DATASET.val_fraction {fraction:g} cannot split the images, because there is only {kind}")
@@ -82,9 +87,19 @@ def split_records(
     return tuple([r for i, r in enumerate(records) if (i in chosen) == part] for part in (False, True))
 
 
-def sequence_of(path: str) -> tuple[str, int]:
-    """Return the part of a path before the last number in the file name, and this number (-1 without a number)."""
-    match = re.fullmatch(r"(.*?)(\d+)(\D*)", Path(path).stem, re.DOTALL)
+def sequences_of(paths: Sequence[str]) -> list[tuple[str, int]]:
+    """Return the part of every path before the last number in the file name, and this number (-1 without a number).
+
+    Numbers in a suffix that all file names have, such as `_leftImg8bit`, are not considered.
+    """
+    stems = [Path(path).stem for path in paths]
+    letters = takewhile(lambda column: len(set(column)) == 1, zip(*(stem[::-1] for stem in stems), strict=False))
+    suffix = "".join(column[0] for column in letters)[::-1].lstrip("0123456789")
+    return [_sequence_of(path, stem.removesuffix(suffix)) for path, stem in zip(paths, stems, strict=True)]
+
+
+def _sequence_of(path: str, stem: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.*?)(\d+)(\D*)", stem, re.DOTALL)
     if not match:
         return path, -1
     start, number, _ = match.groups()

@@ -319,7 +319,7 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.best_iou = state["step"], state["best_iou"]
     trainer.history = complete_history(state["history"])
-    trainer.metrics.totals.copy_(torch.tensor(state["metrics"]))
+    trainer.metrics.totals.copy_(torch.tensor(state["metrics"], dtype=torch.float64))
     trainer.skipped = dict.fromkeys(state["skipped"])
     trainer.overflows, trainer.overflows_in_a_row = state["overflows"]
     batches = trainer.world.num_devices * trainer.options.accumulate
@@ -342,7 +342,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         raise CheckpointError(
             f"the checkpoint was saved with another optimizer (saved: {state['optimizer_name']} for {sum(sizes[1])} "
             f"tensors; now: {name} for {sum(sizes[0])} tensors); set TRAIN.optim, TRAIN.fix_bn and TRAIN.lr_decay as "
-            f"in the saved run, or start from scratch with TRAIN.resume restart"
+            f"in the saved run, do not change TRAIN.lr_encoder or TRAIN.lr_decoder from or to 0, or start from scratch "
+            f"with TRAIN.resume restart"
         )
     optimizer.load_state_dict({"state": saved["state"], "param_groups": own["param_groups"]})
     # Fused optimizers need the state in the memory format of the parameter, which depends on TRAIN.channels_last.

@@ -10,8 +10,17 @@ from ..lib.utils import UserError
 from ..models.builder import lookup
 from .train_step import TrainingOptions
 
+
+def _sgd(groups: list[dict], beta1: float) -> torch.optim.SGD:
+    """Return SGD with zero momentum. In a skipped first update, fused SGD would leave its momentum uninitialized."""
+    optimizer = torch.optim.SGD(groups, momentum=beta1, fused=True)
+    for parameter in (parameter for group in groups for parameter in group["params"] if beta1):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 OPTIMIZERS = {
-    "SGD": lambda groups, beta1: torch.optim.SGD(groups, momentum=beta1, fused=True),
+    "SGD": _sgd,
     "AdamW": lambda groups, beta1: torch.optim.AdamW(groups, betas=(beta1, 0.999), fused=True),
 }
 

@@ -2,6 +2,7 @@
 
 import faulthandler
 import logging
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -87,7 +88,8 @@ class Trainer:
         self.world = world or World()
         self.device = self.world.devices[0]
         self.model = module  # `fit` replaces this with the result of `parallelize`
-        # Without fp16, the scale stays 1. The scaler skips updates with nonfinite gradients, without synchronizing.
+        # The scaler skips updates with nonfinite gradients, without synchronizing. Without fp16, the scale starts at 1
+        # and halves with every skipped update, so that `log` can count them.
         fp16 = options.amp == "fp16"
         constant = {} if fp16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16 or self.device.type != "mps", **constant)
@@ -109,11 +111,14 @@ class Trainer:
         """Number of completed epochs."""
         return self.step // self.options.epoch_iters
 
-    def is_complete(self) -> bool:
-        """Return whether all steps are completed, or `patience` validations had no better mean IoU than one before."""
+    def completed_by(self) -> str:
+        """Return why the run is complete, or '' if it is not."""
         ious, patience = self.history["val"]["mean_iou"], self.options.patience
-        exhausted = patience and ious and len(ious) - 1 - ious.index(max(ious)) >= patience
-        return self.step >= self.options.total_steps or bool(exhausted)
+        if self.step >= self.options.total_steps:
+            return f"all {self.options.num_epoch} epochs are trained"
+        if patience and ious and len(ious) - 1 - ious.index(max(ious)) >= patience:
+            return f"no better mean IoU than {max(ious):.4f} in the last {patience} validations (TRAIN.patience)"
+        return ""
 
     def fit(
         self,
@@ -145,9 +150,9 @@ class Trainer:
         with self.signals, deterministic_algorithms(options.deterministic), worker_errors():
             if self.resumed_in_place and self.step % options.epoch_iters == 0:
                 self.end_epoch()  # the run may have been stopped before the epoch was saved and validated
-            if not self.is_complete():
+            if not self.completed_by():
                 self.prepare_model()
-            while not self.is_complete():
+            while not self.completed_by():
                 self.watch()
                 micro_batches = [list(islice(loader, len(self.world.devices))) for _ in range(options.accumulate)]
                 self.timer.data_loaded()
@@ -187,7 +192,7 @@ class Trainer:
         options, size = self.options, self.world.size
         before = None
         if options.amp == "fp16":
-            before = self.scaler.get_scale(), BufferSnapshot(self.module), set(self.optimizer.state)
+            before = self.scaler.get_scale(), BufferSnapshot(self.module)
         self.optimizer.zero_grad(set_to_none=True)
         losses, means = [], self.metrics.totals.new_zeros(2)
         for i, batches in enumerate(micro_batches):
@@ -214,12 +219,11 @@ class Trainer:
             if self.average:
                 self.average.update()
 
-    def _undo_overflow(self, scale: float, buffers: BufferSnapshot, with_state: set[nn.Parameter]) -> bool:
+    def _undo_overflow(self, scale: float, buffers: BufferSnapshot) -> bool:
         """If the scaler has skipped an fp16 update, restore the running statistics and return True; else return False.
 
         Args:
             scale, buffers: loss scale and buffers before the step.
-            with_state: parameters for which the optimizer had a state before the step.
 
         Raises:
             TrainingStopped: `MAX_OVERFLOWS` steps in a row were skipped.
@@ -228,8 +232,6 @@ class Trainer:
             self.overflows_in_a_row = 0
             return False
         buffers.restore()
-        for parameter in set(self.optimizer.state) - with_state:  # fused SGD leaves their momentum uninitialized
-            del self.optimizer.state[parameter]
         self.overflows, self.overflows_in_a_row = self.overflows + 1, self.overflows_in_a_row + 1
         if self.overflows_in_a_row >= MAX_OVERFLOWS:
             raise TrainingStopped(
@@ -257,7 +259,7 @@ class Trainer:
             timeout=world.timeout,
             local_size=world.local_size,
             batch_size=None,
-            sampler=[i * world.num_devices + count * world.rank + device for i in rounds for device in range(count)],
+            sampler=(i * world.num_devices + count * world.rank + device for i in rounds for device in range(count)),
             pin_memory=self.device.type == "cuda",
         )
         logger.info("%d data loading workers", loader.num_workers)
@@ -315,10 +317,10 @@ class Trainer:
             self.resumed_in_place = path.resolve() == folder.resume.resolve()
             folder.check_epoch_length(self.step, options.epoch_iters)
             logger.info("resuming %s at step %d of %d", path, self.step, options.total_steps)
-            if self.is_complete():
-                logger.info("the run in %s is complete, so there is nothing to train", folder.folder)
         elif resume == "restart" and self.world.is_main:
             folder.remove_run()
+        if reason := self.completed_by():
+            logger.info("nothing to train in %s: %s", folder.folder, reason)
         if self.average:
             self.average.load_state(state.get("average"))
         starts = self.world.gather((str(folder.folder.absolute()), self.step), "comparing the first step")
@@ -350,6 +352,9 @@ class Trainer:
         """Log the metrics since the last call and add them to the history."""
         self.check_loss()
         loss, accuracy, steps = self.metrics.read()
+        if self.options.amp != "fp16" and self.scaler.is_enabled():
+            self.overflows -= round(math.log2(self.scaler.get_scale()))
+            self.scaler.update(1.0)
         if not steps:
             logger.info("step %d: all steps since the last log line overflowed in fp16 and were skipped", self.step)
             return
@@ -370,7 +375,7 @@ class Trainer:
             seconds,
             data_seconds,
             timedelta(seconds=round(seconds * (self.options.total_steps - self.step))),
-            f", {self.overflows} steps skipped (fp16 overflow)" if self.overflows else "",
+            f", {self.overflows} steps skipped (nonfinite gradients)" if self.overflows else "",
         )
         for key, value in (("epoch", self.step / iters), ("loss", loss), ("acc", accuracy)):
             self.history["train"][key].append(value)
@@ -393,7 +398,9 @@ class Trainer:
         If the run is killed during this function, the resumed run calls this function again.
         """
         self.save()
-        self._save_weights(f"epoch_{self.epoch}.pth")
+        suffix = f"epoch_{self.epoch}.pth"
+        if not all(self.folder.path(part, suffix).is_file() for part in ("encoder", "decoder")):
+            self._save_weights(suffix)
         evaluation, every = None, self.options.eval_epoch if self.val_dataset is not None else 0
         if every and self.epoch % every == 0 and self.epoch not in self.history["val"]["epoch"]:
             evaluation = self.validate()
@@ -447,12 +454,8 @@ class Trainer:
         if iou > self.best_iou:
             self.best_iou = iou
             self._save_weights("best.pth")
-        if self.is_complete() and self.step < self.options.total_steps:
-            logger.info(
-                "no better mean IoU than %.4f in the last %d validations: training stops (TRAIN.patience)",
-                self.best_iou,
-                self.options.patience,
-            )
+        if self.step < self.options.total_steps and (reason := self.completed_by()):
+            logger.info("training stops: %s", reason)
         return evaluation
 
     def _save_weights(self, suffix: str) -> None:

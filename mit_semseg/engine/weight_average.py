@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -15,13 +16,14 @@ class WeightAverage:
     The smaller d of the first updates removes the initial weights from the average. Integer buffers are copied.
 
     Args:
-        module: network on its device; its current weights are the first average.
+        module: network on its device; its current weights are the first average. The loss `crit` is left out.
         decay: decay d after the first updates, 0..1.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self._weights = dict(module.named_parameters()) | dict(module.named_buffers())
+        weights = chain(module.named_parameters(), module.named_buffers())
+        self._weights = {name: weight for name, weight in weights if not name.startswith("crit.")}
         self._averages = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._floats = [name for name, weight in self._weights.items() if weight.is_floating_point()]
         self._integers = [name for name, weight in self._weights.items() if not weight.is_floating_point()]

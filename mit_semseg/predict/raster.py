@@ -31,7 +31,7 @@ from .results import check_ignored_value, check_overwriting
 WINDOW = 512  # side of sliding windows if INFERENCE.window_size is 0
 ROWS = 512  # number of rows that are written at once
 GEO_TAGS = 33550, 34264, 34735  # TIFF tags of a georeference
-TILE_TAG = 322  # TIFF tag of tiled files
+TILE_TAG, ORIENTATION_TAG = 322, 274  # TIFF tags of tiled files, and of the EXIF orientation
 
 
 def is_raster(path: str | os.PathLike) -> bool:
@@ -52,7 +52,7 @@ def is_raster(path: str | os.PathLike) -> bool:
     if not is_tiff(path) or find_spec("rasterio") is None:
         return False
     if tags is not None:
-        return any(tag in tags for tag in (TILE_TAG, *GEO_TAGS))
+        return any(tag in tags for tag in (TILE_TAG, *GEO_TAGS)) and dict(tags).get(ORIENTATION_TAG, 1) == 1
     try:
         with open_raster(path) as raster:
             return raster.is_windowed
@@ -148,6 +148,8 @@ def segment_raster(
         reader, top = WindowReader(raster, predictor.device, bands, normalization, multiple), 0
         window = predictor.options.window_size or (round_up(WINDOW, multiple),) * 2
         for labels, confidence in _blocks(predictor.window_strips([reader], reader.shape[2:], window), reader.shape[3]):
+            if top >= height:  # only padding is left
+                break
             rows = slice(top, min(top + len(labels), height))
             inside = slice(0, rows.stop - rows.start), slice(0, width)
             valid = raster.valid(rows)
