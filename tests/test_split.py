@@ -100,9 +100,11 @@ def thumbnails(rng, length, *, video=True):
     return frames
 
 
+@pytest.mark.parametrize("suffix", ["", "_leftImg8bit"])
 @pytest.mark.parametrize("video", [True, False])
-def test_doctor_warns_if_validation_images_are_neighbors_of_training_images(video):
+def test_doctor_warns_if_validation_images_are_neighbors_of_training_images(video, suffix):
     frames = thumbnails(np.random.default_rng(0), 60, video=video)
+    frames = {name.replace(".png", f"{suffix}.png"): frame for name, frame in frames.items()}
     validation = {name: frames.pop(name) for name in list(frames)[::5]}
     warning = sequence_warning(frames, validation)
     assert ("DATASET.val_groups" in warning) == video
