@@ -17,10 +17,9 @@ from mit_semseg.dataset import TestDataset, TrainDataset, ValDataset, class_tabl
 from mit_semseg.dataset.classes import ClassTableError, distinct_colors
 from mit_semseg.dataset.image_io import ImageFileError, read_image, read_label
 from mit_semseg.dataset.layouts import ListError, find_images
-from mit_semseg.dataset.loader import images_to_device
 from mit_semseg.dataset.records import add_sizes, load_records, write_odgt
 from mit_semseg.dataset.samplers import OrientationBatches, shards
-from mit_semseg.dataset.transforms import downsample_label, imresize_fast, normalize, pad_batch
+from mit_semseg.dataset.transforms import downsample_label, images_to_device, imresize_fast, normalize, pad_batch
 from mit_semseg.engine import World
 
 SIZES = [(60, 40), (40, 60), (52, 44), (30, 70), (64, 64), (33, 47), (80, 41)]

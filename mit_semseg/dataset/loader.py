@@ -1,4 +1,4 @@
-"""Start and stop DataLoader workers, report their failures, and copy batches to a device."""
+"""Start and stop DataLoader workers, and report their failures."""
 
 import errno
 import multiprocessing
@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import UserError, available_cores
-from .transforms import normalize_batch
 
 try:
     import resource
@@ -107,16 +104,3 @@ def _worker_failure(error: Exception) -> str:
         cause = message.partition(". ")[0].strip()
         return f"a worker was killed ({cause}); it probably ran out of memory or shared memory; {LESS_MEMORY}"
     return ""
-
-
-def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
-    """Copy `img_data` to a device; normalize uint8 images there. Return (N, 3, H, W), or a list with one per scale."""
-    images, device = batch["img_data"], torch.device(device)
-    if device.type != "cpu":
-        images = copy_to_device(images, device)
-    normalization = batch.get("normalization")
-    if normalization is None:
-        return images
-    if isinstance(images, list):
-        return [normalize_batch(scale, normalization) for scale in images]
-    return normalize_batch(images, normalization, batch["sizes"])

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..lib.nn.scatter import copy_to_device
 from ..lib.utils import IMAGENET_MEAN as MEAN
 from ..lib.utils import IMAGENET_STD as STD
 from ..lib.utils import cache_tensors
@@ -69,6 +70,19 @@ def normalize_batch(x: Tensor, kind: str = "imagenet", sizes: Sequence[tuple[int
 @cache_tensors
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.stack([torch.full((1, 1), value, device=device) for value in values])
+
+
+def images_to_device(batch: dict, device: torch.device | str) -> Tensor | list[Tensor]:
+    """Copy `img_data` to a device; normalize uint8 images there. Return (N, 3, H, W), or a list with one per scale."""
+    images, device = batch["img_data"], torch.device(device)
+    if device.type != "cpu":
+        images = copy_to_device(images, device)
+    normalization = batch.get("normalization")
+    if normalization is None:
+        return images
+    if isinstance(images, list):
+        return [normalize_batch(scale, normalization) for scale in images]
+    return normalize_batch(images, normalization, batch["sizes"])
 
 
 def normalize(image: Image.Image, kind: str = "imagenet") -> Tensor:

@@ -17,7 +17,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..dataset import TrainDataset, ValDataset
 from ..dataset.classes import ONE_CLASS_WARNING
-from ..dataset.loader import images_to_device, iterate, make_loader, worker_errors
+from ..dataset.loader import iterate, make_loader, worker_errors
+from ..dataset.transforms import images_to_device
 from ..evaluation import InferenceOptions, Predictor, evaluate
 from ..evaluation.evaluator import Evaluation, LoadOptions
 from ..lib.utils import UserError

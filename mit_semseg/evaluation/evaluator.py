@@ -14,7 +14,8 @@ from torch import Tensor
 from ..dataset import ClassTable, ValDataset
 from ..dataset.classes import ONE_CLASS_WARNING
 from ..dataset.image_io import ImageFileError
-from ..dataset.loader import images_to_device, iterate, make_loader, worker_errors
+from ..dataset.loader import iterate, make_loader, worker_errors
+from ..dataset.transforms import images_to_device
 from ..lib.nn import user_scattered_collate
 from ..lib.nn.scatter import HostCopy
 from ..lib.utils import progress_bar

@@ -15,7 +15,7 @@ from ..config import Config, load_config
 from ..dataset import ClassTable, TestDataset
 from ..dataset.bands import BandImage
 from ..dataset.classes import class_table_from_options
-from ..dataset.loader import images_to_device
+from ..dataset.transforms import images_to_device
 from ..evaluation import InferenceOptions, Predictor
 from ..evaluation.evaluator import LoadOptions, predict_items, read_items
 from ..lib.nn.scatter import as_device
