@@ -61,7 +61,8 @@ def build_module(
             raise UserError(f"TRAIN.amp bf16: {device} does not support bfloat16; set TRAIN.amp fp16 or off")
         files = ("", "") if resumed else (cfg.MODEL.weights_encoder, cfg.MODEL.weights_decoder)
         pretrained = cfg.MODEL.pretrained and not resumed
-        return _assemble(cfg, files, pretrained=pretrained, dataset=dataset).to(device)
+        reset = cfg.MODEL.reset_classifier
+        return _assemble(cfg, files, pretrained=pretrained, reset_classifier=reset, dataset=dataset).to(device)
     folder = RunFolder(cfg.DIR)
     if name := _missing_published(cfg, folder, checkpoint):
         logger.info("downloading the published model %s to %s", name, cfg.DIR)
@@ -86,7 +87,12 @@ def _missing_published(cfg: Config, folder: RunFolder, checkpoint: str) -> str:
 
 
 def _assemble(
-    cfg: Config, files: tuple[str, str], *, pretrained: bool, dataset: TrainDataset | None = None
+    cfg: Config,
+    files: tuple[str, str],
+    *,
+    pretrained: bool,
+    reset_classifier: bool = False,
+    dataset: TrainDataset | None = None,
 ) -> SegmentationModule:
     """Build the network. `files` are the weight files of encoder and decoder; '' loads no weights."""
     model, train, norm = cfg.MODEL, cfg.TRAIN, NORMS[cfg.MODEL.norm]
@@ -115,8 +121,8 @@ def _assemble(
         weights=files[1],
         in_channels=encoder.out_channels,
         output_stride=encoder.output_stride,
-        reset_classifier=model.reset_classifier,
-        old_classes=class_names(model.weights_classes) if model.reset_classifier else (),
+        reset_classifier=reset_classifier,
+        old_classes=class_names(model.weights_classes) if reset_classifier else (),
         class_names=class_table_from_options(cfg.DATASET).names,
         norm_layer=norm,
     )

@@ -2,13 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from runs import here, small
 from scenes import options, write_data_set
 
+from mit_semseg.build import build_module
+from mit_semseg.config import load_config
 from mit_semseg.dataset import ValDataset, class_table
 from mit_semseg.dataset.classes import ClassTableError
 from mit_semseg.dataset.image_io import ImageFileError
+from mit_semseg.predict.network_file import read_network, write_network
 
 COLORS = {0: "#000000", 1: "#ff0000", 2: "#00ff10", 3: "#0120ff"}
 CSV = "name,color\n,#000000\nred,#ff0000\ngreen,#00ff10\nblue,#0120ff\n"
@@ -83,6 +87,19 @@ def test_classes_with_several_values_and_colors_are_written_in_their_color(tmp_p
     table = class_table(str(tmp_path / "t.csv"), 2, label_format="colors")
     expected = [[[255, 0, 0], [0, 255, 0], [0, 0, 0]]]
     assert table.decode(np.array([[0, 1, -1]])).tolist() == expected
+
+
+def test_network_file_keeps_the_colors_of_labels(tmp_path):
+    (tmp_path / "t.csv").write_text("name,color\n,#000000\na,#ff0000\nb,#00ff00\n")
+    words = ["DATASET.label_format", "colors", "DATASET.classes", tmp_path / "t.csv", "DATASET.num_class", 2]
+    words += ["MODEL.arch_encoder", "resnet18", "MODEL.arch_decoder", "c1", "MODEL.pretrained", "False"]
+    cfg = load_config(None, [str(word) for word in words])
+    table = class_table(str(tmp_path / "t.csv"), 2, label_format="colors")
+    write_network(build_module(cfg, torch.device("cpu")), cfg, table, tmp_path / "a.safetensors")
+    stored = read_network(tmp_path / "a.safetensors")[2]
+    indices = np.array([[0, 1, -1]])
+    assert np.array_equal(stored.decode(indices), table.decode(indices))
+    assert stored.decode(indices).shape == (1, 3, 3)
 
 
 def test_class_has_precedence_over_ignored_values_of_its_color():

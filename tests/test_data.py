@@ -86,8 +86,14 @@ def test_images_of_all_formats_are_found_in_any_case(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
-    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
-    assert found == ["a.JPG", "b.png", "d.webp", "sub/c.Tiff"]
+
+    def found():
+        return [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+
+    assert found() == ["a.JPG", "b.png", "d.webp", "sub/c.Tiff"]
+    for link, target in (("self", "."), ("sub/up", ".."), ("twin", "sub")):
+        (tmp_path / link).symlink_to(target)
+    assert found() == ["a.JPG", "b.png", "d.webp", "sub/c.Tiff", "twin/c.Tiff"]
 
 
 def test_names_in_composed_and_decomposed_unicode_pair_up(tmp_path):
@@ -135,10 +141,14 @@ def test_invalid_class_tables_name_file_and_line(tmp_path):
         ("raw,name\n1,road\n1,walk\n", "line 3: .*'road' and 'walk'"),
         ("raw,name,color\n1,road,red\n", "line 2: .*'red'"),
         ('raw,name\n1,"road\n side"\n', r"DATASET\.num_class is 2"),
+        ("raw,name\n1,wall, brick\n", "line 2: .*quotes"),
     ):
         (tmp_path / "t.csv").write_text(text)
         with pytest.raises(ClassTableError, match=rf"t\.csv.*{message}"):
             class_table(str(tmp_path / "t.csv"), 2)
+    for names, message in ((["a", " "], r"DATASET\.ignore_values"), (["a", " a"], r"DATASET\.classes")):
+        with pytest.raises(ClassTableError, match=message):
+            class_table(names, 2)
 
 
 @pytest.mark.parametrize(("count", "minimum"), [(40, 60), (150, 38), (2000, 1)])

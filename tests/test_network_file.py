@@ -213,6 +213,11 @@ def test_model_card_has_the_metrics_of_the_checkpoint(segmenter, tmp_path):  # n
     (tmp_path / "result").mkdir()
     (tmp_path / "result" / "results.json").write_text(json.dumps(results | {"checkpoint": "epoch_2.pth"}))
     assert read_results(tmp_path, "epoch_1.pth") is None
+    weights = tmp_path / "decoder_epoch_2.pth"
+    weights.write_bytes(b"")
+    os.utime(weights, ns=(0, 2**62))
+    assert read_results(tmp_path, "epoch_2.pth") is None  # the weights were replaced after the evaluation
+    os.utime(weights, ns=(0, 0))
     arguments = "user/net", "resnet18dilated + c1", segmenter.table
     assert "tree, road, sky" in model_card(*arguments, None, with_example=False)
     card = model_card(*arguments, read_results(tmp_path, "epoch_2.pth"), with_example=True)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import rasterio
+import torch
 from PIL import Image
 from rasterio.transform import from_origin
 from runs import ROOT, here, small
@@ -122,6 +123,17 @@ def test_minimum_confidence_writes_the_ignored_value(tmp_path):
     label, confidence = (rasterio.open(path).read(1) for path in paths)
     assert np.array_equal(label == 0, confidence < limit * 255)
     assert 0 < (label == 0).sum() < label.size
+
+
+def test_minimum_confidence_is_compared_before_rounding(tmp_path):
+    write_tiff(tmp_path / "a.tif", random_pixels(64, 64))
+    module = tiny_module(3)
+    torch.nn.init.zeros_(module.decoder.conv_last.weight)
+    module.decoder.conv_last.bias.data[:] = torch.tensor([0, 7.0, 0])  # confidence 0.9982, which rounds to 255 of 255
+    net = Segmenter(module, class_table("", 3), options(), inference=InferenceOptions(window_size=(48, 64)))
+    for limit, ignored in ((0.998, False), (0.999, True)):
+        (path,) = net.segment_raster(tmp_path / "a.tif", tmp_path / "a", ("_label.tif",), min_confidence=limit)
+        assert (rasterio.open(path).read(1) == 0).all() == ignored
 
 
 def test_tiled_and_georeferenced_files_and_files_above_the_limit_are_rasters(tmp_path, monkeypatch):

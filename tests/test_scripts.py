@@ -11,14 +11,17 @@ import pytest
 import torch
 from PIL import Image
 from runs import ROOT, assert_same_results, here, in_process, results, script, small
+from safetensors.torch import save_file
 from scenes import options, tiny_module, write_data_set, write_pairs
 
-from mit_semseg.dataset import ValDataset
+from mit_semseg.config import load_config
+from mit_semseg.dataset import ValDataset, class_table
 from mit_semseg.dataset.records import load_records, write_odgt
 from mit_semseg.engine import RunFolder
 from mit_semseg.evaluation import Predictor, evaluate
 from mit_semseg.evaluation.evaluator import LoadOptions
 from mit_semseg.lib.utils import UserError
+from mit_semseg.predict.network_file import write_network
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,28 @@ def test_new_weights_discard_the_temperature(tmp_path):
     assert folder.read_temperature("epoch_1.pth") == 1
     (tmp_path / "temperature_net.json").write_text('{"temperature": 3}')
     assert folder.read_temperature(str(tmp_path / "net.pth")) == 3
+
+
+def test_temperature_belongs_to_the_loaded_file(tmp_path, monkeypatch):
+    """A network file has its temperature beside it; a suffix that looks like a network file has it in DIR."""
+    monkeypatch.chdir(tmp_path)
+    folder, cfg = RunFolder("run"), load_config(None, ["DATASET.num_class", 3])
+    module = tiny_module()
+    module.temperature = 2.0
+    write_network(module, cfg, class_table("", 3), "net.safetensors")
+    assert folder.read_temperature("net.safetensors") == 2
+    path = folder.temperature_path("net.safetensors")
+    assert path == Path("temperature_net.json")
+    path.write_text('{"temperature": 5}')
+    assert folder.read_temperature("net.safetensors") == 5
+    folder.folder.mkdir()
+    folder.remove_run()
+    assert folder.read_temperature("net.safetensors") == 5
+    write_network(module, cfg, class_table("", 3), "net.safetensors")
+    assert folder.read_temperature("net.safetensors") == 2
+    for part in ("encoder", "decoder"):
+        save_file(getattr(module, part).state_dict(), folder.path(part, "net.safetensors"))
+    assert folder.read_temperature("net.safetensors") == 1
 
 
 def test_number_of_workers_does_not_change_the_scores(trained):

@@ -151,6 +151,7 @@ def test_probabilities_are_those_of_the_label_map(folder, opts):
     np.testing.assert_allclose(np.take_along_axis(expected, classes, 0), probabilities, atol=1e-5)
     with pytest.raises(ValueError, match="top"):
         result.probabilities(4)
+    assert len(result.probabilities()[0]) == 3
 
 
 def test_concurrent_calls_give_the_same_results(segmenter):

@@ -114,3 +114,8 @@ def test_doctor_does_not_warn_about_another_sequence():
     rng = np.random.default_rng(0)
     first, second = thumbnails(rng, 30), thumbnails(rng, 30)
     assert sequence_warning(first, {name.replace("video", "other"): x for name, x in second.items()}) == ""
+
+
+def test_doctor_compares_nothing_if_one_list_is_unusable():
+    frames = thumbnails(np.random.default_rng(0), 3)
+    assert sequence_warning({}, frames) == sequence_warning(frames, {}) == ""

@@ -95,6 +95,17 @@ def test_new_run_does_not_continue_the_tracked_run(root, tmp_path):
     assert runs[0] != runs[1]
 
 
+def test_run_continues_after_another_tracker(root, tmp_path):
+    path, environment = tmp_path / "run" / "logger_run.json", {"TRACKIO_DIR": str(tmp_path / "trackio")}
+    environment |= {"MLFLOW_TRACKING_URI": f"file:{tmp_path}/mlflow", "MLFLOW_ALLOW_FILE_STORE": "true"}
+    runs = []
+    for epochs, name in enumerate(("trackio", "mlflow", "trackio"), start=1):
+        train(root, tmp_path / "run", name, epochs, **environment)
+        runs.append(json.loads(path.read_text()))
+    assert set(runs[2]) == {"trackio", "mlflow"}
+    assert runs[2] == runs[1] == runs[0] | runs[1]
+
+
 def test_training_continues_if_a_tracker_fails(root, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")

@@ -12,12 +12,13 @@ from safetensors.torch import save_file
 from scenes import TinyEncoder, tiny_module
 from shared_data import shared
 
+from mit_semseg.build import build_module
 from mit_semseg.config import load_config
 from mit_semseg.dataset import class_table
 from mit_semseg.engine import RunFolder
 from mit_semseg.models import DECODERS, ModelBuilder
 from mit_semseg.models.weight_files import WeightsError, read_checkpoint, read_state_dict
-from mit_semseg.models.weights import load_weights, saved_class_names
+from mit_semseg.models.weights import equal_names, load_weights, saved_class_names
 from mit_semseg.predict.network_file import write_network
 
 
@@ -129,6 +130,38 @@ def test_reset_classifier_without_equal_names_keeps_random_rows(tmp_path):
     load_weights(new, tmp_path / "d.pth", reset_classifier=True)
     for name, value in new.state_dict().items():
         assert torch.equal(value, random[name] if name.startswith("conv_last") else old.state_dict()[name])
+
+
+def test_whole_names_precede_first_synonyms_and_other_synonyms():
+    ade = class_table("ade20k", 150).names
+    assert equal_names(ade, ade) == {i: i for i in range(150)}
+    new = ["stool", "POT;jar", "screen", "car;"]
+    assert [ade[i].split(";")[0] for i in equal_names(ade, new).values()] == ["stool", "pot", "screen", "car"]
+    assert equal_names(["car;", "a;b"], ["bus;", "b"]) == {1: 1}
+
+
+def test_trained_classifier_is_not_reset(tmp_path):
+    """Evaluation and inference with the configuration of the training load all rows."""
+    words = ["MODEL.arch_encoder", "resnet18", "MODEL.arch_decoder", "c1", "MODEL.pretrained", False, "DIR", tmp_path]
+    words += ["DATASET.num_class", 3, "MODEL.weights_decoder", tmp_path / "decoder_a.pth"]
+    words = [str(word) for word in words]
+    saved = build_module(load_config(None, [*words, "DATASET.classes", "[a,b,c]"]), torch.device("cpu"), resumed=True)
+    RunFolder(tmp_path).save_weights(saved, "a.pth")
+    cfg = load_config(None, [*words, "DATASET.classes", "[a,x,c]", "MODEL.reset_classifier", "True"])
+    rows = [
+        build_module(cfg, torch.device("cpu"), checkpoint=name).decoder.conv_last.weight for name in ("a.pth", None)
+    ]
+    assert torch.equal(rows[0], saved.decoder.conv_last.weight)
+    assert (rows[1] == saved.decoder.conv_last.weight).flatten(1).all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize(("names", "warns"), [("bac", True), ("abc", False), ("abd", False)])
+def test_another_order_of_the_classes_is_a_warning(tmp_path, caplog, names, warns):
+    old, new = tiny_module(3).decoder, tiny_module(3).decoder
+    old.class_names, new.class_names = tuple("abc"), tuple(names)
+    torch.save(old.state_dict(), tmp_path / "d.pth")
+    load_weights(new, tmp_path / "d.pth")
+    assert ("DATASET.classes" in caplog.text) == warns
 
 
 def test_class_names_are_stored_in_every_kind_of_file(tmp_path):

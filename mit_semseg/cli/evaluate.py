@@ -69,14 +69,15 @@ def fit(cfg: Config, world: World, dataset: ValDataset) -> float:
     logits = [torch.from_numpy(np.concatenate(scale, axis=1)) for scale in zip(*logits, strict=True)]
     result = fit_temperature(logits, torch.from_numpy(np.concatenate(labels)))
     if world.is_main:
+        print(f"Temperature {result.value:.3f}, fitted on {result.pixels} pixels")
+        print(f"  negative log-likelihood: {result.nll[0]:.4f}, with the temperature {result.nll[1]:.4f}")
+        errors = (f"{100 * error:.2f} %" for error in result.error)
+        print("  expected calibration error: {}, with the temperature {}".format(*errors))
         path = RunFolder(cfg.DIR).temperature_path(cfg.VAL.checkpoint)
         content = {"temperature": result.value, "nll": result.nll, "expected_calibration_error": result.error}
         with atomic_write(path) as partial_path:
             partial_path.write_text(json.dumps(content, indent=1), **UTF8)
-        print(f"Temperature {result.value:.3f}, fitted on {result.pixels} pixels, written to {path}")
-        print(f"  negative log-likelihood: {result.nll[0]:.4f}, with the temperature {result.nll[1]:.4f}")
-        errors = (f"{100 * error:.2f} %" for error in result.error)
-        print("  expected calibration error: {}, with the temperature {}".format(*errors))
+        print(f"  written to {path}")
     return result.value
 
 

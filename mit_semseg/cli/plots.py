@@ -65,7 +65,7 @@ def save_confusion(evaluation: Evaluation, path: Path) -> None:
     confusion = evaluation.metric.confusion
     shown = np.sort(np.argsort(-confusion.sum(1), kind="stable")[:MATRIX_CLASSES])
     fractions = confusion[np.ix_(shown, shown)] / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
-    names = [evaluation.table.labels[i] for i in shown]
+    names = [evaluation.table.labels[i].replace("$", r"\$") for i in shown]  # `$` would start a formula
     fonts = _find_fonts("".join(names))
     side = 2.5 + 0.28 * len(shown)
     figure = Figure(figsize=(side + 1, side), layout="constrained")

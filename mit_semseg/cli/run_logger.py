@@ -98,7 +98,7 @@ class RunLogger:
         tracker = self._tracker_class(self.folder, self.options, stored.get(name, ""))
         if tracker.run:
             with atomic_write(path) as partial:
-                partial.write_text(json.dumps({name: tracker.run}), **UTF8)
+                partial.write_text(json.dumps(stored | {name: tracker.run}), **UTF8)
         return tracker
 
     @contextmanager

@@ -121,7 +121,7 @@ class MLflow:
 
 def _mlflow_name(name: str) -> str:
     """Replace the characters that MLflow does not allow in names of metrics."""
-    return re.sub(r"[^\w .:/-]", "_", name, flags=re.ASCII)
+    return re.sub(r"[^\w .:/-]", "_", name)
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": WandB, "trackio": Trackio, "mlflow": MLflow}

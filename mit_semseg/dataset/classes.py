@@ -165,7 +165,7 @@ def class_table(
     """
     colors = label_format == "colors"
     if not isinstance(classes, str):
-        table = _table_from_names([str(name) for name in classes], ignore_values)
+        table = _table_from_names([str(name).strip() for name in classes], ignore_values)
     elif classes in BUILT_IN_TABLES or (classes == "" and num_class == 150):
         table = read_csv(TABLE_FOLDER / f"{classes or 'ade20k'}.csv", colors)
         if classes == "cityscapes":
@@ -220,6 +220,10 @@ def read_csv(path: Path, color_labels: bool = False) -> ClassTable:
     raw_of_color: dict[int, int] = {}
     for number, row in enumerate(reader):
         where = f"class table {path}, line {reader.line_num}"
+        if None in row:
+            raise ClassTableError(
+                f"{where}: there are more values than columns; put names that contain commas in quotes"
+            )
         raw_text = str(number) if numbered else (row["raw"] if "raw" in row else row["idx"]) or ""
         if not re.fullmatch(r"\s*\d{1,5}\s*", raw_text) or int(raw_text) >= RAW_VALUES:
             raise ClassTableError(f"{where}: raw value {raw_text!r} is not an integer in 0..{RAW_VALUES - 1}")
@@ -252,6 +256,8 @@ def _table_from_names(names: Sequence[str], ignore_values: Sequence[int]) -> Cla
         raise ClassTableError(
             f"DATASET.classes has duplicate names: {', '.join(sorted(duplicates))}; rename or remove them"
         )
+    if not all(names):
+        raise ClassTableError("DATASET.classes has an empty name; to ignore label values, set DATASET.ignore_values")
     free = (value for value in range(RAW_VALUES) if value not in set(ignore_values))
     return _make_table(names, dict.fromkeys(ignore_values, "") | dict(zip(free, names, strict=False)))
 

@@ -163,6 +163,8 @@ def sequence_warning(training: Mapping[str, np.ndarray], validation: Mapping[str
     A validation image is compared with the training image that has the nearest number in its name and with the median
     of the other training images. The arguments map image paths to thumbnails.
     """
+    if not training or not validation:
+        return ""
     sequences: dict[str, list[tuple[int, str]]] = defaultdict(list)
     found = dict(zip((*training, *validation), sequences_of([*training, *validation]), strict=True))
     for path in training:

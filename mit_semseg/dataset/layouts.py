@@ -137,10 +137,15 @@ def find_images(folder: str | os.PathLike) -> list[Path]:
 
 
 def find_files(folder: str | os.PathLike, endings: Container[str]) -> list[Path]:
-    """Return the sorted paths of files below a folder that have one of the extensions (".png"). Skip hidden files."""
+    """Return the sorted paths of files below a folder that have one of the extensions (".png").
+
+    Hidden files, and links to a folder that contains the link, are skipped.
+    """
     found = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(parent).resolve()
+        names = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in names if not here.is_relative_to(Path(parent, name).resolve()))
         found += [Path(parent, f) for f in sorted(files) if Path(f).suffix.lower() in endings and not f.startswith(".")]
     return found
 

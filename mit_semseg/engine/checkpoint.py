@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..lib.utils import HOST, UTF8, UserError, atomic_write, shorten_list
-from ..models.weight_files import WeightsError, read_checkpoint, stored_temperature
+from ..models.weight_files import WeightsError, read_checkpoint, stored_temperature, temperature_file
 from ..models.weights import is_whole_network, load_weights
 from .distributed import World
 
@@ -90,16 +90,16 @@ class RunFolder:
         Raises:
             CheckpointError: a file does not exist, or the file at the given path contains only a part of a network.
         """
-        paths, whole = (self.path("encoder", suffix), self.path("decoder", suffix)), Path(suffix)
-        if not any(path.is_file() for path in paths) and whole.is_file():
+        paths = self.path("encoder", suffix), self.path("decoder", suffix)
+        if whole := self._whole_file(suffix):
             if not is_whole_network(whole):
                 raise CheckpointError(
                     f"{whole} does not contain a whole network; for encoder and decoder files in {self.folder}, give "
                     f"only the suffix, e.g. epoch_20.pth"
                 )
             return whole, whole
-        if len(whole.parts) > 1:
-            raise CheckpointError(f"checkpoint {whole.absolute()} does not exist; give an existing file")
+        if len(Path(suffix).parts) > 1:
+            raise CheckpointError(f"checkpoint {Path(suffix).absolute()} does not exist; give an existing file")
         for path in paths:
             if not path.is_file():
                 found = sorted(p.name.removeprefix("decoder_") for p in self.folder.glob("decoder_*.pth"))
@@ -107,16 +107,21 @@ class RunFolder:
                 raise CheckpointError(f"checkpoint {path.absolute()} does not exist; {choices}")
         return paths
 
+    def _whole_file(self, suffix: str) -> Path | None:
+        """Return `suffix` if it is the path of a file, and not the suffix of files in this folder; otherwise None."""
+        in_folder = any(self.path(part, suffix).is_file() for part in ("encoder", "decoder"))
+        return Path(suffix) if not in_folder and Path(suffix).is_file() else None
+
     def temperature_path(self, suffix: str) -> Path:
         """Return the path of the temperature of a checkpoint, e.g. `temperature_best.json`; see `weight_files`."""
-        base = self.folder / suffix if len(Path(suffix).parts) == 1 else Path(suffix)
-        return base.with_name(f"temperature_{base.stem}.json")
+        return temperature_file(self._whole_file(suffix) or self.folder / suffix)
 
     def read_temperature(self, suffix: str) -> float:
         """Return the temperature of a checkpoint, by which inference divides logits; 1 if none was fitted."""
         path = self.temperature_path(suffix)
         if not path.is_file():
-            return stored_temperature(suffix)
+            whole = self._whole_file(suffix)
+            return stored_temperature(whole) if whole else 1.0
         try:
             value = float(json.loads(path.read_text(**UTF8))["temperature"])
         except (ValueError, KeyError, TypeError):
@@ -219,7 +224,8 @@ class RunFolder:
         weights = (f"{part}_{which}.pth" for part in PARTS for which in ("epoch_[0-9]*", "best", "best_raw"))
         for pattern in (
             *weights,
-            "temperature_*.json",
+            "temperature_epoch_[0-9]*.json",
+            "temperature_best*.json",
             "logger_run.json",
             self.resume.name,
             "curves.png",

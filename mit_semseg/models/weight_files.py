@@ -58,6 +58,11 @@ def read_checkpoint(path: str | os.PathLike):
         ) from None
 
 
+def temperature_file(path: Path) -> Path:
+    """Return the path of the temperature of a file with weights: `temperature_best.json` for `best.pth`."""
+    return path.with_name(f"temperature_{path.stem}.json")
+
+
 def stored_temperature(path: str | os.PathLike) -> float:
     """Return the temperature in the metadata of a `.safetensors` file; 1 if there is none, and for other files."""
     if Path(path).suffix != ".safetensors":

@@ -59,10 +59,13 @@ def load_weights(
     state = read_state_dict(path) if state is None else state
     old_classes = saved_class_names(state) or old_classes
     state = _adapt_to_norms(module, state, path, name, part)
+    names = getattr(module, "class_names", ())
+    if sorted(saved := saved_class_names(state)) == sorted(names) and list(saved) != list(names):
+        logger.warning("%s has the same classes in another order: %s; check DATASET.classes", path, ", ".join(saved))
     classifier, rows = (module.classifier_layers() if hasattr(module, "classifier_layers") else []), None
     if reset_classifier and classifier:
         count = len(state.get(f"{classifier[0]}.weight", ()))
-        rows = _rows_of_equal_names(count, old_classes, module.class_names, path)
+        rows = _rows_of_equal_names(count, old_classes, names, path)
     for key, value in state.items():
         if key not in own:
             (legacy if key.endswith(LEGACY_SUFFIXES) else unexpected).append(key)
@@ -102,19 +105,24 @@ def saved_class_names(state: Mapping[str, Tensor]) -> Sequence[str]:
 def equal_names(old: Sequence[str], new: Sequence[str]) -> dict[int, int]:
     """Return the index in `new` -> index in `old` of all classes with equal names.
 
-    Names are equal if they have a synonym in common. Synonyms are separated by `;`; case is ignored. If a name has
-    several matches, the first one is used.
+    A name consists of synonyms that are separated by `;`. If no whole name is equal, the first synonyms are compared,
+    and then all synonyms. Case is ignored. If there are several matches, the first one is used.
     """
-    index: dict[str, int] = {}
-    for i, name in enumerate(old):
-        for word in _synonyms(name):
-            index.setdefault(word, i)
-    matches = {i: [index[word] for word in _synonyms(name) if word in index] for i, name in enumerate(new)}
-    return {i: found[0] for i, found in matches.items() if found}
+    found: dict[int, int] = {}
+    for keys in (lambda words: [";".join(words)], lambda words: words[:1], lambda words: words):
+        index: dict[str, int] = {}
+        for i, name in enumerate(old):
+            for key in keys(_synonyms(name)):
+                index.setdefault(key, i)
+        for i, name in enumerate(new):
+            matches = [index[key] for key in keys(_synonyms(name)) if key in index]
+            if matches:
+                found.setdefault(i, matches[0])
+    return dict(sorted(found.items()))
 
 
 def _synonyms(name: str) -> list[str]:
-    return [word.strip().casefold() for word in name.split(";")]
+    return [word.strip().casefold() for word in name.split(";") if word.strip()]
 
 
 def _rows_of_equal_names(

@@ -60,8 +60,13 @@ def upload(
 
 
 def read_results(folder: str, checkpoint: str) -> dict | None:
-    """Return the results that `eval.py` has written to a run folder; None if there are none for this checkpoint."""
-    path = Path(folder, "result", "results.json")
+    """Return the results that `eval.py` has written to a run folder; None if there are none for this checkpoint.
+
+    Results that are older than the weights belong to replaced weights.
+    """
+    path, weights = Path(folder, "result", "results.json"), Path(folder, f"decoder_{checkpoint}")
+    if path.is_file() and weights.is_file() and path.stat().st_mtime < weights.stat().st_mtime:
+        return None
     results = json.loads(path.read_text(**UTF8)) if path.is_file() else {}
     return results if checkpoint and results.get("checkpoint") == checkpoint else None
 

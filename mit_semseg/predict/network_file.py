@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from ..dataset import ClassTable
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
 from ..lib.utils import UserError, atomic_write, expand_path
 from ..models import SegmentationModule
+from ..models.weight_files import temperature_file
 
 FORMAT = "mit_semseg network 1"
 # Options that `read_network` does not apply, because they concern initial weights and label files
@@ -53,7 +55,7 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     """
     options = {key: cfg.option(key) for key, option in OPTIONS.items() if not option.path}
     metadata = {"format": FORMAT, **describe_network(cfg, table), "raw_values": table.raw.tolist(), "options": options}
-    metadata["ignored_value"] = table.ignored_value
+    metadata |= {"ignored_value": table.ignored_value, "raw_of_color": list(table.raw_of_color.items())}
     tensors, versions = {}, {}
     for part in ("encoder", "decoder"):
         state = getattr(module, part).state_dict()
@@ -64,6 +66,7 @@ def write_network(module: SegmentationModule, cfg: Config, table: ClassTable, pa
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     with atomic_write(path) as partial:
         partial.write_bytes(save(tensors, text))  # files of `save_file` can only be read by their owner
+    temperature_file(Path(path)).unlink(missing_ok=True)  # it was fitted to the replaced file
 
 
 def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationModule, Config, ClassTable]:
@@ -92,6 +95,7 @@ def read_network(path: str | Path, opts: Sequence = ()) -> tuple[SegmentationMod
     cfg = load_config(None, [*(word for setting in stored.items() for word in setting), *opts])
     values = (json.loads(metadata[key]) for key in ("classes", "colors", "raw_values"))
     table = ClassTable.from_raw_values(*values, json.loads(metadata.get("ignored_value", "null")))
+    table = replace(table, raw_of_color=dict(json.loads(metadata.get("raw_of_color", "[]"))))
     module = build_module(cfg, torch.device("cpu"), checkpoint=str(path))
     module.decoder.class_names = table.names
     return module, cfg, table

@@ -66,7 +66,18 @@ class _Output(NamedTuple):
     dtype: np.dtype
     nodata: int | None  # value of pixels without data
     colors: dict[int, list[int]]  # value -> (R, G, B)
-    render: Callable[[np.ndarray, np.ndarray], np.ndarray]  # class indices and confidences (n, W) -> values (n, W)
+    render: Callable[["_Block"], np.ndarray]  # returns the values (n, W)
+
+
+class _Block(NamedTuple):
+    """Results of some rows."""
+
+    labels: np.ndarray  # (n, W) int16 class indices
+    confidence: np.ndarray  # (n, W) uint8, 255 is 100 %
+    unsure: np.ndarray  # (n, W) bool, confidence below the minimum
+
+    def rows(self, rows: slice, columns: slice = slice(None)) -> "_Block":
+        return _Block(*(array[rows, columns] for array in self))
 
 
 class WindowReader:
@@ -136,7 +147,7 @@ def segment_raster(
     check_overwriting(str(path), paths)
     if min_confidence:
         check_ignored_value(table)
-    outputs = [_make_output(suffix, table, min_confidence) for suffix in suffixes]
+    outputs = [_make_output(suffix, table) for suffix in suffixes]
     with ExitStack() as stack:
         raster = stack.enter_context(open_raster(path))
         width, height = raster.size
@@ -147,52 +158,54 @@ def segment_raster(
             targets.append(stack.enter_context(create_raster(partial, raster, **options)))
         reader, top = WindowReader(raster, predictor.device, bands, normalization, multiple), 0
         window = predictor.options.window_size or (round_up(WINDOW, multiple),) * 2
-        for labels, confidence in _blocks(predictor.window_strips([reader], reader.shape[2:], window), reader.shape[3]):
+        strips = predictor.window_strips([reader], reader.shape[2:], window)
+        for block in _blocks(strips, reader.shape[3], min_confidence):
             if top >= height:  # only padding is left
                 break
-            rows = slice(top, min(top + len(labels), height))
-            inside = slice(0, rows.stop - rows.start), slice(0, width)
+            rows = slice(top, min(top + len(block.labels), height))
+            inside = block.rows(slice(0, rows.stop - rows.start), slice(0, width))
             valid = raster.valid(rows)
             for output, target in zip(outputs, targets, strict=True):
-                values = output.render(labels[inside], confidence[inside])
+                values = output.render(inside)
                 masked = valid is not None and output.nodata is not None
                 target.write(np.where(valid, values, output.nodata) if masked else values, rows)
-            top += len(labels)
+            top += len(block.labels)
     return paths
 
 
-def _blocks(strips: Iterator[Tensor], width: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Join strips of probabilities (C, n, W) to blocks of `ROWS` rows; yield class indices and confidences (n, W).
+def _blocks(strips: Iterator[Tensor], width: int, min_confidence: float) -> Iterator[_Block]:
+    """Join strips of probabilities (C, n, W) to blocks of `ROWS` rows.
 
     The arrays are used again for the next block. Separate arrays for every strip would fragment the memory.
     """
-    labels, confidence, filled = np.empty((ROWS, width), np.int16), np.empty((ROWS, width), np.uint8), 0
+    block, filled = _Block(*(np.empty((ROWS, width), dtype) for dtype in (np.int16, np.uint8, np.bool_))), 0
     for strip in strips:
         while strip.size(1):
             part, strip = strip[:, : ROWS - filled], strip[:, ROWS - filled :]
-            rows = slice(filled, filled + part.size(1))
-            labels[rows] = labels_of_strip(part).cpu().numpy()
-            confidence[rows] = part.amax(0).mul(255).round().to(torch.uint8).cpu().numpy()
-            filled = rows.stop
+            rows, confidence = block.rows(slice(filled, filled + part.size(1))), part.amax(0)
+            rows.labels[:] = labels_of_strip(part).cpu().numpy()
+            rows.confidence[:] = confidence.mul(255).round().to(torch.uint8).cpu().numpy()
+            rows.unsure[:] = (confidence < min_confidence).cpu().numpy()
+            filled += part.size(1)
             if filled == ROWS:
-                yield labels, confidence
+                yield block
                 filled = 0
     if filled:
-        yield labels[:filled], confidence[:filled]
+        yield block.rows(slice(filled))
 
 
-def _make_output(suffix: str, table: ClassTable, min_confidence: float) -> _Output:
+def _make_output(suffix: str, table: ClassTable) -> _Output:
     if suffix == "_confidence.tif":
-        return _Output(np.dtype(np.uint8), 0, {}, lambda labels, confidence: confidence)
+        return _Output(np.dtype(np.uint8), 0, {}, lambda block: block.confidence)
     if suffix == "_index.tif":
         dtype = np.dtype(np.uint8 if len(table) < 256 else np.uint16)
         colors = dict(enumerate(table.colors.tolist()))
-        return _Output(dtype, np.iinfo(dtype).max, colors, lambda labels, confidence: labels)
+        return _Output(dtype, np.iinfo(dtype).max, colors, lambda block: block.labels)
     if table.color_labels:
         raise UserError("--labels does not support large images with DATASET.label_format colors; use --index")
 
-    def decode(labels: np.ndarray, confidence: np.ndarray) -> np.ndarray:
-        return table.decode(np.where(confidence < min_confidence * 255, IGNORE, labels.astype(np.int64)))
+    def decode(block: _Block) -> np.ndarray:
+        return table.decode(np.where(block.unsure, IGNORE, block.labels.astype(np.int64)))
 
     colors = dict(zip(table.raw.tolist(), table.colors.tolist(), strict=True))
     return _Output(table.decode(np.zeros((1, 1), np.int64)).dtype, table.ignored_value, colors, decode)

@@ -65,12 +65,13 @@ class Result:
         """Return a panel with the image and the colored label map side by side."""
         return panel([self.image, colorEncode(self.label_map, self.table.colors)])
 
-    def probabilities(self, top: int = 5) -> tuple[np.ndarray, np.ndarray]:
-        """Run the network again, and return the `top` most probable classes of every pixel.
+    def probabilities(self, top: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Run the network again, and return the `top` most probable classes of every pixel (default: at most 5).
 
         Returns:
             Class indices (top, H, W) int64 and probabilities (top, H, W) float32, from most to least probable.
         """
+        top = min(5, len(self.table)) if top is None else top
         if not 1 <= top <= len(self.table):
             raise ValueError(f"top must be in 1..{len(self.table)} (number of classes), got {top}")
         return self._top_classes(top)

@@ -22,7 +22,7 @@ UTF8 = {"encoding": "utf-8", "errors": "backslashreplace"}
 HOST = re.sub(r"[^\w.-]", "_", socket.gethostname())[:32]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # mean of R, G and B, for pixel values in 0..1
 IMAGENET_STD = (0.229, 0.224, 0.225)
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ENAMETOOLONG)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG)
 _progress_bars = {"enabled": True}
 
 
