@@ -146,6 +146,8 @@ def test_invalid_class_tables_name_file_and_line(tmp_path):
         (tmp_path / "t.csv").write_text(text)
         with pytest.raises(ClassTableError, match=rf"t\.csv.*{message}"):
             class_table(str(tmp_path / "t.csv"), 2)
+    (tmp_path / "t.csv").write_text("raw,name\n1,wall,\n2,floor,\n")  # with trailing commas
+    assert class_table(str(tmp_path / "t.csv"), 2).names == ("wall", "floor")
     for names, message in ((["a", " "], r"DATASET\.ignore_values"), (["a", " a"], r"DATASET\.classes")):
         with pytest.raises(ClassTableError, match=message):
             class_table(names, 2)

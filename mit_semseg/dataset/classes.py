@@ -220,7 +220,7 @@ def read_csv(path: Path, color_labels: bool = False) -> ClassTable:
     raw_of_color: dict[int, int] = {}
     for number, row in enumerate(reader):
         where = f"class table {path}, line {reader.line_num}"
-        if None in row:
+        if any(row.get(None, ())):
             raise ClassTableError(
                 f"{where}: there are more values than columns; put names that contain commas in quotes"
             )
