@@ -62,6 +62,14 @@ def test_cfg_is_a_yacs_node_that_callers_can_extend(tmp_path):
         config.DIR = "elsewhere"
 
 
+@pytest.mark.parametrize(
+    "text", ["TRAIN: {seed: 5}\nDATASET: {}\nTRAIN: {num_epoch: 3}", "DIR: x\nTRAIN:\n  seed: 5\n  seed: 6"]
+)
+def test_repeated_keys_are_refused(tmp_path, text):
+    with pytest.raises(ConfigError, match=r"a\.yaml.* (TRAIN|seed) .*lines? (1|3) and (3|4)"):
+        load_config(write(tmp_path / "a.yaml", text))
+
+
 def test_changes_of_the_global_cfg_do_not_affect_load_config(monkeypatch):
     monkeypatch.setitem(cfg.DATASET, "num_class", 3)
     assert load_config().DATASET.num_class == 150

@@ -21,7 +21,7 @@ from test_segmenter import write_weights
 from mit_semseg import Segmenter
 from mit_semseg.cli.demo.app import find_checkpoints, find_examples
 from mit_semseg.cli.demo.page import WELCOME, Networks, build_page, launch, segment
-from mit_semseg.cli.demo.uploads import Limits, safe_name, upload_folder
+from mit_semseg.cli.demo.uploads import Limits, read_upload, safe_name, upload_folder
 from mit_semseg.config import load_config
 from mit_semseg.lib.utils import UserError
 
@@ -169,6 +169,20 @@ def test_failure_gets_a_message_without_server_paths(folder, checkpoint, error, 
     assert value["failed"]
     assert message in value["message"]
     assert "/server/path" not in value["message"]
+
+
+def test_changed_checkpoint_is_loaded_again():
+    versions = iter([1, 1, 2])
+    networks = Networks(["a"], mock.Mock(side_effect=lambda name: object()), lambda name: next(versions))
+    first, second, third = (networks["a"] for _ in range(3))
+    assert first is second
+    assert third is not first
+
+
+def test_image_that_is_too_long_for_the_page_is_refused(folder):
+    Image.new("RGB", (70_000, 1)).save(folder / "long.png")
+    with pytest.raises(UserError, match="long"):
+        read_upload(as_upload(folder / "long.png"), "long.png", Limits(pixels=1))
 
 
 def test_upload_folder_is_private(tmp_path, monkeypatch):

@@ -95,9 +95,22 @@ def test_invalid_int8_options_are_reported_before_the_export(folder, tmp_path, w
 
 
 def test_labels_output_is_int64_class_indices():
-    network = ExportedNetwork(make_module("resnet18", "c1"), "labels")
+    network = ExportedNetwork(make_module("resnet18", "c1"), "labels").eval()
     labels = network(torch.randn(1, 3, 33, 47))
     assert (labels.shape, labels.dtype) == ((1, 33, 47), torch.int64)
     assert compare(network, network) == 0
     with pytest.raises(ExportError, match="output"):
         compare(network, lambda x: network(x)[:, 1:])
+    second = lambda x: network.logits(x).topk(2, dim=1).indices[:, 1]  # noqa: E731
+    assert compare(network, second) > 0.1
+    torch.nn.init.zeros_(network.decoder.conv_last.weight)
+    network.decoder.conv_last.bias.data[:] = torch.tensor([1.0, 1 + 1e-6, 0, 0])
+    assert compare(network, second) < 1e-5  # the logits are almost equal
+
+
+def test_network_with_nan_outputs_is_refused(tmp_path):
+    module = make_module("resnet18", "c1")
+    torch.nn.init.constant_(module.decoder.conv_last.bias, float("nan"))
+    with pytest.raises(ExportError, match="nan"):
+        export(module, tmp_path / "a.pt2", kind="torch_export", metadata={})
+    assert not list(tmp_path.iterdir())

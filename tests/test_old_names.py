@@ -13,7 +13,7 @@ from torch import nn
 from mit_semseg.dataset import BaseDataset, img_transform, round2nearest_multiple
 from mit_semseg.lib.nn import UserScatteredDataParallel, async_copy_to, patch_replication_callback
 from mit_semseg.lib.utils import as_numpy, mark_volatile
-from mit_semseg.models import ModelBuilder, SegmentationModule, mobilenet, models, resnet
+from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule, mobilenet, models, resnet
 from mit_semseg.models.utils import load_url
 from mit_semseg.utils import AverageMeter, process_range, setup_logger, unique
 
@@ -159,13 +159,33 @@ def test_dilated_network_equals_one_built_dilated(scale):
         assert all(torch.equal(a, b) for a, b in zip(own, expected, strict=True))
 
 
-def test_hrnet_can_be_traced_symbolically():
-    encoder = ModelBuilder.build_encoder("hrnetv2", pretrained=False, output_stride=8).eval()
-    traced = torch.fx.symbolic_trace(encoder)
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["hrnetv2", "mobilenetv2dilated", "resnet18dilated"])
+def test_encoders_can_be_traced_symbolically(name, training):
+    encoder = ModelBuilder.build_encoder(name, pretrained=False, output_stride=8).train(training)
+    traced = torch.fx.symbolic_trace(encoder, concrete_args={"return_feature_maps": True})
     for size in ((32, 64), (64, 32)):
         with torch.no_grad():
-            x = torch.randn(1, 3, *size)
-            assert torch.equal(traced(x)[0], encoder(x, return_feature_maps=True)[0])
+            x = torch.randn(2, 3, *size)
+            pairs = zip(traced(x, True), encoder(x, return_feature_maps=True), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_can_be_traced_symbolically(name):
+    class Resized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = ModelBuilder.build_decoder(name, num_class=5, in_channels=(8, 16, 32, 64))
+
+        def forward(self, features):
+            return self.decoder(features, segSize=(64, 48))
+
+    module = Resized().eval()
+    traced, generator = torch.fx.symbolic_trace(module), torch.Generator().manual_seed(0)
+    shapes = zip((8, 16, 32, 64), (32, 16, 8, 8), (24, 12, 6, 6), strict=True)
+    features = [torch.randn(2, *shape, generator=generator) for shape in shapes]
+    torch.testing.assert_close(traced(features), module(features))
 
 
 def test_c1_can_be_scripted(tmp_path):

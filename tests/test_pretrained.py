@@ -98,12 +98,16 @@ def test_imagenet_weights_come_from_the_mirror_then_from_the_cache(site, tmp_pat
     assert len(site.requests) == 1
 
 
-def test_next_source_is_tried_if_a_download_fails(site, tmp_path, monkeypatch, caplog):
-    """The mirror has no file for ResNet-50, but the Hugging Face hub has."""
+@pytest.mark.parametrize("answer", [None, b"", b"<html>log in</html>", b"PK\x03\x04incomplete"])
+def test_next_source_is_tried_if_a_download_fails(site, tmp_path, monkeypatch, caplog, answer):
+    """The mirror has no file for ResNet-50, or answers with something else, but the Hugging Face hub has."""
     monkeypatch.setenv("HF_ENDPOINT", site.address)
     caplog.set_level("INFO")
     folder = site.folder / "timm" / "resnet50s.gluon_in1k" / "resolve" / "main"
     folder.mkdir(parents=True)
+    if answer is not None:
+        (site.folder / "model" / "pretrained_resnet").mkdir()
+        (site.folder / "model" / "pretrained_resnet" / "resnet50-imagenet.pth").write_bytes(answer)
     names = {new: old for old, new in RESNET_STEM.items()}
     weights = ModelBuilder.build_encoder("resnet50", pretrained=False).state_dict()
     keys = [key.rpartition(".") for key in weights]

@@ -124,6 +124,13 @@ def test_result_has_classes_overlay_panel_and_files(segmenter, tmp_path):
     assert sorted(written) == sorted(tmp_path.glob("new/*")) == sorted(tmp_path / f"new/image{s}" for s in suffixes)
 
 
+@pytest.mark.parametrize("suffixes", [["_labels.png"], [".jpg"], ".png"])
+def test_unknown_suffixes_are_refused(segmenter, tmp_path, suffixes):
+    with pytest.raises(ValueError, match=r"_label\.png"):
+        segmenter(PIXELS).save(tmp_path, suffixes)
+    assert not list(tmp_path.iterdir())
+
+
 def test_saving_overwrites_only_results(segmenter, tmp_path):
     paths = [tmp_path / name / "1.png" for name in ("x", "y")]
     for path in paths:

@@ -21,9 +21,10 @@ from mit_semseg import build
 from mit_semseg.cli.export import ExportError, export
 from mit_semseg.config import load_config
 from mit_semseg.engine import RunFolder, Trainer
+from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, enable_activation_checkpointing, to_batchnorm
 from mit_semseg.lib.utils import UserError
-from mit_semseg.models import DECODERS, ModelBuilder
+from mit_semseg.models import DECODERS, ModelBuilder, SegmentationModule
 from mit_semseg.models.encoders.timm_encoder import SynchronizedBatchNormAct2d
 from mit_semseg.models.fuse_bn import fuse_batchnorm
 from mit_semseg.models.layers import NORMS
@@ -290,3 +291,24 @@ def test_file_that_does_not_support_small_images_is_refused(tmp_path):
     with pytest.raises(ExportError, match=r"network\.pt2.*--format"):
         export(module, tmp_path / "network.pt2", kind="torch_export", metadata={})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0"])
+def test_stem_with_parallel_convolutions(name):
+    """All convolutions of the image get its channels, and stay in float32."""
+    encoder = ModelBuilder.build_encoder(f"timm:{name}", pretrained=False, in_channels=5)
+    decoder = ModelBuilder.build_decoder("c1", num_class=3, in_channels=encoder.out_channels)
+    module = SegmentationModule(encoder, decoder, None)
+    images = torch.randn(1, 5, 64, 64)
+    outputs = []
+    for precision in ("fp32", "bf16"):
+        network = Predictor(module.eval(), "cpu", InferenceOptions(precision=precision)).network
+        with torch.no_grad():
+            outputs.append(network.logits({"img_data": images}).float())
+    torch.testing.assert_close(outputs[1], outputs[0], atol=0.1 * outputs[0].abs().max().item(), rtol=0)
+
+
+def test_network_without_stages_is_named():
+    encoder = ModelBuilder.build_encoder("timm:poolformer_s12", pretrained=False)
+    with pytest.raises(UserError, match=r"TRAIN\.lr_decay.*poolformer_s12"):
+        encoder.stage_of("network.stem.conv.weight")

@@ -1,5 +1,7 @@
 """Optimizer, learning rate schedule, frozen norms, mixed precision, and losses that are not finite."""
 
+import copy
+import pickle
 from itertools import pairwise
 
 import numpy as np
@@ -107,6 +109,11 @@ def test_frozen_batch_norm_stays_frozen_in_train_mode_and_dropout_active():
     assert not any(m.training or m.weight.requires_grad for m in norms)
     assert all(torch.equal(m.running_mean, b) for m, b in zip(norms, before, strict=True))
     assert module.decoder.cbr[-1].training
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        copied.eval().train()
+        norms = [m for m in copied.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert norms
+        assert not any(m.training for m in norms)
 
 
 @pytest.mark.parametrize("weight", [None, (1.0, 10.0, 0.5)])

@@ -1,5 +1,6 @@
 """Segmented videos keep frame count, size and duration, and unusable input is an error."""
 
+import shutil
 import signal
 import time
 from itertools import pairwise, repeat
@@ -13,7 +14,7 @@ from test_segmenter import folder  # noqa: F401
 
 from mit_semseg import Segmenter
 from mit_semseg.lib import opencv
-from mit_semseg.predict.video import DEFAULT_RATE, is_video, output_path, segment_video
+from mit_semseg.predict.video import DEFAULT_RATE, VideoError, is_video, output_path, segment_video
 
 SIZE, RATE, FRAMES = (64, 48), 12.5, 10
 CAPTURE, WRITER = cv2.VideoCapture, cv2.VideoWriter
@@ -209,3 +210,21 @@ def test_numbers_are_cameras_unless_they_are_files(tmp_path, monkeypatch):
     sources = ("2024", "2007", "2008", "x.mp4", "CLIP.MP4", "image.jpg")
     assert [is_video(source) for source in sources] == [False, False, True, False, True, False]
     assert output_path("0", Path("out")) == Path("out", "camera_0_segmented.mp4")
+
+
+def test_only_videos_of_this_program_are_overwritten(segmenter, clip, tmp_path):
+    path = tmp_path / "out.mp4"
+    for _ in range(2):
+        segment_video(segmenter, str(clip), path)
+    assert len(read_clip(path)[0]) == len(read_clip(clip)[0])
+    shutil.copy(clip, path)
+    with pytest.raises(VideoError, match=r"out\.mp4"):
+        segment_video(segmenter, str(clip), path)
+    assert path.read_bytes() == clip.read_bytes()
+
+
+def test_videos_with_equal_stems_have_different_outputs(tmp_path):
+    for name in ("a.mp4", "a.avi", "b.mp4", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    names = [output_path(str(tmp_path / name), Path("out")).name for name in ("a.mp4", "a.avi", "b.mp4")]
+    assert names == ["a.mp4_segmented.mp4", "a.avi_segmented.mp4", "b_segmented.mp4"]

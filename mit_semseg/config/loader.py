@@ -118,15 +118,29 @@ def _read_list(opts: list[str]) -> list[Setting]:
     return [(key, value, "command line") for key, value in zip(words[::2], words[1::2], strict=True)]
 
 
+class _Loader(yaml.BaseLoader):
+    """Refuses repeated keys. Returns scalars as text, so that class names such as `no` and `010` are not converted.
+
+    Later, `convert` parses the text according to the type of the option.
+    """
+
+    def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                raise yaml.YAMLError(f"{name} is given twice, in lines {lines[name]} and {line}; remove one")
+            lines[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path, children: tuple[Path, ...] = ()) -> list[Setting]:
     """Return the settings of the `_BASE_` file, followed by those of `path`. `children`: files based on `path`."""
     chain = (*children, Path(os.path.abspath(path)))
     if chain[-1] in children:
         raise ConfigError([f"{path}: {BASE_KEY} files form a cycle: {' -> '.join(p.name for p in chain)}"])
     try:
-        # `BaseLoader` returns every scalar as text, so class names such as `no` and `010` are not converted. Later,
-        # `convert` parses the text according to the type of the option.
-        content = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader) or {}
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         files = (str(file) for folder in (path.parent, Path("config")) for file in folder.glob("*.y*ml"))
         raise ConfigError([f"{path}: file not found{closest(str(path), files)}"]) from None

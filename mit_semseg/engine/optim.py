@@ -1,6 +1,7 @@
 """Create optimizers, compute the learning rate schedule, and freeze batch norms."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ def freeze_batch_norm(module: nn.Module) -> None:
         if isinstance(part, _BatchNorm):
             part.eval()
             part.requires_grad_(False)
-            part.train = _stay_in_eval.__get__(part)
+            part.train = partial(_stay_in_eval, part)  # a bound method could not be unpickled
 
 
 def _stay_in_eval(self: nn.Module, mode: bool = True) -> nn.Module:

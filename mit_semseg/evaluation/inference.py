@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..lib.nn import compile_blocks
 from ..lib.utils import UserError
 from ..models.fuse_bn import fuse_batchnorm
+from ..models.layers import image_convolutions
 from .label_map import (
     label_map_from_logits,
     labels_of_strip,
@@ -272,20 +273,17 @@ class _Float32Layer(nn.Module):
 
 
 def _convert_to_16_bit(network: nn.Module, dtype: torch.dtype) -> None:
-    """Convert a network to a 16-bit type, except the first convolution and the classifier.
+    """Convert a network to a 16-bit type, except the convolutions of the image and the classifier.
 
-    In 16 bits, the input of the first convolution would be rounded to fewer colors, and the classifier would often
+    In 16 bits, the image would be rounded to fewer colors, and the classifier would often
     return equal logits for two classes.
     """
 
-    def convolutions(module: nn.Module) -> list[str]:
-        return [name for name, part in module.named_modules() if isinstance(part, nn.Conv2d)]
-
-    first = convolutions(network.encoder)[0]
-    last = f"conv_last.{convolutions(network.decoder.conv_last)[-1]}".rstrip(".")
+    classifier = [name for name, part in network.decoder.conv_last.named_modules() if isinstance(part, nn.Conv2d)]
+    names = [(network.encoder, name, dtype) for name in image_convolutions(network.encoder)]
+    names.append((network.decoder, f"conv_last.{classifier[-1]}".rstrip("."), torch.float32))
     layers = [
-        (part, name, _Float32Layer(copy.deepcopy(part.get_submodule(name)), output))
-        for part, name, output in ((network.encoder, first, dtype), (network.decoder, last, torch.float32))
+        (part, name, _Float32Layer(copy.deepcopy(part.get_submodule(name)), output)) for part, name, output in names
     ]
     network.to(dtype)
     for part, name, layer in layers:

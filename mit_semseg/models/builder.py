@@ -25,7 +25,7 @@ from .encoders.hrnet import HRNetV2
 from .encoders.mobilenet import EfficientNetLite0, MobileNetV2
 from .encoders.resnet import resnet18, resnet34, resnet50, resnet101, resnext101
 from .encoders.vgg import vgg16, vgg19
-from .layers import first_convolution, init_layer, set_input_channels
+from .layers import image_convolutions, init_layer, set_input_channels
 from .pretrained import load_imagenet_weights
 from .weight_files import read_state_dict
 from .weight_names import convert_names
@@ -129,7 +129,7 @@ class ModelBuilder:
         if in_channels is not None:
             if weights and in_channels != 3:
                 encoder = ModelBuilder.build_encoder(arch, pretrained=False, **kwargs)
-                state, key = read_state_dict(weights), f"{first_convolution(encoder)}.weight"
+                state, key = read_state_dict(weights), f"{image_convolutions(encoder)[0]}.weight"
                 if state.get(key, state.get(f"encoder.{key}", torch.empty(0, 3))).size(1) == in_channels:
                     set_input_channels(encoder, in_channels)
                     load_weights(encoder, weights, name=f"encoder {arch}", part="encoder")

@@ -161,6 +161,8 @@ def average_pool(x: Tensor, bins: int) -> Tensor:
 
     Unlike PyTorch's function, it has a deterministic backward pass on GPUs and supports export with dynamic sizes.
     """
+    if isinstance(x, torch.fx.Proxy):
+        return F.adaptive_avg_pool2d(x, bins)
     n, c, height, width = x.shape
     symbolic = is_symbolic(height, width)
     matrix = _pooling_matrix if symbolic else _cached_pooling_matrix
@@ -210,13 +212,19 @@ def _renormalization(
 
 
 def set_input_channels(encoder: nn.Module, channels: int) -> nn.Module:
-    """Change the first convolution of an encoder in place from 3 to `channels` input channels; return the encoder.
+    """Change the convolutions of RGB images in an encoder in place to `channels` input channels; return the encoder.
 
     As in timm, the RGB weights are repeated and multiplied by 3 / `channels`; for one channel, they are summed. Images
     are then not converted from ImageNet normalization to that of the weights.
+
+    Raises:
+        UserError: the encoder has no convolution with three input channels.
     """
-    conv = encoder.get_submodule(first_convolution(encoder))
-    if channels != 3:
+    names = image_convolutions(encoder)
+    if encoder.get_submodule(names[0]).in_channels != 3:
+        name = type(encoder).__name__
+        raise UserError(f"{name} has no convolution of RGB images, so DATASET.channels is not supported")
+    for conv in map(encoder.get_submodule, names if channels != 3 else ()):
         weight = conv.weight.detach()
         if channels == 1:
             weight = weight.sum(1, keepdim=True)
@@ -228,12 +236,11 @@ def set_input_channels(encoder: nn.Module, channels: int) -> nn.Module:
     return encoder
 
 
-def first_convolution(encoder: nn.Module) -> str:
-    """Return the name of the first convolution with three input channels; raise a UserError if there is none."""
-    for name, layer in encoder.named_modules():
-        if isinstance(layer, nn.Conv2d) and layer.in_channels == 3:
-            return name
-    raise UserError(f"{type(encoder).__name__} has no convolution of RGB images, so DATASET.channels is not supported")
+def image_convolutions(encoder: nn.Module) -> list[str]:
+    """Return the names of the convolutions of the image: those with as many input channels as the first one."""
+    convolutions = {name: layer for name, layer in encoder.named_modules() if isinstance(layer, nn.Conv2d)}
+    channels = next(iter(convolutions.values())).in_channels
+    return [name for name, layer in convolutions.items() if layer.in_channels == channels]
 
 
 def check_output_stride(output_stride: int, allowed: Sequence[int] = (8, 16, 32)) -> int:
@@ -250,6 +257,8 @@ def is_symbolic(*sizes: int) -> bool:
 
 def resize(x: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
     """Resize (N, C, H, W) bilinearly to (N, C, *size); see `F.interpolate` for `align_corners`."""
+    if isinstance(x, torch.fx.Proxy):
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
     if not is_symbolic(*x.shape[-2:], *size) and x.shape[-2:] == torch.Size(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)

@@ -73,21 +73,23 @@ SHA256 = {
 }
 
 
-def download(url: str, path: Path, *, sha256: str = "") -> Path:
+def download(url: str, path: Path, *, sha256: str = "", weights: bool = False) -> Path:
     """Download `url` to `path` unless it exists; return `path`. Incomplete or wrong files are deleted.
 
     For an http URL without port, https is tried first. `sha256` is a hexadecimal digest or its first digits; '' means
-    that the digest is unknown. Raises a WeightsError if the download fails.
+    that the digest is unknown. With `weights`, the file must contain a state dict; a server can answer with a web page.
+
+    Raises a WeightsError if the download fails.
     """
     try:
-        return path if path.is_file() else _fetch(url, path, sha256)
+        return path if path.is_file() else _fetch(url, path, sha256, weights)
     except WeightsError as error:
         raise WeightsError(
             f"{error}; put {path.name} into {path.parent}, or set {MIRROR_VARIABLE} to the URL of a mirror"
         ) from None
 
 
-def _fetch(url: str, path: Path, sha256: str) -> Path:
+def _fetch(url: str, path: Path, sha256: str, weights: bool = True) -> Path:
     """Download `url` to `path`, see `download`."""
     import pooch  # imported here because the import is slow
 
@@ -99,6 +101,8 @@ def _fetch(url: str, path: Path, sha256: str) -> Path:
                 pooch.HTTPDownloader(progressbar=is_terminal(sys.stderr), timeout=TIMEOUT)(attempt, partial, None)
                 if not (digest := pooch.file_hash(partial)).startswith(sha256.lower()):
                     raise ValueError(f"SHA-256 is {digest}, expected {sha256}")
+                if weights:
+                    read_state_dict(partial)
             break
         except Exception as error:  # error of the connection, server or disk, or wrong digest
             reason = " ".join(str(error).split())[:300]
@@ -188,7 +192,7 @@ def download_published(name: str, folder: str | os.PathLike | None = None) -> tu
     folder = Path(folder) if folder else cache_dir() / name
     paths = [folder / f"{part}_epoch_{PUBLISHED[name]}.pth" for part in ("encoder", "decoder")]
     for path, sha256 in zip(paths, SHA256.get(name, ("", "")), strict=True):
-        download(f"{_server()}/pytorch/{name}/{path.name}", path, sha256=sha256)
+        download(f"{_server()}/pytorch/{name}/{path.name}", path, sha256=sha256, weights=True)
     return paths[0], paths[1]
 
 

@@ -33,7 +33,7 @@ def conv_over_pyramid(
 
     `x`: (N, C, h, w). Smaller maps: (N, c, a, b). `conv` has stride 1, dilation 1 and zero padding that keeps the size.
     """
-    if is_symbolic(*x.shape[-2:]):
+    if isinstance(x, torch.fx.Proxy) or is_symbolic(*x.shape[-2:]):
         return conv_over_resized(conv, x, smaller, align_corners=align_corners, smaller_first=smaller_first)
     channels, size = [t.size(1) for t in smaller], x.shape[-2:]
     if smaller_first:

@@ -25,7 +25,7 @@ class WeightsError(UserError, RuntimeError):
 
 
 def read_checkpoint(path: str | os.PathLike):
-    """Load a file written by `torch.save`, or a `.safetensors` file, to the CPU.
+    """Load a file written by `torch.save`, or a safetensors file, to the CPU.
 
     Raises a WeightsError if the file is missing or damaged, or contains unsupported objects. Only tensors, built-in
     Python types and NumPy scalars are supported.
@@ -35,7 +35,7 @@ def read_checkpoint(path: str | os.PathLike):
         found = sorted(p.name for p in path.parent.glob("*.pth*")) if path.parent.is_dir() else []
         raise WeightsError(f"checkpoint {path} does not exist" + (f"; found {shorten_list(found)}" if found else ""))
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
             state = OrderedDict(load_file(path))
@@ -58,14 +58,20 @@ def read_checkpoint(path: str | os.PathLike):
         ) from None
 
 
+def is_safetensors(path: str | os.PathLike) -> bool:
+    """Return whether a file has the safetensors format: the length of the header (8 bytes), then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def temperature_file(path: Path) -> Path:
     """Return the path of the temperature of a file with weights: `temperature_best.json` for `best.pth`."""
     return path.with_name(f"temperature_{path.stem}.json")
 
 
 def stored_temperature(path: str | os.PathLike) -> float:
-    """Return the temperature in the metadata of a `.safetensors` file; 1 if there is none, and for other files."""
-    if Path(path).suffix != ".safetensors":
+    """Return the temperature in the metadata of a safetensors file; 1 if there is none, and for other files."""
+    if not is_safetensors(path):
         return 1.0
     with safe_open(path, "pt") as file:
         return float((file.metadata() or {}).get("temperature", 1.0))

@@ -111,7 +111,10 @@ class Result:
 
         Raises:
             UserError: a file with one of these paths exists and was not written by this program.
+            ValueError: a suffix is unknown.
         """
+        if unknown := [suffix for suffix in suffixes if suffix not in SUFFIXES]:
+            raise ValueError(f"unknown suffix {unknown[0]!r}; choose from {', '.join(SUFFIXES)}")
         paths = [Path(f"{stem}{suffix}") for suffix in suffixes]
         check_overwriting(self.path, paths)
         for suffix, path in zip(suffixes, paths, strict=True):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..dataset.layouts import VIDEO_ENDINGS
+from ..dataset.rasters import SOFTWARE
 from ..lib import opencv as cv2
 from ..lib.utils import UserError, WriteError, atomic_write, progress_bar
 from .segmenter import Segmenter
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 CODEC = "mp4v"  # MPEG-4, which OpenCV can write without additional libraries
 OPACITY = 0.5  # weight of the class colors
+TAG = b"\0\0\0\x12free" + SOFTWARE.encode()  # MPEG-4 box that marks files of this program; players ignore it
 DEFAULT_RATE = 25.0  # frames per second if a camera or video does not report its frame rate
 
 
@@ -33,9 +35,12 @@ def _is_camera(source: str) -> bool:
 
 
 def output_path(source: str, folder: Path) -> Path:
-    """Return the path of the segmented video in the output folder."""
-    stem = f"camera_{source}" if _is_camera(source) else Path(source).stem
-    return folder / f"{stem}_segmented.mp4"
+    """Return the path of the segmented video in the output folder. The videos of a folder have different paths."""
+    if _is_camera(source):
+        return folder / f"camera_{source}_segmented.mp4"
+    video = Path(source)
+    same = [path for path in video.parent.glob("*") if path.stem == video.stem and is_video(str(path))]
+    return folder / f"{video.name if len(same) > 1 else video.stem}_segmented.mp4"
 
 
 def segment_video(
@@ -56,9 +61,12 @@ def segment_video(
         Number of written frames, and the `KeyboardInterrupt` that has ended the video, or None.
 
     Raises:
-        VideoError: the source has no readable frame, or OpenCV cannot write the video.
+        VideoError: the source has no readable frame, OpenCV cannot write the video, or `path` exists and was not
+            written by this program.
         WriteError: the video cannot be written completely, e.g. because the disk is full.
     """
+    if path.exists() and not path.read_bytes().endswith(TAG):
+        raise VideoError(f"{path} exists and was not written by this program; use another output folder")
     interruption, count = None, 0
     times = [] if _is_camera(source) else _read_timestamps(source)
     capture = _open(source)
@@ -87,6 +95,9 @@ def segment_video(
         finally:
             writer.release()
             written = int(cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)) if count else 0
+            if written:
+                with open(output, "ab") as file:
+                    file.write(TAG)
             if written >= count > 0:  # one more if the interruption came between `write` and the count
                 count = written
                 output.replace(partial)

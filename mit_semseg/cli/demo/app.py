@@ -41,6 +41,13 @@ def find_checkpoints(cfg: Config) -> list[str]:
     return list(dict.fromkeys([cfg.TEST.checkpoint, *complete]))
 
 
+def weights_version(cfg: Config, name: str) -> tuple[int, ...]:
+    """Return the modification times of the files of a checkpoint."""
+    folder = RunFolder(cfg.DIR)
+    paths = folder.path("encoder", name), folder.path("decoder", name), Path(name)
+    return tuple(path.stat().st_mtime_ns for path in paths if path.is_file())
+
+
 def find_examples(cfg: Config, folder: str | None) -> list[str]:
     """Return paths of images in `folder` or, if it is None, of validation images ([] if they cannot be read)."""
     if folder:
@@ -85,7 +92,9 @@ def main() -> None:
         raise UserError("the web page supports only 8-bit RGB images, not DATASET.mean; segment images with test.py")
     setup_logger(0, None, args.level)
     device = pick_devices(args.device)[0]
-    networks = Networks(find_checkpoints(cfg), partial(Segmenter.from_cfg, cfg, device=device))
+    networks = Networks(
+        find_checkpoints(cfg), partial(Segmenter.from_cfg, cfg, device=device), partial(weights_version, cfg)
+    )
     networks.load(networks.names[0])  # report errors of TEST.checkpoint before the page is served
     logger.info("device: %s", device)
     description = f"{cfg.MODEL.arch_encoder} + {cfg.MODEL.arch_decoder}, {cfg.DATASET.num_class} classes."

@@ -31,10 +31,21 @@ DELETE_CACHE = (120, 600)  # seconds between deletions of old uploads, and secon
 
 
 class Networks:
-    """Segmenters by checkpoint name, loaded on first use. The last `MAX_NETWORKS` used stay in memory."""
+    """Segmenters by checkpoint name, loaded on first use. The last `MAX_NETWORKS` used stay in memory.
 
-    def __init__(self, names: Sequence[str], load: Callable[[str], Segmenter]):
-        self.names, self.load = names, lru_cache(MAX_NETWORKS)(load)
+    Args:
+        load: loads a segmenter.
+        version: returns a value that changes when the files of a checkpoint change, which is then loaded again.
+    """
+
+    def __init__(
+        self, names: Sequence[str], load: Callable[[str], Segmenter], version: Callable[[str], object] = lambda name: 0
+    ):
+        self.names, self.version = names, version
+        self._load = lru_cache(MAX_NETWORKS)(lambda name, version: load(name))
+
+    def load(self, name: str) -> Segmenter:
+        return self._load(name, self.version(name))
 
     def __getitem__(self, name: str) -> Segmenter:
         if name not in self.names:

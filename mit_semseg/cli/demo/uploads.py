@@ -16,6 +16,7 @@ from ...lib.utils import UserError
 
 MAX_NAME_LENGTH = 80  # maximum length of a file name in characters
 # Allowed image formats. EPS is not allowed, because Pillow would start another program (Ghostscript).
+MAX_SIDE = 65500  # in pixels; the page shows images as JPEG files, which are at most this wide and high
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
@@ -55,6 +56,8 @@ def read_upload(file, name: str, limits: Limits) -> Image.Image:
         raise UserError(str(error).replace(str(path), name)) from None  # hide the path on the server
     if width * height > limits.pixels * 1e6:
         raise UserError(f"{name} has {width} x {height} pixels; the limit is {limits.pixels:g} million pixels")
+    if max(width, height) > MAX_SIDE:
+        raise UserError(f"{name} has {width} x {height} pixels; the longest side can have {MAX_SIDE} pixels")
     return read_image(path, name, formats)
 
 

@@ -61,8 +61,9 @@ class SynchronizedBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each channel of (N, C, ...); raise ReplicaError or ProcessGroupError if a replica or rank fails."""
-        if isinstance(x, torch.fx.Proxy) and not self.training:  # in FX tracing, sizes are symbolic
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        if isinstance(x, torch.fx.Proxy):  # in FX tracing, sizes are symbolic
+            stats, momentum = (self.running_mean, self.running_var), self.momentum or 0.0
+            return F.batch_norm(x, *stats, self.weight, self.bias, self.training, momentum, self.eps)
         self._check_input_dim(x)
         if self._syncs_replicas():
             return self._gather_and_normalize(x, self.weight, self.bias)

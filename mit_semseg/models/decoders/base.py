@@ -4,12 +4,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import DEFAULT_NORM, NormLayer, at_least_float32, conv_bn_relu, init_layer, resize
 
 NORM_BIAS = 1e-4  # initial bias of norms in decoders, as for the published models
+
+torch.fx.wrap("at_least_float32")  # FX cannot trace its condition on the dtype
 
 
 def _save_class_names(decoder: "Decoder", state: dict, prefix: str, metadata: dict) -> None:

@@ -31,9 +31,9 @@ class UPerNet(Decoder):
         pooled = [conv(y) for conv, y in zip(self.ppm_conv, pooled, strict=True)]
         top = self.ppm_last_conv(torch.cat([x, *pooled], dim=1))
         pyramid = [top]
-        for x, lateral, out in reversed(list(zip(features[:-1], self.fpn_in, self.fpn_out, strict=True))):
-            top = lateral(x) + resize(top, x.shape[-2:])
-            pyramid.insert(0, out(top))
+        for i in reversed(range(len(self.fpn_in))):
+            top = self.fpn_in[i](features[i]) + resize(top, features[i].shape[-2:])
+            pyramid.insert(0, self.fpn_out[i](top))
         fuse, classify = self.conv_last
         return classify(pyramid_sequential(fuse, pyramid[0], pyramid[1:]))
 

@@ -110,6 +110,8 @@ class TimmEncoder(nn.Module):
         # The network with its classifier has a group matcher; the names of its parameters contain other separators.
         with torch.device("meta"):
             network = timm.create_model(self.architecture)
+        if not hasattr(network, "group_matcher"):
+            raise UserError(f"TRAIN.lr_decay: timm does not define the stages of {self.architecture}; set lr_decay 1")
         groups = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
         return {_unify_separators(name): group for name, group in groups.items()}
 
