@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..lib.utils import HOST, UTF8, UserError, atomic_write, shorten_list
-from ..models.weight_files import WeightsError, read_checkpoint, stored_temperature, temperature_file
+from ..models.weight_files import WeightsError, read_checkpoint, stored_temperature
 from ..models.weights import is_whole_network, load_weights
 from .distributed import World
 
@@ -45,6 +45,11 @@ def complete_history(saved: dict) -> dict:
     losses = history["val"].setdefault("loss", [])
     losses[:0] = [math.nan] * (len(history["val"]["epoch"]) - len(losses))
     return history
+
+
+def temperature_file(path: Path) -> Path:
+    """Return the path of the temperature of a file with weights: `temperature_best.json` for `best.pth`."""
+    return path.with_name(f"temperature_{path.stem}.json")
 
 
 def save_atomic(obj, path: Path) -> None:

@@ -64,11 +64,6 @@ def is_safetensors(path: str | os.PathLike) -> bool:
         return file.read(9)[8:] == b"{"
 
 
-def temperature_file(path: Path) -> Path:
-    """Return the path of the temperature of a file with weights: `temperature_best.json` for `best.pth`."""
-    return path.with_name(f"temperature_{path.stem}.json")
-
-
 def stored_temperature(path: str | os.PathLike) -> float:
     """Return the temperature in the metadata of a safetensors file; 1 if there is none, and for other files."""
     if not is_safetensors(path):

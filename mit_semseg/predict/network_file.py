@@ -14,9 +14,9 @@ from ..build import build_module
 from ..config import OPTIONS, Config, load_config
 from ..dataset import ClassTable
 from ..dataset.transforms import CAFFE_MEAN, MEAN, STD
+from ..engine.checkpoint import temperature_file
 from ..lib.utils import UserError, atomic_write, expand_path
 from ..models import SegmentationModule
-from ..models.weight_files import temperature_file
 
 FORMAT = "mit_semseg network 1"
 # Options that `read_network` does not apply, because they concern initial weights and label files
