@@ -8,6 +8,7 @@ import timm
 import torch
 from hub import hub, program  # noqa: F401
 from near import assert_near
+from ranks import on_ranks
 from safetensors.torch import save, save_file
 from test_activation_checkpoint import step
 from test_fuse_bn import randomize_norms
@@ -20,7 +21,8 @@ from training import check_layer_wise_learning_rates
 from mit_semseg import build
 from mit_semseg.cli.export import ExportError, export
 from mit_semseg.config import load_config
-from mit_semseg.engine import RunFolder, Trainer
+from mit_semseg.engine import MaskedNLLLoss, RunFolder, Trainer, World
+from mit_semseg.engine.distributed import parallelize
 from mit_semseg.evaluation import InferenceOptions, Predictor
 from mit_semseg.lib.nn import SynchronizedBatchNorm2d, enable_activation_checkpointing, to_batchnorm
 from mit_semseg.lib.utils import UserError
@@ -312,3 +314,21 @@ def test_network_without_stages_is_named():
     encoder = ModelBuilder.build_encoder("timm:poolformer_s12", pretrained=False)
     with pytest.raises(UserError, match=r"TRAIN\.lr_decay.*poolformer_s12"):
         encoder.stage_of("network.stem.conv.weight")
+
+
+def train_hrnet(rank, world_size):
+    torch.set_num_threads(1)
+    encoder = ModelBuilder.build_encoder("timm:hrnet_w18_small", pretrained=False)
+    decoder = ModelBuilder.build_decoder("c1", num_class=3, in_channels=encoder.out_channels)
+    module = SegmentationModule(encoder, decoder, MaskedNLLLoss()).train()
+    model = parallelize(module, World(rank, world_size, rank, world_size))
+    feed = {"img_data": torch.randn(2, 3, 64, 64), "seg_label": torch.zeros(2, 2, 2, dtype=torch.long)}
+    for _ in range(2):
+        model(feed)[0].backward()
+    return module.decoder.conv_last.weight.grad.abs().sum().item()
+
+
+@pytest.mark.long
+def test_unused_parameters_on_several_ranks(tmp_path):
+    first, second = on_ranks(2, tmp_path, train_hrnet, 2)
+    assert first == second > 0

@@ -212,8 +212,10 @@ def parallelize(module: nn.Module, world: World) -> nn.Module:
     # broadcast before validation. The name of the option depends on the PyTorch version.
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    unused = getattr(module.encoder, "has_unused_parameters", False)
+    options = {option: False, "gradient_as_bucket_view": True, "find_unused_parameters": unused}
     with world.communicating("comparing the networks"):
-        return DistributedDataParallel(module, **{option: False}, gradient_as_bucket_view=True)
+        return DistributedDataParallel(module, **options)
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:

@@ -88,6 +88,8 @@ class TimmEncoder(nn.Module):
         if getattr(norm, "synchronized", False):
             convert_sync_batchnorm(self.network)
         _mark_blocks(self.network)
+        # HRNet also computes maps that decoders of the last map, such as C1, do not use.
+        self.has_unused_parameters = self.architecture.startswith("hrnet")
         info = self.network.feature_info
         self.first_map = sum(stride < MIN_STRIDE for stride in info.reduction())
         self.out_channels, self.output_stride = tuple(info.channels()[self.first_map :]), info.reduction()[-1]
