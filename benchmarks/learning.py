@@ -106,6 +106,7 @@ def augmentations(steps: int) -> Experiment:
         "flip, ClassMix": Variant(steps, CLASS_MIX),
         "flip, scale and crop, color jitter": Variant(steps, {**CROP, **JITTER}),
         "flip, scale and crop, ClassMix": Variant(steps, {**CROP, **CLASS_MIX}),
+        "flip, ClassMix, class sampling": Variant(steps, {**CLASS_MIX, **SAMPLING}),
     }
     return Experiment(PRETRAINED, variants)
 
@@ -148,8 +149,8 @@ EXPERIMENTS = {
         {**PRETRAINED, "DATASET.imgSizes": "(240,300,360)"},
         {
             "own-folders.yaml": Variant(450, {}),
-            "with class weights and averaged weights": Variant(450, {**WEIGHTS, "TRAIN.ema": 0.99}),
-            "with cross entropy and cosine schedule": Variant(450, {**CROSS_ENTROPY, "TRAIN.schedule": "cosine"}),
+            "with class sampling": Variant(450, SAMPLING),
+            "with class weights": Variant(450, WEIGHTS),
         },
     ),
     "aspp": Experiment(
