@@ -126,7 +126,6 @@ EXPERIMENTS = {
     "random": Experiment(
         RANDOM_START,
         {
-            "SGD": Variant(800, {"TRAIN.optim": "SGD", "TRAIN.lr_encoder": 0.02, "TRAIN.lr_decoder": 0.02}),
             "AdamW": Variant(800, {}),
             "recipe": Variant(800, RECIPE),
             "recipe, half the steps": Variant(400, RECIPE),
