@@ -149,7 +149,6 @@ EXPERIMENTS = {
         {
             "own-folders.yaml": Variant(450, {}),
             "with class sampling": Variant(450, SAMPLING),
-            "with class weights": Variant(450, WEIGHTS),
         },
     ),
     "aspp": Experiment(
