@@ -94,14 +94,15 @@ def segment_video(
                 raise
         finally:
             writer.release()
-            written = int(cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)) if count else 0
-            if written:
-                with open(output, "ab") as file:
-                    file.write(TAG)
-            if written >= count > 0:  # one more if the interruption came between `write` and the count
-                count = written
-                output.replace(partial)
-            output.unlink(missing_ok=True)
+            try:
+                written = int(cv2.VideoCapture(str(output)).get(cv2.CAP_PROP_FRAME_COUNT)) if count else 0
+                if written >= count > 0:  # one more if the interruption came between `write` and the count
+                    count = written
+                    with open(output, "ab") as file:
+                        file.write(TAG)
+                    output.replace(partial)
+            finally:
+                output.unlink(missing_ok=True)
         if not count:
             raise VideoError(f"{source}: no frame can be decoded")
         if not partial.exists():  # OpenCV does not report write errors
