@@ -11,16 +11,9 @@ unpacked=data/$name.tmp
 # zipfile -t exits with 0 even if a checksum is wrong, but then prints more than this line.
 is_complete() { [ "$("$python" -m zipfile -t "$archive" 2> /dev/null)" = "Done testing" ]; }
 
-fetch() {
-    local options=(-fL --retry 3 --connect-timeout 20 -o "$archive" "$1") code=0
-    curl -C - "${options[@]}" || code=$?
-    # Codes 33 and 36: the server cannot resume a download.
-    if [ "$code" = 33 ] || [ "$code" = 36 ]; then
-        code=0
-        curl "${options[@]}" || code=$?
-    fi
-    return "$code"
-}
+options=(-fL --retry 3 --connect-timeout 20 -o "$archive")
+# If curl ends with code 33 or 36, the server cannot resume a download.
+fetch() { curl -C - "${options[@]}" "$1" || { [[ $? == 3[36] ]] && curl "${options[@]}" "$1"; }; }
 
 download() {
     local address=data.csail.mit.edu/places/ADEchallenge/$name.zip

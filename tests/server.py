@@ -15,6 +15,7 @@ class Site:
     folder: Path
     address: str = ""
     requests: list[tuple[str, str | None]] = field(default_factory=list)  # (path, Range header)
+    resumes: bool = True  # whether the server supports the Range header
     truncate: dict[str, int] = field(default_factory=dict)  # number of bytes to send, by path
 
     def __iter__(self):
@@ -34,7 +35,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not path.is_file():
             self.send_error(404)
             return
-        content, start = path.read_bytes(), int((requested_range or "0").removeprefix("bytes=").removesuffix("-"))
+        wanted = (self.site.resumes and requested_range) or "0"
+        content, start = path.read_bytes(), int(wanted.removeprefix("bytes=").removesuffix("-"))
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -90,6 +91,12 @@ def test_download_script_unpacks_and_writes_lists_with_sizes(site, tmp_path):
     assert names == ["ADEChallengeData2016", "training.odgt", "validation.odgt"]
     done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS="http://127.0.0.1:9/x.zip")  # a second download would fail
     assert done.returncode == 0, done.stderr
+    for site.resumes in (True, False):
+        shutil.rmtree(copy / "data" / "ADEChallengeData2016")
+        (copy / "data" / "ADEChallengeData2016.zip").write_bytes((folder / "ade.zip").read_bytes()[:100])
+        done = bash(copy, "download_ade20k.sh", ADE20K_ADDRESS=f"{address}/ade.zip")
+        assert done.returncode == 0, done.stderr
+        assert site.requests[-1][1] == ("bytes=100-" if site.resumes else None)
 
 
 def bash(folder, name, **env):

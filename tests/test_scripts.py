@@ -124,7 +124,7 @@ def test_new_weights_discard_the_temperature(tmp_path):
 
 
 def test_temperature_belongs_to_the_loaded_file(tmp_path, monkeypatch):
-    """A network file has its temperature beside it; a suffix that looks like a network file has it in DIR."""
+    """The temperature of a network file is in its folder, and that of encoder and decoder files is in DIR."""
     monkeypatch.chdir(tmp_path)
     folder, cfg = RunFolder("run"), load_config(None, ["DATASET.num_class", 3])
     module = tiny_module()

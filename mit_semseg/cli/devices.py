@@ -54,8 +54,8 @@ def pick_devices(text: str | None) -> list[torch.device]:
     Args:
         text: value of --gpus. This is a list for `parse_devices`, in which `cpu` can be repeated to get several
             replicas or processes; a PyTorch device such as `cuda:1` or `mps`; or None or `auto` for the first GPU, or
-            the CPU if there is no GPU. In a torchrun job, each process uses the device at the position of its local
-            rank in the list, and None is the list of all GPUs.
+            the CPU if there is no GPU. In a torchrun job, the list has one device per local rank, in this order, and
+            None is the list of all GPUs.
 
     Raises:
         UserError: a GPU does not exist, GPUs and `cpu` are combined, or there are more ranks than GPUs.

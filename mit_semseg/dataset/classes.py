@@ -134,7 +134,7 @@ class ClassTable:
         more = f" and {len(colors) - len(parts)} more" if len(colors) > len(parts) else ""
         text = f"{len(colors)} colors of the label are not in the class table: {', '.join(parts)}{more}; "
         if len(colors) > MANY_COLORS:
-            return text + "labels with so many colors were compressed as JPEG or resized; export them again as PNG"
+            return text + "this many colors come from JPEG compression or resizing; export the labels again as PNG"
         return text + "add them to DATASET.classes (without a name: ignored), or correct the label"
 
     def describe_raw_values(self) -> str:

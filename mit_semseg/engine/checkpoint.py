@@ -330,7 +330,8 @@ def restore_trainer(trainer: "Trainer", state: dict) -> None:
         trainer.scaler.load_state_dict(state["scaler"])
     trainer.step, trainer.best_iou = state["step"], state["best_iou"]
     trainer.history = complete_history(state["history"])
-    trainer.metrics.totals.copy_(torch.tensor(state["metrics"], dtype=torch.float64))
+    totals = trainer.metrics.totals
+    totals.copy_(torch.tensor(state["metrics"], dtype=totals.dtype))
     trainer.skipped = dict.fromkeys(state["skipped"])
     trainer.overflows, trainer.overflows_in_a_row = state["overflows"]
     batches = trainer.world.num_devices * trainer.options.accumulate

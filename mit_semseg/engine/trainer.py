@@ -399,7 +399,7 @@ class Trainer:
         If the run is killed during this function, the resumed run calls this function again.
         """
         self.save()
-        suffix = f"epoch_{self.epoch}.pth"
+        suffix = f"epoch_{self.epoch}.pth"  # its files exist if the run was stopped later in this function
         if not all(self.folder.path(part, suffix).is_file() for part in ("encoder", "decoder")):
             self._save_weights(suffix)
         evaluation, every = None, self.options.eval_epoch if self.val_dataset is not None else 0

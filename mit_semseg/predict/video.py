@@ -43,6 +43,13 @@ def output_path(source: str, folder: Path) -> Path:
     return folder / f"{video.name if len(same) > 1 else video.stem}_segmented.mp4"
 
 
+def _has_tag(path: Path) -> bool:
+    """Return whether a file was written by `segment_video`."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - len(TAG)))
+        return file.read() == TAG
+
+
 def segment_video(
     segmenter: Segmenter, source: str, path: Path, *, smoothing: float = 0.0
 ) -> tuple[int, KeyboardInterrupt | None]:
@@ -65,7 +72,7 @@ def segment_video(
             written by this program.
         WriteError: the video cannot be written completely, e.g. because the disk is full.
     """
-    if path.exists() and not path.read_bytes().endswith(TAG):
+    if path.exists() and not _has_tag(path):
         raise VideoError(f"{path} exists and was not written by this program; use another output folder")
     interruption, count = None, 0
     times = [] if _is_camera(source) else _read_timestamps(source)
